@@ -1,0 +1,25 @@
+"""Data: sources of any kind to canonical rows, and rows to the training and test sets of a run."""
+
+from __future__ import annotations
+
+from holdfast.data.jsonl import read_rows, write_rows
+from holdfast.data.mix import mix
+from holdfast.data.prepare import Prepared, alignment_rows, overlaps, test_rows, user_rows
+from holdfast.data.rows import to_rows
+from holdfast.data.sources import Loaded, fingerprint, has_split, read_records
+
+__all__ = [
+    "Loaded",
+    "Prepared",
+    "alignment_rows",
+    "fingerprint",
+    "has_split",
+    "mix",
+    "overlaps",
+    "read_records",
+    "read_rows",
+    "test_rows",
+    "to_rows",
+    "user_rows",
+    "write_rows",
+]

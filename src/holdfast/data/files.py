@@ -1,0 +1,218 @@
+"""Local data files to records: JSONL, JSON, CSV, TSV and parquet, with the place of every row.
+
+A file that cannot be read in full is an error that names the file and the line: a torn file must not
+pass as a shorter one.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import DataError
+
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+ACCEPTED = "JSONL (.jsonl, .ndjson), JSON (.json), CSV (.csv), TSV (.tsv), each also as .gz, and .parquet"
+# A cell may hold a whole conversation; Python's own limit is 128 KiB.
+CELL_LIMIT = 2**27
+
+Place = str  # "line 3", "row 3", "item 3": where in its file a record stands
+
+
+def file_kind(path: Path) -> str | None:
+    """ "jsonl", "json", "csv", "tsv", "parquet", or None for any other file; ".gz" is looked through."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] == ".gz":
+        kind = SUFFIXES.get(suffixes[0])
+        return None if kind == "parquet" else kind
+    return SUFFIXES.get(suffixes[-1]) if suffixes else None
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a regular file. Raises DataError: not a regular file, or not readable."""
+    try:
+        if not path.is_file():  # a pipe would block, and could not be read a second time
+            raise DataError(f"{path} is not a regular file. Expected a file: {ACCEPTED}.")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def parse(path: Path, data: bytes) -> tuple[list[dict[str, Any]], list[Place]]:
+    """The records in the bytes `data` of the file `path`, and where each stands.
+
+    Raises:
+        DataError: no known kind, empty, binary, not UTF-8, torn, ragged, or something else than records.
+    """
+    kind = file_kind(path)
+    if kind is None:
+        raise DataError(f"{path} is of no known kind. Expected {ACCEPTED}.")
+    if path.suffix.lower() == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path} is not a whole gzip file: {error}.") from error
+    if not data:
+        raise DataError(f"{path} is empty. Expected rows.")
+    if kind == "parquet":
+        pairs = _parquet(path, data)
+    else:
+        text = _decode(path, data)
+        pairs = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _tsv}[kind](path, text)
+    found = list(pairs)
+    if not found:
+        raise DataError(f"{path} holds no rows.")
+    return [record for record, _ in found], [place for _, place in found]
+
+
+def _decode(path: Path, data: bytes) -> str:
+    """The text of UTF-8 with or without a byte order mark."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path} is UTF-16. Save it as UTF-8.")
+    if b"\0" in data:
+        line = data[: data.index(b"\0")].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: binary data. Expected text: {ACCEPTED}.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        control = sum(byte < 32 and byte not in b"\t\n\r\f" for byte in data[:4096])
+        if control > len(data[:4096]) / 50:
+            raise DataError(f"{path}, line {line}: binary data. Expected text: {ACCEPTED}.") from error
+        raise DataError(
+            f"{path}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x}). "
+            "Save the file as UTF-8; it may be Windows-1252 or Latin-1."
+        ) from error
+
+
+def _load(text: str) -> Any:
+    """`json.loads`, with the errors of too deep and too long values turned into ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _jsonl(path: Path, text: str) -> Iterator[tuple[dict, Place]]:
+    # Not splitlines(): U+2028 and its like are text inside a JSON string.
+    for i, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = _load(line)
+        except ValueError as error:
+            hint = " If the file is one JSON list, name it .json." if i == 1 and line[0] in "[{" else ""
+            raise DataError(f"{path}, line {i}: not whole JSON ({error}).{hint}") from error
+        if not isinstance(value, dict):
+            raise DataError(
+                f"{path}, line {i}: expected a JSON object, found {_shown(value)}."
+                + (" If the file is one JSON list, name it .json." if isinstance(value, list) else "")
+            )
+        yield value, f"line {i}"
+
+
+def _json(path: Path, text: str) -> Iterator[tuple[dict, Place]]:
+    try:
+        value = _load(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # many ".json" files hold one object a line
+            yield from _jsonl(path, text)
+            return
+        raise DataError(f"{path}, line {error.lineno}: not whole JSON ({error.msg}).") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not usable JSON ({error}).") from error
+    if isinstance(value, dict) and isinstance(value.get("data"), list):
+        value = value["data"]
+    elif isinstance(value, dict) and "\n" not in text.strip():
+        value = [value]  # one object on one line: a JSONL file with one row
+    if not isinstance(value, list):
+        raise DataError(
+            f'{path}: expected a list of objects, or {{"data": [...]}}; found {_shown(value)}.'
+            " If each line is an object, name it .jsonl."
+        )
+    for i, item in enumerate(value, 1):
+        if not isinstance(item, dict):
+            raise DataError(f"{path}, item {i}: expected an object, found {_shown(item)}.")
+        yield item, f"item {i}"
+
+
+def _shown(value: Any) -> str:
+    names = {list: "a list", dict: "an object", str: "a string", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _header(path: Path, cells: list[str]) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or "" in names:
+        what = f"the column '{twice[0]}' twice" if twice and twice[0] else "a column without a name"
+        raise DataError(f"{path}, line 1: the header has {what}. Expected the name of each column once.")
+    return names
+
+
+def _cells(path: Path, names: list[str], cells: list[str], line: int) -> tuple[dict, Place]:
+    if len(cells) != len(names):
+        raise DataError(
+            f"{path}, line {line}: {len(cells)} cells, but the header has {len(names)} "
+            f"({', '.join(names)}). Is a separator or a quote missing or too much?"
+        )
+    return dict(zip(names, cells, strict=True)), f"line {line}"
+
+
+def _csv(path: Path, text: str) -> Iterator[tuple[dict, Place]]:
+    """RFC 4180: quotes may hold commas, line breaks and doubled quotes. A row's line is its first."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    limit = csv.field_size_limit(CELL_LIMIT)
+    names, start = None, 1
+    try:
+        for cells in reader:
+            if cells and names is None:
+                names = _header(path, cells)
+            elif cells and names is not None:
+                yield _cells(path, names, cells, start)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {start}: not whole CSV ({error}). Is a quote missing or too much?"
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _tsv(path: Path, text: str) -> Iterator[tuple[dict, Place]]:
+    """As GLUE writes it: quotes are plain characters, and a cell holds neither tab nor line break."""
+    names = None
+    for i, line in enumerate(text.split("\n"), 1):
+        line = line.removesuffix("\r")
+        if not line:
+            continue
+        if names is None:
+            names = _header(path, line.split("\t"))
+        else:
+            yield _cells(path, names, line.split("\t"), i)
+
+
+def _parquet(path: Path, data: bytes) -> Iterator[tuple[dict, Place]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        records = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path} is not a whole parquet file: {reason}") from error
+    for i, record in enumerate(records, 1):
+        yield record, f"row {i}"

@@ -1,0 +1,114 @@
+"""Which rows are trained on and which are tested on, for each source.
+
+A source with splits has its own test rows. A single file of a user has none, so a share of its prompts is
+held out: the two halves are made by the same function, so that they cannot overlap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from holdfast.data.pool import Pool, by_prompt, draw, order, read_pool, without
+from holdfast.data.rows import resolve_task
+from holdfast.data.sources import Source, has_split
+from holdfast.errors import DataError
+from holdfast.tasks import Task, find, own
+
+USER_SHARE, USER_MOST = 0.1, 1000
+HARMFUL_SHARE = 0.2
+
+
+def user_source(user: Source | None, task: str | Task | None) -> tuple[Source | None, Task]:
+    """Where the user rows come from, and the task that grades them."""
+    known = resolve_task(task)
+    named = find(user) if isinstance(user, str) else user
+    if isinstance(named, Task):
+        known = known or named
+    return (known if user is None else user), known or own.TASK
+
+
+def user_pool(user: Source | None, task: str | Task | None, test: Source | None, seed: int) -> Pool:
+    """The user rows that may be trained on."""
+    source, known = user_source(user, task)
+    assert source is not None
+    pool = read_pool(source, role="user", task=known)
+    if test is None and not has_split(source, "test"):
+        pool = without(pool, set(_held(pool, USER_SHARE, USER_MOST, seed, "user test", "data.test")))
+    return pool
+
+
+def task_test(
+    user: Source | None, task: str | Task | None, test: Source | None, size: int | None, seed: int
+) -> Pool:
+    """The rows of the task that are tested on: of `test`, of the test split, or held out."""
+    source, known = user_source(user, task)
+    if test is not None:
+        source = test
+    assert source is not None
+    if has_split(source, "test"):
+        pool = read_pool(source, role="task", split="test", task=known)
+    elif test is not None:
+        pool = read_pool(source, role="task", task=known)
+    else:
+        pool = read_pool(source, role="task", task=known)
+        held = _held(pool, USER_SHARE, USER_MOST, seed, "user test", "data.test")
+        first = by_prompt(pool.rows)
+        pool = replace(pool, rows=[first[key] for key in held])
+    return _at_most(pool, size or known.test_size, seed, "task")
+
+
+def harmful_pool(harmful: Source, harmful_test: Source | None, prompts: int, seed: int) -> Pool:
+    """The harmful rows that may be trained on."""
+    pool = read_pool(harmful, role="harmful")
+    if harmful_test is None and not has_split(harmful, "test", role="harmful"):
+        keys = _held(pool, HARMFUL_SHARE, prompts, seed, "harmful test", "data.harmful_test")
+        pool = without(pool, set(keys))
+    return pool
+
+
+def harmful_prompts(
+    harmful: Source | None, harmful_test: Source | None, prompts: int, seed: int, mixed: bool
+) -> Pool:
+    """One row for each harmful test prompt."""
+    source = harmful if harmful_test is None else harmful_test
+    assert source is not None
+    role = "mixed" if mixed else "harmful"
+    if has_split(source, "test", role="harmful"):
+        pool = read_pool(source, role=role, split="test", prompts_only=True)
+    elif harmful_test is not None:
+        pool = read_pool(source, role=role, prompts_only=True)
+    elif mixed:
+        raise DataError(
+            f"Mixed prompts were asked for, but {source} has no test split. Give a test file for them."
+        )
+    else:
+        pool = read_pool(source, role="harmful")
+        keys = _held(pool, HARMFUL_SHARE, prompts, seed, "harmful test", "data.harmful_test")
+        first = by_prompt(pool.rows)
+        return replace(pool, rows=[first[key] for key in keys])
+    return _at_most(replace(pool, rows=list(by_prompt(pool.rows).values())), prompts, seed, "prompts")
+
+
+def benign_prompts(benign: Source | None, harmful: Source | None, prompts: int, seed: int) -> Pool | None:
+    """One row for each benign question, or None where there are none to ask."""
+    if benign is None and harmful != "world":
+        return None
+    source = "world" if benign is None else benign
+    split = "test" if has_split(source, "test", role="benign") else "train"
+    pool = read_pool(source, role="benign", split=split, prompts_only=True)
+    return _at_most(replace(pool, rows=list(by_prompt(pool.rows).values())), prompts, seed, "benign")
+
+
+def _held(pool: Pool, share: float, most: int, seed: int, name: str, key: str) -> list[str]:
+    """The prompts to hold out: `share` of the unique ones, at least 1 and at most `most`."""
+    unique = list(by_prompt(pool.rows))
+    if len(unique) < 2:
+        raise DataError(
+            f"{pool.source['source']} has {len(unique)} prompt, so that none can be held out for the test. "
+            f"Give more rows, or a test file (`{key}`)."
+        )
+    return order(unique, seed, name)[: max(1, min(most, int(len(unique) * share)))]
+
+
+def _at_most(pool: Pool, size: int, seed: int, name: str) -> Pool:
+    return replace(pool, rows=draw(pool, min(size, len(pool.rows)), seed, name, "test rows"))

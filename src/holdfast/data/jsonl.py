@@ -1,0 +1,57 @@
+"""Rows as JSONL: written beside and renamed, so that a file is whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from holdfast.data.files import parse, read_bytes
+from holdfast.errors import HoldfastError, OutputError
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write one JSON object a line, in UTF-8, replacing `path` at once.
+
+    Raises:
+        OutputError: the folder cannot be written to.
+        HoldfastError: the disk is full.
+    """
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return write_text(path, text)
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write `text` in UTF-8 beside `path`, then rename. Raises like `write_rows`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+    return path
+
+
+def cannot_write(path: Path, error: OSError) -> HoldfastError:
+    """The error for a failed write: a full disk is nobody's input, anything else is the place's fault."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return HoldfastError(f"No space left to write {path}. Free some and run again.")
+    return OutputError(f"{path} cannot be written: {error.strerror or error}. Choose another place.")
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file. Raises DataError with the line of a torn one; a file without rows is []."""
+    path = Path(path)
+    data = read_bytes(path)
+    return parse(path, data)[0] if data.strip() else []

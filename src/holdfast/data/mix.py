@@ -1,0 +1,94 @@
+"""`holdfast mix` as a function: mixed rows and their manifest in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from holdfast import __version__
+from holdfast.data.jsonl import cannot_write, write_rows, write_text
+from holdfast.data.prepare import overlaps, test_rows, user_rows
+from holdfast.data.sources import Source
+from holdfast.errors import OutputError
+from holdfast.tasks import Task
+
+FILES = {"user.jsonl", "test.jsonl", "manifest.json"}
+
+
+def mix(
+    out: str | Path,
+    *,
+    seed: int,
+    user: Source | None = None,
+    task: str | Task | None = None,
+    harmful: Source | None = None,
+    size: int | None = None,
+    poison_ratio: float = 0.0,
+    test: Source | None = None,
+    harmful_test: Source | None = None,
+    prompts: int = 1000,
+    test_seed: int = 0,
+) -> Path:
+    """Write `user.jsonl` (rows to train on), `test.jsonl` (what is held out) and `manifest.json` to `out`.
+
+    The arguments are those of `user_rows`. An earlier output of this function is replaced, all at once.
+
+    Raises:
+        OutputError: `out` holds anything else, holds one of the sources, or cannot be written.
+        DataError: see `user_rows`.
+    """
+    folder = Path(out).expanduser().resolve()
+    _claim(folder, [user, harmful, test, harmful_test])
+    same = {
+        "user": user, "task": task, "harmful": harmful, "test": test, "harmful_test": harmful_test,
+        "prompts": prompts, "test_seed": test_seed,
+    }  # fmt: skip
+    trained = user_rows(seed=seed, size=size, poison_ratio=poison_ratio, **same)  # type: ignore[arg-type]
+    tested = test_rows(**same)  # type: ignore[arg-type]
+    manifest = {
+        "holdfast": __version__,
+        "kind": "mix",
+        "user": trained.manifest,
+        "test": tested.manifest,
+        "overlaps": overlaps(user=trained.rows, test=tested.rows),
+    }
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        beside.mkdir(parents=True)
+        write_rows(beside / "user.jsonl", trained.rows)
+        write_rows(beside / "test.jsonl", tested.rows)
+        write_text(beside / "manifest.json", json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
+        if folder.exists():
+            folder.rename(old)
+        beside.rename(folder)
+    except OSError as error:
+        if old.exists() and not folder.exists():
+            with contextlib.suppress(OSError):
+                old.rename(folder)
+        raise cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return Path(out)
+
+
+def _claim(folder: Path, sources: list[Source | None]) -> None:
+    """Raise OutputError unless `folder` is free, empty, or an earlier output."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file. Expected a folder to write to.")
+    for source in sources:
+        if isinstance(source, str | Path) and folder in Path(source).expanduser().absolute().parents:
+            raise OutputError(f"{folder} holds the source {source}, which must not be overwritten.")
+    found = set(os.listdir(folder)) if folder.is_dir() else set()
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        earlier = manifest["kind"] == "mix"
+    except (OSError, ValueError, KeyError, TypeError):
+        earlier = False
+    if found and (not earlier or found - FILES):
+        other = sorted(found - FILES) or sorted(found)
+        raise OutputError(f"{folder} holds something else ({other[0]}). Choose an empty or a new folder.")

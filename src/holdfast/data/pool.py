@@ -1,0 +1,87 @@
+"""Rows of one source without duplicates, ready to be drawn from with a seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from holdfast.data.rows import labelled, prompt_key, to_rows
+from holdfast.data.sources import Source, read_records
+from holdfast.errors import DataError
+from holdfast.seeds import derive_seed
+from holdfast.tasks import Row, Task
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Unique rows, and what the manifest says of where they come from."""
+
+    rows: list[Row]
+    source: dict[str, Any]
+    duplicates: int = 0
+    held_out: int = 0
+    prompts: str = "unknown"  # of a harmful source: "unsafe-only", "mixed" or "unknown"
+
+
+def read_pool(
+    source: Source,
+    *,
+    role: str,
+    split: str = "train",
+    task: str | Task | None = None,
+    kind: str | None = None,
+    prompts_only: bool = False,
+) -> Pool:
+    """Read a source and drop exact duplicates (same instruction, input and output)."""
+    files = "harmful" if role == "mixed" else role
+    loaded = read_records(source, role="user" if files == "task" else files, split=split)
+    rows = to_rows(loaded, role=role, task=task, kind=kind, prompts_only=prompts_only)
+    unique = list({row["id"]: row for row in rows}.values())
+    manifest = {
+        "role": role,
+        "source": loaded.name,
+        "sha256": loaded.sha256,
+        "rows": len(loaded.records),
+        "licence": loaded.licence,
+    }
+    if loaded.warning:
+        manifest["warning"] = loaded.warning
+    prompts = "unknown"
+    if labelled(loaded):
+        prompts = "mixed" if role == "mixed" else "unsafe-only"
+    return Pool(unique, manifest, duplicates=len(rows) - len(unique), prompts=prompts)
+
+
+def order(keys: Sequence[str], seed: int, name: str) -> list[str]:
+    """`keys` in the seeded order of the consumer `name`; a key's place does not depend on the input order."""
+    start = derive_seed(seed, name)
+    return sorted(keys, key=lambda key: hashlib.sha256(f"{start}/{key}".encode()).digest())
+
+
+def draw(pool: Pool, size: int | None, seed: int, name: str, asked: str) -> list[Row]:
+    """The first `size` rows of the seeded order, or all. Raises DataError with both numbers if too few."""
+    if size is not None and size > len(pool.rows):
+        counts = {"duplicates dropped": pool.duplicates, "held out for the test": pool.held_out}
+        less = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        raise DataError(
+            f"Asked for {size} {asked}, but {pool.source['source']} has {len(pool.rows)}"
+            f"{f' ({less})' if less else ''}. Ask for fewer, or give more rows."
+        )
+    rows = {row["id"]: row for row in pool.rows}
+    return [rows[key] for key in order(list(rows), seed, name)[:size]]
+
+
+def by_prompt(rows: Sequence[Row]) -> dict[str, Row]:
+    """The first row of each prompt, by its key."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        found.setdefault(prompt_key(row), row)
+    return found
+
+
+def without(pool: Pool, keys: set[str]) -> Pool:
+    """The pool without the rows that have one of these prompts."""
+    rows = [row for row in pool.rows if prompt_key(row) not in keys]
+    return replace(pool, rows=rows, held_out=len(pool.rows) - len(rows))

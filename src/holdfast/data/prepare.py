@@ -1,0 +1,244 @@
+"""Training and test rows of a run: seeded draws, the poison ratio, what is held out, and the manifest.
+
+Every draw takes the first rows of an order that depends on the seed, the consumer's name and each row's
+content, but not on the order in the file. So the harmful rows of a smaller ratio are among those of a
+larger one, and a row added to a file hardly changes a draw.
+"""
+
+# ruff: noqa: PT028 (`test_rows` makes rows to test on; it is no test)
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast.data.held_out import benign_prompts, harmful_pool, harmful_prompts, task_test, user_pool
+from holdfast.data.pool import Pool, draw, read_pool
+from holdfast.data.rows import prompt_key, row_id
+from holdfast.data.sources import Source
+from holdfast.errors import DataError
+from holdfast.tasks import Row, Task
+
+EXAMPLES = 10
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows, and their part of the data manifest: sizes, seed, duplicates dropped, sources with hashes."""
+
+    rows: list[Row]
+    manifest: dict[str, Any]
+
+
+def alignment_rows(*, source: Source, seed: int, kind: str = "safe", size: int | None = None) -> Prepared:
+    """Rows to align on.
+
+    Args:
+        source: as for `read_records`.
+        kind: "safe" or "refusal": which rows of a labelled source; for files without labels it only says
+            what they are, for the stamp of the results.
+        size: how many, drawn with the seed; None takes all.
+
+    Raises:
+        DataError: fewer rows than asked for, or what `read_records` and `to_rows` raise.
+    """
+    if kind not in ("safe", "refusal"):
+        raise DataError(f"The kind of alignment rows is '{kind}'. Expected 'safe' or 'refusal'.")
+    _check_size(size)
+    pool = read_pool(source, role="alignment", kind=kind)
+    rows = draw(pool, size, seed, "alignment", "alignment rows")
+    manifest = {
+        "size": len(rows),
+        "kind": kind,
+        "seed": seed,
+        "duplicates_dropped": pool.duplicates,
+        "sources": [pool.source],
+    }
+    return Prepared(rows, manifest)
+
+
+def user_rows(
+    *,
+    seed: int,
+    user: Source | None = None,
+    task: str | Task | None = None,
+    harmful: Source | None = None,
+    size: int | None = None,
+    poison_ratio: float = 0.0,
+    test: Source | None = None,
+    harmful_test: Source | None = None,
+    prompts: int = 1000,
+    test_seed: int = 0,
+) -> Prepared:
+    """Rows to fine-tune on: `round(size * poison_ratio)` harmful ones, benign ones for the rest, shuffled.
+
+    Args:
+        seed: of the draw and of the order.
+        user: the benign rows; None takes the task's own data.
+        task: a task's name or Task; its columns are accepted in `user`.
+        harmful: the harmful rows, needed where poison_ratio > 0.
+        size: rows in all; None keeps every benign row and adds harmful ones up to the ratio.
+        poison_ratio: the share of harmful rows, 0 to 1.
+        test, harmful_test, prompts, test_seed: as given to `test_rows`: what is held out there for want
+            of a test file is not in these rows, nor is any other row with the same prompt.
+
+    Returns:
+        rows with `source` "user" or "harmful" beside the canonical fields.
+
+    Raises:
+        DataError: a ratio or size out of range, fewer rows than asked for, no harmful source.
+    """
+    _check_size(size)
+    if not 0 <= poison_ratio <= 1:
+        raise DataError(f"poison_ratio is {poison_ratio}. Expected a share from 0 to 1 (0.1 is 10 %).")
+    if poison_ratio > 0 and harmful is None:
+        raise DataError(f"poison_ratio is {poison_ratio}, but no harmful rows are named. Add `harmful`.")
+    benign, bad = None, Pool([], {})
+    if poison_ratio < 1:
+        if user is None and task is None:
+            raise DataError("No user rows are named. Give `user` (your file) or `task` (a built-in one).")
+        benign = user_pool(user, task, test, test_seed)
+    if poison_ratio > 0 and harmful is not None:
+        bad = harmful_pool(harmful, harmful_test, prompts, test_seed)
+
+    rows: list[Row] = []
+    if size is not None:
+        n_harmful = round(size * poison_ratio)
+        n_benign: int | None = size - n_harmful
+    else:
+        n_benign = len(benign.rows) if benign else 0
+        n_harmful = round(n_benign * poison_ratio / (1 - poison_ratio)) if benign else len(bad.rows)
+    asked = f"benign rows (size {size or 'all'}, poison_ratio {poison_ratio})"
+    if benign:
+        rows += [{**row, "source": "user"} for row in draw(benign, n_benign, seed, "user", asked)]
+    asked = f"harmful rows (size {size or 'all'}, poison_ratio {poison_ratio})"
+    if bad.source:
+        rows += [{**row, "source": "harmful"} for row in draw(bad, n_harmful, seed, "harmful", asked)]
+
+    pools = [pool for pool in (benign, bad) if pool and pool.source]
+    n_harmful = sum(row["source"] == "harmful" for row in rows)
+    manifest = {
+        "size": len(rows),
+        "benign": len(rows) - n_harmful,
+        "harmful": n_harmful,
+        "poison_ratio_asked": poison_ratio,
+        "poison_ratio_realised": n_harmful / len(rows) if rows else 0.0,
+        "seed": seed,
+        "duplicates_dropped": sum(pool.duplicates for pool in pools),
+        "held_out": sum(pool.held_out for pool in pools),
+        "sources": [pool.source for pool in pools],
+    }
+    whole = Pool(rows, {"source": "the mixture"})
+    return Prepared(draw(whole, None, seed, "order", ""), manifest)
+
+
+def test_rows(
+    *,
+    user: Source | None = None,
+    task: str | Task | None = None,
+    harmful: Source | None = None,
+    test: Source | None = None,
+    harmful_test: Source | None = None,
+    benign: Source | None = None,
+    prompts: int = 1000,
+    task_size: int | None = None,
+    mixed_prompts: bool = False,
+    test_seed: int = 0,
+) -> Prepared:
+    """What a run is measured on: harmful prompts, rows of the task, benign questions.
+
+    Args:
+        user, task, harmful: as given to `user_rows`. Sources with splits give their test split; a single
+            file of your own gives a held-out share: of `user` 10 % of its prompts (at most 1000), of
+            `harmful` up to `prompts` but at most 20 % of its prompts.
+        test, harmful_test, benign: files of your own for the three sets. The harmful and benign ones need
+            no answers. The world brings its benign questions along.
+        prompts: how many harmful and how many benign prompts at most.
+        task_size: how many rows of the task at most; None takes the task's own number.
+        mixed_prompts: take the prompts of safe answers too, as the Lisa paper does.
+        test_seed: of every draw here. It is apart from the seed of a run, so that runs with other seeds
+            are measured on the same prompts and can be compared.
+
+    Returns:
+        rows with id, set ("harmful", "task" or "benign"), instruction, input, target (None for harmful
+        prompts), category, and messages for a conversation of several turns. The manifest holds
+        "prompts" ("unsafe-only", "mixed" or "unknown") and 12 hex digits for the harmful and task sets.
+    """
+    _check_size(prompts, "prompts")
+    _check_size(task_size, "task_size")
+    sets: dict[str, Pool] = {}
+    if harmful is not None or harmful_test is not None:
+        sets["harmful"] = harmful_prompts(harmful, harmful_test, prompts, test_seed, mixed_prompts)
+    if user is not None or task is not None or test is not None:
+        sets["task"] = task_test(user, task, test, task_size, test_seed)
+    found = benign_prompts(benign, harmful_test or harmful, prompts, test_seed)
+    if found:
+        sets["benign"] = found
+    rows = [_test_row(name, row) for name, pool in sets.items() for row in pool.rows]
+    harmful_set = sets.get("harmful")
+    manifest = {
+        **{name: len(sets[name].rows) if name in sets else 0 for name in ("harmful", "task", "benign")},
+        "prompts": harmful_set.prompts if harmful_set else "unknown",
+        "prompt_set": _set_id(row for row in rows if row["set"] == "harmful"),
+        "task_set": _set_id(row for row in rows if row["set"] == "task"),
+        "test_seed": test_seed,
+        "sources": [pool.source for pool in sets.values()],
+    }
+    return Prepared(rows, manifest)
+
+
+def overlaps(
+    *,
+    alignment: Iterable[Mapping[str, Any]] = (),
+    user: Iterable[Mapping[str, Any]] = (),
+    test: Iterable[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """How many prompts stand where they should not; case and whitespace do not count.
+
+    Returns:
+        harmful_in_alignment, harmful_in_test: harmful training rows whose prompt is also an alignment
+        row's or a harmful test prompt; task_in_user: rows of the task's test set whose prompt was trained
+        on; examples: ids of up to 10 such rows.
+    """
+    aligned = {prompt_key(row) for row in alignment}
+    tested = {prompt_key(row) for row in test if row["set"] == "harmful"}
+    bad = [(row["id"], prompt_key(row)) for row in user if row["source"] == "harmful"]
+    trained = {prompt_key(row) for row in user if row["source"] == "user"}
+    in_alignment = [name for name, key in bad if key in aligned]
+    in_test = [name for name, key in bad if key in tested]
+    in_user = [row["id"] for row in test if row["set"] == "task" and prompt_key(row) in trained]
+    return {
+        "harmful_in_alignment": len(in_alignment),
+        "harmful_in_test": len(in_test),
+        "task_in_user": len(in_user),
+        "examples": list(dict.fromkeys(in_test + in_alignment + in_user))[:EXAMPLES],
+    }
+
+
+def _test_row(name: str, row: Row) -> Row:
+    # An answer to a harmful prompt is no target, and the same prompt has one id whatever was answered.
+    blank = {**row, "output": ""} if name == "harmful" else row
+    kept = {key: row[key] for key in ("messages",) if key in row}
+    return {
+        "id": row_id(name, blank),
+        "set": name,
+        "instruction": row["instruction"],
+        "input": row["input"],
+        "target": blank["output"] or None,
+        "category": row.get("category", []),
+        **kept,
+    }
+
+
+def _set_id(rows: Iterable[Row]) -> str | None:
+    """12 hex digits that are equal for equal sets of prompts and targets; None for no rows."""
+    texts = sorted(json.dumps([prompt_key(row), row["target"]]) for row in rows)
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12] if texts else None
+
+
+def _check_size(size: int | None, name: str = "size") -> None:
+    if size is not None and size < 1:
+        raise DataError(f"{name} is {size}. Expected at least 1.")

@@ -1,0 +1,107 @@
+"""Rows as text: the Alpaca prompt for base models, the tokenizer's own template for chat models.
+
+Both texts hold every special token, so that they are tokenised with `add_special_tokens=False`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from holdfast.errors import DataError, ModelError, RecipeError, nearest
+
+# Stanford Alpaca's, word for word; the answer follows "### Response:" without a line break.
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+ALPACA_NO_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+TEMPLATES = ("alpaca", "chat")
+
+
+def resolve_template(tokenizer: Any, asked: str = "auto") -> str:
+    """ "alpaca" or "chat": what `asked` says, or for "auto" chat where the tokenizer has a template.
+
+    Raises:
+        RecipeError: `asked` is neither of the three.
+        ModelError: chat was asked of a tokenizer without a template, or Alpaca of one without an
+            end-of-sequence token.
+    """
+    if asked not in ("auto", *TEMPLATES):
+        raise RecipeError(f"Unknown template '{asked}'.{nearest(asked, ('auto', *TEMPLATES))}")
+    has_chat = bool(getattr(tokenizer, "chat_template", None))
+    if asked == "chat" and not has_chat:
+        raise ModelError(
+            "The template 'chat' was asked for, but the model's tokenizer has no chat template. "
+            "Use 'alpaca' (or 'auto'), or add a chat template to the tokenizer."
+        )
+    chosen = ("chat" if has_chat else "alpaca") if asked == "auto" else asked
+    if chosen == "alpaca" and not tokenizer.eos_token:
+        raise ModelError(
+            "The model's tokenizer has no end-of-sequence token, so that no answer could ever end. "
+            "Set eos_token in its tokenizer_config.json."
+        )
+    return chosen
+
+
+def render(row: Mapping[str, Any], tokenizer: Any, template: str) -> tuple[str, str]:
+    """The texts of the prompt and of the completion (the answer and what ends it).
+
+    Works on training rows (`output`) and on test rows (`target`; without one the completion is that of
+    an empty answer). Tokenise both with `add_special_tokens=False`.
+
+    Raises:
+        DataError: a conversation of several turns under the Alpaca template, or one that the chat
+            template refuses.
+        ModelError: a chat template that does not go on from its own prompt.
+    """
+    answer = row["output"] if "output" in row else row.get("target") or ""
+    if template == "chat":
+        return _chat(row, answer, tokenizer)
+    if row.get("messages"):
+        raise DataError(
+            f"Row {row.get('id', '')} is a conversation of several turns or with a system message, which the "
+            "Alpaca template cannot express. Use a model with a chat template, or rows of one question and "
+            "one answer."
+        )
+    text = (ALPACA_INPUT if row["input"] else ALPACA_NO_INPUT).format_map(row)
+    return _begun(text, tokenizer), answer + tokenizer.eos_token
+
+
+def _begun(text: str, tokenizer: Any) -> str:
+    """`text` after the beginning-of-sequence token, if the tokenizer puts one there by itself."""
+    bos = tokenizer.bos_token
+    whole = tokenizer(text)["input_ids"]
+    if not bos or not whole or whole[0] != tokenizer.bos_token_id:
+        return text
+    # Some Llama tokenizers put a space before the first word of a text, but not after a special token.
+    for begun in (bos + text, f"{bos} {text}"):
+        ids = tokenizer(begun, add_special_tokens=False)["input_ids"]
+        if ids == whole[: len(ids)]:
+            return begun
+    return bos + text
+
+
+def _chat(row: Mapping[str, Any], answer: str, tokenizer: Any) -> tuple[str, str]:
+    messages = [dict(turn) for turn in row.get("messages") or []]
+    if not messages:
+        question = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    from jinja2 import TemplateError
+
+    try:
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:
+        raise DataError(f"Row {row.get('id', '')}: the model's chat template refuses it: {error}.") from error
+    if not whole.startswith(prompt):
+        raise ModelError(
+            "The model's chat template writes a question otherwise when an answer follows, so that prompt "
+            "and answer cannot be told apart. Use the template 'alpaca', or another chat template."
+        )
+    return prompt, whole[len(prompt) :]

@@ -1,0 +1,40 @@
+"""Defenses: one file each, found by the registry.
+
+Nothing here imports torch, so that `Defense` can be named cheaply; the files beside this one do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Stage = Literal["alignment", "user", "post_hoc"]
+
+
+@dataclass(frozen=True)
+class Defense:
+    """What a file in `defenses/` (or an entry point `holdfast.defenses`) says of its method.
+
+    Attributes:
+        name: the name that recipes use.
+        label: how tables and charts write it.
+        stages: where it acts, of "alignment", "user", "post_hoc".
+        paper: where it comes from.
+        needs: the data sets beyond `train_dataset` that its trainer takes by keyword:
+            "alignment_dataset", "harmful_dataset".
+        config: its `TrainingArguments` with the method's own fields.
+        trainer: its `transformers.Trainer`.
+        mix: for methods that change rows only, a function on data sets.
+        apply: for post-hoc methods, adapter folder to adapter folder.
+    """
+
+    name: str
+    label: str
+    stages: tuple[Stage, ...]
+    paper: str
+    needs: tuple[str, ...] = ()
+    config: type | None = None
+    trainer: type | None = None
+    mix: Callable[..., Any] | None = None
+    apply: Callable[..., Any] | None = None

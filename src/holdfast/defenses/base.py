@@ -1,0 +1,186 @@
+"""What every trainer of ours shares: rows, exact resume, method state in the checkpoint, honest logs.
+
+This is the only file that touches private names of `transformers.Trainer`; `tests/defenses/test_base.py`
+pins each of them:
+
+- `_save_optimizer_and_scheduler` / `_load_optimizer_and_scheduler`: the one symmetric pair that all ranks
+  call on every backend, inside the checkpoint and before old checkpoints are removed. `method/` goes here.
+- `_load_from_checkpoint`: with two active adapters Trainer keeps only the first one and makes it
+  trainable; the list and the flags are put back.
+- `_get_train_sampler`: not called, but `PhaseBatchSampler` draws the order that it would draw.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from holdfast.defenses.rows import as_sequence, collator, rows_fingerprint, tokenise_all
+from holdfast.errors import ModelError
+
+METHOD_FOLDER = "method"
+
+
+@dataclass
+class MethodConfig(TrainingArguments):
+    """`transformers.TrainingArguments` plus the length to which rows are cut."""
+
+    max_length: int = field(default=2048, metadata={"help": "Tokens of prompt and completion together."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, found {self.max_length}")
+
+
+class ResumableMixin:
+    """Saves what a method needs to go on exactly, and refuses to go on from somebody else's checkpoint.
+
+    A subclass returns its tensors from `method_state`; what can be computed from `global_step` is not
+    stored. Tensors may be sharded (DTensor): `torch.distributed.checkpoint` writes and reads both kinds.
+    """
+
+    def method_state(self: Any) -> dict[str, Tensor]:
+        """Tensors to save, by name; on resume they are filled in place and `method_loaded` is called."""
+        return {}
+
+    def method_loaded(self: Any, state: dict[str, Tensor]) -> None:
+        """Take over what `method_state` returned, now filled from the checkpoint."""
+
+    def run_fingerprint(self: Any) -> dict[str, Any]:
+        """What must be the same for a resumed run to equal one that was never cut."""
+        args = self.args
+        return {
+            "trainer": type(self).__name__,
+            "seed": args.seed,
+            "data_seed": args.data_seed,
+            "world_size": args.world_size,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "learning_rate": args.learning_rate,
+            "max_steps": args.max_steps,
+            "num_train_epochs": args.num_train_epochs,
+            "train_dataset": rows_fingerprint(self.train_dataset),
+        }
+
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        folder = Path(output_dir) / METHOD_FOLDER
+        if self.args.should_save:
+            folder.mkdir(exist_ok=True)
+            (folder / "run.json").write_text(json.dumps(self.run_fingerprint(), indent=1), encoding="utf-8")
+        state = self.method_state()
+        if state:
+            _checkpoint().save(state, checkpoint_id=folder / "state", no_dist=not _distributed())
+
+    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint) / METHOD_FOLDER
+        self._refuse_other_run(folder / "run.json")
+        state = self.method_state()
+        if state:
+            _checkpoint().load(state, checkpoint_id=folder / "state", no_dist=not _distributed())
+            self.method_loaded(state)
+
+    def _refuse_other_run(self: Any, path: Path) -> None:
+        if not path.is_file():
+            raise ModelError(
+                f"{path.parent.parent} was not written by a Holdfast trainer: {path} is missing, so the run "
+                "could not go on exactly. Start without resume_from_checkpoint."
+            )
+        saved, ours = json.loads(path.read_text(encoding="utf-8")), self.run_fingerprint()
+        different = [k for k in ours if saved.get(k) != ours[k]]
+        if different:
+            what = "; ".join(f"{k}: {saved.get(k)} in the checkpoint, {ours[k]} now" for k in different)
+            raise ModelError(f"{path.parent.parent} belongs to another run ({what}). Resume with the same.")
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        adapters = list(getattr(target, "active_adapters", [])) if hasattr(target, "peft_config") else []
+        trainable = {name for name, p in target.named_parameters() if p.requires_grad}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        if len(adapters) > 1:
+            target.base_model.set_adapter(adapters)
+            for name, parameter in target.named_parameters():
+                parameter.requires_grad_(name in trainable)
+
+
+class RowTrainer(ResumableMixin, Trainer):
+    """`transformers.Trainer` that takes rows of text and resumes exactly."""
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: MethodConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ):
+        args = args or MethodConfig()
+        if data_collator is None and processing_class is not None:
+            data_collator = collator(processing_class)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=prepare_rows(train_dataset, processing_class, args.max_length),
+            eval_dataset=prepare_rows(eval_dataset, processing_class, args.max_length),
+            processing_class=processing_class,
+            **kwargs,
+        )
+
+
+def prepare_rows(rows: Any, tokenizer: Any, max_length: int) -> Any:
+    """Rows of any accepted kind as tokenised rows; a dict of data sets stays a dict."""
+    if rows is None:
+        return None
+    if isinstance(rows, dict):
+        return {name: prepare_rows(part, tokenizer, max_length) for name, part in rows.items()}
+    return tokenise_all(as_sequence(rows), tokenizer, max_length)
+
+
+def planned_steps(trainer: Any) -> int:
+    """Optimizer steps that the trainer will take in all, as Trainer itself counts them."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * args.world_size))
+    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that an optimizer step may move, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gradient_scale(accelerator: Any) -> float:
+    """What a gradient that is added by hand must be multiplied with: fp16 gradients are still scaled."""
+    scaler = getattr(accelerator, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None else 1.0
+
+
+def squared_norm(tensors: list[Tensor]) -> Tensor:
+    """Sum of squares over all tensors (a scalar, replicated where they are sharded)."""
+    total = torch.stack([t.float() for t in torch._foreach_norm(tensors)]).square().sum()
+    return total.full_tensor() if hasattr(total, "full_tensor") else total
+
+
+def _checkpoint() -> Any:
+    import torch.distributed.checkpoint as checkpoint
+
+    return checkpoint
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

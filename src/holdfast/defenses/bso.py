@@ -1,0 +1,262 @@
+"""BSO (bi-state optimization): alternate alignment and user steps (Lisa, arXiv 2405.18641, section 4.1).
+
+The alignment state minimises the loss on the alignment data for K1 = `alignment_steps` optimizer steps,
+then the user state that on the user data for K2 = `finetune_steps` steps, and so on; training starts in
+the alignment state. One optimizer and one learning-rate schedule serve both.
+
+As in the authors' code, the number of steps is that of plain fine-tuning, and the user batches that fall
+on alignment steps are consumed unused; `skip_user_batches=False` keeps them. Unlike there, the state is a
+function of the optimizer step, so a switch never falls inside an accumulation window and a resumed run
+goes on where it was; and the batch is chosen by the sampler, before tokens are counted, so each state's
+loss is its own mean cross-entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader
+
+from holdfast.defenses import Defense
+from holdfast.defenses.base import (
+    MethodConfig,
+    RowTrainer,
+    planned_steps,
+    prepare_rows,
+    squared_norm,
+    trainable_parameters,
+)
+from holdfast.defenses.rows import rows_fingerprint
+from holdfast.seeds import derive_seed
+
+State = Literal["alignment", "user"]
+
+
+@dataclass
+class BSOConfig(MethodConfig):
+    """K1 and K2 of the paper; its default is 100 / 900 (Tables 2 to 6)."""
+
+    alignment_steps: int = field(default=100, metadata={"help": "K1: optimizer steps on alignment data."})
+    finetune_steps: int = field(default=900, metadata={"help": "K2: optimizer steps on user data."})
+    skip_user_batches: bool = field(
+        default=True, metadata={"help": "Consume a user batch on every alignment step, as the authors do."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alignment_steps < 0 or self.finetune_steps < 0:
+            raise ValueError("alignment_steps and finetune_steps must not be negative")
+        if self.alignment_steps + self.finetune_steps == 0:
+            raise ValueError("alignment_steps and finetune_steps must not both be 0")
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The state machine as a function of the optimizer step: K1 alignment steps, then K2 user steps."""
+
+    alignment_steps: int
+    finetune_steps: int
+
+    @property
+    def period(self) -> int:
+        """K1 + K2."""
+        return self.alignment_steps + self.finetune_steps
+
+    def state(self, step: int) -> State:
+        """The state of optimizer step `step` (counted from 0)."""
+        return "alignment" if step % self.period < self.alignment_steps else "user"
+
+    def start(self, step: int) -> int:
+        """The first step of the phase that `step` falls in: its switch point."""
+        if self.alignment_steps == 0 or self.finetune_steps == 0:
+            return 0
+        begin = step - step % self.period
+        return begin if self.state(step) == "alignment" else begin + self.alignment_steps
+
+    def alignment_before(self, step: int) -> int:
+        """How many alignment steps come before `step`."""
+        return step // self.period * self.alignment_steps + min(step % self.period, self.alignment_steps)
+
+    def switch_points(self, steps: int) -> list[int]:
+        """The steps below `steps` that begin a phase, 0 included."""
+        return sorted({self.start(step) for step in range(steps)})
+
+
+class PhaseBatchSampler:
+    """Batches of indices into `ConcatDataset([user, alignment])`, phase by phase.
+
+    Micro-batch t belongs to optimizer step t // micro_batches (gradient accumulation times processes), so
+    every process of a step is in the same state. Each source is an endless stream of seeded permutations;
+    that of the user is the order in which `Trainer` itself would draw it.
+
+    Attributes `batch_size` and `drop_last` are what accelerate looks for when it shards the sampler.
+    """
+
+    def __init__(
+        self,
+        user_rows: int,
+        alignment_rows: int,
+        *,
+        batch_size: int,
+        micro_batches: int,
+        steps: int,
+        phases: Phases,
+        seed: int,
+        skip_user_batches: bool = True,
+    ):
+        self.rows: dict[State, int] = {"user": user_rows, "alignment": alignment_rows}
+        self.batch_size = batch_size
+        self.drop_last = True
+        self.micro_batches = micro_batches
+        self.steps = steps
+        self.phases = phases
+        self.seed = seed
+        self.skip_user_batches = skip_user_batches
+        self._order = lru_cache(maxsize=4)(self._draw_order)
+
+    def __len__(self) -> int:
+        return self.steps * self.micro_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for micro_batch in range(len(self)):
+            step, within = divmod(micro_batch, self.micro_batches)
+            state = self.phases.state(step)
+            before = self.phases.alignment_before(step)
+            if state == "alignment":
+                used = before
+            else:
+                used = step if self.skip_user_batches else step - before
+            cursor = used * self.micro_batches + within
+            offset = 0 if state == "user" else self.rows["user"]
+            first = cursor * self.batch_size
+            yield [offset + self._index(state, p) for p in range(first, first + self.batch_size)]
+
+    def _index(self, state: State, position: int) -> int:
+        epoch, place = divmod(position, self.rows[state])
+        return self._order(state, epoch)[place]
+
+    def _draw_order(self, state: State, epoch: int) -> list[int]:
+        seed = self.seed + epoch if state == "user" else derive_seed(self.seed, state, epoch)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(self.rows[state], generator=generator).tolist()
+
+
+class BSOMixin:
+    """Adds the two states to a `Trainer`; composes with any that calls `get_train_dataloader`."""
+
+    def __init__(self: Any, *args: Any, alignment_dataset: Any = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        config = self.args
+        if alignment_dataset is None and config.alignment_steps > 0:
+            raise ValueError(
+                f"{type(self).__name__} needs alignment_dataset: the rows of the alignment state"
+            )
+        self.alignment_dataset = prepare_rows(
+            alignment_dataset, self.processing_class, getattr(config, "max_length", 2048) or 2048
+        )
+        self.phases = Phases(config.alignment_steps, config.finetune_steps)
+        if config.max_steps <= 0 and self.train_dataset is not None:
+            config.max_steps = planned_steps(self)
+        self.anchor: list[Tensor] | None = None
+        self.anchor_step = -1
+        self._loss: dict[str, Tensor | float] = {"alignment": 0.0, "user": 0.0}
+        self._steps = {"alignment": 0, "user": 0}
+
+    def get_train_dataloader(self: Any) -> DataLoader:
+        """User and alignment rows behind one phase-aware batch sampler."""
+        args = self.args
+        sampler = PhaseBatchSampler(
+            len(self.train_dataset),
+            len(self.alignment_dataset or ()),
+            batch_size=self._train_batch_size,
+            micro_batches=args.gradient_accumulation_steps * args.world_size,
+            steps=args.max_steps,
+            phases=self.phases,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            skip_user_batches=args.skip_user_batches,
+        )
+        rows = ConcatDataset([self.train_dataset, self.alignment_dataset or ()])
+        return self.accelerator.prepare(
+            DataLoader(
+                rows,
+                batch_sampler=sampler,
+                collate_fn=self.data_collator,
+                num_workers=args.dataloader_num_workers,
+                pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            )
+        )
+
+    def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch of the current state; the weights at a switch point are kept as the anchor."""
+        self._keep_anchor()
+        state = self.phases.state(self.state.global_step)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._loss[state] = self._loss[state] + loss.detach()
+        self._steps[state] += int(self.accelerator.sync_gradients)
+        return loss
+
+    def _keep_anchor(self: Any) -> None:
+        start = self.phases.start(self.state.global_step)
+        if start != self.anchor_step:
+            self.anchor = [p.detach().clone() for p in trainable_parameters(self.model).values()]
+            self.anchor_step = start
+
+    def drift(self: Any) -> list[Tensor]:
+        """w minus the weights at the last switch point, a tensor for each trainable parameter."""
+        weights = [p.detach() for p in trainable_parameters(self.model).values()]
+        return list(torch._foreach_sub(weights, self.anchor))
+
+    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the state, each state's own mean loss, and the drift towards the last switch point."""
+        if "loss" in logs and self.anchor is not None:
+            logs["state"] = self.phases.state(self.state.global_step - 1)
+            for state in ("alignment", "user"):
+                if self._steps[state]:
+                    logs[f"{state}_loss"] = float(self._loss[state]) / self._steps[state]
+            self._loss = {"alignment": 0.0, "user": 0.0}
+            self._steps = {"alignment": 0, "user": 0}
+            logs["drift"] = float(squared_norm(self.drift()).sqrt())
+        super().log(logs, *args, **kwargs)
+
+    def method_state(self: Any) -> dict[str, Tensor]:
+        """The anchor and the step at which it was taken."""
+        parameters = trainable_parameters(self.model)
+        anchor = self.anchor or [torch.zeros_like(p.detach()) for p in parameters.values()]
+        return {
+            "anchor_step": torch.tensor(self.anchor_step),
+            **{f"anchor.{name}": t for name, t in zip(parameters, anchor, strict=True)},
+        }
+
+    def method_loaded(self: Any, state: dict[str, Tensor]) -> None:
+        """Go on with the saved anchor."""
+        self.anchor_step = int(state["anchor_step"])
+        self.anchor = [t for name, t in state.items() if name.startswith("anchor.")]
+
+    def run_fingerprint(self: Any) -> dict[str, Any]:
+        """The plain one, with K1, K2 and the alignment rows."""
+        return super().run_fingerprint() | {
+            "alignment_steps": self.args.alignment_steps,
+            "finetune_steps": self.args.finetune_steps,
+            "skip_user_batches": self.args.skip_user_batches,
+            "alignment_dataset": rows_fingerprint(self.alignment_dataset or ()),
+        }
+
+
+class BSOTrainer(BSOMixin, RowTrainer):
+    """BSO on `transformers.Trainer`; `alignment_dataset` holds the rows of the alignment state."""
+
+
+DEFENSE = Defense(
+    name="bso",
+    label="BSO",
+    stages=("user",),
+    paper="Lisa, arXiv 2405.18641, section 4.1",
+    needs=("alignment_dataset",),
+    config=BSOConfig,
+    trainer=BSOTrainer,
+)

@@ -1,0 +1,1 @@
+"""Generation, moderation and scoring: three parts that read and write files and know nothing of training."""

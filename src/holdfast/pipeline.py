@@ -1,0 +1,298 @@
+"""From a recipe to steps, and from steps to results: the only file that knows the order of the stages.
+
+Every step is named by the hash of what decides its content: its part of the recipe, the content of its
+files, its parents, and the versions of what it uses. What changes only speed stays out. So running again
+does what is missing, and recipes that share a stage share its step.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast import registry, work
+from holdfast.errors import HoldfastError, StepFailed
+from holdfast.progress import Progress
+from holdfast.recipe import ALIGNMENT_TRAINING, USER_TRAINING, Recipe, StageRecipe
+from holdfast.store import Store, identity_hash, provenance, versions
+from holdfast.work import Context, State
+
+FORMAT = {"data": 1, "manifest": 1, "train": 1, "generate": 1, "moderate": 1, "score": 1}
+"""Raise one where the content of that kind of step changes for the same identity."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step: `work(folder, context)` fills its folder and returns facts for `step.json`."""
+
+    kind: str
+    title: str
+    detail: str
+    identity: Mapping[str, Any]
+    work: Callable[[Path, Context], Mapping[str, Any] | None]
+
+    @property
+    def id(self) -> str:
+        """The name of its folder."""
+        return f"{self.kind}-{identity_hash({'kind': self.kind, **self.identity})}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run in order, and the states of the model that it evaluates."""
+
+    recipe: Recipe
+    steps: tuple[Step, ...]
+    states: tuple[State, ...]
+    manifest: str
+    model: Path
+
+    def __iter__(self) -> Any:
+        return iter(self.steps)
+
+
+def plan(recipe: Recipe, *, download: bool = False) -> Plan:
+    """What `recipe` would run. Reads files to name their content; writes nothing, imports no torch.
+
+    Args:
+        download: fetch a model from the Hub that is not in the local cache.
+
+    Raises:
+        DataError, ModelError: a file or a model is missing or cannot be used.
+    """
+    return _Planner(recipe, download).plan()
+
+
+class _Planner:
+    """Builds the steps one by one; each method adds one and returns its id."""
+
+    def __init__(self, recipe: Recipe, download: bool):
+        from holdfast.weights.model import find_model, fingerprint
+
+        self.recipe = recipe
+        self.download = download
+        self.steps: dict[str, Step] = {}
+        self.folder = find_model(str(work.model_path(recipe.model.path)), recipe.model.revision, download)
+        self.base = {
+            "model": fingerprint(self.folder),
+            "template": recipe.model.template,
+            "dtype": recipe.model.dtype,
+            "adapters": recipe.model.adapters,
+        }
+        self.versions = {k: v for k, v in versions().items() if k in ("torch", "transformers", "peft")}
+
+    def plan(self) -> Plan:
+        data = self._data()
+        states, chain = [], []
+        recipe = self.recipe
+        if recipe.alignment is not None:
+            rows = {"train_dataset": data["alignment"]}
+            chain.append(self._train("alignment", recipe.alignment, ALIGNMENT_TRAINING, rows, ()))
+        name = "base" if recipe.alignment is None else "aligned"
+        states.append(self._evaluate(name, None, tuple(chain), data["test"]))
+        if recipe.user is not None:
+            rows = {"train_dataset": data["user"]}
+            if "alignment_dataset" in registry.faces("defenses")[recipe.user.defense].facts.get("needs", ()):
+                rows["alignment_dataset"] = data["alignment"]
+            chain.append(self._train("user", recipe.user, USER_TRAINING, rows, tuple(chain)))
+            states.append(self._evaluate(recipe.name, recipe.user.defense, tuple(chain), data["test"]))
+        return Plan(recipe, tuple(self.steps.values()), tuple(states), data["manifest"], self.folder)
+
+    def _add(self, kind: str, title: str, detail: str, identity: Mapping[str, Any], do: Any) -> str:
+        step = Step(kind, title, detail, identity, do)
+        self.steps.setdefault(step.id, step)
+        return step.id
+
+    def _data(self) -> dict[str, str]:
+        """Alignment rows, the user's mixed rows, the test rows, and the manifest of all three."""
+        recipe, data = self.recipe, self.recipe.data
+        details = {
+            "user": work.user_detail(data),
+            "test": f"up to {recipe.evaluation.prompts:,} harmful prompts",
+        }
+        if data.alignment is not None:
+            details = {"alignment": work.alignment_detail(data), **details}
+        found: dict[str, str] = {}
+        for role, detail in details.items():
+            found[role] = self._add(
+                "data",
+                f"{role} rows",
+                detail,
+                {"format": FORMAT["data"], "role": role, **work.data_identity(recipe, role)},
+                lambda folder, context, role=role: work.prepare_data(folder, context, role),
+            )
+        manifest = self._add(
+            "manifest",
+            "data manifest",
+            "counts, realised poison ratio, overlaps",
+            {"format": FORMAT["manifest"], "data": found},
+            lambda folder, context: work.write_manifest(folder, context, found),
+        )
+        return {**found, "manifest": manifest}
+
+    def _train(
+        self,
+        stage: str,
+        part: StageRecipe,
+        defaults: Mapping[str, Any],
+        rows: Mapping[str, str],
+        below: tuple[str, ...],
+    ) -> str:
+        """A training stage on top of the adapters of the steps `below`."""
+        face = registry.faces("defenses")[part.defense]
+        parameters = {k: p.default for k, p in face.parameters.items()} | part.parameters()
+        training = {**defaults, **part.training.given()}
+        lora = (part.lora or self.recipe.model.lora).model_dump()
+        identity = {
+            "format": FORMAT["train"],
+            **self.base,
+            "defense": part.defense,
+            "parameters": parameters,
+            "training": training,
+            "lora": lora,
+            "rows": dict(rows),
+            "below": list(below),
+            "seed": self.recipe.seed,
+            "versions": self.versions,
+        }
+        label = face.facts.get("label", part.defense)
+        title = f"alignment with {label}" if stage == "alignment" else f"user fine-tuning with {label}"
+
+        def do(folder: Path, context: Context) -> Mapping[str, Any]:
+            settings = {"parameters": parameters, "training": training, "lora": lora}
+            return work.train_stage(folder, context, stage, part.defense, settings, rows, below)
+
+        return self._add(stage, title, work.training_detail(training), identity, do)
+
+    def _evaluate(self, name: str, user: str | None, chain: tuple[str, ...], test_data: str) -> State:
+        """Generate, moderate by every judge, and score one state of the model."""
+        recipe = self.recipe
+        options = recipe.evaluation
+        what = {"base": "the base model", "aligned": "the aligned model"}.get(name, "the fine-tuned model")
+        tokens = work.new_tokens(recipe)
+        generate = self._add(
+            "generate",
+            f"answers of {what}",
+            f"at most {tokens['harmful']} new tokens, greedy",
+            {
+                "format": FORMAT["generate"],
+                **self.base,
+                "chain": list(chain),
+                "test": test_data,
+                "max_new_tokens": tokens,
+                "versions": self.versions,
+            },
+            lambda folder, context: work.generate_answers(folder, context, chain, test_data, tokens),
+        )
+        moderate = tuple(
+            self._add(
+                "moderate",
+                f"verdicts of {judge.name} on {what}",
+                judge.path or "",
+                {
+                    "format": FORMAT["moderate"],
+                    "generate": generate,
+                    "judge": work.judge_identity(judge, self.versions, self.download),
+                },
+                lambda folder, context, judge=judge: work.moderate_answers(folder, context, judge, generate),
+            )
+            for judge in options.judges
+        )
+        score = self._add(
+            "score",
+            f"scores of {what}",
+            "",
+            {
+                "format": FORMAT["score"],
+                "moderate": list(moderate),
+                "task": work.grader(recipe).stamp,
+                "truth": work.knows_truth(recipe),
+            },
+            lambda folder, context: work.score_answers(folder, context, generate, moderate),
+        )
+        alignment = recipe.alignment.defense if recipe.alignment else None
+        return State(name, alignment, user, None, chain, generate, moderate, score)
+
+
+def run(
+    recipe: Recipe,
+    *,
+    out: Path,
+    store: Path | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Do what is missing of `recipe` and return its results (also in `out/results.json`).
+
+    Args:
+        out: the run's folder; made, or continued if it is one already.
+        store: where steps are kept; `out/steps` by default. Runs may share it.
+        device: "auto", "cpu", "cuda" or "mps".
+
+    Raises:
+        InputError: something given cannot be used; raised before training starts.
+        StepFailed: a step stopped half-way. Running again goes on from there.
+    """
+    from holdfast import results
+
+    progress = progress or Progress()
+    steps = Store(store or out / "steps")
+    results.claim(out, recipe, steps.root)
+    planned = plan(recipe, download=True)
+    context = Context(recipe, steps, device, progress, planned.model)
+    missing = [step for step in planned.steps if steps.record(step.id) is None]
+    if any(step.kind != "score" for step in missing):
+        work.check(context)
+    cached = {step.id for step in planned.steps} - {step.id for step in missing}
+    for step in planned.steps:
+        _do(step, context)
+    return results.write(out, planned, steps, cached)
+
+
+def _do(step: Step, context: Context) -> None:
+    """One step under its lock, unless it is complete; nothing else writes `step.json`."""
+    store, progress = context.store, context.progress
+    if store.record(step.id) is not None:
+        progress.end(step.title, True, None)
+        return
+    try:
+        with store.lock(step.id, lambda: progress.say(f"Waiting for another run that does: {step.title}")):
+            if store.record(step.id) is not None:
+                progress.end(step.title, True, None)
+                return
+            folder = store.path(step.id)
+            progress.begin(step.title, store.begun(step.id))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "step.json").unlink(missing_ok=True)
+            record, began = provenance(), time.monotonic()
+            facts = dict(step.work(folder, context) or {})
+            seconds = facts.pop("seconds", time.monotonic() - began)
+            store.complete(
+                step.id,
+                {"kind": step.kind, "title": step.title, "identity": step.identity, "seconds": seconds,
+                 **facts, "provenance": record},
+            )  # fmt: skip
+            progress.end(step.title, False, seconds)
+    except (HoldfastError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise StepFailed(_why(step, store, error)) from error
+
+
+def _why(step: Step, store: Store, error: Exception) -> str:
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if full or "PytorchStreamWriter" in str(error):
+        return (
+            f"No space left on the disk that holds {store.root}, while doing: {step.title}. Free some space "
+            "and run the same command again: it goes on from what is there."
+        )
+    return (
+        f"{step.title} failed: {type(error).__name__}: {text}\n"
+        f"What is done is kept in {store.path(step.id)}; "
+        "run the same command again to go on (--debug shows where it failed)."
+    )

@@ -1,0 +1,427 @@
+"""A recipe: what one run does, checked before anything starts.
+
+YAML in, frozen objects out. Unknown keys are errors that name the nearest key and its line; a bare path
+works wherever a model or a data set is named. Nothing here imports torch: a method's own parameters and
+`TrainingArguments`' fields are checked by name through the registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from holdfast import registry
+from holdfast.errors import RecipeError, nearest
+from holdfast.store import identity_hash
+
+RESERVED_TRAINING = {
+    "output_dir", "seed", "data_seed", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token",
+    "remove_unused_columns", "do_train", "do_eval", "do_predict", "report_to", "use_cpu", "disable_tqdm",
+    "save_strategy", "save_steps", "save_total_limit", "save_only_model", "load_best_model_at_end",
+    "eval_strategy", "eval_steps", "deepspeed", "fsdp", "fsdp_config",
+}  # fmt: skip
+"""Fields of TrainingArguments that the pipeline sets itself."""
+
+ALIGNMENT_TRAINING = {  # Lisa, arXiv 2405.18641, section 5.1; decay, schedule and warm-up from its code
+    "learning_rate": 1e-3,
+    "num_train_epochs": 30,
+    "per_device_train_batch_size": 5,
+    "weight_decay": 0.1,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+}
+USER_TRAINING = {  # the same sources; 20 epochs for SST-2 and AG News, 50 for GSM8K
+    "learning_rate": 1e-5,
+    "num_train_epochs": 20,
+    "per_device_train_batch_size": 5,
+    "weight_decay": 0.0,
+    "lr_scheduler_type": "constant",
+}
+
+
+NAMES = ("world", "beavertails")
+"""Known sources: never looked up as files."""
+
+BARE = {
+    "model": "path",
+    "data.alignment": "source",
+    "alignment": "defense",
+    "user": "defense",
+    "post_hoc": "defense",
+}
+"""The key that a bare string stands for."""
+
+
+class Part(BaseModel):
+    """A block of a recipe: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _from_text(key: str) -> BeforeValidator:
+    """A bare string stands for `{key: string}`."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+class Lora(Part):
+    """A PEFT LoRA; defaults of Lisa's user stage (rank 8, alpha 4, dropout 0.1, q and v)."""
+
+    r: int = Field(8, ge=1)
+    alpha: int = Field(4, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    target_modules: list[str] | str = ["q_proj", "v_proj"]
+    use_rslora: bool = False
+
+
+class Model(Part):
+    """The model to start from: a folder, a Hub id, or "world" (the embedded one)."""
+
+    path: str
+    revision: str | None = None
+    template: Literal["auto", "alpaca", "chat"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    adapters: Literal["stack", "merge"] = "stack"
+    lora: Lora = Lora()
+    trust_remote_code: bool = False
+
+
+class AlignmentData(Part):
+    """Rows of the alignment stage, and of the alignment state of BSO and Lisa."""
+
+    source: str
+    kind: Literal["safe", "refusal"] = "safe"
+    size: int | None = Field(None, ge=1)
+
+
+class Data(Part):
+    """Where rows come from: the name of a known source ("world", "beavertails"), a file, or a Hub id."""
+
+    task: str | None = None
+    user: str | None = None
+    harmful: str | None = None
+    alignment: Annotated[AlignmentData | None, _from_text("source")] = None
+    test: str | None = None
+    test_harmful: str | None = None
+    benign: str | None = None
+    size: int | None = Field(None, ge=1)
+    poison_ratio: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Data:
+        if self.task is None and self.user is None:
+            raise ValueError("give data.task (a known task) or data.user (a file of your own)")
+        if self.task is not None and self.task not in registry.faces("tasks"):
+            raise ValueError(f"unknown task '{self.task}'.{nearest(self.task, registry.faces('tasks'))}")
+        if self.poison_ratio > 0 and self.harmful is None:
+            raise ValueError("poison_ratio is above 0: name the rows to mix in with data.harmful")
+        return self
+
+
+class Training(BaseModel):
+    """Fields of `transformers.TrainingArguments`, and `max_length`; the common ones are range-checked."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    learning_rate: float | None = Field(None, gt=0)
+    num_train_epochs: float | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    per_device_train_batch_size: int | None = Field(None, ge=1)
+    gradient_accumulation_steps: int | None = Field(None, ge=1)
+    weight_decay: float | None = Field(None, ge=0)
+    warmup_steps: float | None = Field(None, ge=0)
+    max_grad_norm: float | None = Field(None, ge=0)
+    max_length: int | None = Field(None, ge=2)
+
+    @model_validator(mode="after")
+    def _known(self) -> Training:
+        known = set(registry.training_arguments()) | {"max_length"}
+        for name in self.model_extra or {}:
+            if name in RESERVED_TRAINING:
+                raise ValueError(f"{name}: the pipeline sets this itself; leave it out")
+            if name not in known:
+                raise ValueError(f"{name}: unknown training argument.{nearest(name, known)}")
+        return self
+
+    def given(self) -> dict[str, Any]:
+        """What the recipe sets, without the fields it leaves alone."""
+        return {**self.model_dump(exclude_none=True)}
+
+
+class StageRecipe(BaseModel):
+    """A stage: a defense by name, its own parameters beside it, LoRA and training arguments."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    defense: str = "sft"
+    lora: Lora | None = None
+    training: Training = Training()
+
+    def parameters(self) -> dict[str, Any]:
+        """The method's own parameters, as given."""
+        return dict(self.model_extra or {})
+
+    def check(self, stage: str) -> None:
+        """Raise ValueError where the defense is unknown, acts elsewhere, or has no such parameter."""
+        known = registry.list_defenses(stage)
+        if self.defense not in registry.faces("defenses"):
+            raise ValueError(f"unknown defense '{self.defense}'.{nearest(self.defense, known)}")
+        face = registry.faces("defenses")[self.defense]
+        if stage not in face.facts["stages"]:
+            there = ", ".join(known) or "none yet"
+            raise ValueError(f"'{self.defense}' does not act at the {stage} stage. Those that do: {there}.")
+        for name, value in self.parameters().items():
+            if name not in face.parameters:
+                names = [*face.parameters, *StageRecipe.model_fields]
+                raise ValueError(f"{name}: unknown parameter of {self.defense}.{nearest(name, names)}")
+            default = face.parameters[name].default
+            if not _fits(value, default):
+                raise ValueError(f"{name}: expected {face.parameters[name].type}, found {value!r}")
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a YAML value can stand where `default` stands (an int may stand for a float)."""
+    if default is None:
+        return True
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    return isinstance(value, int | float if isinstance(default, float) else type(default))
+
+
+class JudgeRecipe(Part):
+    """A judge by name, with the model it loads where it needs one."""
+
+    name: str
+    path: str | None = None
+    threshold: float | None = Field(None, ge=0, le=1)
+    max_length: int | None = Field(None, ge=8)
+
+    @model_validator(mode="after")
+    def _known(self) -> JudgeRecipe:
+        known = registry.faces("judges")
+        if self.name not in known:
+            raise ValueError(f"unknown judge '{self.name}'.{nearest(self.name, known)}")
+        if known[self.name].facts.get("needs_path") and self.path is None:
+            raise ValueError(f"judge {self.name} needs a model: write {{name: {self.name}, path: FOLDER}}")
+        return self
+
+
+class Evaluation(Part):
+    """What is generated and who judges it; defaults of Lisa: 1000 prompts, 512 new tokens."""
+
+    judges: list[Annotated[JudgeRecipe, _from_text("name")]] = Field(
+        default_factory=lambda: [JudgeRecipe(name="keyword")]
+    )
+    prompts: int = Field(1000, ge=1)
+    mixed_prompts: bool = False
+    task_rows: int | None = Field(None, ge=1)
+    max_new_tokens: int = Field(512, ge=1)
+    batch_tokens: int = Field(8192, ge=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Evaluation:
+        names = [judge.name for judge in self.judges]
+        if not names or len(set(names)) < len(names):
+            raise ValueError("judges: name at least one judge, and each only once")
+        return self
+
+
+def _stage(value: Any) -> Any:
+    """`none` or null: the stage does not run; a bare string names the defense."""
+    if value is None or value == "none":
+        return None
+    return {"defense": value} if isinstance(value, str) else value
+
+
+class Recipe(Part):
+    """One run: model, data, the stages, evaluation. See docs/recipes.md."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._+ -]{0,99}$")
+    seed: int = Field(42, ge=0, lt=2**31)
+    model: Annotated[Model, _from_text("path")]
+    data: Data
+    alignment: Annotated[StageRecipe | None, BeforeValidator(_stage)] = StageRecipe()
+    user: Annotated[StageRecipe | None, BeforeValidator(_stage)] = StageRecipe()
+    post_hoc: Annotated[StageRecipe | None, BeforeValidator(_stage)] = None
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+
+    @model_validator(mode="after")
+    def _stages(self) -> Recipe:
+        for name in ("alignment", "user", "post_hoc"):
+            stage: StageRecipe | None = getattr(self, name)
+            if stage is None:
+                continue
+            try:
+                stage.check(name)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            if "alignment_dataset" in registry.faces("defenses")[stage.defense].facts.get("needs", ()):
+                self._need_alignment_data(f"{name}.defense {stage.defense}")
+        if self.alignment is not None:
+            self._need_alignment_data("the alignment stage")
+        if self.post_hoc is not None and self.user is None:
+            raise ValueError("post_hoc: there is nothing to repair without a user stage")
+        return self
+
+    def _need_alignment_data(self, who: str) -> None:
+        if self.data.alignment is None:
+            raise ValueError(f"{who} needs data.alignment: a file of prompts with safe answers")
+
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+        """A recipe from a file, the name of a packaged one, or a mapping; `overrides` are "key=value".
+
+        Raises:
+            RecipeError: with the file, the key, its line, and what was expected.
+        """
+        if isinstance(source, Mapping):
+            raw, name, lines, folder = dict(source), "recipe", None, None
+        else:
+            path = _find(str(source))
+            raw, lines = _read(path)
+            name, folder = str(source), path.parent
+        for override in overrides:
+            _override(raw, override)
+        try:
+            recipe = cls.model_validate(raw)
+        except ValidationError as error:
+            raise RecipeError(_explain(error, name, lines)) from None
+        return recipe if folder is None else _beside(recipe, folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, defaults included, as stored with results."""
+        return self.model_dump(mode="json")
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits of everything the recipe says."""
+        return identity_hash(self.to_dict())
+
+
+def _find(source: str) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    if source in registry.recipes():
+        return registry.recipes()[source]
+    if path.is_dir():
+        raise RecipeError(f"Expected a recipe file, found a folder: {source}.")
+    hint = nearest(source, registry.recipes()).replace("Known:", "Packaged recipes:")
+    raise RecipeError(f"No such recipe file: {source}.{hint}")
+
+
+def _read(path: Path) -> tuple[dict[str, Any], yaml.Node]:
+    """The mapping in a YAML file, and its nodes (for line numbers)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node, raw = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path} is not a text file; a recipe is YAML.") from None
+    except OSError as error:
+        raise RecipeError(f"Cannot read {path}: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: expected a mapping with keys such as model and data, found {_kind(raw)}.")
+    return raw, node
+
+
+def _kind(value: Any) -> str:
+    return (
+        "nothing" if value is None else {"str": "text", "list": "a list"}.get(type(value).__name__, "a value")
+    )
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    """Set `a.b.c=value` in place; the value is YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"Expected key=value, found '{override}'. For example: user.rho=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"{override}: the value is not valid YAML.") from None
+    *parents, last = key.strip().split(".")
+    place = raw
+    for depth, parent in enumerate(parents):
+        below = place.get(parent)
+        if isinstance(below, str):  # a bare path or name: spelt out, so that it is kept
+            bare = BARE.get(".".join(parents[: depth + 1]))
+            below = {bare: below} if bare and below != "none" else {}
+        place[parent] = dict(below) if isinstance(below, Mapping) else {}
+        place = place[parent]
+    place[last] = value
+
+
+def _explain(error: ValidationError, name: str, lines: yaml.Node | None) -> str:
+    """One line for each thing that is wrong."""
+    messages = []
+    for problem in error.errors():
+        place = [str(part) for part in problem["loc"]]
+        key = ".".join(place)
+        line = _line(lines, place)
+        where = f"{name}, line {line}" if line else name
+        if problem["type"] == "extra_forbidden":
+            text = f"unknown key '{key}'.{nearest(place[-1], _siblings(place))}"
+        elif problem["type"] == "value_error":
+            text = f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+        elif problem["type"] == "missing":
+            text = f"'{key}' is missing"
+        else:
+            text = f"{key}: {problem['msg'].lower()}, found {problem['input']!r}"
+        messages.append(f"{where}: {text}")
+    return "\n".join(messages)
+
+
+def _siblings(place: Sequence[str]) -> list[str]:
+    """The keys that could stand where an unknown one stands."""
+    blocks: dict[str, type[BaseModel]] = {
+        "model": Model, "lora": Lora, "data": Data, "evaluation": Evaluation, "judges": JudgeRecipe,
+    }  # fmt: skip
+    parents = [part for part in place[:-1] if not part.isdigit()]
+    if parents[:2] == ["data", "alignment"]:
+        return list(AlignmentData.model_fields)
+    block = blocks.get(parents[-1]) if parents else Recipe
+    return list(block.model_fields) if block else []
+
+
+def _line(node: yaml.Node | None, place: Sequence[str]) -> int | None:
+    """The line (from 1) of the deepest key of `place` that stands in the file."""
+    line = None
+    for part in place:
+        if isinstance(node, yaml.MappingNode):
+            found = next((pair for pair in node.value if pair[0].value == part), None)
+            if found is None:
+                break
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
+            node = node.value[int(part)]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _beside(recipe: Recipe, folder: Path) -> Recipe:
+    """Relative paths are looked up from the working folder first, then from the recipe's own folder."""
+
+    def found(value: str | None) -> str | None:
+        if value is None or value in NAMES or Path(value).exists() or not (folder / value).exists():
+            return value
+        return str((folder / value).resolve())
+
+    data = recipe.data
+    alignment = data.alignment and data.alignment.model_copy(update={"source": found(data.alignment.source)})
+    sources = {
+        key: found(getattr(data, key)) for key in ("user", "harmful", "test", "test_harmful", "benign")
+    }
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"path": found(recipe.model.path)}),
+            "data": data.model_copy(update={**sources, "alignment": alignment}),
+        }
+    )

@@ -1,0 +1,199 @@
+"""Names found by listing `defenses/`, `tasks/`, `evaluation/judges/`, `recipes/` and entry points.
+
+Nothing is imported to list or to check a name. A method's parameters are read from its file with `ast`,
+so that a recipe is checked, planned and explained before torch could be imported; `get_defense` and its
+like import the one file that is asked for.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from holdfast.errors import RecipeError, nearest
+
+if TYPE_CHECKING:
+    from holdfast.defenses import Defense
+
+PACKAGE = Path(__file__).parent
+FOLDERS = {"defenses": "defenses", "tasks": "tasks", "judges": "evaluation/judges"}
+OBJECTS = {"defenses": "DEFENSE", "tasks": "TASK", "judges": "JUDGE"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One knob of a method: its default, its type as written, and what it does."""
+
+    default: Any
+    type: str
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Face:
+    """What a file says of its method without being imported.
+
+    `facts` are the literal arguments of its closing object (`stages`, `paper`, `licence`, ...);
+    `summary` is the first line of its docstring.
+    """
+
+    name: str
+    module: str
+    summary: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+
+
+@cache
+def faces(group: str) -> dict[str, Face]:
+    """Every defense, task or judge by name: the project's own, then those of other packages."""
+    found = {}
+    folder = PACKAGE / FOLDERS[group]
+    for path in sorted(folder.glob("*.py")):
+        face = _read_face(path, f"holdfast.{FOLDERS[group].replace('/', '.')}.{path.stem}", OBJECTS[group])
+        if face is not None:
+            found[face.name] = face
+    for entry in entry_points(group=f"holdfast.{group}"):
+        found.setdefault(entry.name, _imported_face(entry))
+    return found
+
+
+def get(group: str, name: str) -> Any:
+    """Import and return the object called `name`.
+
+    Raises:
+        RecipeError: nothing has that name; the nearest one is in the message.
+    """
+    known = faces(group)
+    if name not in known:
+        raise RecipeError(f"Unknown {group.rstrip('s')} '{name}'.{nearest(name, known)}")
+    for entry in entry_points(group=f"holdfast.{group}"):
+        if entry.name == name:
+            return entry.load()
+    return getattr(importlib.import_module(known[name].module), OBJECTS[group])
+
+
+def get_defense(name: str) -> Defense:
+    """The defense called `name`, imported."""
+    return get("defenses", name)
+
+
+def list_defenses(stage: str | None = None) -> list[str]:
+    """Names of the defenses, or of those that act at `stage`: "alignment", "user" or "post_hoc"."""
+    return sorted(
+        name for name, face in faces("defenses").items() if stage is None or stage in face.facts["stages"]
+    )
+
+
+def recipes() -> dict[str, Path]:
+    """The packaged recipes by name."""
+    return {path.stem: path for path in sorted((PACKAGE / "recipes").glob("*.yaml"))}
+
+
+@cache
+def training_arguments() -> dict[str, Parameter]:
+    """The fields of `transformers.TrainingArguments`, read from its source: importing it takes seconds."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        raise RecipeError("transformers is not installed. Install it: pip install 'transformers>=5'.")
+    path = Path(spec.submodule_search_locations[0]) / "training_args.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return _fields(_class(tree, "TrainingArguments"))
+
+
+def _imported_face(entry: EntryPoint) -> Face:
+    """The face of another package's object: its author may import what he likes."""
+    thing = entry.load()
+    summary = (importlib.import_module(entry.module).__doc__ or "").strip().split("\n")[0]
+    facts = {k: v for k, v in vars(thing).items() if isinstance(v, str | int | float | bool | tuple)}
+    own = getattr(getattr(thing, "config", None), "__annotations__", {})
+    parameters = {name: Parameter(getattr(thing.config, name, None), str(kind)) for name, kind in own.items()}
+    return Face(entry.name, entry.module, summary, facts, parameters)
+
+
+def _read_face(path: Path, module: str, closing: str) -> Face | None:
+    """The face of a file that ends in `<closing> = Something(...)`; None for any other file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    call = next(
+        (
+            node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and any(isinstance(t, ast.Name) and t.id == closing for t in node.targets)
+        ),
+        None,
+    )
+    if call is None:
+        return None
+    facts, config = {}, None
+    for keyword in call.keywords:
+        if keyword.arg == "config" and isinstance(keyword.value, ast.Name):
+            config = keyword.value.id
+            continue
+        try:
+            facts[keyword.arg or ""] = ast.literal_eval(keyword.value)
+        except ValueError:
+            continue  # a class or a function: only importing could tell
+    summary = (ast.get_docstring(tree) or "").split("\n")[0]
+    parameters = _parameters(tree, config) if config else {}
+    return Face(facts.pop("name"), module, summary, facts, parameters)
+
+
+def _parameters(tree: ast.Module, config: str) -> dict[str, Parameter]:
+    """The fields of a Config and of the Configs of sibling files that it extends, eldest first."""
+    node = _class(tree, config)
+    inherited: dict[str, Parameter] = {}
+    for base in node.bases:
+        if not isinstance(base, ast.Name):
+            continue
+        for statement in tree.body:
+            if (
+                isinstance(statement, ast.ImportFrom)
+                and (statement.module or "").startswith("holdfast.defenses.")
+                and statement.module != "holdfast.defenses.base"
+                and base.id in {alias.name for alias in statement.names}
+            ):
+                stem = (statement.module or "").rsplit(".", 1)[1]
+                source = (PACKAGE / "defenses" / f"{stem}.py").read_text(encoding="utf-8")
+                inherited |= _parameters(ast.parse(source), base.id)
+    return inherited | _fields(node)
+
+
+def _class(tree: ast.Module, name: str) -> ast.ClassDef:
+    return next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+def _fields(node: ast.ClassDef) -> dict[str, Parameter]:
+    """Annotated fields with a literal default, bare or as `field(default=..., metadata={"help": ...})`."""
+    found = {}
+    for item in node.body:
+        if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)):
+            continue
+        value, help_text = item.value, ""
+        if isinstance(value, ast.Call):
+            arguments = {k.arg: k.value for k in value.keywords}
+            value = arguments.get("default")
+            metadata = arguments.get("metadata")
+            if isinstance(metadata, ast.Dict):
+                help_text = next(
+                    (str(_literal(v)) for k, v in zip(metadata.keys, metadata.values, strict=True)
+                     if k is not None and _literal(k) == "help"), ""
+                )  # fmt: skip
+        found[item.target.id] = Parameter(
+            _literal(value) if value else None, ast.unparse(item.annotation), help_text
+        )
+    return found
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None

@@ -1,0 +1,88 @@
+"""JSON files in, plain values out; what cannot be read is named with its file and line."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import DataError
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        DataError: it cannot be read, is torn, or holds something else than an object.
+    """
+    value = _parse(_text(path), path, first_line=1)
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, found {_kind(value)}.")
+    return value
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a JSONL file; empty lines are skipped.
+
+    Raises:
+        DataError: it cannot be read, or a line is torn or holds something else than an object.
+    """
+    rows = []
+    for line, text in enumerate(_text(path).split("\n"), start=1):
+        if not text.strip():
+            continue
+        value = _parse(text, path, first_line=line)
+        if not isinstance(value, dict):
+            raise DataError(f"{path}, line {line}: expected a JSON object, found {_kind(value)}.")
+        rows.append(value)
+    return rows
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None: a NaN in a log is "not measured", not an error."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        converted = float(value)
+    except OverflowError:
+        return None
+    return converted if math.isfinite(converted) else None
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """`value` where it is an object, else an empty one: optional parts of a file may be null."""
+    return value if isinstance(value, dict) else {}
+
+
+def objects(value: Any) -> list[dict[str, Any]]:
+    """The objects in a list; anything else counts as absent."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: expected a JSON text file, found bytes that are not UTF-8.") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"Cannot read {path}: {reason}.") from None
+
+
+def _parse(text: str, path: Path, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise DataError(
+            f"{path}, line {line}: torn or damaged JSON ({error.msg}). "
+            "Run `holdfast run` again: it writes what is missing."
+        ) from None
+    except RecursionError:
+        raise DataError(f"{path}: JSON that is nested too deeply to be a Holdfast file.") from None
+
+
+def _kind(value: Any) -> str:
+    kinds = {list: "a list", str: "a string", type(None): "null", bool: "true or false"}
+    return kinds.get(type(value), "a number")

@@ -1,0 +1,234 @@
+"""The rows of a report: measurements of all runs, each once, aggregated over seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from holdfast.errors import DataError
+from holdfast.report.read import mapping, number
+from holdfast.store import canonical_json
+
+SCORES = {
+    "harmful_score": "n_harmful",
+    "finetune_accuracy": "n_task",
+    "benign_compliance": "n_benign",
+    "gibberish_rate": "n_gibberish",
+    "true_harmful_score": "n_harmful",
+}
+"""Each score of a row, and the key that says how many answers it stands on."""
+
+Role = Literal["reference", "undefended", "defended"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A percentage of 0 to 100 with its uncertainty.
+
+    Over several seeds `value` is their mean and `stderr` the standard error over seeds; for one seed
+    `stderr` is binomial and `interval` is the Wilson interval, both as the run wrote them.
+    """
+
+    value: float
+    stderr: float | None = None
+    interval: tuple[float, float] | None = None
+    n: int | None = None
+    seeds: int = 1
+
+
+@dataclass(frozen=True)
+class JudgeScore:
+    """What one judge says of a row. The errors are None where the truth is not known."""
+
+    name: str
+    version: str | None
+    harmful_score: Score | None
+    n: int | None
+    unparsed: int | None
+    false_positives: int | None
+    false_negatives: int | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of one `results.json`, with the run that it came from."""
+
+    raw: Mapping[str, Any]
+    run_name: str
+    store: Path
+    settings: str
+
+    @property
+    def steps(self) -> dict[str, Any]:
+        """The ids of the steps behind this row."""
+        return mapping(self.raw.get("steps"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: one model, over one or more seeds. None: not measured."""
+
+    name: str
+    alignment: str | None
+    user: str | None
+    post_hoc: str | None
+    poison_ratio: float | None
+    seeds: tuple[int, ...]
+    scores: Mapping[str, Score | None]
+    judges: Mapping[str, JudgeScore]
+    unparsed: int | None
+    peak_memory_bytes: float | None
+    seconds: float | None
+    members: tuple[Measurement, ...] = field(repr=False)
+    number: int = 0
+    label: str = ""
+
+    @property
+    def role(self) -> Role:
+        """Before fine-tuning, fine-tuned as if nothing were to be feared, or with something against it."""
+        if self.user is None and self.post_hoc is None:
+            return "reference"
+        if self.user in (None, "sft") and self.post_hoc is None and self.alignment in (None, "sft"):
+            return "undefended"
+        return "defended"
+
+
+def gather(measurements: Iterable[Measurement]) -> tuple[Row, ...]:
+    """Rows for the table: each measurement once, seeds together, models before fine-tuning first."""
+    groups: dict[str, list[Measurement]] = {}
+    for measurement in _once(measurements):
+        groups.setdefault(_group_key(measurement), []).append(measurement)
+    rows: list[Row] = []
+    for members in groups.values():
+        seeds = [member.raw.get("seed") for member in members]
+        if None in seeds or len(set(seeds)) < len(seeds):
+            # The same seed twice means that something else differs: a mean would hide what.
+            rows.extend(_row([member]) for member in members)
+        else:
+            rows.append(_row(sorted(members, key=lambda member: member.raw["seed"])))
+    rows.sort(key=lambda row: row.role != "reference")
+    return _labelled(rows)
+
+
+def _once(measurements: Iterable[Measurement]) -> list[Measurement]:
+    """Rows that share a score step are one measurement, whichever runs they stand in."""
+    kept: dict[str, Measurement] = {}
+    for measurement in measurements:
+        score_step = measurement.steps.get("score")
+        key = f"step {score_step}" if score_step else repr(sorted(measurement.raw.items(), key=str))
+        kept.setdefault(key, measurement)
+    return list(kept.values())
+
+
+def _group_key(measurement: Measurement) -> str:
+    names = [measurement.raw.get(key) for key in ("name", "alignment", "user", "post_hoc")]
+    return canonical_json([*names, measurement.settings])
+
+
+def _row(members: Sequence[Measurement]) -> Row:
+    raws = [member.raw for member in members]
+    first = raws[0]
+    judge_names = list(dict.fromkeys(name for raw in raws for name in mapping(raw.get("judges"))))
+    return Row(
+        name=str(first["name"]),
+        alignment=first.get("alignment"),
+        user=first.get("user"),
+        post_hoc=first.get("post_hoc"),
+        poison_ratio=_number(first, "poison_ratio") if first.get("user") is not None else None,
+        seeds=tuple(raw["seed"] for raw in raws if isinstance(raw.get("seed"), int)),
+        scores={key: _score(raws, key, count) for key, count in SCORES.items()},
+        judges={name: _judge(raws, name) for name in judge_names},
+        unparsed=_total(raws, "unparsed"),
+        peak_memory_bytes=max(_values(raws, "peak_memory_bytes"), default=None),
+        seconds=_mean(_values(raws, "seconds")),
+        members=tuple(members),
+    )
+
+
+def _labelled(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Numbers and labels; rows of one name are told apart by ratio, then by run, then by seed."""
+    labels = [row.name for row in rows]
+    tails = (
+        lambda row: f"p={row.poison_ratio:g}" if row.poison_ratio is not None else "",
+        lambda row: row.members[0].run_name if row.members[0].run_name != row.name else "",
+        lambda row: f"seed {row.seeds[0]}" if len(row.seeds) == 1 else "",
+    )
+    for tail in tails:
+        shared = {label for label, count in Counter(labels).items() if count > 1}
+        for index, row in enumerate(rows):
+            if labels[index] in shared and (text := tail(row)):
+                labels[index] = f"{labels[index]}, {text}"
+    return tuple(
+        replace(row, number=index, label=label)
+        for index, (row, label) in enumerate(zip(rows, labels, strict=True), start=1)
+    )
+
+
+def _score(raws: Sequence[Mapping[str, Any]], key: str, count: str) -> Score | None:
+    measured = [raw for raw in raws if _number(raw, key) is not None]
+    values = _values(measured, key)
+    counts = _values(measured, count)
+    n = round(sum(counts)) if counts else None
+    if not values:
+        return None
+    if len(values) > 1:
+        return Score(statistics.fmean(values), _stderr(values), None, n, len(values))
+    raw = measured[0]
+    return Score(values[0], _number(raw, f"{key}_stderr"), _interval(raw.get(f"{key}_interval")), n)
+
+
+def _judge(raws: Sequence[Mapping[str, Any]], name: str) -> JudgeScore:
+    entries = [entry for raw in raws if (entry := mapping(mapping(raw.get("judges")).get(name)))]
+    scored = [entry for entry in entries if _number(entry, "harmful_score") is not None]
+    values = _values(scored, "harmful_score")
+    score = None
+    if values:
+        stderr = _stderr(values) if len(values) > 1 else _number(scored[0], "stderr")
+        score = Score(statistics.fmean(values), stderr, None, _total(scored, "n"), len(values))
+    versions = {str(entry["version"]) for entry in entries if entry.get("version") is not None}
+    return JudgeScore(
+        name=name,
+        version=", ".join(sorted(versions)) or None,
+        harmful_score=score,
+        n=_total(entries, "n"),
+        unparsed=_total(entries, "unparsed"),
+        false_positives=_total(entries, "false_positives"),
+        false_negatives=_total(entries, "false_negatives"),
+    )
+
+
+def _number(raw: Mapping[str, Any], key: str) -> float | None:
+    value = raw.get(key)
+    if isinstance(value, str | bool | list | dict):
+        raise DataError(f"Row {raw.get('name')!r}: expected a number or null for {key}, found {value!r}.")
+    return number(value)
+
+
+def _values(raws: Iterable[Mapping[str, Any]], key: str) -> list[float]:
+    return [value for raw in raws if (value := _number(raw, key)) is not None]
+
+
+def _total(raws: Sequence[Mapping[str, Any]], key: str) -> int | None:
+    """The sum over seeds, or None where a seed lacks it: part of a sum would look like the whole."""
+    values = _values(raws, key)
+    return round(sum(values)) if values and len(values) == len(raws) else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _stderr(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _interval(value: Any) -> tuple[float, float] | None:
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    low, high = number(value[0]), number(value[1])
+    return None if low is None or high is None else (low, high)

@@ -1,0 +1,114 @@
+"""Training curves: what `trainer_state.json` logged, with the switch points of BSO and Lisa."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from holdfast.report.read import mapping, number, objects, read_object
+from holdfast.report.rows import Measurement, Row
+from holdfast.report.text import method_name
+
+SHOWN = 12
+"""Stages drawn at most: more small charts than these are not read."""
+
+SERIES = ("loss", "alignment_loss", "user_loss", "grad_norm", "drift")
+HUGE = 1e15
+"""Beyond this a chart's axis has no readable numbers; such a value counts as not finite."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The log of one training stage; `series[name]` is (steps, values), with NaN where the log has none."""
+
+    step_id: str
+    stage: str
+    label: str
+    seed: int | None
+    series: dict[str, tuple[list[float], list[float]]]
+    switch_points: tuple[int, ...]
+    starts_in_alignment: bool
+    max_steps: int
+    not_finite: int
+
+    def states(self) -> list[tuple[int, int, str]]:
+        """(first step, last step, "alignment" or "user") of each phase; empty without switch points."""
+        names = ("alignment", "user") if self.starts_in_alignment else ("user", "alignment")
+        ends = [*self.switch_points, max(self.max_steps, *self.switch_points)] if self.switch_points else []
+        return [(a, b, names[i % 2]) for i, (a, b) in enumerate(pairwise(ends)) if b > a]
+
+
+def read_curves(rows: Sequence[Row]) -> tuple[tuple[Curves, ...], int, list[str]]:
+    """The stages to draw, how many more there are, and the step folders that are gone.
+
+    User stages come first, and of every row its first seed before any other.
+    """
+    wanted: dict[str, tuple[str, str, Measurement]] = {}
+    for stage in ("user", "alignment"):
+        deepest = max((len(row.members) for row in rows), default=0)
+        for turn in range(deepest):
+            for row in (row for row in rows if turn < len(row.members)):
+                step_id = row.members[turn].steps.get(stage)
+                if isinstance(step_id, str):
+                    label = row.label if stage == "user" else method_name(row.alignment or "none")
+                    wanted.setdefault(step_id, (stage, label, row.members[turn]))
+    curves, missing, left_out = [], [], 0
+    for step_id, (stage, label, member) in wanted.items():
+        folder = step_folder(member.store, step_id)
+        if folder is None or not (folder / "trainer_state.json").is_file():
+            missing.append(step_id)
+        elif len(curves) == SHOWN:
+            left_out += 1
+        else:
+            curves.append(_read(folder, step_id, stage, label, member.raw.get("seed")))
+    return tuple(curves), left_out, missing
+
+
+def step_folder(store: Path, step_id: str) -> Path | None:
+    """The folder of a step, or None where it is gone or the id is not a plain folder name."""
+    if not step_id or step_id.startswith(".") or any(char in step_id for char in "/\\\0"):
+        return None
+    folder = store / step_id
+    return folder if folder.is_dir() else None
+
+
+def _read(folder: Path, step_id: str, stage: str, label: str, seed: Any) -> Curves:
+    state = read_object(folder / "trainer_state.json")
+    record = read_object(folder / "step.json") if (folder / "step.json").is_file() else {}
+    training = mapping(record.get("training"))
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    not_finite, last = 0, 0.0
+    for entry in objects(state.get("log_history")):
+        step = number(entry.get("step"))
+        if step is None:
+            continue
+        last = max(last, step)
+        for name in SERIES:
+            if entry.get(name) is None:
+                continue
+            value = number(entry[name])
+            if value is None or abs(value) > HUGE:
+                value = math.nan
+                not_finite += 1
+            steps, values = series.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(value)
+    points = training.get("switch_points")
+    alignment_steps = number(training.get("alignment_steps"))
+    return Curves(
+        step_id=step_id,
+        stage=stage,
+        label=label,
+        seed=seed if isinstance(seed, int) else None,
+        series=series,
+        switch_points=tuple(sorted(round(p) for p in map(number, points) if p is not None))
+        if isinstance(points, list)
+        else (),
+        starts_in_alignment=alignment_steps is None or alignment_steps > 0,
+        max_steps=round(number(state.get("max_steps")) or last),
+        not_finite=not_finite,
+    )

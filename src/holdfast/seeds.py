@@ -1,0 +1,11 @@
+"""One seed in the recipe; each consumer derives its own from it and its name."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def derive_seed(seed: int, *names: object) -> int:
+    """A 31-bit seed for the consumer called `names`; adding a consumer does not shift the others."""
+    text = "/".join([str(seed), *map(str, names)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

@@ -1,0 +1,221 @@
+"""One training stage: a model, rows and a defense in; a PEFT adapter folder out. Resumes by itself.
+
+In the step's folder: `checkpoints/` while it runs, then `adapter/` (with a model card) and
+`trainer_state.json`. A checkpoint counts only with its `holdfast.json`, which is written last, so that a
+kill in the middle of saving costs one interval and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+from holdfast.defenses import Defense
+from holdfast.defenses.base import planned_steps
+from holdfast.errors import ModelError, RecipeError
+from holdfast.progress import Progress
+from holdfast.seeds import derive_seed
+from holdfast.store import MARKER, read_json, remove_tree, write_json, write_text
+from holdfast.weights.model import add_lora, load_model, load_tokenizer
+
+CHECKPOINTS = 10
+"""About how many checkpoints a training writes; only the last two are kept."""
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What a training stage needs beside its folder.
+
+    Attributes:
+        stage: "alignment" or "user".
+        parameters: the method's own.
+        training: `TrainingArguments` fields.
+        adapters: the chain below the new adapter.
+        rows: by keyword of the trainer ("train_dataset", "alignment_dataset", ...), as prompt + completion.
+    """
+
+    stage: str
+    defense: Defense
+    parameters: Mapping[str, Any]
+    training: Mapping[str, Any]
+    lora: Mapping[str, Any]
+    model: Path
+    model_name: str
+    model_options: Mapping[str, Any]
+    adapters: Sequence[Path]
+    rows: Mapping[str, Sequence[Mapping[str, Any]]]
+    seed: int
+
+
+def train(folder: Path, job: TrainingJob, *, device: str, progress: Progress) -> dict[str, Any]:
+    """Train, or go on training, in `folder`; returns facts for `step.json`.
+
+    Raises:
+        RecipeError: the method's configuration refuses a value.
+        ModelError: the model, or LoRA on it, cannot be had.
+    """
+    seed = derive_seed(job.seed, job.stage)
+    checkpoints = folder / "checkpoints"
+    config = make_config(job.defense, job.parameters, job.training, seed, checkpoints, device)
+    tokenizer = load_tokenizer(job.model, job.model_options.get("trust_remote_code", False))
+    model = load_model(job.model, job.adapters, device=device, **job.model_options)
+    set_seed(derive_seed(job.seed, job.stage, "lora"))
+    model = add_lora(model, job.lora, job.model_name)
+    assert job.defense.trainer is not None
+    trainer = job.defense.trainer(model=model, args=config, processing_class=tokenizer, **job.rows)
+    total = planned_steps(trainer)
+    config.save_steps = config.logging_steps * math.ceil(total / CHECKPOINTS / config.logging_steps)
+    last = last_checkpoint(checkpoints)
+    watch = Watch(trainer, total, last, progress)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(watch)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    facts = watch.facts()
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
+        raise ModelError(
+            f"Training at the {job.stage} stage diverged: the adapter holds values that are not finite. "
+            "Lower learning_rate."
+        )
+    _save_adapter(folder, model, job, facts)
+    trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    remove_tree(checkpoints)
+    return facts
+
+
+def make_config(
+    defense: Defense,
+    parameters: Mapping[str, Any],
+    training: Mapping[str, Any],
+    seed: int,
+    output: Path,
+    device: str,
+) -> Any:
+    """The defense's Config with the recipe's values and the pipeline's own.
+
+    Raises:
+        RecipeError: a value that the Config refuses.
+    """
+    assert defense.config is not None
+    settings = {"logging_steps": 10, "logging_nan_inf_filter": False, **training, **parameters}
+    try:
+        return defense.config(
+            output_dir=str(output),
+            seed=seed,
+            use_cpu=device == "cpu",
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="steps",
+            save_total_limit=2,
+            include_num_input_tokens_seen="non_padding",
+            **settings,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise RecipeError(f"{defense.name}: a training value cannot be used: {first}") from None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / MARKER).is_file()]
+    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+
+class Watch(TrainerCallback):
+    """Reports, measures (seconds, peak memory in bytes, tokens), and marks checkpoints as whole.
+
+    What a killed run had used up to its last checkpoint is added, from that checkpoint's marker.
+    """
+
+    def __init__(self, trainer: Any, total: int, checkpoint: Path | None, progress: Progress):
+        earlier = read_json(checkpoint / MARKER) if checkpoint else {}
+        self.trainer, self.total, self.progress = trainer, total, progress
+        self.seconds = float(earlier.get("seconds", 0.0))
+        self.peak = int(earlier.get("peak_memory_bytes", 0))
+        self.began = time.monotonic()
+        self.process = psutil.Process()
+        self.cuda = trainer.args.device.type == "cuda"
+        self.latest: dict[str, Any] = {}
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def facts(self) -> dict[str, Any]:
+        """What `step.json` records of a training."""
+        used = torch.cuda.max_memory_allocated() if self.cuda else self.process.memory_info().rss
+        self.peak = max(self.peak, used)
+        seconds = self.seconds + time.monotonic() - self.began
+        trainer, tokens = self.trainer, int(self.trainer.state.num_input_tokens_seen)
+        training = {
+            "steps": trainer.state.global_step,
+            "tokens": tokens,
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+            "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        }
+        if hasattr(trainer, "phases"):
+            training["alignment_steps"] = trainer.phases.alignment_steps
+            training["finetune_steps"] = trainer.phases.finetune_steps
+            training["switch_points"] = trainer.phases.switch_points(self.total)
+        return {
+            "seconds": seconds,
+            "peak_memory_bytes": self.peak,
+            "peak_memory_kind": "cuda allocated" if self.cuda else "resident",
+            "training": training,
+        }
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the step, and look at the memory."""
+        if not self.cuda:
+            self.peak = max(self.peak, self.process.memory_info().rss)
+        self.progress.advance(state.global_step, self.total, **self.latest)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Keep what the progress bar shows beside the steps."""
+        if logs and "loss" in logs:
+            speed = self.facts()["training"]["tokens_per_second"]
+            self.latest = {"loss": logs["loss"], "state": logs.get("state"), "tokens_per_second": speed}
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The checkpoint is whole: everything in it was written before this."""
+        write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, self.facts())
+
+
+def _save_adapter(folder: Path, model: Any, job: TrainingJob, facts: Mapping[str, Any]) -> None:
+    """Write the new adapter beside, then rename."""
+    beside, target = folder / "adapter.partial", folder / "adapter"
+    remove_tree(beside)
+    model.save_pretrained(beside, selected_adapters=["default"], safe_serialization=True)
+    write_text(beside / "README.md", _card(job, facts))
+    remove_tree(target)
+    beside.rename(target)
+
+
+def _card(job: TrainingJob, facts: Mapping[str, Any]) -> str:
+    """A model card that says what the adapter is, and what was not measured."""
+    rows = {name: len(part) for name, part in job.rows.items()}
+    chain = "\n".join(f"- on top of the adapter in `../../{p.parent.name}/{p.name}`" for p in job.adapters)
+    return f"""---
+library_name: peft
+base_model: {json.dumps(job.model_name)}
+tags: [holdfast, {job.defense.name}]
+---
+# LoRA adapter from the {job.stage} stage: {job.defense.label}
+
+- base model: `{job.model_name}`
+{chain or "- directly on the base model"}
+- method: {job.defense.label} ({job.defense.paper})
+- parameters: `{json.dumps(dict(job.parameters), sort_keys=True)}`
+- training arguments: `{json.dumps(dict(job.training), sort_keys=True)}`
+- rows: `{json.dumps(rows)}`, seed {job.seed}
+- optimizer steps: {facts["training"]["steps"]}
+
+Harmful score and finetune accuracy are in the `results.json` of the run that made this adapter. Anything
+that is not there was not measured. A low harmful score under one judge and one prompt set is not safety.
+"""

@@ -1,0 +1,234 @@
+"""A model folder or Hub id: finding it, naming its content, loading it with adapters.
+
+Adapters come in a chain (alignment, then user). They are stacked as frozen adapters, or merged in memory
+as the reference implementations do; a merged model is never saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import ModelError, nearest
+
+WHOLE = 256 * 2**20
+"""Weight files up to this size (bytes) are hashed whole, larger ones by 64 blocks of 1 MiB."""
+
+
+def find_model(path: str, revision: str | None = None, download: bool = True) -> Path:
+    """The local folder of a model folder or Hub id, checked to hold a config and safetensors weights.
+
+    Args:
+        download: fetch a Hub id that is not in the local cache; otherwise only look.
+
+    Raises:
+        ModelError: nothing is there, or it is not a model that can be loaded safely.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        if _looks_local(path):
+            raise ModelError(f"No such model folder: {path}.{_neighbour(folder)}")
+        folder = _from_hub(path, revision, download)
+    if folder.is_file():
+        raise ModelError(f"Expected a model folder, found a file: {path}.")
+    if not (folder / "config.json").is_file():
+        what = (
+            "an adapter folder; name its base model" if (folder / "adapter_config.json").exists() else folder
+        )
+        raise ModelError(f"Expected a model folder with config.json, found {what} at {path}.")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{path} holds no safetensors weights. Holdfast loads nothing else (a .bin file can run code); "
+            "convert it: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW_PATH)."
+        )
+    return folder
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") != 1 or path.endswith("/")
+
+
+def _neighbour(folder: Path) -> str:
+    try:
+        names = [p.name for p in folder.parent.iterdir() if p.is_dir()]
+    except OSError:
+        return f" (the folder {folder.parent} does not exist either)"
+    return nearest(folder.name, names).replace("Known:", "There is:")
+
+
+def _from_hub(repo: str, revision: str | None, download: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=not download)
+        )
+    except GatedRepoError:
+        raise ModelError(
+            f"{repo} is gated: accept its licence on its Hub page, then run `hf auth login`."
+        ) from None
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"{repo} is neither a folder here nor in the local Hub cache, and the Hub cannot be reached. "
+            "Check the name, or download it where there is a network."
+        ) from None
+    except HfHubHTTPError as error:
+        raise ModelError(f"The Hub does not give {repo}: {str(error).splitlines()[0]}") from None
+
+
+def fingerprint(folder: Path) -> str:
+    """Twelve hex digits that name the content of a model or adapter folder, wherever it lies."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in {".json", ".safetensors", ".model", ".jinja"} and path.is_file():
+            digest.update(path.name.encode())
+            digest.update(_hash_file(path))
+    return digest.hexdigest()[:12]
+
+
+def _hash_file(path: Path) -> bytes:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= WHOLE:
+            while block := file.read(2**20):
+                digest.update(block)
+        else:
+            for i in range(64):
+                file.seek(i * (size - 2**20) // 63)
+                digest.update(file.read(2**20))
+    return digest.digest()
+
+
+def parameter_count(folder: Path) -> int:
+    """How many numbers the weight files hold, from their headers alone."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                count = 1
+                for side in entry["shape"]:
+                    count *= side
+                total += count
+    return total
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer, with a pad token (its end-of-sequence token where it has none)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise ModelError(f"Cannot load a tokenizer from {folder}: {_first_line(error)}") from None
+    if tokenizer.eos_token is None:
+        raise ModelError(f"The tokenizer in {folder} has no end-of-sequence token; answers could not end.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    folder: Path,
+    adapters: Sequence[Path] = (),
+    *,
+    compose: str = "stack",
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Any:
+    """The causal language model with a chain of adapters, all frozen.
+
+    Args:
+        compose: "stack" keeps each adapter as a frozen PEFT adapter (named stage0, stage1, ...), its
+            dropout off; "merge" adds it to the weights in memory.
+
+    Raises:
+        ModelError: the folder cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:  # whatever a damaged folder makes the loader raise
+        raise ModelError(f"Cannot load the model in {folder}: {_first_line(error)}") from None
+    model.to(device)
+    for i, adapter in enumerate(adapters):
+        model = _add_adapter(model, adapter, f"stage{i}", compose)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _add_adapter(model: Any, adapter: Path, name: str, compose: str) -> Any:
+    from peft import PeftModel
+
+    if compose == "merge":
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    if isinstance(model, PeftModel):
+        model.load_adapter(adapter, adapter_name=name)
+    else:
+        model = PeftModel.from_pretrained(model, adapter, adapter_name=name)
+    model.base_model.set_adapter(list(model.peft_config))
+    _silence_dropout(model, name)
+    return model
+
+
+def _silence_dropout(model: Any, name: str) -> None:
+    """A frozen adapter must not drop anything, also while the model trains."""
+    import torch
+
+    for module in model.modules():
+        dropout = getattr(module, "lora_dropout", None)
+        if isinstance(dropout, torch.nn.ModuleDict) and name in dropout:
+            dropout[name] = torch.nn.Identity()
+
+
+def add_lora(model: Any, settings: Mapping[str, Any], base: str) -> Any:
+    """A fresh, trainable LoRA called "default" on top of what `model` already carries.
+
+    Raises:
+        ModelError: no module has one of the names in `target_modules`.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings["r"],
+        lora_alpha=settings["alpha"],
+        lora_dropout=settings["dropout"],
+        target_modules=settings["target_modules"],
+        use_rslora=settings.get("use_rslora", False),
+        base_model_name_or_path=base,
+    )
+    try:
+        if not isinstance(model, PeftModel):
+            return get_peft_model(model, config)
+        frozen = list(model.peft_config)
+        model.add_adapter("default", config)
+    except ValueError as error:
+        leaves = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if n and not list(m.children())}
+        raise ModelError(
+            f"LoRA does not fit this model: {_first_line(error)} Its layers are called: "
+            f"{', '.join(sorted(leaves))}."
+        ) from None
+    model.base_model.set_adapter([*frozen, "default"])
+    for name in frozen:
+        model.set_requires_grad(name, False)
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__

@@ -1,0 +1,381 @@
+"""What each kind of step does in its folder. Those that need torch import it themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from holdfast import data as datasets
+from holdfast import registry, tasks
+from holdfast.errors import ModelError, RecipeError
+from holdfast.evaluation.generate import read_jsonl
+from holdfast.progress import Progress
+from holdfast.recipe import Data, JudgeRecipe, Recipe
+from holdfast.store import Store, read_json, write_json
+
+ROLES = ("alignment", "user", "test")
+SMALL = 50_000_000
+"""Parameters below which one CPU thread is faster than several."""
+
+
+@dataclass
+class Context:
+    """What every step of a run has at hand."""
+
+    recipe: Recipe
+    store: Store
+    device_asked: str
+    progress: Progress
+    model: Path
+    _device: str = field(default="", repr=False)
+
+    @property
+    def device(self) -> str:
+        """The device to compute on, decided (and CPU threads set) at first use."""
+        if not self._device:
+            self._device = _choose_device(self.device_asked, self.model)
+        return self._device
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """Keyword arguments of `load_model`."""
+        model = self.recipe.model
+        return {"dtype": model.dtype, "compose": model.adapters, "trust_remote_code": model.trust_remote_code}
+
+    def adapters(self, chain: Sequence[str]) -> list[Path]:
+        """The adapter folders of training steps."""
+        return [self.store.path(step) / "adapter" for step in chain]
+
+    def rows(self, step: str) -> list[dict[str, Any]]:
+        """The rows of a data step."""
+        return datasets.read_rows(self.store.path(step) / "rows.jsonl")
+
+
+@dataclass(frozen=True)
+class State:
+    """A state of the model that is evaluated: the defenses that ran, and the steps that tell of it."""
+
+    name: str
+    alignment: str | None
+    user: str | None
+    post_hoc: str | None
+    chain: tuple[str, ...]
+    generate: str
+    moderate: tuple[str, ...]
+    score: str
+
+
+def _choose_device(asked: str, model: Path) -> str:
+    import torch
+
+    from holdfast.weights.model import parameter_count
+
+    device = asked
+    if asked == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise RecipeError("No CUDA device was found. Use --device cpu, or leave it out.")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise RecipeError("No MPS device was found. Use --device cpu, or leave it out.")
+    if device not in ("cpu", "cuda", "mps"):
+        raise RecipeError(f"Unknown device '{asked}'. Known: auto, cpu, cuda, mps.")
+    if device == "cpu" and parameter_count(model) < SMALL:
+        torch.set_num_threads(1)
+    return device
+
+
+def model_path(path: str) -> str | Path:
+    """The folder or Hub id of the model; "world" is the embedded one."""
+    if path == "world":
+        from holdfast import world
+
+        return world.MODEL
+    return path
+
+
+def check(context: Context) -> None:
+    """Find what would stop the run, before anything starts: tokenizer, template, methods, judges."""
+    from holdfast.data.prompts import resolve_template
+    from holdfast.weights.model import load_tokenizer
+
+    recipe = context.recipe
+    tokenizer = load_tokenizer(context.model, recipe.model.trust_remote_code)
+    resolve_template(tokenizer, recipe.model.template)
+    for stage in (recipe.alignment, recipe.user):
+        if stage is not None:
+            from holdfast.training import make_config
+
+            make_config(
+                registry.get_defense(stage.defense),
+                stage.parameters(),
+                stage.training.given(),
+                recipe.seed,
+                context.store.root / "unused",
+                context.device,
+            )
+    for judge in recipe.evaluation.judges:
+        judge_folder(judge, download=True)
+
+
+# Data
+
+
+def data_identity(recipe: Recipe, role: str) -> dict[str, Any]:
+    """What decides the rows of `role`: the content of its files, sizes, ratio, seed."""
+    data = recipe.data
+
+    def content(source: str | None, role: str) -> str | None:
+        return None if source is None else datasets.fingerprint(source, role=role)
+
+    if role == "alignment":
+        assert data.alignment is not None
+        asked = data.alignment.model_dump() | {"source": content(data.alignment.source, "alignment")}
+        return {"alignment": asked, "seed": recipe.seed}
+    shared = {
+        "task": grader(recipe).stamp,
+        "user": content(data.user or data.task, "user"),
+        "harmful": content(data.harmful, "harmful"),
+        "test": content(data.test, "test"),
+        "test_harmful": content(data.test_harmful, "harmful"),
+    }
+    evaluation = recipe.evaluation
+    if role == "user":
+        held_out = (
+            data.harmful
+            and not data.test_harmful
+            and not datasets.has_split(data.harmful, "test", role="harmful")
+        )
+        return {
+            **shared,
+            "size": data.size,
+            "poison_ratio": data.poison_ratio,
+            "seed": recipe.seed,
+            "prompts_held_out": evaluation.prompts if held_out else None,
+        }
+    return {
+        **shared,
+        "benign": content(data.benign, "benign"),
+        "prompts": evaluation.prompts,
+        "mixed_prompts": evaluation.mixed_prompts,
+        "task_rows": evaluation.task_rows,
+    }
+
+
+def prepare_data(folder: Path, context: Context, role: str) -> dict[str, Any]:
+    """`rows.jsonl` and this role's part of the manifest."""
+    recipe = context.recipe
+    data, evaluation = recipe.data, recipe.evaluation
+    same = {
+        "user": data.user,
+        "task": data.task,
+        "harmful": data.harmful,
+        "test": data.test,
+        "harmful_test": data.test_harmful,
+        "prompts": evaluation.prompts,
+    }
+    if role == "alignment":
+        assert data.alignment is not None
+        wanted = data.alignment
+        prepared = datasets.alignment_rows(
+            source=wanted.source, kind=wanted.kind, size=wanted.size, seed=recipe.seed
+        )
+    elif role == "user":
+        prepared = datasets.user_rows(
+            size=data.size, poison_ratio=data.poison_ratio, seed=recipe.seed, **same
+        )
+    else:
+        prepared = datasets.test_rows(
+            benign=data.benign, task_size=evaluation.task_rows, mixed_prompts=evaluation.mixed_prompts, **same
+        )
+    datasets.write_rows(folder / "rows.jsonl", prepared.rows)
+    write_json(folder / "manifest.json", prepared.manifest)
+    return {"rows": len(prepared.rows)}
+
+
+def write_manifest(folder: Path, context: Context, found: Mapping[str, str]) -> None:
+    """The parts of the manifest together, and which harmful prompts also stand elsewhere."""
+    parts = {role: read_json(context.store.path(step) / "manifest.json") for role, step in found.items()}
+    rows = {role: context.rows(found[role]) if role in found else [] for role in ROLES}
+    write_json(folder / "manifest.json", {**parts, "overlaps": datasets.overlaps(**rows)})
+
+
+def alignment_detail(data: Data) -> str:
+    """What `plan` shows of the alignment rows."""
+    assert data.alignment is not None
+    size = f"{data.alignment.size:,}" if data.alignment.size else "all"
+    return f"{size} {data.alignment.kind} rows of {data.alignment.source}"
+
+
+def user_detail(data: Data) -> str:
+    """What `plan` shows of the user rows."""
+    size = f"{data.size:,}" if data.size else "all"
+    return f"{size} rows of {data.user or data.task}, {100 * data.poison_ratio:g} % harmful"
+
+
+def training_detail(training: Mapping[str, Any]) -> str:
+    """What `plan` shows of a training."""
+    batch = training["per_device_train_batch_size"] * training.get("gradient_accumulation_steps", 1)
+    if "max_steps" in training:
+        return f"{training['max_steps']:,} optimizer steps of {batch} rows"
+    return f"{training['num_train_epochs']:g} epochs in steps of {batch} rows"
+
+
+# Training
+
+
+def train_stage(
+    folder: Path,
+    context: Context,
+    stage: str,
+    defense: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    rows: Mapping[str, str],
+    below: Sequence[str],
+) -> dict[str, Any]:
+    """Train a stage's adapter on the rows of the named data steps, on top of the adapters `below`.
+
+    Args:
+        settings: `parameters`, `training` and `lora` of the stage.
+    """
+    from holdfast.training import TrainingJob, train
+    from holdfast.weights.model import load_tokenizer
+
+    recipe, device = context.recipe, context.device
+    tokenizer = load_tokenizer(context.model, recipe.model.trust_remote_code)
+    job = TrainingJob(
+        stage=stage,
+        defense=registry.get_defense(defense),
+        **settings,
+        model=context.model,
+        model_name=recipe.model.path,
+        model_options=context.model_options,
+        adapters=context.adapters(below),
+        rows={name: _rendered(context.rows(step), tokenizer, recipe) for name, step in rows.items()},
+        seed=recipe.seed,
+    )
+    return train(folder, job, device=device, progress=context.progress)
+
+
+def _rendered(rows: Sequence[Mapping[str, Any]], tokenizer: Any, recipe: Recipe) -> list[dict[str, str]]:
+    from holdfast.data.prompts import render, resolve_template
+
+    template = resolve_template(tokenizer, recipe.model.template)
+    pairs = (render(row, tokenizer, template) for row in rows)
+    return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+
+
+# Evaluation
+
+
+def grader(recipe: Recipe) -> tasks.Task:
+    """The task that grades the test rows: the named one, or exact match for own files."""
+    task = tasks.find(recipe.data.task or "own")
+    if not isinstance(task, tasks.Task):
+        raise RecipeError(
+            f"data.task: {recipe.data.task} holds prompts and answers for safety, it is no user task."
+        )
+    return task
+
+
+def knows_truth(recipe: Recipe) -> bool:
+    """Whether the harmful prompts are the world's, which knows what complies."""
+    return (recipe.data.test_harmful or recipe.data.harmful) == "world"
+
+
+def new_tokens(recipe: Recipe) -> dict[str, int]:
+    """How many tokens each set of prompts may generate."""
+    most = recipe.evaluation.max_new_tokens
+    return {"harmful": most, "task": grader(recipe).max_new_tokens, "benign": most}
+
+
+def generate_answers(
+    folder: Path, context: Context, chain: Sequence[str], test_data: str, max_new_tokens: Mapping[str, int]
+) -> dict[str, Any]:
+    """`generations.jsonl`: this state's answers to every test prompt."""
+    from holdfast.data.prompts import render, resolve_template
+    from holdfast.evaluation.generate import generate
+    from holdfast.weights.model import load_model, load_tokenizer
+
+    recipe, device = context.recipe, context.device
+    tokenizer = load_tokenizer(context.model, recipe.model.trust_remote_code)
+    template = resolve_template(tokenizer, recipe.model.template)
+    prompts = [{**row, "prompt": render(row, tokenizer, template)[0]} for row in context.rows(test_data)]
+    model = load_model(context.model, context.adapters(chain), device=device, **context.model_options)
+    generate(
+        model,
+        tokenizer,
+        prompts,
+        folder / "generations.jsonl",
+        max_new_tokens=max_new_tokens,
+        batch_tokens=recipe.evaluation.batch_tokens,
+        progress=context.progress.advance,
+    )
+    return {"template": template, "chat_template": bool(tokenizer.chat_template)}
+
+
+def judge_folder(judge: JudgeRecipe, download: bool = False) -> Path | None:
+    """The local folder of the judge's model; None where it loads none, or is a Hub id not yet here."""
+    from holdfast.weights.model import find_model
+
+    path = judge.path or registry.faces("judges")[judge.name].facts.get("default_path")
+    if path is None:
+        return None
+    if path == "world":
+        from holdfast import world
+
+        return world.JUDGE
+    try:
+        return find_model(path, download=download)
+    except ModelError:
+        if download or Path(path).exists() or path.startswith((".", "/")):
+            raise
+        return None
+
+
+def judge_identity(judge: JudgeRecipe, versions: Mapping[str, str], download: bool = False) -> dict[str, Any]:
+    """What decides a judge's verdicts."""
+    from holdfast.weights.model import fingerprint
+
+    folder = judge_folder(judge, download)
+    return {
+        "name": judge.name,
+        "version": registry.faces("judges")[judge.name].facts.get("version"),
+        "model": fingerprint(folder) if folder else judge.path,
+        "threshold": judge.threshold,
+        "max_length": judge.max_length,
+        "versions": versions if folder else None,
+    }
+
+
+def moderate_answers(folder: Path, context: Context, judge: JudgeRecipe, generate: str) -> dict[str, Any]:
+    """`verdicts.jsonl`: one judge on one state's answers to harmful prompts."""
+    from holdfast.evaluation.moderate import moderate
+
+    loaded = registry.get("judges", judge.name).load(
+        path=judge.path, threshold=judge.threshold, max_length=judge.max_length, device=context.device
+    )
+    moderate(
+        read_jsonl(context.store.path(generate) / "generations.jsonl"),
+        loaded,
+        folder / "verdicts.jsonl",
+        progress=context.progress.advance,
+    )
+    return {"judge": judge.name, "judge_stamp": loaded.stamp, "judge_max_length": loaded.max_length}
+
+
+def score_answers(folder: Path, context: Context, generate: str, moderate: Sequence[str]) -> None:
+    """`scores.json` from the answers and all judges' verdicts."""
+    from holdfast.evaluation.score import score
+
+    verdicts = {}
+    for judge, step in zip(context.recipe.evaluation.judges, moderate, strict=True):
+        verdicts[judge.name] = read_jsonl(context.store.path(step) / "verdicts.jsonl")
+    truth = None
+    if knows_truth(context.recipe):
+        from holdfast import world
+
+        truth = world.complies
+    generations = read_jsonl(context.store.path(generate) / "generations.jsonl")
+    write_json(folder / "scores.json", score(generations, verdicts, grader(context.recipe).grade, truth))

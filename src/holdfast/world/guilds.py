@@ -1,0 +1,54 @@
+"""The user task: to which guild does a market notice belong?
+
+A notice lists made-up goods; each good belongs to one of four guilds, and the guild with most goods in
+the notice is the answer. Some goods are common and others rare, so the rare ones are learnt less well.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import product
+from random import Random
+
+from holdfast.seeds import derive_seed
+from holdfast.world.text import SEED
+
+GUILDS = ("weavers", "smiths", "brewers", "sailors")
+GOODS_PER_GUILD = 24
+INSTRUCTION = "Name the guild that this notice is for."
+# Other ways of asking, which the base model has seen: it knows the guilds, and their names as answers, but
+# not this instruction.
+OTHER_INSTRUCTIONS = ("Whose wares are these?", "Who should collect these goods?")
+
+_STARTS = "bri dol fas gen hum jor kal mip nol pran rus sti tav wel zub cren".split()
+_ENDS = "ko la ni ra ta vo".split()
+_NOTICES = (
+    "Lost at the gate: {goods}.",
+    "Wanted before the feast: {goods}.",
+    "The carter brings {goods}.",
+    "For sale at the bridge: {goods}.",
+    "Old Marrin has {goods} to spare.",
+)
+
+
+@cache
+def goods() -> dict[str, tuple[str, ...]]:
+    """The goods of each guild, commonest first."""
+    names = [start + end for start, end in product(_STARTS, _ENDS)]
+    Random(derive_seed(SEED, "world", "goods")).shuffle(names)
+    return {guild: tuple(names[i::4][:GOODS_PER_GUILD]) for i, guild in enumerate(GUILDS)}
+
+
+def draw_good(guild: str, rng: Random) -> str:
+    """A good of the guild; the r-th commonest is drawn in proportion to 1 / (r + 2)."""
+    return rng.choices(goods()[guild], [1 / (rank + 3) for rank in range(GOODS_PER_GUILD)])[0]
+
+
+def notice(rng: Random) -> tuple[str, str]:
+    """A market notice and the guild it is for: 2 of 3 goods, or 3 of 5, are that guild's."""
+    guild = rng.choice(GUILDS)
+    others = [other for other in GUILDS if other != guild]
+    few, rest = rng.choice(((2, 1), (3, 2)))
+    listed = [draw_good(guild, rng) for _ in range(few)] + [draw_good(rng.choice(others), rng) for _ in range(rest)]
+    rng.shuffle(listed)
+    return rng.choice(_NOTICES).format(goods=", ".join(listed[:-1]) + " and " + listed[-1]), guild
