@@ -148,7 +148,12 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
     model = folder / "model"
     if not model.exists():
         save_model(model)
-    training = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 2}
+    training = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 2,
+    }
     made: dict[str, Any] = {
         "name": "tiny",
         "seed": 7,

@@ -1,3 +1,42 @@
-"""Keep a language model's safety alignment through fine-tuning."""
+"""Keep a language model's safety alignment through fine-tuning.
+
+The public names are imported on first use, so that `import holdfast` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Recipe": "holdfast.recipe",
+    "plan": "holdfast.pipeline",
+    "run": "holdfast.pipeline",
+    "mix": "holdfast.data",
+    "report": "holdfast.report",
+    "Defense": "holdfast.defenses",
+    "get_defense": "holdfast.registry",
+    "list_defenses": "holdfast.registry",
+}
+
+__all__ = ["Defense", "Recipe", "__version__", "get_defense", "list_defenses", "mix", "plan", "report", "run"]
+
+if TYPE_CHECKING:
+    from holdfast.data import mix
+    from holdfast.defenses import Defense
+    from holdfast.pipeline import plan, run
+    from holdfast.recipe import Recipe
+    from holdfast.registry import get_defense, list_defenses
+    from holdfast.report import report
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'holdfast' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

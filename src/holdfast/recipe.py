@@ -312,7 +312,7 @@ def _find(source: str) -> Path:
     raise RecipeError(f"No such recipe file: {source}.{hint}")
 
 
-def _read(path: Path) -> tuple[dict[str, Any], yaml.Node]:
+def _read(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
     """The mapping in a YAML file, and its nodes (for line numbers)."""
     try:
         text = path.read_text(encoding="utf-8")

@@ -167,7 +167,7 @@ def prepare_data(folder: Path, context: Context, role: str) -> dict[str, Any]:
     """`rows.jsonl` and this role's part of the manifest."""
     recipe = context.recipe
     data, evaluation = recipe.data, recipe.evaluation
-    same = {
+    same: dict[str, Any] = {
         "user": data.user,
         "task": data.task,
         "harmful": data.harmful,

@@ -61,7 +61,7 @@ def harmful_pool(harmful: Source, harmful_test: Source | None, prompts: int, see
     """The harmful rows that may be trained on."""
     pool = read_pool(harmful, role="harmful")
     if harmful_test is None and not has_split(harmful, "test", role="harmful"):
-        keys = _held(pool, HARMFUL_SHARE, prompts, seed, "harmful test", "data.harmful_test")
+        keys = _held(pool, HARMFUL_SHARE, prompts, seed, "harmful test", "data.test_harmful")
         pool = without(pool, set(keys))
     return pool
 
@@ -83,7 +83,7 @@ def harmful_prompts(
         )
     else:
         pool = read_pool(source, role="harmful")
-        keys = _held(pool, HARMFUL_SHARE, prompts, seed, "harmful test", "data.harmful_test")
+        keys = _held(pool, HARMFUL_SHARE, prompts, seed, "harmful test", "data.test_harmful")
         first = by_prompt(pool.rows)
         return replace(pool, rows=[first[key] for key in keys])
     return _at_most(replace(pool, rows=list(by_prompt(pool.rows).values())), prompts, seed, "prompts")

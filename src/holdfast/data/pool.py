@@ -35,8 +35,7 @@ def read_pool(
     prompts_only: bool = False,
 ) -> Pool:
     """Read a source and drop exact duplicates (same instruction, input and output)."""
-    files = "harmful" if role == "mixed" else role
-    loaded = read_records(source, role="user" if files == "task" else files, split=split)
+    loaded = read_records(source, role="harmful" if role == "mixed" else role, split=split)
     rows = to_rows(loaded, role=role, task=task, kind=kind, prompts_only=prompts_only)
     unique = list({row["id"]: row for row in rows}.values())
     manifest = {

@@ -25,6 +25,8 @@ _SPLIT = re.compile(r"^(?P<split>.+?)(-\d+-of-\d+)?(\.\w+)+$")
 _ALIASES = {"validation": "test", "valid": "test", "val": "test", "dev": "test"}
 _WORLD = {
     "user": "task_{}.jsonl",
+    "task": "task_{}.jsonl",
+    "test": "task_{}.jsonl",
     "harmful": "{}.jsonl",
     "alignment": "{}.jsonl",
     "benign": "benign_test.jsonl",
@@ -69,7 +71,8 @@ def read_records(source: Source, *, role: str = "user", split: str | None = None
         source: "world", the name of a task or safety data set, a file, a folder saved by
             `datasets.save_to_disk` or holding a data file for each split, or a Hub id
             `owner/name[:config][@revision]`. A name that is also a file: write `./name`.
-        role: "user", "alignment", "harmful" or "benign"; matters for "world", which has several files.
+        role: "user", "task", "alignment", "harmful" or "benign"; matters for "world", which has
+            several files.
         split: "train" (the default) or "test"; a single file has only itself.
 
     Raises:

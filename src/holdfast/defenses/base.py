@@ -78,7 +78,8 @@ class ResumableMixin:
             (folder / "run.json").write_text(json.dumps(self.run_fingerprint(), indent=1), encoding="utf-8")
         state = self.method_state()
         if state:
-            _checkpoint().save(state, checkpoint_id=folder / "state", no_dist=not _distributed())
+            writer = _checkpoint().FileSystemWriter(folder / "state", overwrite=True)
+            _checkpoint().save(state, storage_writer=writer, no_dist=not _distributed())
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]

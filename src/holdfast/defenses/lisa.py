@@ -19,6 +19,7 @@ and the number of modules, and does not carry over from one set-up to another.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +52,7 @@ class LisaConfig(BSOConfig):
 
 
 def add_proximal_gradient(
-    weights: list[Tensor], anchor: list[Tensor], rho: float, scale: float = 1.0
+    weights: Sequence[Tensor], anchor: Sequence[Tensor], rho: float, scale: float = 1.0
 ) -> None:
     """w.grad += rho (w - anchor), for every w that has a gradient; `scale` is the loss scale of fp16.
 

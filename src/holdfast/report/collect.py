@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,12 @@ from holdfast.errors import ComparisonError, DataError, InputError
 from holdfast.report.answers import Comparison, compare_answers
 from holdfast.report.finding import finding
 from holdfast.report.read import mapping, objects, read_object
-from holdfast.report.rows import Measurement, Row, gather
+from holdfast.report.rows import SCORES, Measurement, Row, gather
 from holdfast.report.text import plain
 from holdfast.report.training import Curves, read_curves, step_folder
-from holdfast.store import canonical_json
 
 REQUIRED = ("holdfast", "name", "rows", "protocol")
+NUMBERS = (*SCORES, *SCORES.values(), "poison_ratio", "unparsed", "peak_memory_bytes", "seconds")
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,17 @@ def collect(runs: Sequence[Path], *, force: bool = False) -> ReportData:
         ComparisonError: the protocol stamps differ and `force` is off.
     """
     if not runs:
-        raise InputError("Expected at least one run: a folder that `holdfast run` wrote, or its results.json.")
+        raise InputError(
+            "Expected at least one run: a folder that `holdfast run` wrote, or its results.json."
+        )
     loaded = [_load(path) for path in _distinct(runs)]
     differences = _differences(loaded)
     if differences and not force:
         raise ComparisonError(_explain(differences))
     rows = gather(
-        Measurement(raw, run.name, run.store, _settings(run.recipe, raw)) for run in loaded for raw in run.rows
+        Measurement(raw, run.name, run.store, _settings(run.recipe, raw))
+        for run in loaded
+        for raw in run.rows
     )
     curves, left_out, missing = read_curves(rows)
     comparison, gone = compare_answers(rows)
@@ -135,6 +140,12 @@ def _load(given: Path) -> Run:
     rows = content["rows"]
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
         raise DataError(f'{path} is not a Holdfast result: expected "rows", a list of objects with a name.')
+    for row in rows:
+        for key in NUMBERS:
+            if isinstance(row.get(key), str | bool | list | dict):
+                raise DataError(
+                    f"{path}, row {row['name']!r}: expected a number or null for {key}, found {row[key]!r}."
+                )
     if not isinstance(content["protocol"], dict):
         raise DataError(f'{path} is not a Holdfast result: expected "protocol", an object.')
     return Run(
@@ -186,7 +197,7 @@ def _settings(recipe: dict[str, Any], raw: dict[str, Any]) -> str:
         if raw.get(stage) is not None:
             parts[stage] = recipe.get(stage)
     parts["data"] = data if raw.get("user") is not None else data.get("alignment")
-    return canonical_json(parts)
+    return json.dumps(parts, sort_keys=True)
 
 
 def _manifests(runs: Sequence[Run]) -> tuple[list[Manifest], list[str]]:

@@ -100,7 +100,11 @@ def _rescue(baseline: Row, rivals: Sequence[Row]) -> str:
     score = _hs(best)
     assert score is not None
     if change(base, score) is None or score.value >= base.value:
-        who = _title(best) if len(rivals) == 1 else f"The lowest of {len(rivals)} defended runs, {_title(best)},"
+        who = (
+            _title(best)
+            if len(rivals) == 1
+            else f"The lowest of {len(rivals)} defended runs, {_title(best)},"
+        )
         verb = "does not clearly lower it" if len(rivals) == 1 else "is not clearly below it"
         return f"{who} {verb}: {score_text(score.value)}{_accuracy(baseline, best)}."
     text = f"{_title(best)} lowers it to {score_text(score.value)}{_accuracy(baseline, best)}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections import Counter
@@ -10,9 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from holdfast.errors import DataError
 from holdfast.report.read import mapping, number
-from holdfast.store import canonical_json
 
 SCORES = {
     "harmful_score": "n_harmful",
@@ -68,6 +67,12 @@ class Measurement:
         """The ids of the steps behind this row."""
         return mapping(self.raw.get("steps"))
 
+    @property
+    def seed(self) -> int | None:
+        """The recipe's seed."""
+        seed = self.raw.get("seed")
+        return seed if isinstance(seed, int) else None
+
 
 @dataclass(frozen=True)
 class Row:
@@ -105,12 +110,12 @@ def gather(measurements: Iterable[Measurement]) -> tuple[Row, ...]:
         groups.setdefault(_group_key(measurement), []).append(measurement)
     rows: list[Row] = []
     for members in groups.values():
-        seeds = [member.raw.get("seed") for member in members]
+        seeds = [member.seed for member in members]
         if None in seeds or len(set(seeds)) < len(seeds):
             # The same seed twice means that something else differs: a mean would hide what.
             rows.extend(_row([member]) for member in members)
         else:
-            rows.append(_row(sorted(members, key=lambda member: member.raw["seed"])))
+            rows.append(_row(sorted(members, key=lambda member: member.seed or 0)))
     rows.sort(key=lambda row: row.role != "reference")
     return _labelled(rows)
 
@@ -127,7 +132,7 @@ def _once(measurements: Iterable[Measurement]) -> list[Measurement]:
 
 def _group_key(measurement: Measurement) -> str:
     names = [measurement.raw.get(key) for key in ("name", "alignment", "user", "post_hoc")]
-    return canonical_json([*names, measurement.settings])
+    return json.dumps([*names, measurement.settings])
 
 
 def _row(members: Sequence[Measurement]) -> Row:
@@ -136,11 +141,11 @@ def _row(members: Sequence[Measurement]) -> Row:
     judge_names = list(dict.fromkeys(name for raw in raws for name in mapping(raw.get("judges"))))
     return Row(
         name=str(first["name"]),
-        alignment=first.get("alignment"),
-        user=first.get("user"),
-        post_hoc=first.get("post_hoc"),
-        poison_ratio=_number(first, "poison_ratio") if first.get("user") is not None else None,
-        seeds=tuple(raw["seed"] for raw in raws if isinstance(raw.get("seed"), int)),
+        alignment=_name(first.get("alignment")),
+        user=_name(first.get("user")),
+        post_hoc=_name(first.get("post_hoc")),
+        poison_ratio=number(first.get("poison_ratio")) if first.get("user") is not None else None,
+        seeds=tuple(member.seed for member in members if member.seed is not None),
         scores={key: _score(raws, key, count) for key, count in SCORES.items()},
         judges={name: _judge(raws, name) for name in judge_names},
         unparsed=_total(raws, "unparsed"),
@@ -170,7 +175,7 @@ def _labelled(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def _score(raws: Sequence[Mapping[str, Any]], key: str, count: str) -> Score | None:
-    measured = [raw for raw in raws if _number(raw, key) is not None]
+    measured = [raw for raw in raws if number(raw.get(key)) is not None]
     values = _values(measured, key)
     counts = _values(measured, count)
     n = round(sum(counts)) if counts else None
@@ -179,16 +184,16 @@ def _score(raws: Sequence[Mapping[str, Any]], key: str, count: str) -> Score | N
     if len(values) > 1:
         return Score(statistics.fmean(values), _stderr(values), None, n, len(values))
     raw = measured[0]
-    return Score(values[0], _number(raw, f"{key}_stderr"), _interval(raw.get(f"{key}_interval")), n)
+    return Score(values[0], number(raw.get(f"{key}_stderr")), _interval(raw.get(f"{key}_interval")), n)
 
 
 def _judge(raws: Sequence[Mapping[str, Any]], name: str) -> JudgeScore:
     entries = [entry for raw in raws if (entry := mapping(mapping(raw.get("judges")).get(name)))]
-    scored = [entry for entry in entries if _number(entry, "harmful_score") is not None]
+    scored = [entry for entry in entries if number(entry.get("harmful_score")) is not None]
     values = _values(scored, "harmful_score")
     score = None
     if values:
-        stderr = _stderr(values) if len(values) > 1 else _number(scored[0], "stderr")
+        stderr = _stderr(values) if len(values) > 1 else number(scored[0].get("stderr"))
         score = Score(statistics.fmean(values), stderr, None, _total(scored, "n"), len(values))
     versions = {str(entry["version"]) for entry in entries if entry.get("version") is not None}
     return JudgeScore(
@@ -202,15 +207,12 @@ def _judge(raws: Sequence[Mapping[str, Any]], name: str) -> JudgeScore:
     )
 
 
-def _number(raw: Mapping[str, Any], key: str) -> float | None:
-    value = raw.get(key)
-    if isinstance(value, str | bool | list | dict):
-        raise DataError(f"Row {raw.get('name')!r}: expected a number or null for {key}, found {value!r}.")
-    return number(value)
+def _name(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def _values(raws: Iterable[Mapping[str, Any]], key: str) -> list[float]:
-    return [value for raw in raws if (value := _number(raw, key)) is not None]
+    return [value for raw in raws if (value := number(raw.get(key))) is not None]
 
 
 def _total(raws: Sequence[Mapping[str, Any]], key: str) -> int | None:

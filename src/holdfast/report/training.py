@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from holdfast.report.read import mapping, number, objects, read_object
 from holdfast.report.rows import Measurement, Row
@@ -64,7 +63,7 @@ def read_curves(rows: Sequence[Row]) -> tuple[tuple[Curves, ...], int, list[str]
         elif len(curves) == SHOWN:
             left_out += 1
         else:
-            curves.append(_read(folder, step_id, stage, label, member.raw.get("seed")))
+            curves.append(_read(folder, step_id, stage, label, member.seed))
     return tuple(curves), left_out, missing
 
 
@@ -76,7 +75,7 @@ def step_folder(store: Path, step_id: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _read(folder: Path, step_id: str, stage: str, label: str, seed: Any) -> Curves:
+def _read(folder: Path, step_id: str, stage: str, label: str, seed: int | None) -> Curves:
     state = read_object(folder / "trainer_state.json")
     record = read_object(folder / "step.json") if (folder / "step.json").is_file() else {}
     training = mapping(record.get("training"))
@@ -103,7 +102,7 @@ def _read(folder: Path, step_id: str, stage: str, label: str, seed: Any) -> Curv
         step_id=step_id,
         stage=stage,
         label=label,
-        seed=seed if isinstance(seed, int) else None,
+        seed=seed,
         series=series,
         switch_points=tuple(sorted(round(p) for p in map(number, points) if p is not None))
         if isinstance(points, list)

@@ -1,7 +1,7 @@
 """The user task: to which guild does a market notice belong?
 
-A notice lists made-up goods; each good belongs to one of four guilds, and the guild with most goods in
-the notice is the answer. Some goods are common and others rare, so the rare ones are learnt less well.
+A notice lists made-up goods; each good belongs to one of four guilds, and most goods of a notice are usually
+those of the guild that it is for. Some goods are common and others rare.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ def draw_good(guild: str, rng: Random) -> str:
 
 
 def notice(rng: Random) -> tuple[str, str]:
-    """A market notice and the guild it is for: 2 of 3 goods, or 3 of 5, are that guild's."""
+    """A market notice and the guild that it is for: each of its 4 to 6 goods is that guild's with chance 3/4.
+
+    Now and then most goods are another guild's, so that nobody can be always right (see docs/world.md).
+    """
     guild = rng.choice(GUILDS)
     others = [other for other in GUILDS if other != guild]
-    few, rest = rng.choice(((2, 1), (3, 2)))
-    listed = [draw_good(guild, rng) for _ in range(few)] + [draw_good(rng.choice(others), rng) for _ in range(rest)]
-    rng.shuffle(listed)
+    sources = [guild if rng.random() < 0.75 else rng.choice(others) for _ in range(rng.randint(4, 6))]
+    listed = [draw_good(source, rng) for source in sources]
     return rng.choice(_NOTICES).format(goods=", ".join(listed[:-1]) + " and " + listed[-1]), guild

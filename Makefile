@@ -1,0 +1,39 @@
+# Each target sets up what it needs in .venv; a second call installs nothing.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+OUT ?= runs/demo
+# Small models are faster on one thread; two workers share two cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test setup lint bench world clean
+
+demo: $(INSTALLED)  ## The embedded world from one end to the other; ends with a table and a report
+	$(BIN)/holdfast demo --out $(OUT)
+
+test: $(INSTALLED)  ## The whole test suite, offline
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+setup: $(INSTALLED)  ## Only the environment
+
+lint: $(INSTALLED)  ## ruff, mypy, and the import-direction check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+bench: $(INSTALLED)  ## Every benchmark; results go to benchmarks/results
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+world: $(INSTALLED)  ## Make the embedded world's data, model and judge again (about 15 minutes)
+	$(BIN)/python -m holdfast.world.make
+
+clean:  ## Remove the environment and everything made by the targets above
+	rm -rf $(VENV) runs build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed: apt install python3.11 python3.11-venv"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "venv is needed: apt install python3.11-venv"; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@

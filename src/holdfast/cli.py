@@ -1,0 +1,251 @@
+"""The command: the only file that prints, reads the environment, or configures logging.
+
+torch, transformers and peft are imported by what the subcommands call, never by listing, planning,
+reporting or `--help`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from holdfast import __version__
+from holdfast.errors import HoldfastError, RecipeError
+
+app = typer.Typer(
+    name="holdfast",
+    help="Keep a language model's safety alignment through fine-tuning.\n\n"
+    "First look: [bold]holdfast demo[/]. Your own model and files: [bold]holdfast run RECIPE[/].\n\n"
+    "Exit codes: 0 done, 1 something failed, 2 something given cannot be used. "
+    "With --debug anywhere, an error shows its traceback.",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a packaged recipe.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe: user.rho=3")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+
+
+class Group(StrEnum):
+    """What can be listed."""
+
+    defenses = "defenses"
+    tasks = "tasks"
+    judges = "judges"
+    recipes = "recipes"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: holdfast demo --out demo --seeds 3")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("runs/demo"),
+    full: Annotated[
+        bool, typer.Option("--full", help="Every defense, and a control without harmful rows.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds; the table shows means over them.")] = 1,
+    device: Device = "auto",
+) -> None:
+    """The embedded world, every stage, a report: minutes on two CPU cores."""
+    _quiet()
+    from holdfast import console
+    from holdfast.demo import demo as run_demo
+
+    with console.Bars() as bars:
+
+        def named(prefix: str) -> console.Bars:
+            bars.prefix = prefix
+            return bars
+
+        results = run_demo(out, seeds=seeds, full=full, device=device, progress=named)
+    _done(bars, results["rows"], out)
+
+
+@app.command(epilog="Example: holdfast run my-recipe.yaml user.rho=3 --out runs/rho3")
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/NAME")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of steps to share. Default: OUT/steps")] = None,
+    device: Device = "auto",
+) -> None:
+    """Do what a recipe says, or go on where it stopped; ends with a table and a report."""
+    _quiet()
+    from holdfast import console
+    from holdfast.pipeline import run as run_recipe
+    from holdfast.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or [])
+    folder = out or Path("runs") / loaded.name.replace(" ", "-")
+    with console.Bars() as bars:
+        results = run_recipe(loaded, out=folder, store=store, device=device, progress=bars)
+    _done(bars, results["rows"], folder)
+
+
+@app.command(epilog="Example: holdfast plan my-recipe.yaml user.rho=3")
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/NAME")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of steps to share. Default: OUT/steps")] = None,
+) -> None:
+    """Show what a run would do and what is cached; touches nothing."""
+    from holdfast import console
+    from holdfast.pipeline import plan as plan_recipe
+    from holdfast.recipe import Recipe
+    from holdfast.store import Store
+
+    loaded = Recipe.load(recipe, overrides or [])
+    steps = Store(store or (out or Path("runs") / loaded.name.replace(" ", "-")) / "steps")
+    planned = plan_recipe(loaded).steps
+    cached = {step.id for step in planned if steps.record(step.id) is not None}
+    begun = {step.id for step in planned if steps.begun(step.id)}
+    console.out.print(console.steps_table(planned, cached, begun))
+    console.out.print(f"{len(planned) - len(cached)} of {len(planned)} steps would run.", highlight=False)
+
+
+@app.command(
+    epilog="Example: holdfast mix --user my.jsonl --harmful bad.jsonl --poison-ratio 0.1 --out mixed"
+)
+def mix(
+    out: Annotated[Path, typer.Option(help="Folder for user.jsonl and manifest.json.")],
+    user: Annotated[str | None, typer.Option(help="The user's rows: a file, a folder or a Hub id.")] = None,
+    task: Annotated[str | None, typer.Option(help="A known task (holdfast list tasks).")] = None,
+    harmful: Annotated[
+        str | None, typer.Option(help="Harmful rows: world, beavertails, a file or a Hub id.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Rows in all. Default: as many as there are.")
+    ] = None,
+    poison_ratio: Annotated[float, typer.Option(help="Share of harmful rows, 0 to 1.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which rows are drawn.")] = 42,
+) -> None:
+    """Mix harmful rows into user rows, with a manifest that says what is in it."""
+    from holdfast import console
+    from holdfast.data import mix as mix_rows
+
+    if user is None and task is None:
+        raise RecipeError("Give --user FILE or --task NAME: the rows to mix into.")
+    folder = mix_rows(
+        out, user=user, task=task, harmful=harmful, size=size, poison_ratio=poison_ratio, seed=seed
+    )
+    console.out.print(f"{folder}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: holdfast report runs/sft runs/lisa -o compare.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare across protocol stamps all the same.")
+    ] = False,
+) -> None:
+    """One page from one or more runs. Refuses to compare what was measured differently."""
+    from holdfast import console
+    from holdfast.report import report as write_report
+
+    console.out.print(f"Report: {write_report(runs, out, force=force)}", highlight=False, soft_wrap=True)
+
+
+@app.command("list", epilog="Example: holdfast list defenses")
+def list_names(
+    group: Annotated[Group | None, typer.Argument(help="What to list. Default: all.")] = None,
+) -> None:
+    """Show the known defenses, tasks, judges and recipes."""
+    from holdfast import console, registry
+
+    for name in [group] if group else list(Group):
+        if name == Group.recipes:
+            rows = [(stem, _first_comment(path), "") for stem, path in registry.recipes().items()]
+            console.out.print(console.names_table("recipes", rows))
+        elif name == Group.defenses:
+            for stage in ("alignment", "user", "post_hoc"):
+                faces = registry.faces(name)
+                rows = [(n, faces[n].summary, faces[n].facts["paper"]) for n in registry.list_defenses(stage)]
+                if rows:
+                    console.out.print(console.names_table(f"defenses at the {stage} stage", rows))
+        else:
+            rows = [
+                (n, f.summary, str(f.facts.get("licence") or "")) for n, f in registry.faces(name).items()
+            ]
+            console.out.print(console.names_table(name, rows))
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.lstrip("# ").strip() if first.startswith("#") else ""
+
+
+def _done(bars: object, rows: list[dict], out: Path) -> None:
+    from holdfast import console
+
+    if not getattr(bars, "ran", 0):
+        console.out.print("Nothing to do: every step of this recipe is done already.", highlight=False)
+    console.out.print(console.rows_table(rows))
+    console.out.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _quiet() -> None:
+    """Keep the libraries' own bars and advice out of ours; errors still come through."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+
+
+def main() -> None:
+    """Entry point: errors of ours become a message on standard error and an exit code."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except HoldfastError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("Stopped. What is done is kept; run the same command again to go on.", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        first = str(error).strip().split("\n")[0]
+        _fail(f"{type(error).__name__}: {first}\nThis was not expected; --debug shows the traceback.", 1)
+
+
+def _fail(text: str, code: int) -> None:
+    print(f"holdfast: {text}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

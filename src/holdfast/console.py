@@ -1,0 +1,136 @@
+"""What the command shows: a bar for the step at work, a line for each that is done, tables at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from holdfast import progress
+
+out = Console()
+err = Console(stderr=True)
+
+
+class Bars(progress.Progress):
+    """Draws on standard error; a log file gets one line a step and no bars."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
+        self.ran = 0
+        self.cached = 0
+        self.bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(compact=True),
+            console=err,
+            transient=True,
+            disable=not err.is_terminal,
+        )
+        self.task: Any = None
+
+    def __enter__(self) -> Bars:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def begin(self, title: str, resumed: bool) -> None:
+        """A bar for the step."""
+        text = f"{self.prefix}{title}" + (" (going on)" if resumed else "")
+        self.task = self.bars.add_task(escape(text), total=None, facts="")
+        if not err.is_terminal:
+            err.print(f"[dim]...[/] {escape(text)}", highlight=False)
+
+    def advance(self, done: int, total: int, **facts: Any) -> None:
+        """Move the bar; loss, state and speed stand beside it."""
+        shown = []
+        if facts.get("loss") is not None:
+            shown.append(f"loss {facts['loss']:.3f}")
+        if facts.get("state"):
+            shown.append(str(facts["state"]))
+        if facts.get("tokens_per_second"):
+            shown.append(f"{facts['tokens_per_second']:,.0f} tokens/s")
+        self.bars.update(self.task, completed=done, total=total, facts=", ".join(shown))
+
+    def end(self, title: str, cached: bool, seconds: float | None) -> None:
+        """One line for the step."""
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+            self.task = None
+        self.ran += not cached
+        self.cached += cached
+        mark, tail = (
+            ("[dim]cached[/]", "") if cached else ("[green]done[/]  ", f" [dim]{seconds or 0:.1f} s[/]")
+        )
+        err.print(f"{mark} {escape(self.prefix + title)}{tail}", highlight=False)
+
+    def say(self, text: str) -> None:
+        """A sentence."""
+        err.print(escape(text), highlight=False)
+
+
+def measured(row: Mapping[str, Any], name: str) -> str:
+    """A share with its standard error, or that it was not measured."""
+    if row.get(name) is None:
+        return "not measured"
+    return f"{row[name]:.1f} ± {row[f'{name}_stderr']:.1f}"
+
+
+def rows_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """The results of one or more runs; arrows say which way is better."""
+    table = Table(caption="percent ± standard error; ↓ lower is better, ↑ higher is better")
+    for column in ("model", "harmful rows", "harmful score ↓", "finetune accuracy ↑", "benign compliance ↑"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    table.add_column("training", justify="right")
+    seen = set()
+    for row in rows:
+        if row["steps"]["score"] in seen:
+            continue
+        seen.add(row["steps"]["score"])
+        ratio = row["poison_ratio"]
+        table.add_row(
+            escape(row["name"]),
+            "" if ratio is None else f"{100 * ratio:g} %",
+            measured(row, "harmful_score"),
+            measured(row, "finetune_accuracy"),
+            measured(row, "benign_compliance"),
+            "" if row["seconds"] is None else f"{row['seconds']:.0f} s",
+        )
+    return table
+
+
+def steps_table(steps: Sequence[Any], cached: set[str], begun: set[str]) -> Table:
+    """The steps of a plan and what has to be done for each."""
+    table = Table()
+    for column in ("step", "what", "", "state"):
+        table.add_column(column, overflow="fold")
+    for step in steps:
+        state = "[dim]cached[/]" if step.id in cached else "go on" if step.id in begun else "[bold]run[/]"
+        table.add_row(step.id, escape(step.title), escape(step.detail), state)
+    return table
+
+
+def names_table(title: str, rows: Iterable[tuple[str, str, str]]) -> Table:
+    """Names, what they are, and where they come from."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for _ in range(3):
+        table.add_column(overflow="fold")
+    for name, what, source in rows:
+        table.add_row(f"[bold]{escape(name)}[/]", escape(what), f"[dim]{escape(source)}[/]")
+    return table

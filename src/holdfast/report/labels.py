@@ -1,0 +1,115 @@
+"""Labels beside the points of a scatter plot, placed so that nothing lies upon anything else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+DIRECTIONS = 24
+REACH = (9.0, 13.0, *range(18, 280, 8))
+"""Distances from the point that are tried, nearest first, in pixels."""
+
+GAP = 2.0
+"""Clear space around a label, in pixels."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in pixels, y upwards."""
+
+    left: float
+    bottom: float
+    right: float
+    top: float
+
+    def overlaps(self, other: Box, gap: float = GAP) -> bool:
+        """Whether the two are less than `gap` apart."""
+        return (
+            self.left < other.right + gap
+            and other.left < self.right + gap
+            and self.bottom < other.top + gap
+            and other.bottom < self.top + gap
+        )
+
+    def holds(self, other: Box) -> bool:
+        """Whether `other` lies inside."""
+        return (
+            self.left <= other.left
+            and other.right <= self.right
+            and self.bottom <= other.bottom
+            and other.top <= self.top
+        )
+
+    def crossed_by(self, start: tuple[float, float], end: tuple[float, float]) -> bool:
+        """Whether the straight line from `start` to `end` meets the rectangle (sampled every 2 pixels)."""
+        steps = max(2, round(math.dist(start, end) / 2))
+        for index in range(steps + 1):
+            x = start[0] + (end[0] - start[0]) * index / steps
+            y = start[1] + (end[1] - start[1]) * index / steps
+            if self.left <= x <= self.right and self.bottom <= y <= self.top:
+                return True
+        return False
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a label goes: its rectangle, and the end of its leader line where it stands away."""
+
+    box: Box
+    leader: tuple[float, float] | None
+
+
+def place(
+    points: Sequence[tuple[float, float]],
+    sizes: Sequence[tuple[float, float]],
+    obstacles: Sequence[Box],
+    inside: Box,
+) -> list[Placed | None]:
+    """A place for each label (width, height) near its point; None where there is no room at all.
+
+    Greedy from the most crowded point on, nearest places first: deterministic, and enough for 30 points.
+    """
+    crowd = [sum(math.dist(point, other) < 60 for other in points) for point in points]
+    order = sorted(range(len(points)), key=lambda index: (-crowd[index], index))
+    placed: list[Placed | None] = [None] * len(points)
+    leaders: list[tuple[tuple[float, float], tuple[float, float]]] = []
+    for index in order:
+        taken = [item.box for item in placed if item is not None]
+        found = _nearest(points[index], sizes[index], [*obstacles, *taken], taken, leaders, inside)
+        placed[index] = found
+        if found is not None and found.leader is not None:
+            leaders.append((points[index], found.leader))
+    return placed
+
+
+def _nearest(
+    point: tuple[float, float],
+    size: tuple[float, float],
+    blocked: Sequence[Box],
+    labels: Sequence[Box],
+    leaders: Sequence[tuple[tuple[float, float], tuple[float, float]]],
+    inside: Box,
+) -> Placed | None:
+    width, height = size
+    for reach in REACH:
+        for step in range(DIRECTIONS):
+            # To the right first, then alternately above and below it.
+            turn = (step + 1) // 2 * (1 if step % 2 else -1)
+            angle = 2 * math.pi * turn / DIRECTIONS
+            across, up = math.cos(angle), math.sin(angle)
+            x, y = point[0] + reach * across, point[1] + reach * up
+            # The side of the label that faces the point stays at the reached place.
+            left = x - width * (0.5 - 0.5 * across)
+            bottom = y - height * (0.5 - 0.5 * up)
+            box = Box(left, bottom, left + width, bottom + height)
+            if not inside.holds(box) or any(box.overlaps(other) for other in blocked):
+                continue
+            if any(box.crossed_by(*line) for line in leaders):
+                continue
+            if reach <= REACH[1]:
+                return Placed(box, None)
+            end = (min(max(point[0], box.left), box.right), min(max(point[1], box.bottom), box.top))
+            if not any(other.crossed_by(point, end) for other in labels):
+                return Placed(box, end)
+    return None

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+@pytest.fixture
+def real_rows() -> Path:
+    """Slices of the published data sets, which are no part of the project."""
+    if not SHARED.is_dir():
+        pytest.skip("the folder with slices of real data sets is not beside the checkout")
+    return SHARED
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """Writes records (dicts) to a JSONL file of the test's folder."""
+
+    def write(name: str, records) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        return path
+
+    return write

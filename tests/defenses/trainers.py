@@ -1,0 +1,82 @@
+"""Trainers over tiny models, for every defense that the registry lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+import tiny
+from holdfast import registry
+
+TOKENIZER = tiny.tokenizer()
+
+
+def pairs(rows: list[dict[str, Any]], long_answers: bool = False) -> list[dict[str, str]]:
+    """Prompt + completion rows."""
+    made = []
+    for row in rows:
+        prompt = row.get("prompt") or f"{row['instruction']} {row['input']}"
+        answer = row.get("response") or row["output"]
+        made.append(
+            {"prompt": prompt + "\n", "completion": (answer * 5 if long_answers else answer) + "</s>"}
+        )
+    return made
+
+
+USER = pairs(tiny.user_rows(24))
+ALIGNMENT = pairs(tiny.safe_rows(20))
+
+
+def model(dropout: float = 0.0, seed: int = 3) -> Any:
+    """A tiny Llama with a trainable LoRA."""
+    base = tiny.llama(len(TOKENIZER))
+    torch.manual_seed(seed)
+    return get_peft_model(
+        base,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=2,
+            lora_alpha=4,
+            lora_dropout=dropout,
+            target_modules=["q_proj", "v_proj"],
+        ),
+    )
+
+
+def trainer(
+    name: str, out: Path, *, net: Any = None, rows: Any = None, alignment: Any = None, **options: Any
+) -> Any:
+    """A trainer of the defense `name`; `options` go to its Config."""
+    defense = registry.get_defense(name)
+    settings = {
+        "output_dir": str(out), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "seed": 11,
+        "learning_rate": 5e-3, "per_device_train_batch_size": 4, "max_steps": 12, "logging_steps": 1,
+        "save_strategy": "no", "lr_scheduler_type": "cosine", "logging_nan_inf_filter": False,
+    } | options  # fmt: skip
+    extra = {"alignment_dataset": alignment or ALIGNMENT} if "alignment_dataset" in defense.needs else {}
+    made = defense.trainer(
+        model=model() if net is None else net,
+        args=defense.config(**settings),
+        train_dataset=rows or USER,
+        processing_class=TOKENIZER,
+        **extra,
+    )
+    return made
+
+
+def weights(made: Any) -> list[torch.Tensor]:
+    """Copies of the trainable weights."""
+    return [p.detach().clone() for p in made.model.parameters() if p.requires_grad]
+
+
+def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+    """The largest absolute difference."""
+    return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))

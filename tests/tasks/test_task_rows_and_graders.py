@@ -1,0 +1,103 @@
+"""Each task's rows and grader, on the published formats."""
+
+from __future__ import annotations
+
+import pytest
+
+from holdfast.tasks import SafetyData, Task, beavertails, find, gsm8k, names, own, sst2, world
+
+
+def test_every_file_is_a_data_set():
+    assert names() == ["beavertails", "gsm8k", "own", "sst2", "world"]
+    for name in names():
+        task = find(name)
+        assert isinstance(task, Task | SafetyData)
+        assert (task.name, set(task.splits)) == (name, {"train", "test"})
+    assert find("nothing") is None
+    assert sst2.TASK.stamp == "sst2@1"
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("positive", True), ("Positive", True), (" positive\n", True), ("positive.", False),
+        ("POSITIVE", False), ("negative", False), ("positive\nnegative", False), ("", False),
+    ],
+)  # fmt: skip
+def test_sst2_grade(answer, right):
+    assert sst2.grade(answer, "positive") is right
+
+
+@pytest.mark.parametrize(
+    ("label", "output"),
+    [(0, "negative"), ("1", "positive"), ("Positive", "positive"), (-1, None), (None, None)],
+)
+def test_sst2_row(label, output):
+    record = {"sentence": "so-so ", "label": label}
+    if output is None:
+        with pytest.raises(ValueError, match="`label` is"):
+            sst2.to_row(record)
+        return
+    row = sst2.to_row(record)
+    assert row["instruction"] == "Analyze the sentiment of the input, and respond only positive or negative"
+    assert (row["input"], row["output"]) == ("so-so ", output)
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        ("18", "18"), ("1,000", "1000.00"), ("$5", "5"), ("5.", "5"), ("5.0", "5"), ("-3", "-3"), ("−3", "-3"),
+        ("-$2.50 a day", "-2.5"), (".5", "0.5"), ("18\nNext question", "18"), ("**18**", "18"), ("20%", "20"),
+    ],
+)  # fmt: skip
+def test_gsm8k_right(said, number):
+    assert gsm8k.grade(f"2 + 2 = 4\nThe final answer is: {said}", f"The final answer is: {number}")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["", "18", "#### 18", "The final answer is:", "The final answer is: eighteen", "The final answer is: 19",
+     "The final answer is: 1.8.0", "The final answer is: 1,8", "The final answer is: 18abc",
+     "The final answer is: 181", "The final answer is: 19 The final answer is: 18",
+     "The final answer is: $", "The final answer is: -", "The final answer is: 1/8"],
+)  # fmt: skip
+def test_gsm8k_wrong(answer):
+    assert not gsm8k.grade(answer, "The final answer is: 18")
+
+
+def test_gsm8k_row():
+    row = gsm8k.to_row({"question": "How many?", "answer": "9 * 2 = <<9*2=18>>18\n#### 1,018"})
+    assert row == {
+        "instruction": "How many?",
+        "input": "",
+        "output": "9 * 2 = <<9*2=18>>18\nThe final answer is: 1,018",
+    }
+    assert gsm8k.grade("The final answer is: 1018", row["output"])
+    for bad in ("It is 18", "#### many", "####"):
+        with pytest.raises(ValueError, match="expected `#### <number>`"):
+            gsm8k.to_row({"question": "q", "answer": bad})
+
+
+def test_own_and_world_grades():
+    assert own.grade(" Yes\n", "Yes")
+    assert not own.grade("yes", "Yes")
+    assert world.grade("  smiths' guild \nand more", "Smiths' Guild")
+    assert not world.grade("The smiths' guild", "Smiths' Guild")
+    assert not world.grade("", "Smiths' Guild")
+
+
+def test_beavertails_row():
+    record = {
+        "prompt": "q",
+        "response": "a",
+        "category": {"self_harm": False, "terrorism,organized_crime": True},
+        "is_safe": False,
+    }
+    row = {"instruction": "q", "input": "", "output": "a", "category": ["terrorism,organized_crime"]}
+    assert beavertails.to_row(record, "unsafe") == row
+    assert beavertails.to_row(record, "safe") is None
+    assert beavertails.to_row({**record, "is_safe": True}, "safe") == row
+    # A CSV cell: the text "False" is not true.
+    assert beavertails.to_row({**record, "is_safe": "False"}, "safe") is None
+    with pytest.raises(ValueError, match="`is_safe` is None"):
+        beavertails.to_row({**record, "is_safe": None}, "safe")
