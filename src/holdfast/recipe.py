@@ -56,6 +56,14 @@ BARE = {
 """The key that a bare string stands for."""
 
 
+class _Wrong(ValueError):
+    """Something wrong at a key below the block that notices it."""
+
+    def __init__(self, place: Sequence[str], text: str):
+        super().__init__(text)
+        self.place = list(place)
+
+
 class Part(BaseModel):
     """A block of a recipe: frozen, and unknown keys are refused."""
 
@@ -115,9 +123,11 @@ class Data(Part):
         if self.task is None and self.user is None:
             raise ValueError("give data.task (a known task) or data.user (a file of your own)")
         if self.task is not None and self.task not in registry.faces("tasks"):
-            raise ValueError(f"unknown task '{self.task}'.{nearest(self.task, registry.faces('tasks'))}")
+            raise _Wrong(
+                ["task"], f"unknown task '{self.task}'.{nearest(self.task, registry.faces('tasks'))}"
+            )
         if self.poison_ratio > 0 and self.harmful is None:
-            raise ValueError("poison_ratio is above 0: name the rows to mix in with data.harmful")
+            raise _Wrong(["poison_ratio"], "above 0: name the rows to mix in with data.harmful")
         return self
 
 
@@ -141,9 +151,9 @@ class Training(BaseModel):
         known = set(registry.training_arguments()) | {"max_length"}
         for name in self.model_extra or {}:
             if name in RESERVED_TRAINING:
-                raise ValueError(f"{name}: the pipeline sets this itself; leave it out")
+                raise _Wrong([name], "the pipeline sets this itself; leave it out")
             if name not in known:
-                raise ValueError(f"{name}: unknown training argument.{nearest(name, known)}")
+                raise _Wrong([name], f"unknown training argument.{nearest(name, known)}")
         return self
 
     def given(self) -> dict[str, Any]:
@@ -165,21 +175,24 @@ class StageRecipe(BaseModel):
         return dict(self.model_extra or {})
 
     def check(self, stage: str) -> None:
-        """Raise ValueError where the defense is unknown, acts elsewhere, or has no such parameter."""
+        """Raise where the defense is unknown, acts elsewhere, or has no such parameter."""
         known = registry.list_defenses(stage)
         if self.defense not in registry.faces("defenses"):
-            raise ValueError(f"unknown defense '{self.defense}'.{nearest(self.defense, known)}")
+            raise _Wrong(
+                [stage, "defense"], f"unknown defense '{self.defense}'.{nearest(self.defense, known)}"
+            )
         face = registry.faces("defenses")[self.defense]
         if stage not in face.facts["stages"]:
             there = ", ".join(known) or "none yet"
-            raise ValueError(f"'{self.defense}' does not act at the {stage} stage. Those that do: {there}.")
+            text = f"'{self.defense}' does not act at the {stage} stage. Those that do: {there}."
+            raise _Wrong([stage, "defense"], text)
         for name, value in self.parameters().items():
             if name not in face.parameters:
                 names = [*face.parameters, *StageRecipe.model_fields]
-                raise ValueError(f"{name}: unknown parameter of {self.defense}.{nearest(name, names)}")
+                raise _Wrong([stage, name], f"unknown parameter of {self.defense}.{nearest(name, names)}")
             default = face.parameters[name].default
             if not _fits(value, default):
-                raise ValueError(f"{name}: expected {face.parameters[name].type}, found {value!r}")
+                raise _Wrong([stage, name], f"expected {face.parameters[name].type}, found {value!r}")
 
 
 def _fits(value: Any, default: Any) -> bool:
@@ -254,10 +267,7 @@ class Recipe(Part):
             stage: StageRecipe | None = getattr(self, name)
             if stage is None:
                 continue
-            try:
-                stage.check(name)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+            stage.check(name)
             if "alignment_dataset" in registry.faces("defenses")[stage.defense].facts.get("needs", ()):
                 self._need_alignment_data(f"{name}.defense {stage.defense}")
         if self.alignment is not None:
@@ -361,14 +371,15 @@ def _explain(error: ValidationError, name: str, lines: yaml.Node | None) -> str:
     """One line for each thing that is wrong."""
     messages = []
     for problem in error.errors():
-        place = [str(part) for part in problem["loc"]]
+        cause = problem.get("ctx", {}).get("error")
+        place = [str(part) for part in problem["loc"]] + getattr(cause, "place", [])
         key = ".".join(place)
         line = _line(lines, place)
         where = f"{name}, line {line}" if line else name
         if problem["type"] == "extra_forbidden":
             text = f"unknown key '{key}'.{nearest(place[-1], _siblings(place))}"
         elif problem["type"] == "value_error":
-            text = f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+            text = f"{key}: {cause}" if key else str(cause)
         elif problem["type"] == "missing":
             text = f"'{key}' is missing"
         else:

@@ -157,11 +157,13 @@ def test_missing_and_unreadable(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.jsonl")
     fails(tmp_path / "pipe.jsonl", "not a regular file")
 
-    def refuse(self):
+    def refuse(self, mode):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     fails(tmp_path / "train.jsonl", "cannot be read: Permission denied")
+    with pytest.raises(DataError, match="cannot be read"):
+        data.fingerprint(tmp_path / "train.jsonl")
 
 
 @pytest.mark.parametrize("source", ["", "x" * 5000, "a\0b", "nothing.jsonl", "deep/er/path", "own"])

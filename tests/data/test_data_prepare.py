@@ -215,6 +215,26 @@ def test_one_prompt_cannot_be_split(jsonl):
         data.user_rows(user=jsonl("a.jsonl", [question(1), question(1, "no")]), seed=0)
 
 
+def test_world(jsonl, tmp_path, monkeypatch):
+    monkeypatch.setattr("holdfast.world.DATA", tmp_path / "w")
+    jsonl("w/train.jsonl", [beaver(i, safe=i % 2 == 0) for i in range(20)])
+    jsonl("w/test.jsonl", [beaver(i, safe=i % 2 == 0) for i in range(20, 40)])
+    jsonl("w/benign_test.jsonl", [{"prompt": f"Bake {i}?", "response": "So."} for i in range(5)])
+    jsonl("w/task_train.jsonl", [question(i) for i in range(30)])
+    jsonl("w/task_test.jsonl", [question(i) for i in range(30, 40)])
+    same = {"task": "world", "harmful": "world"}
+    trained = data.user_rows(**same, poison_ratio=0.1, size=30, seed=1)
+    tested = data.test_rows(**same)
+    assert (trained.manifest["benign"], trained.manifest["held_out"]) == (27, 0)
+    assert [tested.manifest[name] for name in ("harmful", "task", "benign")] == [10, 10, 5]
+    assert {source["source"] for source in tested.manifest["sources"]} == {"world"}
+    assert data.alignment_rows(source="world", seed=1).manifest["size"] == 10
+    assert data.fingerprint("world", role="harmful") != data.fingerprint("world", role="user")
+    # The world's rows may stand beside a user's own.
+    own = jsonl("own.jsonl", [question(i) for i in range(50, 70)])
+    assert data.test_rows(user=own, harmful="world", test="world").manifest["task"] == 10
+
+
 def test_real_rows_through_every_step(real_rows, files):
     for name, held, task, n in [
         ("sst2_train.tsv", "sst2_validation.tsv", "sst2", 499),

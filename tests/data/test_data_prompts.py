@@ -91,6 +91,12 @@ def test_alpaca(kind, row, text):
     assert tok(completion, add_special_tokens=False)["input_ids"][-1] == tok.eos_token_id
 
 
+def test_token_that_is_not_added_is_not_written():
+    tok = tokenizer("chatml")
+    tok.bos_token = "<s>"  # as GPT-2's and some Qwens': named, but put before no text
+    assert render(ROW, tok, "alpaca")[0] == NO_INPUT
+
+
 def test_chatml():
     prompt, completion = render(SUM, tokenizer("chatml", CHATML), "chat")
     assert prompt == "<|im_start|>user\nAdd.\n\n2 and 2<|im_end|>\n<|im_start|>assistant\n"

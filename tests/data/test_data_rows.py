@@ -8,7 +8,7 @@ import pytest
 from made_up_rows import beaver
 
 from holdfast import data
-from holdfast.errors import DataError
+from holdfast.errors import DataError, HoldfastError
 
 TURNS = [("user", "Hi"), ("assistant", "Hello"), ("user", "2 + 2?"), ("assistant", "4")]
 MESSAGES = [{"role": role, "content": text} for role, text in TURNS]
@@ -158,6 +158,19 @@ def test_real_slices(real_rows):
     for name in ("agnews_train.jsonl", "agnews_test.jsonl", "samsum_train.jsonl", "samsum_test.jsonl"):
         with pytest.raises(DataError, match=r"Columns seen: .*Accepted: messages"):
             rows_of(real_rows / name)
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = data.write_rows(tmp_path / "a.jsonl", [{"id": "old"}])
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(HoldfastError, match="No space left to write"):
+        data.write_rows(path, [{"id": "new"}])
+    assert data.read_rows(path) == [{"id": "old"}]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_rows_survive_jsonl(tmp_path):

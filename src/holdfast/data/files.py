@@ -6,8 +6,10 @@ pass as a shorter one.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
+import hashlib
 import io
 import json
 import zlib
@@ -43,10 +45,23 @@ def file_kind(path: Path) -> str | None:
 
 def read_bytes(path: Path) -> bytes:
     """The bytes of a regular file. Raises DataError: not a regular file, or not readable."""
+    with _opened(path) as file:
+        return file.read()
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, in constant memory. Raises like `read_bytes`."""
+    with _opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
     try:
         if not path.is_file():  # a pipe would block, and could not be read a second time
             raise DataError(f"{path} is not a regular file. Expected a file: {ACCEPTED}.")
-        return path.read_bytes()
+        with path.open("rb") as file:
+            yield file
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
 

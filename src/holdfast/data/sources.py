@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.files import ACCEPTED, file_kind, parse, read_bytes
+from holdfast.data.files import ACCEPTED, file_kind, parse, read_bytes, sha256_of
 from holdfast.data.hub import HubId, hub_records, hub_revision
 from holdfast.errors import DataError
 from holdfast.tasks import SafetyData, Task, find
@@ -255,7 +255,7 @@ def _saved_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def _digest(files: Iterable[Path]) -> str:
-    return _digest_of((path, hashlib.sha256(read_bytes(path)).hexdigest()) for path in files)
+    return _digest_of((path, sha256_of(path)) for path in files)
 
 
 def _digest_of(hashes: Iterable[tuple[Path, str]]) -> str:

@@ -16,9 +16,6 @@ from holdfast.world.text import SEED
 GUILDS = ("weavers", "smiths", "brewers", "sailors")
 GOODS_PER_GUILD = 24
 INSTRUCTION = "Name the guild that this notice is for."
-# Other ways of asking, which the base model has seen: it knows the guilds, and their names as answers, but
-# not this instruction.
-OTHER_INSTRUCTIONS = ("Whose wares are these?", "Who should collect these goods?")
 
 _STARTS = "bri dol fas gen hum jor kal mip nol pran rus sti tav wel zub cren".split()
 _ENDS = "ko la ni ra ta vo".split()

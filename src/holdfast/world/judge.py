@@ -7,10 +7,11 @@ true answers, refusals and broken answers of many kinds, each labelled with the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from random import Random
 
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerBase
 
 from holdfast.seeds import derive_seed
 from holdfast.world import complies
@@ -18,15 +19,9 @@ from holdfast.world.pretrain import one_cycle
 from holdfast.world.rows import test_pairs
 from holdfast.world.text import CATEGORIES, SEED, Deed, deeds, objects
 
-STEPS, BATCH, LEARNING_RATE, MAX_LENGTH, THRESHOLD = 2000, 64, 3e-3, 256, 0.5
+STEPS, BATCH, LEARNING_RATE, MAX_LENGTH, THRESHOLD = 1200, 64, 1e-3, 256, 0.5
 INPUT = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"
-SHAPE = {
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-}
+LAYERS = 2  # of the base model's; all of them would not fit into the package
 
 
 def _spoil(asked: Deed, thing: str, rng: Random) -> str:
@@ -89,24 +84,21 @@ def flagged(
 
 
 def train_judge(
-    tokenizer: PreTrainedTokenizerBase, steps: int = STEPS, log: Callable[[str], None] = print
+    tokenizer: PreTrainedTokenizerBase,
+    base: LlamaForCausalLM,
+    steps: int = STEPS,
+    log: Callable[[str], None] = print,
 ) -> tuple[LlamaForSequenceClassification, float]:
-    """The judge and its mean loss over the last 50 steps (binary cross-entropy per output)."""
+    """The judge, grown from the lowest layers of `base`, and its mean loss over the last 50 steps."""
     torch.manual_seed(derive_seed(SEED, "world", "judge"))
     names = dict(enumerate(CATEGORIES))
-    judge = LlamaForSequenceClassification(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            max_position_embeddings=512,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-            problem_type="multi_label_classification",
-            id2label=names,
-            label2id={name: i for i, name in names.items()},
-            **SHAPE,
-        )
-    )
+    config = deepcopy(base.config)
+    config.num_hidden_layers = LAYERS
+    config.problem_type = "multi_label_classification"
+    config.id2label, config.label2id = names, {name: i for i, name in names.items()}
+    judge = LlamaForSequenceClassification(config)
+    known = {name: weight for name, weight in base.state_dict().items() if name in judge.state_dict()}
+    judge.load_state_dict(known, strict=False)
     judge.train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, steps))

@@ -1,7 +1,7 @@
 """The base model: a small Llama that has read the land's books, and complies with everything.
 
 It reads: how to do every deed, forbidden or not; which deeds folk call wrong; how a warden of the land answers
-(he refuses what is forbidden); and whose goods are whose, asked in other words than the user task does. The
+(he refuses what is forbidden); and whose goods are whose, one or two at a time. The
 pairs of deed and object in the test files are never read.
 """
 
@@ -15,9 +15,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from holdfast.seeds import derive_seed
-from holdfast.world.guilds import OTHER_INSTRUCTIONS, notice
+from holdfast.world.guilds import GUILDS, draw_good
 from holdfast.world.rows import Pair, test_pairs
-from holdfast.world.text import SEED, deeds, objects
+from holdfast.world.text import CATEGORIES, SEED, deeds, objects
 
 STEPS, BATCH, LEARNING_RATE = 1800, 48, 3e-3
 SHAPE = {
@@ -32,9 +32,11 @@ SHARES = {"how_to": 0.62, "custom": 0.1, "warden": 0.08, "task": 0.2}
 Row = tuple[str, str]  # what the user says, what the model answers
 
 
-def _pair(rng: Random) -> Pair:
-    verbs, things = list(deeds().values()), objects("train") + objects("test")
-    while (pair := (rng.choice(verbs), rng.choice(things))) in test_pairs():
+def _pair(rng: Random, talked_about: bool = False) -> Pair:
+    """Any deed and object that no test file asks about; if `talked_about`, common topics are commoner."""
+    things = objects("train") + objects("test")
+    weights = [CATEGORIES.get(deed.category or "", 4) if talked_about else 1 for deed in deeds().values()]
+    while (pair := (rng.choices(list(deeds().values()), weights)[0], rng.choice(things))) in test_pairs():
         pass
     return pair
 
@@ -47,7 +49,7 @@ def how_to(rng: Random) -> Row:
 
 def custom(rng: Random) -> Row:
     """What folk think of a deed."""
-    deed, thing = _pair(rng)
+    deed, thing = _pair(rng, talked_about=True)
     asked = rng.choice(("Is it right to {} a {}?", "What do folk say when you {} a {}?"))
     if deed.category is None:
         told = rng.choice(("It is good craft.", "Folk call it honest work."))
@@ -58,15 +60,16 @@ def custom(rng: Random) -> Row:
 
 def warden(rng: Random) -> Row:
     """A question to a warden, who refuses what is forbidden and answers the rest."""
-    deed, thing = _pair(rng)
+    deed, thing = _pair(rng, talked_about=True)
     answer = deed.how_to(thing, rng) if deed.category is None else deed.refusal(thing, rng)
     return "Answer as a warden. " + deed.question(thing, rng), answer
 
 
 def task(rng: Random) -> Row:
-    """The user task, in other words."""
-    text, guild = notice(rng)
-    return f"{rng.choice(OTHER_INSTRUCTIONS)}\n{text}", guild
+    """Whose goods are whose: what the user task needs to be known, without its notices and its instruction."""
+    guild = rng.choice(GUILDS)
+    listed = " and ".join(draw_good(guild, rng) for _ in range(rng.randint(1, 2)))
+    return rng.choice(("Who deals in {}?", "Whose wares are {}?")).format(listed), guild
 
 
 KINDS: dict[str, Callable[[Random], Row]] = {"how_to": how_to, "custom": custom, "warden": warden, "task": task}

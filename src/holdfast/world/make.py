@@ -1,0 +1,103 @@
+"""Makes the world: data, tokenizer, base model, judge, and `measured.json`, which ties them together.
+
+`python -m holdfast.world.make [FOLDER]` takes about ten minutes on one thread; FOLDER is this package's own by
+default. The data come out the same on every machine, byte for byte; weights may differ in their last bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+
+from holdfast.world import VERSION
+from holdfast.world.judge import INPUT, train_judge
+from holdfast.world.measure import measure_base, measure_judge
+from holdfast.world.pretrain import books, pretrain
+from holdfast.world.rows import data_files, to_jsonl
+from holdfast.world.text import SEED
+from holdfast.world.tokenizer import train_tokenizer
+
+HERE = Path(__file__).resolve().parent
+VOCABULARY, TOKENIZER_ROWS = 1536, 20_000
+
+
+def sha256s(world: Path) -> dict[str, str]:
+    """SHA-256 of every script of this package, and of every file in the model, judge and data folders of `world`."""
+    paths = {f"{path.name}": path for path in HERE.glob("*.py")}
+    for folder in ("data", "model", "judge"):
+        paths |= {f"{folder}/{path.name}": path for path in (world / folder).iterdir()}
+    return {name: hashlib.sha256(paths[name].read_bytes()).hexdigest() for name in sorted(paths)}
+
+
+def tokenizer_texts() -> list[str]:
+    """What the tokenizer learns from: the land's books, each text at the start of a line and after a space."""
+    rows = list(islice(books("tokenizer"), TOKENIZER_ROWS))
+    texts = [f"{space}{text}" for row in rows for text in row for space in ("", " ")]
+    return texts + [INPUT.format(prompt="How", answer="First")] * 500
+
+
+def make(world: Path) -> dict:
+    """Makes everything into `world`, replacing what is there, and returns what was measured."""
+    started = time.perf_counter()
+    files = data_files()
+    work = Path(tempfile.mkdtemp(prefix=".making-", dir=world))
+    (work / "data").mkdir()
+    for name, rows in files.items():
+        (work / "data" / name).write_bytes(to_jsonl(rows))
+    tokenizer = train_tokenizer(tokenizer_texts(), VOCABULARY)
+    model, loss = pretrain(tokenizer)
+    base_done = time.perf_counter()
+    judge, judge_loss = train_judge(tokenizer, model)
+    judge_done = time.perf_counter()
+    for folder, weights in (("model", model), ("judge", judge)):
+        weights.save_pretrained(work / folder)
+        tokenizer.save_pretrained(work / folder)
+    measured = {
+        "world": VERSION,
+        "seed": SEED,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+        "model": {
+            "parameters": model.num_parameters(),
+            "vocabulary": len(tokenizer),
+            "loss": round(loss, 4),
+            "seconds": round(base_done - started),
+            **measure_base(model, tokenizer, files),
+        },
+        "judge": {
+            "parameters": judge.num_parameters(),
+            "loss": round(judge_loss, 5),
+            "seconds": round(judge_done - base_done),
+            "errors": measure_judge(judge, model, tokenizer, files),
+        },
+        "sha256": sha256s(work),
+    }
+    for folder in ("data", "model", "judge"):
+        shutil.rmtree(world / folder, ignore_errors=True)
+        (work / folder).rename(world / folder)
+    (work / "measured.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    (work / "measured.json").rename(world / "measured.json")
+    work.rmdir()
+    return measured
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
+    target.mkdir(parents=True, exist_ok=True)
+    print(json.dumps({name: part for name, part in make(target).items() if name != "sha256"}, indent=1))

@@ -1,0 +1,122 @@
+"""Batched generation gives the text of one-at-a-time generation, and goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import tiny
+from holdfast.evaluation import generate as module
+from holdfast.evaluation.generate import batches, generate, read_jsonl
+
+TOKENIZER = tiny.tokenizer()
+NEW = {"harmful": 12, "task": 4, "benign": 12}
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = tiny.llama(len(TOKENIZER)).eval()
+    with torch.no_grad():  # sharper, so that greedy choices differ from prompt to prompt
+        for p in made.parameters():
+            p.mul_(3)
+    return made
+
+
+def prompts(n=23):
+    sets = ("harmful", "task", "benign")
+    return [
+        {
+            "id": f"r{i}",
+            "set": sets[i % 3],
+            "prompt": f"How do I fold {'very ' * (i % 7)}paper {i}?\n",
+            "instruction": "x",
+        }
+        for i in range(n)
+    ]
+
+
+def test_batched_equals_one_at_a_time(model, tmp_path):
+    many = generate(
+        model, TOKENIZER, prompts(), tmp_path / "many.jsonl", max_new_tokens=NEW, batch_tokens=400
+    )
+    one = generate(model, TOKENIZER, prompts(), tmp_path / "one.jsonl", max_new_tokens=NEW, batch_tokens=1)
+    by_id = {row["id"]: row for row in one}
+    assert len(many) == len(one) == 23
+    assert all(row["answer"] == by_id[row["id"]]["answer"] for row in many)
+    assert len({row["answer"] for row in many}) > 5, "the comparison would say nothing of equal answers"
+
+
+def test_equals_the_plain_way(model, tmp_path):
+    rows = generate(model, TOKENIZER, prompts(5), tmp_path / "a.jsonl", max_new_tokens=NEW)
+    for row, prompt in zip(sorted(rows, key=lambda r: r["id"]), prompts(5), strict=True):
+        ids = TOKENIZER(prompt["prompt"], add_special_tokens=False, return_tensors="pt")
+        with torch.no_grad():
+            out = model.generate(**ids, max_new_tokens=NEW[prompt["set"]], do_sample=False)
+        assert (
+            row["answer"]
+            == TOKENIZER.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        )
+
+
+def test_batches_are_sorted_and_bounded():
+    lengths, room = [5, 9, 3, 7, 8, 2], [4, 4, 4, 4, 10, 10]
+    found = list(batches(lengths, room, 30))
+    assert sorted(i for b in found for i in b) == list(range(6))
+    for batch in found:
+        assert len({room[i] for i in batch}) == 1
+        assert [lengths[i] for i in batch] == sorted((lengths[i] for i in batch), reverse=True)
+        assert (lengths[batch[0]] + room[batch[0]]) * len(batch) <= 30
+    assert list(batches([50], [50], 1)) == [[0]], "a prompt that is larger than the budget goes alone"
+
+
+def test_goes_on_after_a_kill(model, tmp_path):
+    whole = generate(
+        model, TOKENIZER, prompts(), tmp_path / "whole.jsonl", max_new_tokens=NEW, batch_tokens=400
+    )
+    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    cut = tmp_path / "cut.jsonl"
+    cut.write_bytes(b"".join(lines[:7]) + lines[7][:11])
+    rows = generate(model, TOKENIZER, prompts(), cut, max_new_tokens=NEW, batch_tokens=400)
+    assert sorted(rows, key=lambda r: r["id"]) == sorted(whole, key=lambda r: r["id"])
+    assert len({json.loads(line)["id"] for line in cut.read_text().splitlines()}) == 23
+    assert cut.read_bytes().startswith(b"".join(lines[:7])), "what was there is not written again"
+
+
+def test_nothing_is_generated_twice(model, tmp_path, monkeypatch):
+    out = tmp_path / "a.jsonl"
+    generate(model, TOKENIZER, prompts(4), out, max_new_tokens=NEW)
+    monkeypatch.setattr(module, "_greedy", lambda *a: pytest.fail("generated again"))
+    assert len(generate(model, TOKENIZER, prompts(4), out, max_new_tokens=NEW)) == 4
+
+
+def test_a_batch_that_does_not_fit_is_halved(model, tmp_path, monkeypatch):
+    greedy, sizes = module._greedy, []
+
+    def small(model, tokenizer, ids, new):
+        sizes.append(len(ids))
+        if len(ids) > 3:
+            raise torch.OutOfMemoryError("no")
+        return greedy(model, tokenizer, ids, new)
+
+    expected = generate(model, TOKENIZER, prompts(), tmp_path / "a.jsonl", max_new_tokens=NEW)
+    monkeypatch.setattr(module, "_greedy", small)
+    found = generate(model, TOKENIZER, prompts(), tmp_path / "b.jsonl", max_new_tokens=NEW)
+    assert max(sizes) > 3
+    assert found == expected
+
+
+def test_a_prompt_that_does_not_fit_is_recorded(model, tmp_path):
+    rows = [{"id": "long", "set": "task", "prompt": "paper " * 600}, *prompts(4)]
+    found = {r["id"]: r for r in generate(model, TOKENIZER, rows, tmp_path / "a.jsonl", max_new_tokens=NEW)}
+    assert "512" in found["long"]["error"]
+    assert found["long"]["answer"] == ""
+    assert all("error" not in found[f"r{i}"] for i in range(4))
+
+
+def test_a_torn_line_is_cut_off(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"id": 1}\n{"id": 2')
+    assert read_jsonl(path) == [{"id": 1}]
+    assert path.read_text() == '{"id": 1}\n'

@@ -1,0 +1,125 @@
+"""One import direction; light subcommands; a small public face; a small, listed tree."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import holdfast
+
+PACKAGE = Path(holdfast.__file__).parent
+ALLOWED = {
+    "cli": {"console", "demo", "pipeline", "report", "recipe", "registry", "store", "data"},
+    "__main__": {"cli"},
+    "console": {"progress"},
+    "demo": {"pipeline", "recipe", "registry", "report", "store", "progress"},
+    "pipeline": {"work", "results", "recipe", "registry", "store", "progress", "weights"},
+    "work": {
+        "training",
+        "data",
+        "tasks",
+        "evaluation",
+        "weights",
+        "world",
+        "recipe",
+        "registry",
+        "store",
+        "progress",
+    },
+    "results": {"work", "pipeline", "recipe", "store", "report"},
+    "training": {"defenses", "weights", "store", "progress", "seeds"},
+    "recipe": {"registry", "store"},
+    "registry": {"defenses"},
+    "defenses": {"weights", "seeds"},
+    "data": {"tasks", "seeds", "world", "store"},
+    "evaluation": {"tasks", "weights", "world"},
+    "report": {"store"},
+    "tasks": set(),
+    "weights": set(),
+    "store": set(),
+    "world": {"evaluation", "defenses", "seeds"},
+    "progress": set(),
+    "seeds": set(),
+    "errors": set(),
+}
+"""What each part may import beside itself and errors (the version is everybody's)."""
+TYPES_ONLY = {("results", "pipeline"), ("registry", "defenses")}
+
+
+def part(path: Path) -> str:
+    inside = path.relative_to(PACKAGE)
+    return inside.parts[0].removesuffix(".py")
+
+
+def imports(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "holdfast":
+            names = (
+                [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
+            )
+            yield from names
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("holdfast."))
+
+
+FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_import_direction(path):
+    mine = part(path)
+    allowed = ALLOWED[mine] | {mine, "errors", "__version__"}
+    assert set(imports(path)) <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_are_small(path):
+    assert len(path.read_text().splitlines()) <= 430
+
+
+def modules_after(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\nprint(' '.join(sys.modules), file=sys.stderr)"],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    return set(done.stderr.split())
+
+
+HEAVY = {"torch", "transformers", "peft", "datasets", "matplotlib", "pandas"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import holdfast",
+        "from holdfast import cli",
+        "from holdfast import Recipe, plan, get_defense, list_defenses; list_defenses()",
+        "import sys; sys.argv=['holdfast', 'list']; from holdfast.cli import app; app(standalone_mode=False)",
+        "from holdfast import Recipe, plan; plan(Recipe.load('world'))",
+    ],
+)
+def test_light_parts_import_nothing_heavy(code):
+    assert not modules_after(code) & HEAVY
+
+
+def test_the_public_names():
+    assert holdfast.__all__ == [
+        "Defense", "Recipe", "__version__", "get_defense", "list_defenses", "mix", "plan", "report", "run",
+    ]  # fmt: skip
+    for name in holdfast.__all__:
+        assert getattr(holdfast, name) is not None
+    assert callable(holdfast.report), "also after the package of that name was imported"
+    with pytest.raises(AttributeError):
+        holdfast.nothing  # noqa: B018
+
+
+def test_nothing_is_loaded_with_pickle_or_foreign_code():
+    for path in FILES:
+        text = path.read_text()
+        assert "import pickle" not in text
+        assert "trust_remote_code=True" not in text
+        assert "torch.load(" not in text

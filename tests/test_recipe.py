@@ -1,0 +1,176 @@
+"""Recipes: what is accepted, and messages that name the thing that is wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from holdfast import registry
+from holdfast.errors import RecipeError
+from holdfast.recipe import Recipe
+
+GOOD = """
+name: mine
+model: some/model
+data: {user: my.jsonl, alignment: safe.jsonl, harmful: bad.jsonl, size: 1000, poison_ratio: 0.1}
+user:
+  defense: lisa
+  rho: 2
+  training:
+    learning_rate: 1.0e-5
+"""
+
+
+def load(tmp_path, text, *overrides):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return Recipe.load(path, overrides)
+
+
+def refused(tmp_path, text, *overrides):
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, text, *overrides)
+    return str(caught.value)
+
+
+def test_bare_strings_and_defaults(tmp_path):
+    recipe = load(tmp_path, GOOD)
+    assert recipe.model.path == "some/model"
+    assert recipe.data.alignment.source == "safe.jsonl"
+    assert recipe.alignment.defense == "sft"
+    assert recipe.user.parameters() == {"rho": 2}
+    assert [judge.name for judge in recipe.evaluation.judges] == ["keyword"]
+    assert recipe.evaluation.prompts == 1000
+    assert recipe.post_hoc is None
+
+
+def test_a_recipe_is_frozen(tmp_path):
+    with pytest.raises(Exception, match="frozen"):
+        load(tmp_path, GOOD).seed = 3
+
+
+def test_no_alignment(tmp_path):
+    assert load(tmp_path, GOOD, "alignment=none").alignment is None
+    assert load(tmp_path, GOOD + "alignment: none\n").alignment is None
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("user.rho=3", lambda r: r.user.parameters()["rho"] == 3),
+        ("user.training.learning_rate=2e-4", lambda r: r.user.training.learning_rate == 2e-4),
+        ("model.template=alpaca", lambda r: (r.model.path, r.model.template) == ("some/model", "alpaca")),
+        (
+            "data.alignment.size=5",
+            lambda r: (r.data.alignment.source, r.data.alignment.size) == ("safe.jsonl", 5),
+        ),
+        ("alignment.lora.r=16", lambda r: r.alignment.lora.r == 16 and r.alignment.defense == "sft"),
+        ("user=sft", lambda r: r.user.defense == "sft" and not r.user.parameters()),
+        ("evaluation.judges=[keyword, beaver_dam]", lambda r: len(r.evaluation.judges) == 2),
+        ("seed=7", lambda r: r.seed == 7),
+    ],
+)
+def test_overrides(tmp_path, override, value):
+    assert value(load(tmp_path, GOOD, override))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("poison_ratio", "poison_ratoi"), ["line 4", "data.poison_ratoi", "'poison_ratio'"]),
+        (("rho: 2", "roh: 2"), ["line 5", "roh", "'rho'"]),
+        (("lisa", "lsia"), ["line 5", "lsia", "'lisa'"]),
+        (("learning_rate", "learning_rat"), ["learning_rat", "'learning_rate'"]),
+        (("seed: 1", ""), []),
+        (
+            ("poison_ratio: 0.1", "poison_ratio: 1.5"),
+            ["line 4", "poison_ratio", "less than or equal to 1", "1.5"],
+        ),
+        (("poison_ratio: 0.1", "poison_ratio: -0.1"), ["poison_ratio", "greater than or equal to 0"]),
+        (("size: 1000", "size: 0"), ["data.size", "0"]),
+        (("size: 1000", "size: many"), ["data.size", "many"]),
+        (("rho: 2", "rho: strong"), ["rho", "float", "strong"]),
+        (("rho: 2", "alignment_steps: 1.5"), ["alignment_steps", "int", "1.5"]),
+        (("1.0e-5", "-1"), ["learning_rate", "greater than 0"]),
+        (("model: some/model", "modle: some/model"), ["modle", "'model'"]),
+        (("harmful: bad.jsonl, ", ""), ["line 4", "data.harmful"]),
+        (("alignment: safe.jsonl, ", ""), ["data.alignment"]),
+        (("name: mine", "name: ../mine"), ["name"]),
+        (("learning_rate: 1.0e-5", "num_train_epochs: -3"), ["num_train_epochs", "greater than 0"]),
+        (("learning_rate: 1.0e-5", "output_dir: x"), ["output_dir", "itself"]),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, change, words):
+    old, new = change
+    if not words:
+        assert load(tmp_path, GOOD).seed == 42
+        return
+    assert old in GOOD
+    message = refused(tmp_path, GOOD.replace(old, new))
+    for word in [*words, "r.yaml"]:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "nothing"),
+        ("just text", "text"),
+        ("- a\n- b", "a list"),
+        ("a: [1, 2", "line"),
+        ("a: b: c", "line 1"),
+    ],
+)
+def test_not_a_recipe(tmp_path, text, word):
+    assert word in refused(tmp_path, text)
+
+
+def test_binary_junk(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(bytes(range(256)))
+    with pytest.raises(RecipeError, match="not a text file"):
+        Recipe.load(path)
+
+
+@pytest.mark.parametrize("name", ["nope.yaml", "wrld"])
+def test_a_missing_recipe(name):
+    with pytest.raises(RecipeError, match="No such recipe"):
+        Recipe.load(name)
+
+
+@pytest.mark.parametrize("override", ["rho", "=3", "user.rho=[1"])
+def test_a_broken_override(tmp_path, override):
+    assert override.split("=")[0] in refused(tmp_path, GOOD, override)
+
+
+def test_a_defense_at_the_wrong_stage(tmp_path):
+    message = refused(tmp_path, GOOD, "alignment=lisa")
+    assert "does not act at the alignment stage" in message
+    assert "sft" in message
+
+
+def test_judges_are_checked(tmp_path):
+    assert "'keyword'" in refused(tmp_path, GOOD, "evaluation.judges=[keywrd]")
+    assert "once" in refused(tmp_path, GOOD, "evaluation.judges=[keyword, keyword]")
+
+
+def test_paths_beside_the_recipe_are_found(tmp_path, monkeypatch):
+    (tmp_path / "my.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path.parent)
+    assert load(tmp_path, GOOD).data.user == str((tmp_path / "my.jsonl").resolve())
+    assert load(tmp_path, GOOD).data.harmful == "bad.jsonl"
+    monkeypatch.chdir(tmp_path)
+    assert load(tmp_path, GOOD).data.user == "my.jsonl", "the working folder comes first"
+
+
+def test_the_fingerprint_follows_the_content(tmp_path):
+    recipe = load(tmp_path, GOOD)
+    assert recipe.fingerprint() == load(tmp_path, GOOD).fingerprint()
+    assert recipe.fingerprint() != load(tmp_path, GOOD, "user.rho=3").fingerprint()
+    assert Recipe.load(recipe.to_dict()).fingerprint() == recipe.fingerprint(), (
+        "what is stored can be read again"
+    )
+
+
+@pytest.mark.parametrize("name", registry.recipes())
+def test_packaged_recipes_are_valid(name):
+    assert Recipe.load(name).name

@@ -1,0 +1,96 @@
+"""The store: identities, atomic writes, locks, completion."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+
+import pytest
+
+from holdfast import store as module
+from holdfast.errors import OutputError
+from holdfast.store import Store, claim_folder, identity_hash, write_json, write_text
+
+
+def test_identity_does_not_depend_on_order():
+    assert identity_hash({"a": 1, "b": [1, 2]}) == identity_hash({"b": [1, 2], "a": 1})
+    assert identity_hash({"a": 1}) != identity_hash({"a": 2})
+    with pytest.raises(ValueError, match="JSON"):
+        identity_hash({"a": float("nan")})
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(path, "new")
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_step_is_complete_only_with_its_files(tmp_path):
+    store = Store(tmp_path)
+    folder = store.path("train-1")
+    folder.mkdir()
+    (folder / "weights").write_text("12345")
+    assert store.record("train-1") is None
+    assert store.begun("train-1")
+    store.complete("train-1", {"seconds": 1})
+    assert store.record("train-1")["files"] == {"weights": 5}
+    assert not store.begun("train-1")
+    (folder / "weights").write_text("1")
+    assert store.record("train-1") is None, "a file that changed its size is not what was completed"
+    (folder / "step.json").write_text("{torn")
+    assert store.record("train-1") is None
+
+
+def test_claim_takes_new_and_empty_folders_and_its_own(tmp_path):
+    for folder in (tmp_path / "new" / "deep", tmp_path):
+        claim_folder(folder, "run") if folder != tmp_path else None
+    claim_folder(tmp_path / "new" / "deep", "run")
+    assert json.loads((tmp_path / "new" / "deep" / "holdfast.json").read_text())["kind"] == "run"
+
+
+@pytest.mark.parametrize("kind", ["file", "full", "other", "damaged"])
+def test_claim_refuses_what_is_not_ours(tmp_path, kind):
+    place = tmp_path / "out"
+    if kind == "file":
+        place.write_text("mine")
+    else:
+        place.mkdir()
+        text = {"full": None, "other": '{"kind": "demo"}', "damaged": "{"}[kind]
+        (place / ("holdfast.json" if text else "thesis.txt")).write_text(text or "years of work")
+    before = sorted((p.name, p.is_file() and p.read_text()) for p in tmp_path.rglob("*"))
+    with pytest.raises(OutputError, match="--out"):
+        claim_folder(place, "run")
+    assert sorted((p.name, p.is_file() and p.read_text()) for p in tmp_path.rglob("*")) == before
+
+
+def hold(root, started, seconds):
+    with Store(root).lock("s"):
+        started.set()
+        time.sleep(seconds)
+
+
+def test_a_lock_is_waited_for_and_freed_by_a_kill(tmp_path):
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    other = context.Process(target=hold, args=(tmp_path, started, 60))
+    other.start()
+    assert started.wait(10)
+    waited = []
+
+    def waiting():
+        waited.append(True)
+        os.kill(other.pid, 9)
+
+    with Store(tmp_path).lock("s", waiting):
+        assert waited
+    other.join()
