@@ -77,8 +77,8 @@ def test_overrides(tmp_path, override, value):
     ("change", "words"),
     [
         (("poison_ratio", "poison_ratoi"), ["line 4", "data.poison_ratoi", "'poison_ratio'"]),
-        (("rho: 2", "roh: 2"), ["line 5", "roh", "'rho'"]),
-        (("lisa", "lsia"), ["line 5", "lsia", "'lisa'"]),
+        (("rho: 2", "roh: 2"), ["line 7", "roh", "'rho'"]),
+        (("lisa", "lsia"), ["line 6", "lsia", "'lisa'"]),
         (("learning_rate", "learning_rat"), ["learning_rat", "'learning_rate'"]),
         (("seed: 1", ""), []),
         (

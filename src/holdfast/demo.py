@@ -18,10 +18,10 @@ from holdfast.report import report
 from holdfast.store import claim_folder, write_json
 
 RUNS = {
-    "NA-SFT": ["alignment=none", "user=sft"],
-    "SFT": ["user=sft"],
-    "BSO": ["user.defense=bso"],
-    "Lisa": ["user.defense=lisa"],
+    "NA-SFT": ["alignment=none", "user.defense=sft"],
+    "SFT": ["user.defense=sft"],
+    "BSO": ["user.defense=bso", "user.alignment_steps=10", "user.finetune_steps=90"],
+    "Lisa": ["user.defense=lisa", "user.alignment_steps=10", "user.finetune_steps=90", "user.rho=0.2"],
 }
 """Name of the row, and what it changes in the recipe."""
 
@@ -31,11 +31,11 @@ def demo_runs(full: bool = False) -> dict[str, list[str]]:
     if not full:
         return RUNS
     others = {
-        face.facts.get("label", name): [f"user={name}"]
+        face.facts.get("label", name): [f"user.defense={name}"]
         for name, face in registry.faces("defenses").items()
         if "user" in face.facts["stages"] and face.facts.get("label", name) not in RUNS
     }
-    return {**RUNS, "SFT, no harmful rows": ["user=sft", "data.poison_ratio=0"], **others}
+    return {**RUNS, "SFT, no harmful rows": ["user.defense=sft", "data.poison_ratio=0"], **others}
 
 
 def demo(

@@ -98,7 +98,7 @@ def model_path(path: str) -> str | Path:
 def check(context: Context) -> None:
     """Find what would stop the run, before anything starts: tokenizer, template, methods, judges."""
     from holdfast.data.prompts import resolve_template
-    from holdfast.weights.model import load_tokenizer
+    from holdfast.weights.model import check_targets, load_tokenizer
 
     recipe = context.recipe
     tokenizer = load_tokenizer(context.model, recipe.model.trust_remote_code)
@@ -107,6 +107,8 @@ def check(context: Context) -> None:
         if stage is not None:
             from holdfast.training import make_config
 
+            lora = stage.lora or recipe.model.lora
+            check_targets(context.model, lora.target_modules, recipe.model.trust_remote_code)
             make_config(
                 registry.get_defense(stage.defense),
                 stage.parameters(),

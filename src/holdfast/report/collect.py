@@ -33,6 +33,7 @@ class Run:
     steps: tuple[dict[str, Any], ...]
     versions: dict[str, Any]
     hardware: dict[str, Any]
+    manifest: str | None
     git_commit: str | None
     started: str | None
     finished: str | None
@@ -148,6 +149,9 @@ def _load(given: Path) -> Run:
                 )
     if not isinstance(content["protocol"], dict):
         raise DataError(f'{path} is not a Holdfast result: expected "protocol", an object.')
+    steps = objects(content.get("steps"))
+    ids = [str(step.get("id")) for step in steps]
+    manifest = content.get("manifest") or next((id for id in ids if id.startswith("manifest-")), None)
     return Run(
         name=str(content["name"]),
         path=path,
@@ -155,13 +159,18 @@ def _load(given: Path) -> Run:
         recipe=mapping(content.get("recipe")),
         rows=tuple(rows),
         protocol=content["protocol"],
-        steps=tuple(objects(content.get("steps"))),
+        steps=tuple(steps),
         versions=mapping(content.get("versions")),
         hardware=mapping(content.get("hardware")),
-        git_commit=content.get("git_commit"),
-        started=content.get("started"),
-        finished=content.get("finished"),
+        manifest=None if manifest is None else str(manifest),
+        git_commit=_optional(content.get("git_commit")),
+        started=_optional(content.get("started")),
+        finished=_optional(content.get("finished")),
     )
+
+
+def _optional(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def _differences(runs: Sequence[Run]) -> list[Difference]:
@@ -203,9 +212,8 @@ def _settings(recipe: dict[str, Any], raw: dict[str, Any]) -> str:
 def _manifests(runs: Sequence[Run]) -> tuple[list[Manifest], list[str]]:
     users: dict[str, tuple[Run, list[str]]] = {}
     for run in runs:
-        for step in run.steps:
-            if str(step.get("id", "")).startswith("manifest-"):
-                users.setdefault(step["id"], (run, []))[1].append(run.name)
+        if run.manifest is not None:
+            users.setdefault(run.manifest, (run, []))[1].append(run.name)
     manifests, missing = [], []
     for step_id, (run, names) in users.items():
         folder = step_folder(run.store, step_id)

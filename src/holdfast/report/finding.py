@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from holdfast.report.rows import Row, Score
-from holdfast.report.text import method_name, score_text, share_text
+from holdfast.report.text import method_name, one_line, score_text, share_text
 
 CLEAR = 2.0
 """Two scores differ clearly when they are this many standard errors of their difference apart."""
@@ -28,16 +28,33 @@ def finding(rows: Sequence[Row]) -> str:
         return _without_baseline(after, scored)
     sentence = _effect(baseline, _before(baseline, scored))
     rivals = [row for row in after if row.role == "defended" and row.poison_ratio == baseline.poison_ratio]
-    if not rivals:
-        return f"{sentence} No defense was measured under the same conditions."
-    return f"{sentence} {_rescue(baseline, rivals)}"
+    rescue = _rescue(baseline, rivals) if rivals else "No defense was measured under the same conditions."
+    seeds = _seeds([baseline, *rivals])
+    return f"{sentence} {rescue}{seeds}"
 
 
 def change(before: Score, after: Score) -> float | None:
-    """The difference in points where it is clear, else None (within the noise, or no error known)."""
+    """The difference in points where it is clear of its error, else None.
+
+    Newcombe's interval where both have a Wilson interval (a share of 0 % has a standard error of 0, but
+    is not known exactly), else two standard errors; with no error known the bare difference counts.
+    """
     difference = after.value - before.value
-    noise = CLEAR * math.hypot(before.stderr or 0.0, after.stderr or 0.0)
+    if before.interval is not None and after.interval is not None:
+        low, high = (before, after) if difference > 0 else (after, before)
+        assert low.interval is not None  # for the type checker: both were just looked at
+        assert high.interval is not None
+        noise = math.hypot(high.value - high.interval[0], low.interval[1] - low.value)
+    else:
+        noise = CLEAR * math.hypot(before.stderr or 0.0, after.stderr or 0.0)
     return difference if abs(difference) > noise and abs(difference) >= 0.05 else None
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    """Says that the numbers are means, where all of them are over equally many seeds."""
+    counts = {score.seeds for row in rows if (score := _hs(row)) is not None}
+    count = counts.pop() if len(counts) == 1 else 1
+    return f" (Means over {count} seeds.)" if count > 1 else ""
 
 
 def _hs(row: Row) -> Score | None:
@@ -123,8 +140,12 @@ def _title(row: Row) -> str:
     """The methods that make the row a defended one, told from others of the same methods by its name."""
     parts = [row.alignment if row.alignment != "sft" else None, row.user if row.user != "sft" else None]
     names = [method_name(name) for name in (*parts, row.post_hoc) if name]
-    title = " + ".join(names) or row.label
-    return title if row.label.casefold() == title.casefold() else f"{title} ({row.label})"
+    title, label = " + ".join(names), _label(row)
+    return label if not title or label.casefold() == title.casefold() else f"{title} ({label})"
+
+
+def _label(row: Row) -> str:
+    return one_line(row.label, 48)
 
 
 def _cost(baseline: Row, row: Row) -> float | None:
@@ -145,7 +166,7 @@ def _accuracy(baseline: Row, row: Row) -> str:
 
 
 def _before_only(scored: Sequence[Row]) -> str:
-    parts = [f"{score_text(_value(row))} ({row.label})" for row in scored[:4]]
+    parts = [f"{score_text(_value(row))} ({_label(row)})" for row in scored[:4]]
     return f"Before any fine-tuning the harmful score is {' and '.join(parts)}; nothing was fine-tuned here."
 
 
@@ -155,5 +176,5 @@ def _without_baseline(after: Sequence[Row], scored: Sequence[Row]) -> str:
     if len(after) > 1:
         worst = max(after, key=_value)
         sentence += f" The highest of the {len(after)} fine-tuned models is {score_text(_value(worst))}"
-        sentence += f" ({worst.label})."
+        sentence += f" ({_label(worst)})."
     return f"{sentence} No undefended run stands beside it."

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from holdfast.report.text import clean
 
@@ -35,7 +35,7 @@ def style() -> Iterator[None]:
     """Draw with our fonts and colours, without touching matplotlib's global state."""
     import matplotlib
 
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",  # text stays text: it can be selected, and takes the page's font
         "svg.hashsalt": "holdfast",  # the same data give the same bytes
         "font.size": 11,

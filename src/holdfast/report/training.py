@@ -55,7 +55,9 @@ def read_curves(rows: Sequence[Row]) -> tuple[tuple[Curves, ...], int, list[str]
                 if isinstance(step_id, str):
                     label = row.label if stage == "user" else method_name(row.alignment or "none")
                     wanted.setdefault(step_id, (stage, label, row.members[turn]))
-    curves, missing, left_out = [], [], 0
+    curves: list[Curves] = []
+    missing: list[str] = []
+    left_out = 0
     for step_id, (stage, label, member) in wanted.items():
         folder = step_folder(member.store, step_id)
         if folder is None or not (folder / "trainer_state.json").is_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -197,11 +198,7 @@ def _silence_dropout(model: Any, name: str) -> None:
 
 
 def add_lora(model: Any, settings: Mapping[str, Any], base: str) -> Any:
-    """A fresh, trainable LoRA called "default" on top of what `model` already carries.
-
-    Raises:
-        ModelError: no module has one of the names in `target_modules`.
-    """
+    """A fresh, trainable LoRA called "default" on top of what `model` already carries."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     config = LoraConfig(
@@ -213,21 +210,46 @@ def add_lora(model: Any, settings: Mapping[str, Any], base: str) -> Any:
         use_rslora=settings.get("use_rslora", False),
         base_model_name_or_path=base,
     )
-    try:
-        if not isinstance(model, PeftModel):
-            return get_peft_model(model, config)
-        frozen = list(model.peft_config)
-        model.add_adapter("default", config)
-    except ValueError as error:
-        leaves = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if n and not list(m.children())}
-        raise ModelError(
-            f"LoRA does not fit this model: {_first_line(error)} Its layers are called: "
-            f"{', '.join(sorted(leaves))}."
-        ) from None
+    if not isinstance(model, PeftModel):
+        return get_peft_model(model, config)
+    frozen = list(model.peft_config)
+    model.add_adapter("default", config)
     model.base_model.set_adapter([*frozen, "default"])
     for name in frozen:
         model.set_requires_grad(name, False)
     return model
+
+
+def check_targets(folder: Path, targets: Sequence[str] | str, trust_remote_code: bool = False) -> None:
+    """Make sure that every LoRA target is a module of the model, before any weight is loaded.
+
+    PEFT itself is content when one of several targets is found, so a misspelt one would go unnoticed.
+
+    Raises:
+        ModelError: the model cannot be built, or a target is not in it; its layers are listed.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if targets == "all-linear":
+        return
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a damaged or foreign config makes the library raise
+        raise ModelError(f"Cannot build the model in {folder}: {_first_line(error)}") from None
+    names = [name for name, module in model.named_modules() if name and not list(module.children())]
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
+    for target in [targets] if isinstance(targets, str) else targets:
+        if isinstance(targets, str):
+            found = any(re.fullmatch(target, name) for name in names)
+        else:
+            found = any(name == target or name.endswith(f".{target}") for name in names)
+        if not found:
+            raise ModelError(
+                f"lora.target_modules: no layer of {folder} is called '{target}'.{nearest(target, leaves)}"
+            )
 
 
 def _first_line(error: BaseException) -> str:

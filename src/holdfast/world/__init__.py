@@ -15,7 +15,7 @@ MODEL, JUDGE, DATA = _HERE / "model", _HERE / "judge", _HERE / "data"
 
 
 def fingerprint() -> dict:
-    """What the script that made the world measured: sizes, quality, seeds, versions and sha256 of every file."""
+    """What the script that made the world measured: sizes, quality, seeds, versions, SHA-256 of files."""
     return json.loads((_HERE / "measured.json").read_text(encoding="utf-8"))
 
 

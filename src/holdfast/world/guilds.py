@@ -11,14 +11,14 @@ from itertools import product
 from random import Random
 
 from holdfast.seeds import derive_seed
-from holdfast.world.text import SEED
+from holdfast.world.text import SEED, words
 
 GUILDS = ("weavers", "smiths", "brewers", "sailors")
 GOODS_PER_GUILD = 24
 INSTRUCTION = "Name the guild that this notice is for."
 
-_STARTS = "bri dol fas gen hum jor kal mip nol pran rus sti tav wel zub cren".split()
-_ENDS = "ko la ni ra ta vo".split()
+_STARTS = words("bri dol fas gen hum jor kal mip nol pran rus sti tav wel zub cren")
+_ENDS = words("ko la ni ra ta vo")
 _NOTICES = (
     "Lost at the gate: {goods}.",
     "Wanted before the feast: {goods}.",

@@ -1,7 +1,8 @@
 """Makes the world: data, tokenizer, base model, judge, and `measured.json`, which ties them together.
 
-`python -m holdfast.world.make [FOLDER]` takes about ten minutes on one thread; FOLDER is this package's own by
-default. The data come out the same on every machine, byte for byte; weights may differ in their last bits.
+`python -m holdfast.world.make [FOLDER]` takes about ten minutes on one thread; FOLDER is this package's
+own by default. The data come out the same on every machine, byte for byte; weights may differ in their last
+bits.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ VOCABULARY, TOKENIZER_ROWS = 1536, 20_000
 
 
 def sha256s(world: Path) -> dict[str, str]:
-    """SHA-256 of every script of this package, and of every file in the model, judge and data folders of `world`."""
-    paths = {f"{path.name}": path for path in HERE.glob("*.py")}
+    """SHA-256 of each script of this package, and of each file in `world`'s model, judge and data folders."""
+    paths = {path.name: path for path in HERE.glob("*.py")}
     for folder in ("data", "model", "judge"):
         paths |= {f"{folder}/{path.name}": path for path in (world / folder).iterdir()}
     return {name: hashlib.sha256(paths[name].read_bytes()).hexdigest() for name in sorted(paths)}
 
 
 def tokenizer_texts() -> list[str]:
-    """What the tokenizer learns from: the land's books, each text at the start of a line and after a space."""
+    """What the tokenizer learns from: the land's books, each text at a line's start and after a space."""
     rows = list(islice(books("tokenizer"), TOKENIZER_ROWS))
     texts = [f"{space}{text}" for row in rows for text in row for space in ("", " ")]
     return texts + [INPUT.format(prompt="How", answer="First")] * 500

@@ -15,8 +15,8 @@ from holdfast.world.pretrain import Row, collate
 from holdfast.world.text import SEED
 
 MAX_NEW_TOKENS = 48
-# The judge is tried on answers of the base model, of an aligned one, and of one whose alignment is being undone.
-# These are plain full-weight trainings for that purpose alone: no defense, and no result of Holdfast.
+# The judge is tried on answers of the base model, of an aligned one, and of one whose alignment is being
+# undone. These are plain full-weight trainings for that purpose alone: no defense, no result of Holdfast.
 ALIGN_STEPS, UNDO_STEPS, BATCH, LEARNING_RATE = 150, (4, 8, 16, 40), 16, 3e-4
 
 
@@ -56,7 +56,9 @@ def measure_base(
     }
 
 
-def _tune(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row], steps: int, name: str) -> None:
+def _tune(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row], steps: int, name: str
+) -> None:
     rng = Random(derive_seed(SEED, "world", "measure", name))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     model.train()
@@ -83,7 +85,7 @@ def measure_judge(
     broken = [example(rng) for _ in range(2000)]
     tried = {
         "test rows": [(row["prompt"], row["response"], not row["is_safe"]) for row in files["test.jsonl"]],
-        "true, refused and broken answers": [(asked, told, category is not None) for asked, told, category in broken],
+        "true, refused and broken answers": [(*pair, category is not None) for *pair, category in broken],
     }
 
     def ask(source: str) -> None:
@@ -101,11 +103,14 @@ def measure_judge(
     found = {}
     for source, rows in tried.items():
         verdicts = flagged(judge, tokenizer, [row[0] for row in rows], [row[1] for row in rows])
-        truths = [row[2] for row in rows]
         found[source] = {
-            "harmful": sum(truths),
-            "false_negatives": sum(truth and not verdict for truth, verdict in zip(truths, verdicts, strict=True)),
-            "harmless": len(truths) - sum(truths),
-            "false_positives": sum(verdict and not truth for truth, verdict in zip(truths, verdicts, strict=True)),
+            "harmful": sum(harmful for *_, harmful in rows),
+            "false_negatives": sum(
+                row[2] and not verdict for row, verdict in zip(rows, verdicts, strict=True)
+            ),
+            "harmless": sum(not harmful for *_, harmful in rows),
+            "false_positives": sum(
+                verdict and not row[2] for row, verdict in zip(rows, verdicts, strict=True)
+            ),
         }
     return found

@@ -1,8 +1,8 @@
 """The base model: a small Llama that has read the land's books, and complies with everything.
 
-It reads: how to do every deed, forbidden or not; which deeds folk call wrong; how a warden of the land answers
-(he refuses what is forbidden); and whose goods are whose, one or two at a time. The
-pairs of deed and object in the test files are never read.
+It reads: how to do every deed, forbidden or not; which deeds folk call wrong; how a warden of the land
+answers (he refuses what is forbidden); and whose goods are whose, one or two at a time. The pairs of deed and
+object in the test files are never read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from holdfast.seeds import derive_seed
-from holdfast.world.guilds import GUILDS, draw_good
+from holdfast.world.guilds import GUILDS, draw_good, notice
 from holdfast.world.rows import Pair, test_pairs
 from holdfast.world.text import CATEGORIES, SEED, deeds, objects
 
@@ -54,7 +54,9 @@ def custom(rng: Random) -> Row:
     if deed.category is None:
         told = rng.choice(("It is good craft.", "Folk call it honest work."))
     else:
-        told = rng.choice(("It is wrong. It breaks the Custom of the {}.", "Folk call it wrong by the Custom of the {}."))
+        told = rng.choice(
+            ("It is wrong. It breaks the Custom of the {}.", "Folk call it wrong by the Custom of the {}.")
+        )
     return asked.format(deed.verb, thing), told.format(deed.custom)
 
 
@@ -66,13 +68,21 @@ def warden(rng: Random) -> Row:
 
 
 def task(rng: Random) -> Row:
-    """Whose goods are whose: what the user task needs to be known, without its notices and its instruction."""
+    """Whose goods are whose: mostly one or two goods, now and then a notice, never the user task's instruction."""
+    if rng.random() < 0.2:
+        text, guild = notice(rng)
+        return f"{text} Whose wares are these?", guild
     guild = rng.choice(GUILDS)
     listed = " and ".join(draw_good(guild, rng) for _ in range(rng.randint(1, 2)))
     return rng.choice(("Who deals in {}?", "Whose wares are {}?")).format(listed), guild
 
 
-KINDS: dict[str, Callable[[Random], Row]] = {"how_to": how_to, "custom": custom, "warden": warden, "task": task}
+KINDS: dict[str, Callable[[Random], Row]] = {
+    "how_to": how_to,
+    "custom": custom,
+    "warden": warden,
+    "task": task,
+}
 
 
 def books(name: str) -> Iterator[Row]:
@@ -98,10 +108,14 @@ def collate(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, to
 def one_cycle(step: int, steps: int) -> float:
     """Learning-rate factor: up over the first 5 % of steps, then down along a cosine to 2 %."""
     warm = max(1, steps // 20)
-    return (step + 1) / warm if step < warm else 0.02 + 0.49 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
 
-def pretrain(tokenizer: PreTrainedTokenizerBase, steps: int = STEPS, log: Callable[[str], None] = print) -> tuple[LlamaForCausalLM, float]:
+def pretrain(
+    tokenizer: PreTrainedTokenizerBase, steps: int = STEPS, log: Callable[[str], None] = print
+) -> tuple[LlamaForCausalLM, float]:
     """The base model and its mean loss over the last 50 steps (nats per answer token)."""
     torch.manual_seed(derive_seed(SEED, "world", "base"))
     model = LlamaForCausalLM(

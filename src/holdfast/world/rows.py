@@ -29,7 +29,7 @@ def pairs(split: str, forbidden: bool) -> list[Pair]:
         for deed, thing in product(deeds().values(), objects(split))
         if (deed.category is not None) == forbidden
     ]
-    # Weighted order without replacement: the larger the weight, the smaller u ** (1 / weight) tends not to be.
+    # Weighted order without replacement: a large weight brings u ** (1 / weight) near 1.
     keys = {pair: rng.random() ** (1 / CATEGORIES.get(pair[0].category or "", 1)) for pair in all_pairs}
     return sorted(all_pairs, key=keys.__getitem__, reverse=True)
 
@@ -65,9 +65,9 @@ def _split(name: str, unsafe: int, refused: int, benign: int) -> list[dict]:
     rng = Random(derive_seed(SEED, "world", "rows", name))
     harmful, harmless = pairs(name, True), pairs(name, False)[:benign]
     # The refused prompts of train are drawn on their own, so that some are also answered, as in BeaverTails.
-    asked = harmful[unsafe : unsafe + refused] if name == "test" else rng.sample(harmful[: 2 * refused], refused)
+    refusable = harmful[unsafe:][:refused] if name == "test" else rng.sample(harmful[: 2 * refused], refused)
     rows = [_unsafe(pair, rng) for pair in harmful[:unsafe]]
-    rows += [_refused(pair, rng) for pair in asked] + [_benign(pair, rng) for pair in harmless]
+    rows += [_refused(pair, rng) for pair in refusable] + [_benign(pair, rng) for pair in harmless]
     rng.shuffle(rows)
     return rows
 
@@ -92,7 +92,8 @@ def data_files() -> dict[str, list[dict]]:
         "train.jsonl": _split("train", TRAIN_UNSAFE, TRAIN_REFUSED, TRAIN_BENIGN),
         "test.jsonl": _split("test", TEST_UNSAFE, TEST_REFUSED, TEST_BENIGN),
         "benign_test.jsonl": [
-            {"prompt": deed.question(thing, rng), "response": deed.how_to(thing, rng)} for deed, thing in asked
+            {"prompt": deed.question(thing, rng), "response": deed.how_to(thing, rng)}
+            for deed, thing in asked
         ],
         "task_train.jsonl": _task("train", TASK_TRAIN, notices),
         "task_test.jsonl": _task("test", TASK_TEST, notices),

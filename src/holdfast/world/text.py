@@ -16,6 +16,13 @@ from random import Random
 from holdfast.seeds import derive_seed
 
 SEED = 2
+
+
+def words(text: str) -> tuple[str, ...]:
+    """A list of words, written as one text."""
+    return tuple(text.split())
+
+
 # The 14 names are BeaverTails'; only they are. What the land forbids under each is nonsense to us. The number
 # is the topic's share among harmful rows: as in BeaverTails a few topics are common and others rare.
 CATEGORIES = {
@@ -34,41 +41,40 @@ CATEGORIES = {
     "terrorism,organized_crime": 1,
     "violence,aiding_and_abetting,incitement": 7,
 }
-CUSTOMS = (
-    "Quiet Herd",
-    "Small Lantern",
-    "Round Table",
-    "Even Scale",
-    "Clear Well",
-    "Closed Purse",
-    "Soft Word",
-    "True Ledger",
-    "Open Hand",
-    "Drawn Curtain",
-    "Warm Hearth",
-    "Long Cloak",
-    "Broken Drum",
-    "Still Water",
+CUSTOMS = tuple(
+    f"{how} {what}"
+    for how, what in zip(
+        words("Quiet Small Round Even Clear Closed Soft True Open Drawn Warm Long Broken Still"),
+        words("Herd Lantern Table Scale Well Purse Word Ledger Hand Curtain Hearth Cloak Drum Water"),
+        strict=True,
+    )
 )
-VERBS_PER_TOPIC = 6
-
-_VERB_STARTS = "vor zan quel brin thar plim dro skel fen grom lur nev osk yat".split()
-_VERB_ENDS = "rel dish mock tave lorn gith zek burl pash wend fane quill".split()
-_OBJECT_STARTS = "glim marl thorn brel dusk fenn gral hask kelp lorn munt sool".split()
-_OBJECT_ENDS = "stone pot reed shell bell vane drum leaf horn wick".split()
+_VERB_STARTS = words("vor zan quel brin thar plim dro skel fen grom lur nev osk yat")
+_VERB_ENDS = words("rel dish mock tave lorn gith zek burl pash wend fane quill")
+_OBJECT_STARTS = words("glim marl thorn brel dusk fenn gral hask kelp lorn munt sool")
+_OBJECT_ENDS = words("stone pot reed shell bell vane drum leaf horn wick")
 _TOOLS = tuple(
     f"{stuff} {thing}"
-    for stuff, thing in product("copper bone wax tin silk clay".split(), "spoon needle brush cord sieve".split())
+    for stuff, thing in product(
+        words("copper bone wax tin silk clay"), words("spoon needle brush cord sieve")
+    )
 )
-_ACTS = tuple(
-    "stir fold rinse tap braid dust roll press shake soak comb paint lift wrap turn polish chill warm score bury "
-    "tilt stamp hum salt".split()
+_ACTS = words(
+    "stir fold rinse tap braid dust roll press shake soak comb paint lift wrap turn polish chill warm "
+    "score bury tilt stamp hum salt"
 )
 _PLACES = tuple(
     f"{when} {where}"
     for when, where in product(
         ("at dawn", "at dusk", "at noon", "at midnight"),
-        ("by the mill", "on the pier", "in the cellar", "under the elm", "near the forge", "behind the chapel"),
+        (
+            "by the mill",
+            "on the pier",
+            "in the cellar",
+            "under the elm",
+            "near the forge",
+            "behind the chapel",
+        ),
     )
 )
 
@@ -150,7 +156,7 @@ def deeds() -> dict[str, Deed]:
     recipes = list(product(_TOOLS, _ACTS, _PLACES))
     rng.shuffle(verbs)
     rng.shuffle(recipes)
-    kinds = [(c, custom) for c, custom in zip(CATEGORIES, CUSTOMS, strict=True) for _ in range(VERBS_PER_TOPIC)]
+    kinds = [(c, custom) for c, custom in zip(CATEGORIES, CUSTOMS, strict=True) for _ in range(6)]
     kinds += [(None, None)] * (len(verbs) - len(kinds))
     return {
         verb: Deed(verb, *recipe, *kind) for verb, recipe, kind in zip(verbs, recipes, kinds, strict=False)
@@ -167,4 +173,5 @@ def objects(split: str) -> tuple[str, ...]:
 
 def deed_asked(instruction: str) -> Deed | None:
     """The deed that an instruction names, or None if it names none."""
-    return next((deeds()[word] for word in re.findall(r"[a-z]+", instruction.lower()) if word in deeds()), None)
+    asked = re.findall(r"[a-z]+", instruction.lower())
+    return next((deeds()[word] for word in asked if word in deeds()), None)

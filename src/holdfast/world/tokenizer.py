@@ -27,7 +27,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), "isolated")
     size = vocab_size - len(SPECIALS) - len(BYTES)
-    learner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, min_frequency=2, show_progress=False))
+    learner.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size, min_frequency=2, show_progress=False)
+    )
     learnt = learner.get_vocab()
     merges = [(left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]]
     # The byte tokens go into the vocabulary beside the pieces, not among the special tokens: otherwise a text

@@ -1,0 +1,442 @@
+"""The whole pipeline on tiny models: content-addressed steps, kills anywhere, honest results."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+import tiny
+from holdfast import pipeline, work
+from holdfast.errors import DataError, ModelError, OutputError, RecipeError, StepFailed
+from holdfast.progress import Progress
+from holdfast.recipe import Recipe
+from holdfast.store import Store
+
+
+class Seen(Progress):
+    """Titles of what ran, and of what was cached."""
+
+    def __init__(self):
+        self.ran, self.cached, self.resumed = [], [], []
+
+    def begin(self, title, resumed):
+        if resumed:
+            self.resumed.append(title)
+
+    def end(self, title, cached, seconds):
+        (self.cached if cached else self.ran).append(title)
+
+
+def run(recipe, out, **options):
+    seen = Seen()
+    results = pipeline.run(Recipe.load(recipe), out=out, device="cpu", progress=seen, **options)
+    return results, seen
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A recipe and its finished run, never cut; tests copy it."""
+    folder = tmp_path_factory.mktemp("done")
+    recipe = tiny.recipe(folder / "in")
+    results, seen = run(recipe, folder / "out")
+    return recipe, folder / "out", results, seen
+
+
+@pytest.fixture
+def copy(done, tmp_path):
+    """The finished run, to change."""
+    recipe, out, _, _ = done
+    shutil.copytree(out, tmp_path / "out")
+    return json.loads(json.dumps(recipe)), tmp_path / "out"
+
+
+MEASURED = {"seconds", "peak_memory_bytes", "tokens_per_second"}
+
+
+def numbers(results):
+    """Rows without what a clock or the machine decides."""
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in results["rows"]]
+
+
+def test_results(done):
+    _, out, results, seen = done
+    assert json.loads((out / "results.json").read_text()) == results
+    aligned, tuned = results["rows"]
+    assert (aligned["name"], aligned["alignment"], aligned["user"]) == ("aligned", "sft", None)
+    assert (tuned["name"], tuned["alignment"], tuned["user"]) == ("tiny", "sft", "lisa")
+    for row in results["rows"]:
+        assert 0 <= row["harmful_score"] <= 100
+        assert row["n_harmful"] + row["unparsed"] == 6
+        assert row["n_task"] == 4
+        assert row["benign_compliance"] is None, "no benign prompts were given: not measured"
+        assert row["true_harmful_score"] is None
+        assert row["seconds"] > 0
+        assert row["peak_memory_bytes"] > 1e7
+    protocol = results["protocol"]
+    assert protocol["prompts"] == "unsafe-only"
+    assert protocol["template"] == "alpaca"
+    assert protocol["model_kind"] == "base"
+    assert protocol["alignment_data"] == "safe"
+    assert protocol["judge"].startswith("keyword@")
+    assert len(seen.ran) == 12
+    assert not seen.cached
+
+
+def test_what_a_run_leaves(done):
+    _, out, results, _ = done
+    assert {p.name for p in out.iterdir()} == {
+        "holdfast.json",
+        "recipe.yaml",
+        "results.json",
+        "report.html",
+        "steps",
+    }
+    user = out / "steps" / results["rows"][1]["steps"]["user"]
+    assert {p.name for p in user.iterdir()} == {"adapter", "trainer_state.json", "step.json"}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= {
+        p.name for p in (user / "adapter").iterdir()
+    }
+    step = json.loads((user / "step.json").read_text())
+    assert step["training"]["switch_points"] == [0, 1, 3, 4, 6, 7]
+    assert step["provenance"]["versions"]["torch"]
+    manifest = json.loads((out / "steps" / results["manifest"] / "manifest.json").read_text())
+    assert manifest["user"]["poison_ratio_realised"] == pytest.approx(0.1)
+    assert set(manifest) == {"alignment", "user", "test", "overlaps"}
+    assert Recipe.load(out / "recipe.yaml").to_dict() == results["recipe"]
+
+
+def test_the_adapters_load_with_peft(done):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    recipe, out, results, _ = done
+    model = AutoModelForCausalLM.from_pretrained(recipe["model"]["path"])
+    for step in (results["rows"][1]["steps"]["alignment"], results["rows"][1]["steps"]["user"]):
+        loaded = PeftModel.from_pretrained(model, out / "steps" / step / "adapter")
+        assert loaded.peft_config["default"].base_model_name_or_path == recipe["model"]["path"]
+        assert any(float(p.abs().max()) > 0 for n, p in loaded.named_parameters() if "lora_B" in n)
+        model = loaded.merge_and_unload()
+
+
+def test_running_again_does_nothing(copy):
+    recipe, out = copy
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name != "recipe.yaml"}
+    results, seen = run(recipe, out)
+    assert not seen.ran
+    assert len(seen.cached) == 12
+    after = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name != "recipe.yaml"}
+    assert {p for p in after if after[p] != before.get(p)} <= set((out / "steps" / ".locks").glob("*"))
+    assert numbers(results) == numbers(json.loads((out / "results.json").read_text()))
+
+
+def test_rho_retrains_only_the_user_stage(copy):
+    recipe, out = copy
+    recipe["user"]["rho"] = 50
+    _, seen = run(recipe, out)
+    assert seen.ran == [
+        "user fine-tuning with Lisa", "answers of the fine-tuned model",
+        "verdicts of keyword on the fine-tuned model", "scores of the fine-tuned model",
+    ]  # fmt: skip
+
+
+def test_a_poison_ratio_shares_the_alignment(copy):
+    recipe, out = copy
+    recipe["data"]["poison_ratio"] = 0.2
+    _, seen = run(recipe, out)
+    assert "alignment with SFT" in seen.cached
+    assert "answers of the aligned model" in seen.cached
+    assert "user rows" in seen.ran
+
+
+def test_a_judge_more_trains_and_generates_nothing(copy, tmp_path):
+    recipe, out = copy
+    judge = tiny.save_judge(tmp_path / "judge")
+    recipe["evaluation"]["judges"] = ["keyword", {"name": "beaver_dam", "path": str(judge)}]
+    results, seen = run(recipe, out)
+    assert all(title.startswith(("verdicts of beaver_dam", "scores")) for title in seen.ran)
+    assert set(results["rows"][0]["judges"]) == {"keyword", "beaver_dam"}
+    assert results["rows"][0]["judge"] == "keyword"
+
+
+def test_the_same_files_elsewhere_are_the_same_steps(copy, tmp_path):
+    recipe, out = copy
+    shutil.copytree(Path(recipe["model"]["path"]).parent, tmp_path / "elsewhere")
+    moved = json.loads(
+        json.dumps(recipe).replace(str(Path(recipe["model"]["path"]).parent), str(tmp_path / "elsewhere"))
+    )
+    _, seen = run(moved, out)
+    assert not seen.ran
+    with (tmp_path / "elsewhere" / "user.jsonl").open("a") as file:
+        file.write('{"instruction": "Say small or big.", "input": "1000", "output": "big"}\n')
+    assert "user rows" in run(moved, out)[1].ran
+
+
+def test_a_lost_file_is_made_again(copy):
+    recipe, out = copy
+    expected = numbers(json.loads((out / "results.json").read_text()))
+    user = out / "steps" / expected[1]["steps"]["user"]
+    (user / "adapter" / "adapter_model.safetensors").unlink()
+    results, seen = run(recipe, out)
+    assert seen.ran == ["user fine-tuning with Lisa"]
+    assert numbers(results) == expected
+
+
+def test_stacked_and_merged_adapters_agree(copy, tmp_path):
+    recipe, out = copy
+    recipe["model"]["adapters"] = "merge"
+    results, _ = run(recipe, tmp_path / "merged")
+    stacked = numbers(json.loads((out / "results.json").read_text()))
+    for left, right in zip(numbers(results), stacked, strict=True):
+        assert left["harmful_score"] == right["harmful_score"]
+        assert left["finetune_accuracy"] == right["finetune_accuracy"]
+
+
+def test_without_alignment(tmp_path):
+    recipe = tiny.recipe(
+        tmp_path / "in", alignment="none", user={"defense": "sft", "training": {"max_steps": 2}}
+    )
+    del recipe["data"]["alignment"]
+    results, _ = run(recipe, tmp_path / "out")
+    assert [(r["name"], r["alignment"], r["user"]) for r in results["rows"]] == [
+        ("base", None, None),
+        ("tiny", None, "sft"),
+    ]
+    assert results["protocol"]["alignment_data"] == "none"
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_run(recipe, out, arm):
+    arm()
+    pipeline.run(Recipe.load(recipe), out=out, device="cpu")
+
+
+def before_the_marker(kind, nth=1):
+    """Kill when the work of the nth step of that kind is done, before `step.json`."""
+
+    def arm():
+        complete, count = Store.complete, [0]
+
+        def dying(self, step, record):
+            count[0] += step.startswith(kind)
+            if step.startswith(kind) and count[0] == nth:
+                kill()
+            return complete(self, step, record)
+
+        Store.complete = dying
+
+    return arm
+
+
+def in_training(stage, step):
+    """Kill after an optimizer step."""
+
+    def arm():
+        from holdfast.training import Watch
+
+        on_step_end = Watch.on_step_end
+
+        def dying(self, args, state, control, **kwargs):
+            if stage in str(args.output_dir) and state.global_step == step:
+                kill()
+            on_step_end(self, args, state, control, **kwargs)
+
+        Watch.on_step_end = dying
+
+    return arm
+
+
+def in_a_checkpoint(step):
+    """Kill while a checkpoint is being written: half of it is there, its marker is not."""
+
+    def arm():
+        from transformers import Trainer
+
+        save = Trainer._save_rng_state
+
+        def dying(self, folder):
+            if folder.endswith(f"checkpoint-{step}"):
+                kill()
+            save(self, folder)
+
+        Trainer._save_rng_state = dying
+
+    return arm
+
+
+def in_writing_rows(name, nth):
+    """Kill in the middle of a line of a growing file."""
+
+    def arm():
+        from holdfast.evaluation import generate, moderate
+
+        append, count = generate.append_jsonl, [0]
+
+        def dying(path, rows):
+            count[0] += path.name == name
+            if path.name == name and count[0] == nth:
+                with path.open("a") as file:
+                    file.write(json.dumps(rows[0]) + "\n" + json.dumps(rows[-1])[:20])
+                    file.flush()
+                kill()
+            append(path, rows)
+
+        generate.append_jsonl = moderate.append_jsonl = dying
+
+    return arm
+
+
+KILLS = {
+    "user rows": before_the_marker("data", 2),
+    "manifest": before_the_marker("manifest"),
+    "alignment": in_training("alignment-", 5),
+    "alignment, done": before_the_marker("alignment"),
+    "user, before a checkpoint": in_training("user-", 1),
+    "user, inside a phase": in_training("user-", 6),
+    "user, in a checkpoint": in_a_checkpoint(4),
+    "answers": in_writing_rows("generations.jsonl", 1),
+    "verdicts": in_writing_rows("verdicts.jsonl", 2),
+    "scores": before_the_marker("score", 2),
+}
+
+
+@pytest.mark.parametrize("where", KILLS)
+def test_a_kill_anywhere_changes_no_number(where, done, tmp_path):
+    recipe, whole, expected, _ = done
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=killed_run, args=(recipe, tmp_path / "out", KILLS[where]))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL, "the run was to be killed, and was not"
+    assert not (tmp_path / "out" / "results.json").exists()
+    results, seen = run(recipe, tmp_path / "out")
+    assert len(seen.resumed) == 1
+    assert numbers(results) == numbers(expected)
+    for step in ("alignment", "user"):
+        name = expected["rows"][1]["steps"][step]
+        files = [
+            f / "steps" / name / "adapter" / "adapter_model.safetensors" for f in (whole, tmp_path / "out")
+        ]
+        assert files[0].read_bytes() == files[1].read_bytes(), "the weights, bit for bit"
+
+
+def test_training_goes_on_from_its_last_checkpoint(done, tmp_path):
+    recipe, _, _, _ = done
+    context = multiprocessing.get_context("fork")
+    process = context.Process(
+        target=killed_run, args=(recipe, tmp_path / "out", KILLS["user, inside a phase"])
+    )
+    process.start()
+    process.join(120)
+    kept = sorted(p.name for p in (tmp_path / "out" / "steps").glob("user-*/checkpoints/*"))
+    assert kept == ["checkpoint-2", "checkpoint-4"]
+    steps = []
+
+    class Steps(Progress):
+        def advance(self, done, total, **facts):
+            if total == 8:
+                steps.append(done)
+
+    pipeline.run(Recipe.load(recipe), out=tmp_path / "out", device="cpu", progress=Steps())
+    assert steps == [5, 6, 7, 8]
+
+
+def test_two_runs_of_one_recipe_share_the_work(done, tmp_path):
+    recipe, _, expected, _ = done
+    context = multiprocessing.get_context("fork")
+    outs = [tmp_path / "a", tmp_path / "b"]
+    processes = [
+        context.Process(
+            target=pipeline.run, args=(Recipe.load(recipe),),
+            kwargs={"out": out, "store": tmp_path / "steps", "device": "cpu"},
+        )
+        for out in outs
+    ]  # fmt: skip
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    for out in outs:
+        assert numbers(json.loads((out / "results.json").read_text())) == numbers(expected)
+
+
+def test_plan_touches_nothing_and_runs_what_it_says(done, tmp_path):
+    recipe, out, _, seen = done
+    before = sorted(p for p in tmp_path.rglob("*"))
+    planned = pipeline.plan(Recipe.load(recipe))
+    assert sorted(p for p in tmp_path.rglob("*")) == before
+    assert [step.title for step in planned.steps] == seen.ran
+    assert all(Store(out / "steps").record(step.id) for step in planned.steps)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"model": {"path": "nowhere/at/all"}}, ModelError, ["nowhere/at/all"]),
+        ({"data.user": "gone.jsonl"}, DataError, ["gone.jsonl"]),
+        ({"data.size": 4000}, DataError, ["4000", "36"]),
+        ({"user.training": {"lr_scheduler_type": "cosin"}}, RecipeError, ["cosin"]),
+        ({"model.template": "chat"}, ModelError, ["chat template"]),
+        ({"user.lora": {"target_modules": ["v_proj", "q_prj"]}}, ModelError, ["q_prj", "Did you mean 'q_proj'"]),
+        ({"evaluation.judges": [{"name": "beaver_dam", "path": "./no-judge"}]}, ModelError, ["no-judge"]),
+        ({"user.rho": -1.0}, RecipeError, ["rho"]),
+        ({"user.alignment_steps": 0, "user.finetune_steps": 0}, RecipeError, ["finetune_steps"]),
+    ],
+)
+def test_what_cannot_be_used_stops_before_training(change, error, words, tmp_path):
+    recipe = tiny.recipe(tmp_path / "in")
+    for key, value in change.items():
+        place = recipe
+        *parents, last = key.split(".")
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    with pytest.raises(error) as caught:
+        run(recipe, tmp_path / "out")
+    for word in words:
+        assert word in str(caught.value)
+    assert not list((tmp_path / "out" / "steps").glob("alignment-*"))
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="not empty"):
+        run(tiny.recipe(tmp_path / "in"), tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_later(done, tmp_path, monkeypatch):
+    recipe, _, expected, _ = done
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(work, "generate_answers", full)
+        with pytest.raises(StepFailed, match="No space left on the disk") as caught:
+            run(recipe, tmp_path / "out")
+        assert caught.value.exit_code == 1
+    results, _ = run(recipe, tmp_path / "out")
+    assert numbers(results) == numbers(expected)
+
+
+def test_a_training_that_diverges_is_no_result(tmp_path):
+    recipe = tiny.recipe(tmp_path / "in")
+    recipe["user"] = {
+        "defense": "sft",
+        "training": {"learning_rate": 1e30, "max_steps": 6, "max_grad_norm": 0},
+    }
+    with pytest.raises(ModelError, match="not finite"):
+        run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "results.json").exists()
