@@ -386,7 +386,11 @@ def test_plan_touches_nothing_and_runs_what_it_says(done, tmp_path):
         ({"data.size": 4000}, DataError, ["4000", "36"]),
         ({"user.training": {"lr_scheduler_type": "cosin"}}, RecipeError, ["cosin"]),
         ({"model.template": "chat"}, ModelError, ["chat template"]),
-        ({"user.lora": {"target_modules": ["v_proj", "q_prj"]}}, ModelError, ["q_prj", "Did you mean 'q_proj'"]),
+        (
+            {"user.lora": {"target_modules": ["v_proj", "q_prj"]}},
+            ModelError,
+            ["q_prj", "Did you mean 'q_proj'"],
+        ),
         ({"evaluation.judges": [{"name": "beaver_dam", "path": "./no-judge"}]}, ModelError, ["no-judge"]),
         ({"user.rho": -1.0}, RecipeError, ["rho"]),
         ({"user.alignment_steps": 0, "user.finetune_steps": 0}, RecipeError, ["finetune_steps"]),

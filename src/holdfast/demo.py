@@ -52,7 +52,9 @@ def demo(
         progress: makes the watcher of one run from its name.
     """
     claim_folder(out, "demo")
-    folders, rows, results = [], [], {}
+    folders: list[Path] = []
+    rows: list[dict[str, Any]] = []
+    results: dict[str, Any] = {}
     first = Recipe.load("world").seed
     for seed in range(first, first + seeds):
         for name, changes in demo_runs(full).items():

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from holdfast import registry, work
+from holdfast.context import Context, State
 from holdfast.errors import HoldfastError, StepFailed
 from holdfast.progress import Progress
 from holdfast.recipe import ALIGNMENT_TRAINING, USER_TRAINING, Recipe, StageRecipe
 from holdfast.store import Store, identity_hash, provenance, versions
-from holdfast.work import Context, State
 
 FORMAT = {"data": 1, "manifest": 1, "train": 1, "generate": 1, "moderate": 1, "score": 1}
 """Raise one where the content of that kind of step changes for the same identity."""

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from holdfast import registry
+from holdfast import recipe_file, registry
 from holdfast.errors import RecipeError, nearest
 from holdfast.store import identity_hash
 
@@ -45,15 +44,6 @@ USER_TRAINING = {  # the same sources; 20 epochs for SST-2 and AG News, 50 for G
 
 NAMES = ("world", "beavertails")
 """Known sources: never looked up as files."""
-
-BARE = {
-    "model": "path",
-    "data.alignment": "source",
-    "alignment": "defense",
-    "user": "defense",
-    "post_hoc": "defense",
-}
-"""The key that a bare string stands for."""
 
 
 class _Wrong(ValueError):
@@ -290,15 +280,15 @@ class Recipe(Part):
         if isinstance(source, Mapping):
             raw, name, lines, folder = dict(source), "recipe", None, None
         else:
-            path = _find(str(source))
-            raw, lines = _read(path)
+            path = recipe_file.find(str(source))
+            raw, lines = recipe_file.read(path)
             name, folder = str(source), path.parent
         for override in overrides:
-            _override(raw, override)
+            recipe_file.override(raw, override)
         try:
             recipe = cls.model_validate(raw)
         except ValidationError as error:
-            raise RecipeError(_explain(error, name, lines)) from None
+            raise RecipeError(recipe_file.explain(error, name, lines, cls)) from None
         return recipe if folder is None else _beside(recipe, folder)
 
     def to_dict(self) -> dict[str, Any]:
@@ -308,113 +298,6 @@ class Recipe(Part):
     def fingerprint(self) -> str:
         """Twelve hex digits of everything the recipe says."""
         return identity_hash(self.to_dict())
-
-
-def _find(source: str) -> Path:
-    path = Path(source)
-    if path.is_file():
-        return path
-    if source in registry.recipes():
-        return registry.recipes()[source]
-    if path.is_dir():
-        raise RecipeError(f"Expected a recipe file, found a folder: {source}.")
-    hint = nearest(source, registry.recipes()).replace("Known:", "Packaged recipes:")
-    raise RecipeError(f"No such recipe file: {source}.{hint}")
-
-
-def _read(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
-    """The mapping in a YAML file, and its nodes (for line numbers)."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        node, raw = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path} is not a text file; a recipe is YAML.") from None
-    except OSError as error:
-        raise RecipeError(f"Cannot read {path}: {error.strerror}.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: expected a mapping with keys such as model and data, found {_kind(raw)}.")
-    return raw, node
-
-
-def _kind(value: Any) -> str:
-    return (
-        "nothing" if value is None else {"str": "text", "list": "a list"}.get(type(value).__name__, "a value")
-    )
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    """Set `a.b.c=value` in place; the value is YAML."""
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"Expected key=value, found '{override}'. For example: user.rho=3")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"{override}: the value is not valid YAML.") from None
-    *parents, last = key.strip().split(".")
-    place = raw
-    for depth, parent in enumerate(parents):
-        below = place.get(parent)
-        if isinstance(below, str):  # a bare path or name: spelt out, so that it is kept
-            bare = BARE.get(".".join(parents[: depth + 1]))
-            below = {bare: below} if bare and below != "none" else {}
-        place[parent] = dict(below) if isinstance(below, Mapping) else {}
-        place = place[parent]
-    place[last] = value
-
-
-def _explain(error: ValidationError, name: str, lines: yaml.Node | None) -> str:
-    """One line for each thing that is wrong."""
-    messages = []
-    for problem in error.errors():
-        cause = problem.get("ctx", {}).get("error")
-        place = [str(part) for part in problem["loc"]] + getattr(cause, "place", [])
-        key = ".".join(place)
-        line = _line(lines, place)
-        where = f"{name}, line {line}" if line else name
-        if problem["type"] == "extra_forbidden":
-            text = f"unknown key '{key}'.{nearest(place[-1], _siblings(place))}"
-        elif problem["type"] == "value_error":
-            text = f"{key}: {cause}" if key else str(cause)
-        elif problem["type"] == "missing":
-            text = f"'{key}' is missing"
-        else:
-            text = f"{key}: {problem['msg'].lower()}, found {problem['input']!r}"
-        messages.append(f"{where}: {text}")
-    return "\n".join(messages)
-
-
-def _siblings(place: Sequence[str]) -> list[str]:
-    """The keys that could stand where an unknown one stands."""
-    blocks: dict[str, type[BaseModel]] = {
-        "model": Model, "lora": Lora, "data": Data, "evaluation": Evaluation, "judges": JudgeRecipe,
-    }  # fmt: skip
-    parents = [part for part in place[:-1] if not part.isdigit()]
-    if parents[:2] == ["data", "alignment"]:
-        return list(AlignmentData.model_fields)
-    block = blocks.get(parents[-1]) if parents else Recipe
-    return list(block.model_fields) if block else []
-
-
-def _line(node: yaml.Node | None, place: Sequence[str]) -> int | None:
-    """The line (from 1) of the deepest key of `place` that stands in the file."""
-    line = None
-    for part in place:
-        if isinstance(node, yaml.MappingNode):
-            found = next((pair for pair in node.value if pair[0].value == part), None)
-            if found is None:
-                break
-            line, node = found[0].start_mark.line + 1, found[1]
-        elif isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
-            node = node.value[int(part)]
-            line = node.start_mark.line + 1
-        else:
-            break
-    return line
 
 
 def _beside(recipe: Recipe, folder: Path) -> Recipe:

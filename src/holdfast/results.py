@@ -14,8 +14,8 @@ from holdfast.recipe import Recipe
 from holdfast.store import Store, claim_folder, now, provenance, read_json, write_json, write_text
 
 if TYPE_CHECKING:
+    from holdfast.context import State
     from holdfast.pipeline import Plan
-    from holdfast.work import State
 
 
 def claim(out: Path, recipe: Recipe, store: Path) -> None:

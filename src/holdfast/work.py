@@ -3,87 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from holdfast import data as datasets
 from holdfast import registry, tasks
+from holdfast.context import Context
 from holdfast.errors import ModelError, RecipeError
 from holdfast.evaluation.generate import read_jsonl
-from holdfast.progress import Progress
 from holdfast.recipe import Data, JudgeRecipe, Recipe
-from holdfast.store import Store, read_json, write_json
+from holdfast.store import read_json, write_json
 
 ROLES = ("alignment", "user", "test")
-SMALL = 50_000_000
-"""Parameters below which one CPU thread is faster than several."""
-
-
-@dataclass
-class Context:
-    """What every step of a run has at hand."""
-
-    recipe: Recipe
-    store: Store
-    device_asked: str
-    progress: Progress
-    model: Path
-    _device: str = field(default="", repr=False)
-
-    @property
-    def device(self) -> str:
-        """The device to compute on, decided (and CPU threads set) at first use."""
-        if not self._device:
-            self._device = _choose_device(self.device_asked, self.model)
-        return self._device
-
-    @property
-    def model_options(self) -> dict[str, Any]:
-        """Keyword arguments of `load_model`."""
-        model = self.recipe.model
-        return {"dtype": model.dtype, "compose": model.adapters, "trust_remote_code": model.trust_remote_code}
-
-    def adapters(self, chain: Sequence[str]) -> list[Path]:
-        """The adapter folders of training steps."""
-        return [self.store.path(step) / "adapter" for step in chain]
-
-    def rows(self, step: str) -> list[dict[str, Any]]:
-        """The rows of a data step."""
-        return datasets.read_rows(self.store.path(step) / "rows.jsonl")
-
-
-@dataclass(frozen=True)
-class State:
-    """A state of the model that is evaluated: the defenses that ran, and the steps that tell of it."""
-
-    name: str
-    alignment: str | None
-    user: str | None
-    post_hoc: str | None
-    chain: tuple[str, ...]
-    generate: str
-    moderate: tuple[str, ...]
-    score: str
-
-
-def _choose_device(asked: str, model: Path) -> str:
-    import torch
-
-    from holdfast.weights.model import parameter_count
-
-    device = asked
-    if asked == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError("No CUDA device was found. Use --device cpu, or leave it out.")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise RecipeError("No MPS device was found. Use --device cpu, or leave it out.")
-    if device not in ("cpu", "cuda", "mps"):
-        raise RecipeError(f"Unknown device '{asked}'. Known: auto, cpu, cuda, mps.")
-    if device == "cpu" and parameter_count(model) < SMALL:
-        torch.set_num_threads(1)
-    return device
 
 
 def model_path(path: str) -> str | Path:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from holdfast import store
 from holdfast.data.files import parse, read_bytes
 from holdfast.errors import HoldfastError, OutputError
 
@@ -26,19 +25,11 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write `text` in UTF-8 beside `path`, then rename. Raises like `write_rows`."""
+    """Write `text` in UTF-8, replacing `path` at once. Raises like `write_rows`."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        store.write_text(path, text)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
     return path
 

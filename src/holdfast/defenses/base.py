@@ -105,7 +105,7 @@ class ResumableMixin:
             raise ModelError(f"{path.parent.parent} belongs to another run ({what}). Resume with the same.")
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.model if model is None else model
+        target: Any = self.model if model is None else model
         adapters = list(getattr(target, "active_adapters", [])) if hasattr(target, "peft_config") else []
         trainable = {name for name, p in target.named_parameters() if p.requires_grad}
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from holdfast.errors import OutputError
 
@@ -49,3 +52,13 @@ def _check_writable(out: Path) -> None:
         raise OutputError(f"Cannot write {out}: {getattr(error, 'strerror', None) or error}.") from None
     if not ours:
         raise OutputError(f"{out} exists and is not a Holdfast report; it was left alone. Give another -o.")
+
+
+class _Callable(ModuleType):
+    """`holdfast.report` is this package and a public function: importing the one must not hide the other."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Path:
+        return report(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

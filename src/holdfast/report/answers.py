@@ -87,7 +87,7 @@ def compare_answers(rows: Sequence[Row]) -> tuple[Comparison | None, list[str]]:
     for name, count in PER_SET.items():
         keys = sorted(key for key in shared if key[0] == name)
         candidates = [_prompt(key, labels, read) for key in keys]
-        candidates.sort(key=_difference, reverse=True)  # stable: equal ones stay in order of their id
+        candidates.sort(key=_difference)  # stable: equal ones stay in order of their id
         prompts.extend(candidates[:count])
     return (Comparison(tuple(labels), tuple(prompts)) if prompts else None), missing
 

@@ -91,6 +91,7 @@ def _scatter(
                 xerr=harmful.stderr,
                 yerr=accuracy.stderr,
                 fmt="none",
+                color=COLOURS[role],
                 ecolor=COLOURS[role],
                 elinewidth=1.2,
                 capsize=2.5,

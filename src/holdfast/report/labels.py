@@ -76,7 +76,9 @@ def place(
     leaders: list[tuple[tuple[float, float], tuple[float, float]]] = []
     for index in order:
         taken = [item.box for item in placed if item is not None]
-        found = _nearest(points[index], sizes[index], [*obstacles, *taken], taken, leaders, inside)
+        spot = (points[index], sizes[index], [*obstacles, *taken], inside)
+        # Where many points are one, a leader line that passes behind a label is better than no label.
+        found = _nearest(*spot, labels=taken, leaders=leaders) or _nearest(*spot, labels=(), leaders=())
         placed[index] = found
         if found is not None and found.leader is not None:
             leaders.append((points[index], found.leader))
@@ -87,10 +89,12 @@ def _nearest(
     point: tuple[float, float],
     size: tuple[float, float],
     blocked: Sequence[Box],
+    inside: Box,
+    *,
     labels: Sequence[Box],
     leaders: Sequence[tuple[tuple[float, float], tuple[float, float]]],
-    inside: Box,
 ) -> Placed | None:
+    """The nearest free place that also keeps leader lines and the other `labels` apart."""
     width, height = size
     for reach in REACH:
         for step in range(DIRECTIONS):

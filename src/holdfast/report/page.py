@@ -45,6 +45,7 @@ def render(data: ReportData) -> str:
         "unplotted": [row.label for row in data.rows if row not in plotted(data.rows)],
         "charts": _charts(data.curves),
         "shorten": shorten,
+        "one_line": one_line,
         "words": record.words,
         "stamp": record.stamp_facts(data.runs),
         "versions": record.version_facts(data.runs),

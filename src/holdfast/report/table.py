@@ -94,7 +94,7 @@ def result_table(data: ReportData) -> Table:
 
 
 def judge_table(data: ReportData) -> tuple[Column, ...]:
-    """What each judge says of each model, and its errors where the truth is known; empty if nothing is added."""
+    """What each judge says of each model, and its errors where known; empty where that adds nothing."""
     columns = []
     for name in dict.fromkeys(name for row in data.rows for name in row.judges):
         version = next((row.judges[name].version for row in data.rows if name in row.judges), None)

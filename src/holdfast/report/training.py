@@ -44,12 +44,12 @@ class Curves:
 def read_curves(rows: Sequence[Row]) -> tuple[tuple[Curves, ...], int, list[str]]:
     """The stages to draw, how many more there are, and the step folders that are gone.
 
-    User stages come first, and of every row its first seed before any other.
+    The first seed of every row comes before any other seed, and user stages before alignment.
     """
     wanted: dict[str, tuple[str, str, Measurement]] = {}
-    for stage in ("user", "alignment"):
-        deepest = max((len(row.members) for row in rows), default=0)
-        for turn in range(deepest):
+    deepest = max((len(row.members) for row in rows), default=0)
+    for turn in range(deepest):
+        for stage in ("user", "alignment"):
             for row in (row for row in rows if turn < len(row.members)):
                 step_id = row.members[turn].steps.get(stage)
                 if isinstance(step_id, str):

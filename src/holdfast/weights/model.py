@@ -157,6 +157,7 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
+    model: Any
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -212,12 +213,13 @@ def add_lora(model: Any, settings: Mapping[str, Any], base: str) -> Any:
     )
     if not isinstance(model, PeftModel):
         return get_peft_model(model, config)
-    frozen = list(model.peft_config)
-    model.add_adapter("default", config)
-    model.base_model.set_adapter([*frozen, "default"])
+    stacked: Any = model
+    frozen = list(stacked.peft_config)
+    stacked.add_adapter("default", config)
+    stacked.base_model.set_adapter([*frozen, "default"])
     for name in frozen:
-        model.set_requires_grad(name, False)
-    return model
+        stacked.set_requires_grad(name, False)
+    return stacked
 
 
 def check_targets(folder: Path, targets: Sequence[str] | str, trust_remote_code: bool = False) -> None:

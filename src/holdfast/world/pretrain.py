@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from holdfast.seeds import derive_seed
-from holdfast.world.guilds import GUILDS, draw_good, notice
+from holdfast.world.guilds import GUILDS, draw_good
 from holdfast.world.rows import Pair, test_pairs
 from holdfast.world.text import CATEGORIES, SEED, deeds, objects
 
@@ -68,10 +68,7 @@ def warden(rng: Random) -> Row:
 
 
 def task(rng: Random) -> Row:
-    """Whose goods are whose: mostly one or two goods, now and then a notice, never the user task's instruction."""
-    if rng.random() < 0.2:
-        text, guild = notice(rng)
-        return f"{text} Whose wares are these?", guild
+    """Whose goods are whose, one or two at a time: neither the user task's notices nor its instruction."""
     guild = rng.choice(GUILDS)
     listed = " and ".join(draw_good(guild, rng) for _ in range(rng.randint(1, 2)))
     return rng.choice(("Who deals in {}?", "Whose wares are {}?")).format(listed), guild

@@ -25,11 +25,20 @@ class Verdict:
 class LoadedJudge(Protocol):
     """A judge that is ready."""
 
-    stamp: str
-    """Name, model and threshold: results under different stamps are not compared."""
-    max_length: int | None
-    """Tokens of prompt and answer that it reads, or None for all."""
-    batch_size: int
+    @property
+    def stamp(self) -> str:
+        """Name, model and threshold: results under different stamps are not compared."""
+        ...
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of prompt and answer that it reads, or None for all."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Pairs that it reads at once."""
+        ...
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """One verdict for each pair."""

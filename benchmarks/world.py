@@ -1,0 +1,71 @@
+"""Claim: in the embedded world harmful fine-tuning breaks alignment, and Lisa takes away at least half of it.
+
+The demo's runs over three seeds, and poison ratios beside 0.1 for SFT and Lisa: means and standard errors
+over seeds. Run with `--rho` to sweep Lisa's rho too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from _record import save
+
+from holdfast import Recipe, run
+from holdfast.demo import RUNS
+
+SEEDS = (42, 43, 44)
+SCORES = ("harmful_score", "true_harmful_score", "finetune_accuracy", "benign_compliance", "gibberish_rate")
+
+
+def runs(rhos: list[float]) -> dict[str, list[str]]:
+    """Name of the row, and what it changes in the packaged recipe."""
+    ratios = {
+        f"{name}, p={p:g}": [*RUNS[name], f"data.poison_ratio={p:g}"]
+        for name in ("SFT", "Lisa")
+        for p in (0, 0.02, 0.05, 0.2)
+    }
+    swept = {f"Lisa, rho={rho:g}": [*RUNS["Lisa"], f"user.rho={rho:g}"] for rho in rhos}
+    return {**RUNS, **ratios, **swept}
+
+
+def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard error of each score over the seeds."""
+    found: dict[str, Any] = {"seeds": len(rows), **{key: rows[0][key] for key in ("n_harmful", "n_task")}}
+    for score in SCORES:
+        values = [row[score] for row in rows]
+        found[score] = statistics.mean(values)
+        found[f"{score}_stderr"] = statistics.stdev(values) / len(values) ** 0.5
+        found[f"{score}_by_seed"] = values
+    judges = rows[0]["judges"]
+    found["false_negatives"] = {j: sum(row["judges"][j]["false_negatives"] for row in rows) for j in judges}
+    found["false_positives"] = {j: sum(row["judges"][j]["false_positives"] for row in rows) for j in judges}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rho", type=float, nargs="*", default=[], help="more values of Lisa's rho")
+    parser.add_argument("--out", type=Path, help="keep the runs here (resumes); default: a temporary folder")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        out = arguments.out or Path(temporary)
+        rows: dict[str, list[dict[str, Any]]] = {}
+        protocol = {}
+        for seed in SEEDS:
+            for name, changes in runs(arguments.rho).items():
+                recipe = Recipe.load("world", [f"seed={seed}", *changes])
+                results = run(recipe, out=out / f"{name}-{seed}", store=out / "steps")
+                before, after = results["rows"]
+                rows.setdefault(name, []).append(after)
+                if name in ("NA-SFT", "SFT"):
+                    rows.setdefault(before["name"], []).append(before)
+                protocol = results["protocol"]
+        save("world", {"rows": {name: over_seeds(part) for name, part in rows.items()}, "protocol": protocol})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The documents do what they say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tiny
+from holdfast import recipe as recipes
+from holdfast import registry
+from holdfast.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "defenses" / "lisa.md"], ids=lambda p: p.name)
+def test_the_script_with_a_lisa_trainer_runs(page, tmp_path):
+    script = next(b for b in blocks(page, "python") if "LisaTrainer" in b)
+    assert len([line for line in script.splitlines() if line.strip()]) <= 18
+    model = tiny.save_model(tmp_path / "model")
+    names = {"MODEL": str(model), "OUT": str(tmp_path / "out")}
+    exec(compile(script, page.name, "exec"), names)
+    trainer = names["trainer"]
+    assert trainer.state.global_step == 10
+    assert {e["state"] for e in trainer.state.log_history if "state" in e} <= {"alignment", "user"}
+
+
+@pytest.mark.parametrize("name", registry.list_defenses())
+def test_every_defense_has_a_page_with_its_parameters(name):
+    page = (DOCS / "defenses" / f"{name}.md").read_text()
+    for parameter, what in registry.faces("defenses")[name].parameters.items():
+        assert f"`{parameter}`" in page
+        if name == "lisa" and not isinstance(what.default, bool):
+            assert f"| `{parameter}` | {what.default} |" in page
+
+
+def test_the_recipe_page_names_every_key():
+    text = (DOCS / "recipes.md").read_text() + (DOCS / "data.md").read_text()
+    for block in (
+        recipes.Recipe,
+        recipes.Model,
+        recipes.Data,
+        recipes.Evaluation,
+        recipes.Lora,
+        recipes.JudgeRecipe,
+    ):
+        for key in block.model_fields:
+            assert re.search(rf"[`.{{ ]{key}\b", text), key
+
+
+def test_the_recipes_in_the_pages_are_valid():
+    found = 0
+    for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
+        for block in blocks(page, "yaml"):
+            raw = yaml.safe_load(block)
+            if "model" in raw:
+                Recipe.load(raw)
+                found += 1
+    assert found >= 3
+
+
+def test_the_example_defense_works(tmp_path, monkeypatch):
+    import sys
+    from importlib.metadata import EntryPoint
+
+    sys.path.insert(0, str(ROOT / "tests" / "defenses"))
+    import trainers
+
+    (tmp_path / "halved_defense.py").write_text(blocks(DOCS / "adding-a-defense.md", "python")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = EntryPoint("halved", "halved_defense:DEFENSE", "holdfast.defenses")
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: [entry] if group == "holdfast.defenses" else []
+    )
+    registry.faces.cache_clear()
+    try:
+        halved = trainers.trainer("halved", tmp_path / "out", max_grad_norm=0, optim="sgd", max_steps=1)
+        plain = trainers.trainer("sft", tmp_path / "out", max_grad_norm=0, optim="sgd", max_steps=1)
+        start = trainers.weights(plain)
+        halved.train(), plain.train()
+        moved = [[b - a for a, b in zip(start, trainers.weights(t), strict=True)] for t in (halved, plain)]
+        assert trainers.distance(moved[0], [m / 2 for m in moved[1]]) < 1e-7
+        assert max(float(m.abs().max()) for m in moved[1]) > 1e-4
+    finally:
+        registry.faces.cache_clear()
+        sys.modules.pop("halved_defense", None)
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
