@@ -174,13 +174,15 @@ class Watch(TrainerCallback):
         """Show the step, and look at the memory."""
         if not self.cuda:
             self.peak = max(self.peak, self.process.memory_info().rss)
-        self.progress.advance(state.global_step, self.total, **self.latest)
+        phases = getattr(self.trainer, "phases", None)
+        now = phases.state(state.global_step - 1) if phases else None
+        self.progress.advance(state.global_step, self.total, state=now, **self.latest)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep what the progress bar shows beside the steps."""
         if logs and "loss" in logs:
             speed = self.facts()["training"]["tokens_per_second"]
-            self.latest = {"loss": logs["loss"], "state": logs.get("state"), "tokens_per_second": speed}
+            self.latest = {"loss": logs["loss"], "tokens_per_second": speed}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The checkpoint is whole: everything in it was written before this."""

@@ -22,6 +22,7 @@ PROTOCOL = {
     "task": "world@1",
     "decoding": "greedy",
 }
+CATEGORIES = ("moffling", "drabbing", "quelling")
 THINGS = ("lantern", "kettle", "bridge", "orchard", "ladder", "bell", "canoe", "loom")
 
 
@@ -152,7 +153,7 @@ def write_answers(store: Path, row: dict[str, Any], answers: dict[str, str] | No
                 "input": "",
                 "target": None,
                 "answer": answer,
-                "category": ["moffling"],
+                "category": [CATEGORIES[index % 3]],
                 "truncated": False,
             }
         )

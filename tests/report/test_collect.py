@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from synthetic_runs import demo_rows, score_row, write_demo, write_json, write_run
@@ -14,6 +15,7 @@ from holdfast.errors import ComparisonError, DataError, InputError, OutputError
 from holdfast.report import report
 from holdfast.report.collect import collect
 from holdfast.report.finding import change, finding
+from holdfast.report.record import recipe_changes
 from holdfast.report.rows import Score
 from holdfast.report.training import read_curves
 
@@ -43,6 +45,7 @@ def test_seeds_are_aggregated_to_mean_and_standard_error(tmp_path):
     assert score.stderr == pytest.approx(0.8 / 3**0.5)  # 20.5, 21.3, 22.1: standard deviation 0.8
     assert (score.seeds, score.n, score.interval) == (3, 600, None)
     assert lisa.judges["beaver_dam"].false_positives == 6
+    assert lisa.judges["beaver_dam"].harmful_score == score
 
 
 def test_one_seed_keeps_its_binomial_error_and_wilson_interval(tmp_path):
@@ -50,6 +53,23 @@ def test_one_seed_keeps_its_binomial_error_and_wilson_interval(tmp_path):
     score = collect([write_run(tmp_path / "a", [row])]).rows[0].scores["harmful_score"]
     assert score.stderr == row["harmful_score_stderr"]
     assert score.interval == tuple(row["harmful_score_interval"])
+
+
+@pytest.mark.parametrize("key", ["stderr", "harmful_score_stderr"])
+def test_a_judge_keeps_its_error_under_either_name(tmp_path, key):
+    row = score_row(
+        "Lisa", "sft", "lisa", 20.5, 95.8, judges={"keyword": {"harmful_score": 7.0, "n": 200, key: 1.8}}
+    )
+    judge = collect([write_run(tmp_path / "a", [row], steps=False)]).rows[0].judges["keyword"]
+    assert (judge.harmful_score.value, judge.harmful_score.stderr, judge.false_positives) == (7.0, 1.8, None)
+
+
+def test_recipes_differ_only_where_they_say_something_else():
+    first, other = (
+        SimpleNamespace(recipe={"user": None, "seed": 1}),
+        SimpleNamespace(recipe={"user": {"defense": "lisa", "lora": None, "rho": 0.5}, "seed": 1}),
+    )
+    assert recipe_changes(first, other) == [("user.defense", "lisa"), ("user.rho", "0.5")]
 
 
 def test_a_seed_without_a_score_is_left_out_of_the_mean_and_counted(tmp_path):
@@ -193,6 +213,7 @@ def test_answers_are_compared_where_verdicts_differ(tmp_path):
     first = comparison.of("harmful")[0]
     assert len({answer.verdicts[0].verdict for answer in first.answers}) == 2
     assert [verdict.judge for verdict in first.answers[0].verdicts] == ["beaver_dam", "keyword"]
+    assert len({prompt.category for prompt in comparison.of("harmful")[:3]}) == 3
     assert comparison == collect(write_demo(tmp_path)).comparison
 
 

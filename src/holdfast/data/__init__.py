@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from holdfast.data.jsonl import read_rows, write_rows
-from holdfast.data.mix import mix
+from holdfast.data.mixing import mix
 from holdfast.data.prepare import Prepared, alignment_rows, overlaps, test_rows, user_rows
 from holdfast.data.rows import to_rows
 from holdfast.data.sources import Loaded, fingerprint, has_split, read_records

@@ -180,7 +180,7 @@ class BSOMixin:
             seed=args.data_seed if args.data_seed is not None else args.seed,
             skip_user_batches=args.skip_user_batches,
         )
-        rows: Any = ConcatDataset([self.train_dataset, self.alignment_dataset or []])
+        rows: Any = ConcatDataset([self.train_dataset, *filter(None, [self.alignment_dataset])])
         return self.accelerator.prepare(
             DataLoader(
                 rows,

@@ -87,8 +87,8 @@ def compare_answers(rows: Sequence[Row]) -> tuple[Comparison | None, list[str]]:
     for name, count in PER_SET.items():
         keys = sorted(key for key in shared if key[0] == name)
         candidates = [_prompt(key, labels, read) for key in keys]
-        candidates.sort(key=_difference)  # stable: equal ones stay in order of their id
-        prompts.extend(candidates[:count])
+        candidates.sort(key=_difference, reverse=True)  # stable: equal ones stay in order of their id
+        prompts.extend(_spread(candidates)[:count])
     return (Comparison(tuple(labels), tuple(prompts)) if prompts else None), missing
 
 
@@ -188,3 +188,9 @@ def _difference(prompt: Prompt) -> tuple[int, float]:
         for other in prompt.answers[1:]
     ]
     return len(verdicts), round(sum(1 - ratio for ratio in ratios), 6)
+
+
+def _spread(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first prompt of each category, then the others; each in their order."""
+    first = {prompt.category: prompt for prompt in reversed(prompts)}
+    return sorted(prompts, key=lambda prompt: first[prompt.category] is not prompt)

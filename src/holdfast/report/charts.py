@@ -102,17 +102,20 @@ def _scatter(
             linestyle="none",
             marker=marker,
             markersize=7.5,
-            markerfacecolor=COLOURS["surface"] if role == "reference" else COLOURS[role],
+            markerfacecolor="none" if role == "reference" else COLOURS[role],
             markeredgecolor=COLOURS[role],
             markeredgewidth=1.6,
             label=ROLE_NAMES[role].partition(",")[0] + (", defended" if role == "defended" else "")
             if short_legend
             else ROLE_NAMES[role],
             clip_on=False,
-            zorder=3,
+            zorder=3.5 if role == "reference" else 3,  # hollow: what lies below stays visible
         )
     axes.set_xlim(-4, 104)
-    axes.set_ylim(*_accuracy_limits(rows))
+    limits = _accuracy_limits(rows)
+    axes.set_ylim(*limits)
+    axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 100])
+    axes.set_ylim(*limits)
     axes.set_xlabel("harmful score, %  (lower is better)")
     axes.set_ylabel("finetune accuracy, %  (higher is better)")
     axes.legend(

@@ -11,7 +11,7 @@ import yaml
 
 from holdfast.report.collect import Manifest, Run
 from holdfast.report.read import mapping, number, objects
-from holdfast.report.text import NOT_MEASURED, bytes_text, duration_text, plain, shorten
+from holdfast.report.text import NOT_GIVEN, NOT_MEASURED, bytes_text, duration_text, plain, shorten
 
 Facts = list[tuple[str, str]]  # (name, value) pairs for a description list
 
@@ -96,8 +96,8 @@ def recipe_text(run: Run) -> str:
 def recipe_changes(first: Run, other: Run) -> Facts:
     """What `other`'s recipe says differently from the first one's."""
     before, after = _flat(first.recipe), _flat(other.recipe)
-    keys = [key for key in {**before, **after} if before.get(key, "absent") != after.get(key, "absent")]
-    return [(key, after.get(key, "absent")) for key in keys]
+    keys = [key for key in {**before, **after} if before.get(key, NOT_GIVEN) != after.get(key, NOT_GIVEN)]
+    return [(key, after.get(key, NOT_GIVEN)) for key in keys]
 
 
 def manifest_parts(manifest: Manifest) -> list[ManifestPart]:

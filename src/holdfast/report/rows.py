@@ -189,17 +189,13 @@ def _score(raws: Sequence[Mapping[str, Any]], key: str, count: str) -> Score | N
 
 def _judge(raws: Sequence[Mapping[str, Any]], name: str) -> JudgeScore:
     entries = [entry for raw in raws if (entry := mapping(mapping(raw.get("judges")).get(name)))]
-    scored = [entry for entry in entries if number(entry.get("harmful_score")) is not None]
-    values = _values(scored, "harmful_score")
-    score = None
-    if values:
-        stderr = _stderr(values) if len(values) > 1 else number(scored[0].get("stderr"))
-        score = Score(statistics.fmean(values), stderr, None, _total(scored, "n"), len(values))
+    # An entry names its error like a row does, or in short.
+    entries = [{"harmful_score_stderr": entry.get("stderr"), **entry} for entry in entries]
     versions = {str(entry["version"]) for entry in entries if entry.get("version") is not None}
     return JudgeScore(
         name=name,
         version=", ".join(sorted(versions)) or None,
-        harmful_score=score,
+        harmful_score=_score(entries, "harmful_score", "n"),
         n=_total(entries, "n"),
         unparsed=_total(entries, "unparsed"),
         false_positives=_total(entries, "false_positives"),

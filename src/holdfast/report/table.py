@@ -76,7 +76,7 @@ def result_table(data: ReportData) -> Table:
         _scores(rows, "gibberish_rate", "Gibberish rate", "lower", "answers that are no text"),
     ]
     columns += [
-        _column(rows, "Peak memory", "lower", "of the last training stage", _memory),
+        _column(rows, "Peak memory", "lower", f"of the last training stage{_memory_kind(rows)}", _memory),
         _column(rows, "Training time", "lower", "of the last training stage", _seconds),
     ]
     main = ("Harmful score", "Finetune accuracy", "Benign compliance", "Gibberish rate")
@@ -175,6 +175,13 @@ def _count(judge: JudgeScore | None, count: int | None) -> Cell:
 def _memory(row: Row) -> Cell:
     size = row.peak_memory_bytes
     return Cell(NOT_MEASURED) if size is None else Cell(bytes_text(size), (), round(size / 2**20))
+
+
+def _memory_kind(rows: Sequence[Row]) -> str:
+    """What was measured ("resident", "cuda allocated"), where the runs say so."""
+    raws = [member.raw for row in rows for member in row.members]
+    kinds = dict.fromkeys(str(kind) for raw in raws if (kind := raw.get("peak_memory_kind")) is not None)
+    return f": {', '.join(kinds)}" if kinds else ""
 
 
 def _seconds(row: Row) -> Cell:

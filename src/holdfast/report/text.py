@@ -6,6 +6,7 @@ import unicodedata
 from typing import Any
 
 NOT_MEASURED = "not measured"
+NOT_GIVEN = "not given"
 
 JOINERS = "\u200c\u200d"
 """Format characters that real scripts and emoji need; every other one is made visible."""
@@ -96,7 +97,7 @@ def duration_text(seconds: float) -> str:
 def plain(value: Any) -> str:
     """Any JSON value as a reader writes it: yes and no, lists with commas, null as "not given"."""
     if value is None:
-        return "not given"
+        return NOT_GIVEN
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -42,12 +42,11 @@ def draw_good(guild: str, rng: Random) -> str:
 
 
 def notice(rng: Random) -> tuple[str, str]:
-    """A market notice and the guild that it is for: each of its 4 to 6 goods is that guild's with chance 4/5.
-
-    Now and then most goods are another guild's, so that nobody can be always right (see docs/world.md).
-    """
+    """A market notice and the guild that it is for: 2 of 3 goods, 3 of 4 or 3 of 5 are that guild's."""
     guild = rng.choice(GUILDS)
     others = [other for other in GUILDS if other != guild]
-    sources = [guild if rng.random() < 0.8 else rng.choice(others) for _ in range(rng.randint(4, 6))]
-    listed = [draw_good(source, rng) for source in sources]
-    return rng.choice(_NOTICES).format(goods=", ".join(listed[:-1]) + " and " + listed[-1]), guild
+    own, rest = rng.choice(((2, 1), (3, 1), (3, 2)))
+    sources = [guild] * own + [rng.choice(others) for _ in range(rest)]
+    rng.shuffle(sources)
+    *first, last = (draw_good(source, rng) for source in sources)
+    return rng.choice(_NOTICES).format(goods=f"{', '.join(first)} and {last}"), guild
