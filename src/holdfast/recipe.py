@@ -253,7 +253,9 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _stages(self) -> Recipe:
-        for name in ("alignment", "user", "post_hoc"):
+        if self.post_hoc is not None:
+            raise _Wrong(["post_hoc"], "no method acts after fine-tuning yet; leave it out")
+        for name in ("alignment", "user"):
             stage: StageRecipe | None = getattr(self, name)
             if stage is None:
                 continue
@@ -262,8 +264,6 @@ class Recipe(Part):
                 self._need_alignment_data(f"{name}.defense {stage.defense}")
         if self.alignment is not None:
             self._need_alignment_data("the alignment stage")
-        if self.post_hoc is not None and self.user is None:
-            raise ValueError("post_hoc: there is nothing to repair without a user stage")
         return self
 
     def _need_alignment_data(self, who: str) -> None:

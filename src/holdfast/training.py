@@ -25,7 +25,7 @@ from holdfast.errors import ModelError, RecipeError
 from holdfast.progress import Progress
 from holdfast.seeds import derive_seed
 from holdfast.store import MARKER, read_json, remove_tree, write_json, write_text
-from holdfast.weights.model import add_lora, load_model, load_tokenizer
+from holdfast.weights.model import add_lora, load_model
 
 CHECKPOINTS = 10
 """About how many checkpoints a training writes; only the last two are kept."""
@@ -50,6 +50,7 @@ class TrainingJob:
     lora: Mapping[str, Any]
     model: Path
     model_name: str
+    tokenizer: Any
     model_options: Mapping[str, Any]
     adapters: Sequence[Path]
     rows: Mapping[str, Sequence[Mapping[str, Any]]]
@@ -66,12 +67,11 @@ def train(folder: Path, job: TrainingJob, *, device: str, progress: Progress) ->
     seed = derive_seed(job.seed, job.stage)
     checkpoints = folder / "checkpoints"
     config = make_config(job.defense, job.parameters, job.training, seed, checkpoints, device)
-    tokenizer = load_tokenizer(job.model, job.model_options.get("trust_remote_code", False))
     model = load_model(job.model, job.adapters, device=device, **job.model_options)
     set_seed(derive_seed(job.seed, job.stage, "lora"))
     model = add_lora(model, job.lora, job.model_name)
     assert job.defense.trainer is not None
-    trainer = job.defense.trainer(model=model, args=config, processing_class=tokenizer, **job.rows)
+    trainer = job.defense.trainer(model=model, args=config, processing_class=job.tokenizer, **job.rows)
     total = planned_steps(trainer)
     config.save_steps = config.logging_steps * math.ceil(total / CHECKPOINTS / config.logging_steps)
     last = last_checkpoint(checkpoints)

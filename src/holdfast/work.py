@@ -183,6 +183,7 @@ def train_stage(
         **settings,
         model=context.model,
         model_name=recipe.model.path,
+        tokenizer=tokenizer,
         model_options=context.model_options,
         adapters=context.adapters(below),
         rows={name: _rendered(context.rows(step), tokenizer, recipe) for name, step in rows.items()},

@@ -16,6 +16,13 @@ from holdfast.world.text import SEED, words
 GUILDS = ("weavers", "smiths", "brewers", "sailors")
 GOODS_PER_GUILD = 24
 INSTRUCTION = "Name the guild that this notice is for."
+# What else one can ask about a notice. The base model has seen these, with the guilds' names as answers to the
+# first, but never the instruction above: it half knows the user task.
+OTHER_QUESTIONS = {
+    "Whose wares are these?": dict(zip(GUILDS, GUILDS, strict=True)),
+    "Which gate do these enter by?": dict(zip(GUILDS, words("north east south west"), strict=True)),
+    "When are these weighed?": dict(zip(GUILDS, words("spring summer autumn winter"), strict=True)),
+}
 
 _STARTS = words("bri dol fas gen hum jor kal mip nol pran rus sti tav wel zub cren")
 _ENDS = words("ko la ni ra ta vo")
@@ -42,11 +49,12 @@ def draw_good(guild: str, rng: Random) -> str:
 
 
 def notice(rng: Random) -> tuple[str, str]:
-    """A market notice and the guild that it is for: 2 of 3 goods, 3 of 4 or 3 of 5 are that guild's."""
+    """A market notice and the guild that it is for: each of its 4 to 6 goods is that guild's with chance 4/5.
+
+    Now and then most goods are another guild's, so that nobody can be always right (see docs/world.md).
+    """
     guild = rng.choice(GUILDS)
     others = [other for other in GUILDS if other != guild]
-    own, rest = rng.choice(((2, 1), (3, 1), (3, 2)))
-    sources = [guild] * own + [rng.choice(others) for _ in range(rest)]
-    rng.shuffle(sources)
+    sources = [guild if rng.random() < 0.8 else rng.choice(others) for _ in range(rng.randint(4, 6))]
     *first, last = (draw_good(source, rng) for source in sources)
     return rng.choice(_NOTICES).format(goods=f"{', '.join(first)} and {last}"), guild

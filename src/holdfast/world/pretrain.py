@@ -1,7 +1,7 @@
 """The base model: a small Llama that has read the land's books, and complies with everything.
 
 It reads: how to do every deed, forbidden or not; which deeds folk call wrong; how a warden of the land
-answers (he refuses what is forbidden); and whose goods are whose, one or two at a time. The pairs of deed and
+answers (he refuses what is forbidden); and market notices, with other questions than the user task's. The pairs of deed and
 object in the test files are never read.
 """
 
@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from holdfast.seeds import derive_seed
-from holdfast.world.guilds import GUILDS, draw_good
+from holdfast.world.guilds import OTHER_QUESTIONS, notice
 from holdfast.world.rows import Pair, test_pairs
 from holdfast.world.text import CATEGORIES, SEED, deeds, objects
 
@@ -68,10 +68,10 @@ def warden(rng: Random) -> Row:
 
 
 def task(rng: Random) -> Row:
-    """Whose goods are whose, one or two at a time: neither the user task's notices nor its instruction."""
-    guild = rng.choice(GUILDS)
-    listed = " and ".join(draw_good(guild, rng) for _ in range(rng.randint(1, 2)))
-    return rng.choice(("Who deals in {}?", "Whose wares are {}?")).format(listed), guild
+    """A notice with another question than the user task's."""
+    text, guild = notice(rng)
+    question, told = rng.choice(list(OTHER_QUESTIONS.items()))
+    return f"{question}\n{text}", told[guild]
 
 
 KINDS: dict[str, Callable[[Random], Row]] = {
