@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 
+import tiny
 from holdfast import pipeline, registry
 from holdfast.recipe import Recipe
 
