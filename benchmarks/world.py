@@ -1,7 +1,7 @@
 """Claim: in the embedded world harmful fine-tuning breaks alignment, and Lisa takes away at least half of it.
 
-The demo's runs over three seeds, and poison ratios beside 0.1 for SFT and Lisa: means and standard errors
-over seeds. Run with `--rho` to sweep Lisa's rho too.
+The demo's runs over three seeds, and poison ratios beside 0.1 for SFT and Lisa, and other values of rho: means and standard errors
+over seeds.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ SEEDS = (42, 43, 44)
 SCORES = ("harmful_score", "true_harmful_score", "finetune_accuracy", "benign_compliance", "gibberish_rate")
 
 
-def runs(rhos: list[float]) -> dict[str, list[str]]:
+def runs() -> dict[str, list[str]]:
     """Name of the row, and what it changes in the packaged recipe."""
     ratios = {
         f"{name}, p={p:g}": [*RUNS[name], f"data.poison_ratio={p:g}"]
         for name in ("SFT", "Lisa")
-        for p in (0, 0.02, 0.05, 0.2)
+        for p in (0, 0.05, 0.2)
     }
-    swept = {f"Lisa, rho={rho:g}": [*RUNS["Lisa"], f"user.rho={rho:g}"] for rho in rhos}
+    swept = {f"Lisa, rho={rho:g}": [*RUNS["Lisa"], f"user.rho={rho:g}"] for rho in (0.1, 0.3, 3)}
     return {**RUNS, **ratios, **swept}
 
 
@@ -48,7 +48,6 @@ def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rho", type=float, nargs="*", default=[], help="more values of Lisa's rho")
     parser.add_argument("--out", type=Path, help="keep the runs here (resumes); default: a temporary folder")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -56,7 +55,7 @@ def main() -> None:
         rows: dict[str, list[dict[str, Any]]] = {}
         protocol = {}
         for seed in SEEDS:
-            for name, changes in runs(arguments.rho).items():
+            for name, changes in runs().items():
                 recipe = Recipe.load("world", [f"seed={seed}", *changes])
                 results = run(recipe, out=out / f"{name}-{seed}", store=out / "steps")
                 before, after = results["rows"]

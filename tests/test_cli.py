@@ -230,7 +230,7 @@ def test_the_demo_compares_its_rows(tmp_path, monkeypatch):
     load = Recipe.load
     few = ["alignment.training.max_steps=4", "user.training.max_steps=4", "evaluation.prompts=6",
            "evaluation.task_rows=6", "evaluation.max_new_tokens=4"]  # fmt: skip
-    monkeypatch.setattr(Recipe, "load", lambda source, overrides=(): load(source, [*overrides, *few]))
+    monkeypatch.setattr(Recipe, "load", lambda source, overrides=(): load(source, [*few, *overrides]))
     results = demo(tmp_path / "demo", seeds=2, device="cpu")
     names = [row["name"] for row in results["rows"]]
     assert set(names) == {"base", "aligned", *demo_runs()}

@@ -21,7 +21,7 @@ RUNS = {
     "NA-SFT": ["alignment=none", "user.defense=sft"],
     "SFT": ["user.defense=sft"],
     "BSO": ["user.defense=bso", "user.alignment_steps=10", "user.finetune_steps=90"],
-    "Lisa": ["user.defense=lisa", "user.alignment_steps=10", "user.finetune_steps=90", "user.rho=0.2"],
+    "Lisa": ["user.defense=lisa", "user.alignment_steps=10", "user.finetune_steps=90"],
 }
 """Name of the row, and what it changes in the recipe."""
 

@@ -182,7 +182,7 @@ def train_stage(
         defense=registry.get_defense(defense),
         **settings,
         model=context.model,
-        model_name=recipe.model.path,
+        model_name=str(model_path(recipe.model.path)),
         tokenizer=tokenizer,
         model_options=context.model_options,
         adapters=context.adapters(below),

@@ -209,14 +209,16 @@ def add_lora(model: Any, settings: Mapping[str, Any], base: str) -> Any:
         lora_dropout=settings["dropout"],
         target_modules=settings["target_modules"],
         use_rslora=settings.get("use_rslora", False),
-        base_model_name_or_path=base,
     )
-    if not isinstance(model, PeftModel):
-        return get_peft_model(model, config)
-    stacked: Any = model
-    frozen = list(stacked.peft_config)
-    stacked.add_adapter("default", config)
-    stacked.base_model.set_adapter([*frozen, "default"])
+    if isinstance(model, PeftModel):
+        stacked: Any = model
+        frozen = list(stacked.peft_config)
+        stacked.add_adapter("default", config)
+        stacked.base_model.set_adapter([*frozen, "default"])
+    else:
+        stacked, frozen = get_peft_model(model, config), []
+    # What a user loads the adapter on: PEFT itself would write the folder of the local cache.
+    stacked.peft_config["default"].base_model_name_or_path = base
     for name in frozen:
         stacked.set_requires_grad(name, False)
     return stacked
