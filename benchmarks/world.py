@@ -16,6 +16,8 @@ from _record import save
 
 from holdfast import Recipe, run
 from holdfast.demo import RUNS
+from holdfast.report.charts import save_png
+from holdfast.report.collect import collect
 
 SEEDS = (42, 43, 44)
 SCORES = ("harmful_score", "true_harmful_score", "finetune_accuracy", "benign_compliance", "gibberish_rate")
@@ -46,6 +48,16 @@ def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def markdown(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """The README's table of these results."""
+    scores = ("harmful_score", "finetune_accuracy", "benign_compliance")
+    head = "| model | harmful score ↓ | finetune accuracy ↑ | benign compliance ↑ |"
+    return [head, "|---|---|---|---|"] + [
+        "| " + " | ".join([name, *(f"{row[s]:.1f} ± {row[f'{s}_stderr']:.1f}" for s in scores)]) + " |"
+        for name, row in rows.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="keep the runs here (resumes); default: a temporary folder")
@@ -56,13 +68,16 @@ def main() -> None:
         protocol = {}
         for seed in SEEDS:
             for name, changes in runs().items():
-                recipe = Recipe.load("world", [f"seed={seed}", *changes])
+                named = [f"name={name}"] if name in RUNS else []
+                recipe = Recipe.load("world", [f"seed={seed}", *named, *changes])
                 results = run(recipe, out=out / f"{name}-{seed}", store=out / "steps")
                 before, after = results["rows"]
                 rows.setdefault(name, []).append(after)
                 if name in ("NA-SFT", "SFT"):
                     rows.setdefault(before["name"], []).append(before)
                 protocol = results["protocol"]
+        pages = [out / f"{name}-{seed}" for name in RUNS for seed in SEEDS]
+        save_png(collect(pages), Path(__file__).parents[1] / "docs" / "report.png")
         save("world", {"rows": {name: over_seeds(part) for name, part in rows.items()}, "protocol": protocol})
 
 

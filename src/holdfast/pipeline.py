@@ -8,6 +8,7 @@ does what is missing, and recipes that share a stage share its step.
 from __future__ import annotations
 
 import errno
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -285,8 +286,9 @@ def _do(step: Step, context: Context) -> None:
 
 def _why(step: Step, store: Store, error: Exception) -> str:
     text = str(error).strip().split("\n")[0] or type(error).__name__
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    if full or "PytorchStreamWriter" in str(error):
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    # Some writers do not say why they failed.
+    if full or "No space left" in str(error) or shutil.disk_usage(store.root).free < 2**20:
         return (
             f"No space left on the disk that holds {store.root}, while doing: {step.title}. Free some space "
             "and run the same command again: it goes on from what is there."
