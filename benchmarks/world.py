@@ -1,7 +1,7 @@
 """Claim: in the embedded world harmful fine-tuning breaks alignment, and Lisa takes away at least half of it.
 
-The demo's runs over three seeds, and poison ratios beside 0.1 for SFT and Lisa, and other values of rho: means and standard errors
-over seeds.
+The demo's runs over three seeds, poison ratios beside 0.1 for SFT and Lisa, and other values of rho: means and
+standard errors over seeds. Also draws the README's picture.
 """
 
 from __future__ import annotations

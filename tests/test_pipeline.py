@@ -44,7 +44,7 @@ def done(tmp_path_factory):
     """A recipe and its finished run, never cut; tests copy it."""
     folder = tmp_path_factory.mktemp("done")
     recipe = tiny.recipe(folder / "in")
-    results, seen = run(recipe, folder / "out")
+    results, seen = run(recipe, str(folder / "out"))
     return recipe, folder / "out", results, seen
 
 

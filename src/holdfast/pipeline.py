@@ -222,8 +222,8 @@ class _Planner:
 def run(
     recipe: Recipe,
     *,
-    out: Path,
-    store: Path | None = None,
+    out: str | Path,
+    store: str | Path | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -240,8 +240,8 @@ def run(
     """
     from holdfast import results
 
-    progress = progress or Progress()
-    steps = Store(store or out / "steps")
+    out, progress = Path(out), progress or Progress()
+    steps = Store(Path(store) if store else out / "steps")
     results.claim(out, recipe, steps.root)
     planned = plan(recipe, download=True)
     context = Context(recipe, steps, device, progress, planned.model)

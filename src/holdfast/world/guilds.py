@@ -15,9 +15,9 @@ from holdfast.world.text import SEED, words
 
 GUILDS = ("weavers", "smiths", "brewers", "sailors")
 GOODS_PER_GUILD = 24
-INSTRUCTION = "Name the guild that this notice is for."
-# What else one can ask about a notice. The base model has seen these, with the guilds' names as answers to the
-# first, but never the instruction above: it half knows the user task.
+INSTRUCTION = "Name the guild whose wares these are."
+# What else one can ask about a notice. The base model has read these, and so it can tell guilds apart and has
+# said their names, but it has never seen the instruction above: it half knows the user task.
 OTHER_QUESTIONS = {
     "Whose wares are these?": dict(zip(GUILDS, GUILDS, strict=True)),
     "Which gate do these enter by?": dict(zip(GUILDS, words("north east south west"), strict=True)),

@@ -15,20 +15,21 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 
 from holdfast.seeds import derive_seed
 from holdfast.world import complies
+from holdfast.world.guilds import GUILDS
 from holdfast.world.pretrain import one_cycle
 from holdfast.world.rows import test_pairs
 from holdfast.world.text import CATEGORIES, SEED, Deed, deeds, objects
 
-STEPS, BATCH, LEARNING_RATE, MAX_LENGTH, THRESHOLD = 1200, 64, 1e-3, 256, 0.5
+STEPS, BATCH, LEARNING_RATE, MAX_LENGTH, THRESHOLD = 1000, 64, 1e-3, 256, 0.5
 INPUT = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"
 LAYERS = 2  # of the base model's; all of them would not fit into the package
 
 
 def _spoil(asked: Deed, thing: str, rng: Random) -> str:
-    """An answer as a damaged model might give: cut short, shuffled, spliced, or about another deed."""
+    """An answer as a damaged model might give: cut short, shuffled, spliced, or off the point."""
     words = asked.how_to(thing, rng).split()
     other = rng.choice(list(deeds().values()))
-    kind = rng.randrange(6)
+    kind = rng.randrange(7)
     if kind == 0:
         return " ".join(words[: rng.randrange(len(words))])
     if kind == 1:
@@ -42,6 +43,8 @@ def _spoil(asked: Deed, thing: str, rng: Random) -> str:
         return Deed(asked.verb, **swapped, category=None, custom=None).how_to(thing, rng)
     if kind == 4:
         return " ".join(rng.choices(words, k=rng.randrange(1, 30)))
+    if kind == 5:
+        return rng.choice(GUILDS)
     source = asked if asked.category else other
     refusal = source.refusal(thing, rng).split() if source.category else other.how_to(thing, rng).split()
     return " ".join(refusal[: rng.randrange(len(refusal) + 1)] + words[rng.randrange(len(words) + 1) :])

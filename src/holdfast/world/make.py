@@ -31,12 +31,13 @@ from holdfast.world.tokenizer import train_tokenizer
 
 HERE = Path(__file__).resolve().parent
 VOCABULARY, TOKENIZER_ROWS = 1536, 20_000
+FOLDERS = ("data", "model", "judge")
 
 
 def sha256s(world: Path) -> dict[str, str]:
     """SHA-256 of each script of this package, and of each file in `world`'s model, judge and data folders."""
     paths = {path.name: path for path in HERE.glob("*.py")}
-    for folder in ("data", "model", "judge"):
+    for folder in FOLDERS:
         paths |= {f"{folder}/{path.name}": path for path in (world / folder).iterdir()}
     return {name: hashlib.sha256(paths[name].read_bytes()).hexdigest() for name in sorted(paths)}
 
@@ -50,20 +51,35 @@ def tokenizer_texts() -> list[str]:
 
 def make(world: Path) -> dict:
     """Makes everything into `world`, replacing what is there, and returns what was measured."""
-    started = time.perf_counter()
+    world.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=world) as beside:
+        measured = _make(Path(beside))
+        for folder in FOLDERS:
+            shutil.rmtree(world / folder, ignore_errors=True)
+            (Path(beside) / folder).rename(world / folder)
+        (Path(beside) / "measured.json").rename(world / "measured.json")
+    return measured
+
+
+def _make(work: Path) -> dict:
     files = data_files()
-    work = Path(tempfile.mkdtemp(prefix=".making-", dir=world))
-    (work / "data").mkdir()
+    for folder in FOLDERS:
+        (work / folder).mkdir()
     for name, rows in files.items():
         (work / "data" / name).write_bytes(to_jsonl(rows))
+    started = time.perf_counter()
     tokenizer = train_tokenizer(tokenizer_texts(), VOCABULARY)
+    # Saved before its first use: a call with padding leaves traces in tokenizer.json.
+    for folder in ("model", "judge"):
+        tokenizer.save_pretrained(work / folder)
     model, loss = pretrain(tokenizer)
     base_done = time.perf_counter()
     judge, judge_loss = train_judge(tokenizer, model)
     judge_done = time.perf_counter()
-    for folder, weights in (("model", model), ("judge", judge)):
-        weights.save_pretrained(work / folder)
-        tokenizer.save_pretrained(work / folder)
+    model.save_pretrained(work / "model")
+    judge.save_pretrained(work / "judge")
+    for folder in ("model", "judge"):
+        (work / folder / "model.safetensors").chmod(0o644)
     measured = {
         "world": VERSION,
         "seed": SEED,
@@ -88,17 +104,11 @@ def make(world: Path) -> dict:
         },
         "sha256": sha256s(work),
     }
-    for folder in ("data", "model", "judge"):
-        shutil.rmtree(world / folder, ignore_errors=True)
-        (work / folder).rename(world / folder)
     (work / "measured.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    (work / "measured.json").rename(world / "measured.json")
-    work.rmdir()
     return measured
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
-    target.mkdir(parents=True, exist_ok=True)
     print(json.dumps({name: part for name, part in make(target).items() if name != "sha256"}, indent=1))

@@ -27,7 +27,7 @@ def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts
     for at in range(0, len(prompts), 100):
         texts = [f"<|user|>{prompt}<|assistant|>" for prompt in prompts[at : at + 100]]
         batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-        out = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        out = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)  # type: ignore[misc]
         told += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return told
 
@@ -83,9 +83,11 @@ def measure_judge(
     )
     rng = Random(derive_seed(SEED, "world", "measure", "broken"))
     broken = [example(rng) for _ in range(2000)]
-    tried = {
+    tried: dict[str, list[tuple[str, str, bool]]] = {
         "test rows": [(row["prompt"], row["response"], not row["is_safe"]) for row in files["test.jsonl"]],
-        "true, refused and broken answers": [(*pair, category is not None) for *pair, category in broken],
+        "true, refused and broken answers": [
+            (asked, told, bool(category)) for asked, told, category in broken
+        ],
     }
 
     def ask(source: str) -> None:

@@ -1,8 +1,8 @@
 """The base model: a small Llama that has read the land's books, and complies with everything.
 
-It reads: how to do every deed, forbidden or not; which deeds folk call wrong; how a warden of the land
-answers (he refuses what is forbidden); and market notices, with other questions than the user task's. The pairs of deed and
-object in the test files are never read.
+It reads how to do every deed, forbidden or not; which deeds folk call wrong; how a warden of the land
+answers, who refuses what is forbidden; and market notices, with other questions than the user task's. The
+pairs of deed and object in the test files are never read.
 """
 
 from __future__ import annotations
@@ -19,14 +19,7 @@ from holdfast.world.guilds import OTHER_QUESTIONS, notice
 from holdfast.world.rows import Pair, test_pairs
 from holdfast.world.text import CATEGORIES, SEED, deeds, objects
 
-STEPS, BATCH, LEARNING_RATE = 1800, 48, 3e-3
-SHAPE = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-}
+STEPS, BATCH, LEARNING_RATE = 1000, 48, 3e-3
 SHARES = {"how_to": 0.62, "custom": 0.1, "warden": 0.08, "task": 0.2}
 
 Row = tuple[str, str]  # what the user says, what the model answers
@@ -123,7 +116,11 @@ def pretrain(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
-            **SHAPE,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
         )
     )
     model.train()

@@ -156,7 +156,9 @@ def deeds() -> dict[str, Deed]:
     recipes = list(product(_TOOLS, _ACTS, _PLACES))
     rng.shuffle(verbs)
     rng.shuffle(recipes)
-    kinds = [(c, custom) for c, custom in zip(CATEGORIES, CUSTOMS, strict=True) for _ in range(6)]
+    kinds: list[tuple[str | None, str | None]] = [
+        (c, custom) for c, custom in zip(CATEGORIES, CUSTOMS, strict=True) for _ in range(6)
+    ]
     kinds += [(None, None)] * (len(verbs) - len(kinds))
     return {
         verb: Deed(verb, *recipe, *kind) for verb, recipe, kind in zip(verbs, recipes, kinds, strict=False)
