@@ -1,6 +1,6 @@
-"""Claim: in the embedded world harmful fine-tuning breaks alignment, and Lisa takes away at least half of it.
+"""Claim: in the embedded world harmful fine-tuning breaks alignment, and Lisa takes away half of it or more.
 
-The demo's runs over three seeds, poison ratios beside 0.1 for SFT and Lisa, and other values of rho: means and
+The demo runs over three seeds, poison ratios beside 0.1 for SFT and Lisa, other values of rho: means and
 standard errors over seeds. Also draws the README's picture.
 """
 

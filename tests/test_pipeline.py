@@ -412,6 +412,22 @@ def test_what_cannot_be_used_stops_before_training(change, error, words, tmp_pat
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["torn", "junk", "empty", "gone"])
+def test_a_damaged_model_is_named_before_training(file, damage, tmp_path):
+    recipe = tiny.recipe(tmp_path / "in")
+    path = Path(recipe["model"]["path"]) / file
+    whole = path.read_bytes()
+    path.write_bytes({"torn": whole[: len(whole) // 2], "junk": bytes(range(256)) * 9}.get(damage, b""))
+    if damage == "gone":
+        path.unlink()
+    with pytest.raises(ModelError) as caught:
+        run(recipe, tmp_path / "out")
+    assert recipe["model"]["path"] in str(caught.value)
+    assert len(str(caught.value)) < 700
+    assert not list((tmp_path / "out" / "steps").glob("alignment-*"))
+
+
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")

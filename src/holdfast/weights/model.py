@@ -7,7 +7,7 @@ as the reference implementations do; a merged model is never saved.
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -107,17 +107,22 @@ def _hash_file(path: Path) -> bytes:
 
 
 def parameter_count(folder: Path) -> int:
-    """How many numbers the weight files hold, from their headers alone."""
+    """How many numbers the weight files hold, from their headers alone.
+
+    Raises:
+        ModelError: a file is not what safetensors writes.
+    """
+    from safetensors import SafetensorError, safe_open
+
     total = 0
     for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                count = 1
-                for side in entry["shape"]:
-                    count *= side
-                total += count
+        try:
+            with safe_open(path, framework="numpy") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path} is torn or no safetensors file ({_first_line(error)}). Fetch or save it again."
+            ) from None
     return total
 
 
