@@ -222,6 +222,21 @@ def test_unknown_commands_and_options(tmp_path):
     refused(command("run", "world", "--device", "tpu", "--out", tmp_path / "x"), "tpu", "cuda")
 
 
+def test_the_full_demo_adds_a_control_and_every_defense():
+    from holdfast import registry
+    from holdfast.demo import demo_runs
+    from holdfast.recipe import Recipe
+
+    loaded = {
+        name: Recipe.load("world", [f"name={name}", *changes])
+        for name, changes in demo_runs(full=True).items()
+    }
+    assert {recipe.user.defense for recipe in loaded.values()} == set(registry.list_defenses("user"))
+    assert loaded["SFT without harmful rows"].data.poison_ratio == 0
+    assert loaded["NA-SFT"].alignment is None
+    assert loaded["Lisa"].user.training == loaded["SFT"].user.training
+
+
 def test_the_demo_compares_its_rows(tmp_path, monkeypatch):
     """The real demo on few steps: every row, a report, a summary."""
     from holdfast.demo import demo, demo_runs

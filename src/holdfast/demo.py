@@ -35,7 +35,7 @@ def demo_runs(full: bool = False) -> dict[str, list[str]]:
         for name, face in registry.faces("defenses").items()
         if "user" in face.facts["stages"] and face.facts.get("label", name) not in RUNS
     }
-    return {**RUNS, "SFT, no harmful rows": ["user.defense=sft", "data.poison_ratio=0"], **others}
+    return {**RUNS, "SFT without harmful rows": ["user.defense=sft", "data.poison_ratio=0"], **others}
 
 
 def demo(
@@ -59,9 +59,7 @@ def demo(
     for seed in range(first, first + seeds):
         for name, changes in demo_runs(full).items():
             recipe = Recipe.load("world", [f"name={name}", f"seed={seed}", *changes])
-            folder = out / "-".join(
-                [name.lower().replace(", ", "-").replace(" ", "-"), *([str(seed)] * (seeds > 1))]
-            )
+            folder = out / "-".join([name.lower().replace(" ", "-"), *([str(seed)] * (seeds > 1))])
             title = f"{name}, seed {seed}: " if seeds > 1 else f"{name}: "
             results = run(recipe, out=folder, store=out / "steps", device=device, progress=progress(title))
             folders.append(folder)

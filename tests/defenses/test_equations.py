@@ -165,6 +165,15 @@ def test_impossible_values_are_refused(wrong, tmp_path):
         LisaConfig(output_dir=str(tmp_path), use_cpu=True, **wrong)
 
 
+def test_deepspeed_is_refused(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match="DeepSpeed"):
+        trainers.trainer("lisa", tmp_path)
+
+
 def test_alignment_rows_are_needed(tmp_path):
     from holdfast.defenses.lisa import LisaTrainer
 
