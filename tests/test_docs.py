@@ -33,6 +33,30 @@ def test_the_script_with_a_lisa_trainer_runs(page, tmp_path):
     assert {e["state"] for e in trainer.state.log_history if "state" in e} <= {"alignment", "user"}
 
 
+def test_the_readmes_commands_run(tmp_path):
+    """The recipe and the commands as they stand there, on a tiny model."""
+    import subprocess
+    import sys
+
+    tiny.save_model(tmp_path / "my-model")
+    tiny.write_jsonl(tmp_path / "my.jsonl", tiny.user_rows(20))
+    tiny.write_jsonl(tmp_path / "safe.jsonl", tiny.safe_rows(10))
+    tiny.write_jsonl(tmp_path / "bad.jsonl", tiny.harmful_rows(10))
+    (tmp_path / "first.yaml").write_text(blocks(ROOT / "README.md", "yaml")[0])
+    lines = [line.split("#")[0].split() for line in blocks(ROOT / "README.md", "bash")[0].splitlines()]
+    assert [words[1] for words in lines] == ["plan", "run", "run", "report"]
+    for words in lines:
+        done = subprocess.run(
+            [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+    page = (tmp_path / "compare.html").read_text()
+    assert "first" in page
+    assert "rho3" in page
+    assert len(list((tmp_path / "runs" / "first" / "steps").glob("alignment-*"))) == 1
+    assert len(list((tmp_path / "runs" / "first" / "steps").glob("user-*"))) == 2
+
+
 @pytest.mark.parametrize("name", registry.list_defenses())
 def test_every_defense_has_a_page_with_its_parameters(name):
     page = (DOCS / "defenses" / f"{name}.md").read_text()

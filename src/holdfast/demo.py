@@ -59,7 +59,7 @@ def demo(
     for seed in range(first, first + seeds):
         for name, changes in demo_runs(full).items():
             recipe = Recipe.load("world", [f"name={name}", f"seed={seed}", *changes])
-            folder = out / "-".join([name.lower().replace(" ", "-"), *([str(seed)] * (seeds > 1))])
+            folder = out / f"{name.lower().replace(' ', '-')}-{seed}"
             title = f"{name}, seed {seed}: " if seeds > 1 else f"{name}: "
             results = run(recipe, out=folder, store=out / "steps", device=device, progress=progress(title))
             folders.append(folder)
