@@ -35,12 +35,15 @@ def runs() -> dict[str, list[str]]:
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard error of each score over the seeds."""
+    """Mean and standard error of each score over the seeds; one row alone keeps its binomial error."""
     found: dict[str, Any] = {"seeds": len(rows), **{key: rows[0][key] for key in ("n_harmful", "n_task")}}
     for score in SCORES:
         values = [row[score] for row in rows]
         found[score] = statistics.mean(values)
-        found[f"{score}_stderr"] = statistics.stdev(values) / len(values) ** 0.5
+        if len(rows) > 1:
+            found[f"{score}_stderr"] = statistics.stdev(values) / len(values) ** 0.5
+        else:
+            found[f"{score}_stderr"] = rows[0].get(f"{score}_stderr")
         found[f"{score}_by_seed"] = values
     judges = rows[0]["judges"]
     found["false_negatives"] = {j: sum(row["judges"][j]["false_negatives"] for row in rows) for j in judges}
@@ -73,8 +76,9 @@ def main() -> None:
                 results = run(recipe, out=out / f"{name}-{seed}", store=out / "steps")
                 before, after = results["rows"]
                 rows.setdefault(name, []).append(after)
-                if name in ("NA-SFT", "SFT"):
-                    rows.setdefault(before["name"], []).append(before)
+                known = rows.setdefault(before["name"], [])
+                if all(row["steps"]["score"] != before["steps"]["score"] for row in known):
+                    known.append(before)
                 protocol = results["protocol"]
         pages = [out / f"{name}-{seed}" for name in RUNS for seed in SEEDS]
         save_png(collect(pages), Path(__file__).parents[1] / "docs" / "report.png")
