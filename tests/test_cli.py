@@ -110,11 +110,16 @@ BAD_RECIPES = {
 }
 
 
-@pytest.mark.parametrize("what", BAD_RECIPES)
-@pytest.mark.parametrize("verb", ["plan", "run"])
+@pytest.mark.parametrize(
+    ("what", "verb"),
+    [
+        (what, verb)
+        for what in BAD_RECIPES
+        for verb in ("plan", "run")
+        if (what, verb) != ("too few rows", "plan")  # plan reads no rows
+    ],
+)
 def test_bad_recipes(what, verb, recipe, tmp_path):
-    if (what, verb) == ("too few rows", "plan"):
-        pytest.skip("plan reads no rows")
     changes, words = BAD_RECIPES[what]
     done = command(verb, recipe(**changes), "--out", tmp_path / "out")
     refused(done, *words)
