@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,3 +31,23 @@ def real_rows() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder with real rows is not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory):
+    """A recipe and its finished run, never cut; tests copy it."""
+    import tiny
+    from runs import run
+
+    folder = tmp_path_factory.mktemp("done")
+    recipe = tiny.recipe(folder / "in")
+    results, seen = run(recipe, str(folder / "out"))
+    return recipe, folder / "out", results, seen
+
+
+@pytest.fixture
+def copy(done, tmp_path):
+    """The finished run, to change."""
+    recipe, out, _, _ = done
+    shutil.copytree(out, tmp_path / "out")
+    return json.loads(json.dumps(recipe)), tmp_path / "out"

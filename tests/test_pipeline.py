@@ -1,12 +1,9 @@
-"""The whole pipeline on tiny models: content-addressed steps, kills anywhere, honest results."""
+"""The whole pipeline on tiny models: content-addressed steps, bad input, honest results."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -14,54 +11,9 @@ import pytest
 import tiny
 from holdfast import pipeline, work
 from holdfast.errors import DataError, ModelError, OutputError, RecipeError, StepFailed
-from holdfast.progress import Progress
 from holdfast.recipe import Recipe
 from holdfast.store import Store
-
-
-class Seen(Progress):
-    """Titles of what ran, and of what was cached."""
-
-    def __init__(self):
-        self.ran, self.cached, self.resumed = [], [], []
-
-    def begin(self, title, resumed):
-        if resumed:
-            self.resumed.append(title)
-
-    def end(self, title, cached, seconds):
-        (self.cached if cached else self.ran).append(title)
-
-
-def run(recipe, out, **options):
-    seen = Seen()
-    results = pipeline.run(Recipe.load(recipe), out=out, device="cpu", progress=seen, **options)
-    return results, seen
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """A recipe and its finished run, never cut; tests copy it."""
-    folder = tmp_path_factory.mktemp("done")
-    recipe = tiny.recipe(folder / "in")
-    results, seen = run(recipe, str(folder / "out"))
-    return recipe, folder / "out", results, seen
-
-
-@pytest.fixture
-def copy(done, tmp_path):
-    """The finished run, to change."""
-    recipe, out, _, _ = done
-    shutil.copytree(out, tmp_path / "out")
-    return json.loads(json.dumps(recipe)), tmp_path / "out"
-
-
-MEASURED = {"seconds", "peak_memory_bytes", "tokens_per_second"}
-
-
-def numbers(results):
-    """Rows without what a clock or the machine decides."""
-    return [{k: v for k, v in row.items() if k not in MEASURED} for row in results["rows"]]
+from runs import numbers, run
 
 
 def test_results(done):
@@ -208,165 +160,6 @@ def test_without_alignment(tmp_path):
         ("tiny", None, "sft"),
     ]
     assert results["protocol"]["alignment_data"] == "none"
-
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killed_run(recipe, out, arm):
-    arm()
-    pipeline.run(Recipe.load(recipe), out=out, device="cpu")
-
-
-def before_the_marker(kind, nth=1):
-    """Kill when the work of the nth step of that kind is done, before `step.json`."""
-
-    def arm():
-        complete, count = Store.complete, [0]
-
-        def dying(self, step, record):
-            count[0] += step.startswith(kind)
-            if step.startswith(kind) and count[0] == nth:
-                kill()
-            return complete(self, step, record)
-
-        Store.complete = dying
-
-    return arm
-
-
-def in_training(stage, step):
-    """Kill after an optimizer step."""
-
-    def arm():
-        from holdfast.training import Watch
-
-        on_step_end = Watch.on_step_end
-
-        def dying(self, args, state, control, **kwargs):
-            if stage in str(args.output_dir) and state.global_step == step:
-                kill()
-            on_step_end(self, args, state, control, **kwargs)
-
-        Watch.on_step_end = dying
-
-    return arm
-
-
-def in_a_checkpoint(step):
-    """Kill while a checkpoint is being written: half of it is there, its marker is not."""
-
-    def arm():
-        from transformers import Trainer
-
-        save = Trainer._save_rng_state
-
-        def dying(self, folder):
-            if folder.endswith(f"checkpoint-{step}"):
-                kill()
-            save(self, folder)
-
-        Trainer._save_rng_state = dying
-
-    return arm
-
-
-def in_writing_rows(name, nth):
-    """Kill in the middle of a line of a growing file."""
-
-    def arm():
-        from holdfast.evaluation import generate, moderate
-
-        append, count = generate.append_jsonl, [0]
-
-        def dying(path, rows):
-            count[0] += path.name == name
-            if path.name == name and count[0] == nth:
-                with path.open("a") as file:
-                    file.write(json.dumps(rows[0]) + "\n" + json.dumps(rows[-1])[:20])
-                    file.flush()
-                kill()
-            append(path, rows)
-
-        generate.append_jsonl = moderate.append_jsonl = dying
-
-    return arm
-
-
-KILLS = {
-    "user rows": before_the_marker("data", 2),
-    "manifest": before_the_marker("manifest"),
-    "alignment": in_training("alignment-", 5),
-    "alignment, done": before_the_marker("alignment"),
-    "user, before a checkpoint": in_training("user-", 1),
-    "user, inside a phase": in_training("user-", 6),
-    "user, in a checkpoint": in_a_checkpoint(4),
-    "answers": in_writing_rows("generations.jsonl", 1),
-    "verdicts": in_writing_rows("verdicts.jsonl", 2),
-    "scores": before_the_marker("score", 2),
-}
-
-
-@pytest.mark.parametrize("where", KILLS)
-def test_a_kill_anywhere_changes_no_number(where, done, tmp_path):
-    recipe, whole, expected, _ = done
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=killed_run, args=(recipe, tmp_path / "out", KILLS[where]))
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL, "the run was to be killed, and was not"
-    assert not (tmp_path / "out" / "results.json").exists()
-    results, seen = run(recipe, tmp_path / "out")
-    assert len(seen.resumed) == 1
-    assert numbers(results) == numbers(expected)
-    for step in ("alignment", "user"):
-        name = expected["rows"][1]["steps"][step]
-        files = [
-            f / "steps" / name / "adapter" / "adapter_model.safetensors" for f in (whole, tmp_path / "out")
-        ]
-        assert files[0].read_bytes() == files[1].read_bytes(), "the weights, bit for bit"
-
-
-def test_training_goes_on_from_its_last_checkpoint(done, tmp_path):
-    recipe, _, _, _ = done
-    context = multiprocessing.get_context("fork")
-    process = context.Process(
-        target=killed_run, args=(recipe, tmp_path / "out", KILLS["user, inside a phase"])
-    )
-    process.start()
-    process.join(120)
-    kept = sorted(p.name for p in (tmp_path / "out" / "steps").glob("user-*/checkpoints/*"))
-    assert kept == ["checkpoint-2", "checkpoint-4"]
-    steps = []
-
-    class Steps(Progress):
-        def advance(self, done, total, **facts):
-            if total == 8:
-                steps.append(done)
-
-    pipeline.run(Recipe.load(recipe), out=tmp_path / "out", device="cpu", progress=Steps())
-    assert steps == [5, 6, 7, 8]
-
-
-def test_two_runs_of_one_recipe_share_the_work(done, tmp_path):
-    recipe, _, expected, _ = done
-    context = multiprocessing.get_context("fork")
-    outs = [tmp_path / "a", tmp_path / "b"]
-    processes = [
-        context.Process(
-            target=pipeline.run, args=(Recipe.load(recipe),),
-            kwargs={"out": out, "store": tmp_path / "steps", "device": "cpu"},
-        )
-        for out in outs
-    ]  # fmt: skip
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
-    for out in outs:
-        assert numbers(json.loads((out / "results.json").read_text())) == numbers(expected)
 
 
 def test_plan_touches_nothing_and_runs_what_it_says(done, tmp_path):
