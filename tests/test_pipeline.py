@@ -97,6 +97,30 @@ def test_rho_retrains_only_the_user_stage(copy):
     ]  # fmt: skip
 
 
+def test_another_alignment_retrains_what_stands_on_it(copy):
+    recipe, out = copy
+    recipe["alignment"]["training"]["learning_rate"] = 2e-3
+    _, seen = run(recipe, out)
+    assert {"alignment with SFT", "answers of the aligned model", "user fine-tuning with Lisa"} <= set(
+        seen.ran
+    )
+    assert "user rows" in seen.cached
+
+
+def test_results_are_those_of_the_recipe_that_ran_last(copy):
+    recipe, out = copy
+    first = json.loads((out / "results.json").read_text())
+    changed = json.loads(json.dumps(recipe))
+    changed["user"]["rho"] = 50
+    run(changed, out)
+    assert json.loads((out / "results.json").read_text())["recipe"]["user"]["rho"] == 50
+    _, seen = run(recipe, out)
+    assert not seen.ran
+    back = json.loads((out / "results.json").read_text())
+    assert back["recipe"] == first["recipe"]
+    assert numbers(back) == numbers(first)
+
+
 def test_a_poison_ratio_shares_the_alignment(copy):
     recipe, out = copy
     recipe["data"]["poison_ratio"] = 0.2
@@ -126,7 +150,9 @@ def test_the_same_files_elsewhere_are_the_same_steps(copy, tmp_path):
     assert not seen.ran
     with (tmp_path / "elsewhere" / "user.jsonl").open("a") as file:
         file.write('{"instruction": "Say small or big.", "input": "1000", "output": "big"}\n')
-    assert "user rows" in run(moved, out)[1].ran
+    ran = run(moved, out)[1].ran
+    assert {"user rows", "user fine-tuning with Lisa"} <= set(ran)
+    assert "alignment with SFT" not in ran
 
 
 def test_a_lost_file_is_made_again(copy):

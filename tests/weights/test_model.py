@@ -1,0 +1,112 @@
+"""Loading models with a chain of adapters, and naming their content."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import tiny
+from holdfast.errors import ModelError
+from holdfast.weights.model import (
+    add_lora,
+    check_targets,
+    find_model,
+    fingerprint,
+    load_model,
+    parameter_count,
+)
+
+LORA = {"r": 2, "alpha": 4, "dropout": 0.5, "target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model folder, and an adapter folder with dropout whose weights do something."""
+    folder = tmp_path_factory.mktemp("m")
+    tiny.save_model(folder / "model")
+    made = get_peft_model(
+        tiny.llama(len(tiny.tokenizer())),
+        LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.5, target_modules=["q_proj", "up_proj"]),
+    )
+    torch.manual_seed(2)
+    for name, p in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    made.save_pretrained(folder / "adapter")
+    return folder / "model", folder / "adapter"
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 20)[None]).logits
+
+
+def test_stack_and_merge_agree_and_differ_from_the_base(folders):
+    model, adapter = folders
+    stacked, merged = load_model(model, [adapter]), load_model(model, [adapter], compose="merge")
+    assert torch.allclose(logits(stacked), logits(merged), atol=1e-5)
+    assert not torch.allclose(logits(stacked), logits(load_model(model)), atol=1e-2)
+    assert not any(p.requires_grad for p in stacked.parameters())
+
+
+def test_a_frozen_adapter_drops_nothing_while_training(folders):
+    model, adapter = folders
+    stacked = load_model(model, [adapter])
+    assert torch.equal(logits(stacked.eval()), logits(stacked.train()))
+    both = add_lora(stacked, LORA, "base").train()
+    assert torch.equal(logits(both), logits(both)), (
+        "the new adapter starts at zero, the old one has no dropout"
+    )
+    assert {n.split(".")[-2] for n, p in both.named_parameters() if p.requires_grad} == {"default"}
+    assert both.peft_config["default"].base_model_name_or_path == "base"
+
+
+def test_the_fingerprint_names_content(folders, tmp_path):
+    model, _ = folders
+    shutil.copytree(model, tmp_path / "copy")
+    assert fingerprint(tmp_path / "copy") == fingerprint(model)
+    weights = tmp_path / "copy" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert fingerprint(tmp_path / "copy") != fingerprint(model)
+
+
+def test_parameters_are_counted_from_headers(folders):
+    model, _ = folders
+    assert parameter_count(model) == sum(p.numel() for p in tiny.llama(len(tiny.tokenizer())).parameters())
+
+
+@pytest.mark.parametrize(
+    ("targets", "fits"),
+    [
+        (["q_proj"], True),
+        ("all-linear", True),
+        (r".*\.(q|v)_proj", True),
+        ("q_proj", False),
+        (["q_proj", "k_prj"], False),
+    ],
+)
+def test_targets_are_checked_each(folders, targets, fits):
+    if fits:
+        check_targets(folders[0], targets)
+    else:
+        with pytest.raises(ModelError, match="no layer"):
+            check_targets(folders[0], targets)
+
+
+def test_what_is_no_model_is_refused(folders, tmp_path):
+    model, adapter = folders
+    with pytest.raises(ModelError, match="an adapter"):
+        find_model(str(adapter))
+    with pytest.raises(ModelError, match="No such model folder"):
+        find_model(str(model.parent / "modle"))
+    with pytest.raises(ModelError, match="neither a folder here nor in the local Hub cache"):
+        find_model("nobody/nothing")
+    shutil.copytree(model, tmp_path / "bin")
+    (tmp_path / "bin" / "model.safetensors").rename(tmp_path / "bin" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="no safetensors"):
+        find_model(str(tmp_path / "bin"))
