@@ -96,6 +96,8 @@ def test_overrides(tmp_path, override, value):
         (("alignment: safe.jsonl, ", ""), ["data.alignment"]),
         (("name: mine", "name: ../mine"), ["name"]),
         (("learning_rate: 1.0e-5", "num_train_epochs: -3"), ["num_train_epochs", "greater than 0"]),
+        (("learning_rate: 1.0e-5", "logging_steps: 0"), ["logging_steps", "greater than or equal to 1"]),
+        (("learning_rate: 1.0e-5", "logging_steps: 0.5"), ["logging_steps", "0.5"]),
         (("learning_rate: 1.0e-5", "output_dir: x"), ["output_dir", "itself"]),
     ],
 )

@@ -135,6 +135,7 @@ class Training(BaseModel):
     warmup_steps: float | None = Field(None, ge=0)
     max_grad_norm: float | None = Field(None, ge=0)
     max_length: int | None = Field(None, ge=2)
+    logging_steps: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _known(self) -> Training:
