@@ -155,6 +155,23 @@ def test_training_goes_on_from_its_last_checkpoint(done, tmp_path):
     assert steps == [5, 6, 7, 8]
 
 
+def test_a_kill_before_the_marker_trains_nothing_again(done, tmp_path):
+    recipe, _, _, _ = done
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=killed_run, args=(recipe, tmp_path / "out", KILLS["alignment, done"]))
+    process.start()
+    process.join(120)
+    taken = []
+
+    class Steps(Progress):
+        def advance(self, done, total, **facts):
+            if "loss" in facts and facts.get("state") is None:
+                taken.append(done)
+
+    pipeline.run(Recipe.load(recipe), out=tmp_path / "out", device="cpu", progress=Steps())
+    assert taken == [], "every step of the alignment stage was in its last checkpoint"
+
+
 def test_two_runs_of_one_recipe_share_the_work(done, tmp_path):
     recipe, _, expected, _ = done
     context = multiprocessing.get_context("fork")

@@ -27,6 +27,9 @@ from holdfast.errors import OutputError
 MARKER = "holdfast.json"
 """The file that tells a folder of ours from somebody's own; nothing is written into another one."""
 
+SCRATCH = "checkpoints"
+"""The folder within a step that is removed when the step is complete."""
+
 
 def canonical_json(value: Any) -> str:
     """One text for one value: sorted keys, no spaces, no NaN."""
@@ -145,15 +148,19 @@ class Store:
             lock.release()
 
     def complete(self, step_id: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Write `step.json`: the step is done, and these are its files (bytes by relative name)."""
+        """Write `step.json`: the step is done, and these are its files (bytes by relative name).
+
+        What is only there to go on from (`SCRATCH`) is removed after that, so that no kill can lose it.
+        """
         folder = self.path(step_id)
         files = {
             path.relative_to(folder).as_posix(): path.stat().st_size
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != "step.json"
+            if path.is_file() and path.name != "step.json" and folder / SCRATCH not in path.parents
         }
         full = {**record, "id": step_id, "files": files, "finished": now()}
         write_json(folder / "step.json", full)
+        remove_tree(folder / SCRATCH)
         return full
 
 

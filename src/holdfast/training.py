@@ -24,7 +24,7 @@ from holdfast.defenses.base import planned_steps
 from holdfast.errors import ModelError, RecipeError
 from holdfast.progress import Progress
 from holdfast.seeds import derive_seed
-from holdfast.store import MARKER, read_json, remove_tree, write_json, write_text
+from holdfast.store import MARKER, SCRATCH, read_json, remove_tree, write_json, write_text
 from holdfast.weights.model import add_lora, load_model
 
 CHECKPOINTS = 10
@@ -65,7 +65,7 @@ def train(folder: Path, job: TrainingJob, *, device: str, progress: Progress) ->
         ModelError: the model, or LoRA on it, cannot be had.
     """
     seed = derive_seed(job.seed, job.stage)
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / SCRATCH
     config = make_config(job.defense, job.parameters, job.training, seed, checkpoints, device)
     model = load_model(job.model, job.adapters, device=device, **job.model_options)
     set_seed(derive_seed(job.seed, job.stage, "lora"))
@@ -87,7 +87,6 @@ def train(folder: Path, job: TrainingJob, *, device: str, progress: Progress) ->
         )
     _save_adapter(folder, model, job, facts)
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
-    remove_tree(checkpoints)
     return facts
 
 
