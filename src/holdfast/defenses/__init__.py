@@ -25,7 +25,12 @@ class Defense:
             "alignment_dataset", "harmful_dataset".
         config: its `TrainingArguments` with the method's own fields.
         trainer: its `transformers.Trainer`.
-        mix: for methods that change rows only, a function on data sets.
+        adapter: what the user stage trains unless the recipe says otherwise: "new" (double LoRA: a fresh
+            adapter on top of the alignment one) or "continue" (single LoRA: the alignment adapter itself).
+        mix: for methods that change rows only, `mix(user_rows, alignment_rows, *, seed, folder,
+            **parameters)` returns the rows to train on; `folder` keeps what must stay beside the adapter.
+        prefix: for methods that serve the model with a text before every question,
+            `prefix(folder, **parameters)` returns that text.
         apply: for post-hoc methods, adapter folder to adapter folder.
     """
 
@@ -34,7 +39,9 @@ class Defense:
     stages: tuple[Stage, ...]
     paper: str
     needs: tuple[str, ...] = ()
+    adapter: Literal["new", "continue"] = "new"
     config: type | None = None
     trainer: type | None = None
     mix: Callable[..., Any] | None = None
+    prefix: Callable[..., str] | None = None
     apply: Callable[..., Any] | None = None
