@@ -1,0 +1,27 @@
+"""Peak of live tensors on the CPU in bytes, from the allocator's own reports, which do not vary."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def peak_live_bytes(work: Callable[[], Any]) -> int:
+    """The most bytes that tensors made inside `work()` held at one time.
+
+    Build the model inside `work`, so that its weights count.
+    """
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as seen:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    return max(e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]")
