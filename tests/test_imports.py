@@ -31,7 +31,7 @@ ALLOWED = {
         "store",
     },
     "context": {"data", "weights", "recipe", "store", "progress"},
-    "results": {"context", "work", "pipeline", "recipe", "store", "report"},
+    "results": {"context", "registry", "work", "pipeline", "recipe", "store", "report"},
     "training": {"defenses", "weights", "store", "progress", "seeds"},
     "recipe": {"recipe_file", "registry", "store"},
     "recipe_file": {"registry"},

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from holdfast import work
+from holdfast import registry, work
 from holdfast.recipe import Recipe
 from holdfast.store import Store, claim_folder, now, provenance, read_json, write_json, write_text
 
@@ -81,6 +81,11 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
         "alignment": state.alignment,
         "user": state.user,
         "post_hoc": state.post_hoc,
+        "labels": {
+            name: registry.faces("defenses")[name].facts.get("label", name)
+            for name in (state.alignment, state.user, state.post_hoc)
+            if name
+        },
         "seed": recipe.seed,
         "poison_ratio": recipe.data.poison_ratio if state.user else None,
         **scores,

@@ -17,6 +17,7 @@ from holdfast.report.collect import collect
 from holdfast.report.finding import change, finding
 from holdfast.report.record import recipe_changes
 from holdfast.report.rows import Score
+from holdfast.report.table import stages_text
 from holdfast.report.training import read_curves
 
 
@@ -34,6 +35,14 @@ def test_a_shared_row_stands_once_and_references_come_first(tmp_path):
 def test_folder_and_results_file_name_the_same_run(tmp_path):
     run = write_run(tmp_path / "a", demo_rows()["SFT"])
     assert len(collect([run, run / "results.json"]).runs) == 1
+
+
+def test_a_method_is_written_as_the_results_say(tmp_path):
+    row = score_row("mine", "sft", "my_method", 20.5, 95.8) | {"labels": {"my_method": "MyMethod"}}
+    data = collect([write_run(tmp_path / "a", [row])])
+    assert stages_text(data.rows[0]) == "SFT → MyMethod"
+    del row["labels"]
+    assert stages_text(collect([write_run(tmp_path / "b", [row])]).rows[0]) == "SFT → My method"
 
 
 def test_seeds_are_aggregated_to_mean_and_standard_error(tmp_path):

@@ -237,9 +237,8 @@ def test_texts():
         "2 h 5 min",
     )
     assert (bytes_text(10), bytes_text(812_345_678), bytes_text(3 * 2**30)) == ("10 B", "775 MiB", "3.00 GiB")
-    assert [method_name(n) for n in ("sft", "lisa", "safe_lora", "my_method")] == [
+    assert [method_name(n) for n in ("sft", "lisa", "my_method")] == [
         "SFT",
         "Lisa",
-        "Safe LoRA",
         "My method",
     ]

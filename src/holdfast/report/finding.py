@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from holdfast.report.rows import Row, Score
-from holdfast.report.text import method_name, one_line, score_text, share_text
+from holdfast.report.text import one_line, score_text, share_text
 
 CLEAR = 2.0
 """Two scores differ clearly when they are this many standard errors of their difference apart."""
@@ -139,7 +139,7 @@ def _rescue(baseline: Row, rivals: Sequence[Row]) -> str:
 def _title(row: Row) -> str:
     """The methods that make the row a defended one, told from others of the same methods by its name."""
     parts = [row.alignment if row.alignment != "sft" else None, row.user if row.user != "sft" else None]
-    names = [method_name(name) for name in (*parts, row.post_hoc) if name]
+    names = [row.method(name) for name in (*parts, row.post_hoc) if name]
     title, label = " + ".join(names), _label(row)
     return label if not title or label.casefold() == title.casefold() else f"{title} ({label})"
 

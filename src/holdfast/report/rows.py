@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.report.read import mapping, number
+from holdfast.report.text import method_name
 
 SCORES = {
     "harmful_score": "n_harmful",
@@ -92,6 +93,11 @@ class Row:
     members: tuple[Measurement, ...] = field(repr=False)
     number: int = 0
     label: str = ""
+
+    def method(self, name: str) -> str:
+        """A defense as its paper writes it, which the results tell."""
+        label = mapping(self.members[0].raw.get("labels")).get(name)
+        return str(label) if label else method_name(name)
 
     @property
     def role(self) -> Role:

@@ -12,7 +12,6 @@ from holdfast.report.text import (
     NOT_MEASURED,
     bytes_text,
     duration_text,
-    method_name,
     score_text,
     share_text,
 )
@@ -59,7 +58,7 @@ def stages_text(row: Row) -> str:
     names = [row.alignment, row.user, row.post_hoc]
     if not any(names):
         return "the base model"
-    text = " → ".join(method_name(name) for name in names if name)
+    text = " → ".join(row.method(name) for name in names if name)
     return text if row.alignment else f"not aligned → {text}"
 
 

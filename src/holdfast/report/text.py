@@ -11,15 +11,6 @@ NOT_GIVEN = "not given"
 JOINERS = "\u200c\u200d"
 """Format characters that real scripts and emoji need; every other one is made visible."""
 
-SPELLINGS = {
-    "safe_lora": "Safe LoRA",
-    "safe_instr": "SafeInstr",
-    "tvaccine": "T-Vaccine",
-    "repnoise": "RepNoise",
-    "vlguard": "VLGuard",
-}
-"""Defenses whose papers spell them otherwise than `method_name` would."""
-
 
 def clean(text: str) -> str:
     """`text` with every control, direction-changing or broken character shown as a visible sign.
@@ -59,9 +50,7 @@ def one_line(text: str, characters: int) -> str:
 
 
 def method_name(name: str) -> str:
-    """A defense as its paper writes it: "lisa" is Lisa, "bso" is BSO, "safe_lora" is Safe LoRA."""
-    if name in SPELLINGS:
-        return SPELLINGS[name]
+    """A defense whose results do not say how to write it: "lisa" is Lisa, "bso" is BSO."""
     return name.upper() if len(name) <= 3 else name[:1].upper() + name[1:].replace("_", " ")
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from holdfast.report.read import mapping, number, objects, read_object
 from holdfast.report.rows import Measurement, Row
-from holdfast.report.text import method_name
 
 SHOWN = 12
 """Stages drawn at most: more small charts than these are not read."""
@@ -53,7 +52,7 @@ def read_curves(rows: Sequence[Row]) -> tuple[tuple[Curves, ...], int, list[str]
             for row in (row for row in rows if turn < len(row.members)):
                 step_id = row.members[turn].steps.get(stage)
                 if isinstance(step_id, str):
-                    label = row.label if stage == "user" else method_name(row.alignment or "none")
+                    label = row.label if stage == "user" else row.method(row.alignment or "none")
                     wanted.setdefault(step_id, (stage, label, row.members[turn]))
     curves: list[Curves] = []
     missing: list[str] = []
