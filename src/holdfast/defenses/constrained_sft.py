@@ -1,0 +1,215 @@
+"""Constrained SFT: the first tokens of an answer may move least (Qi et al., ICLR 2025, arXiv 2406.05946).
+
+Equation 3, for a question x and an answer y whose token t is counted from 1:
+
+    min over theta of  E [ - sum_t 2/beta_t log sigmoid( beta_t log( pi_theta(y_t) / pi_aligned(y_t) ) ) ]
+
+where pi(y_t) stands for pi(y_t | x, y_<t). The gradient is that of cross-entropy with each token weighted
+by 2 (1 - sigmoid(beta_t log ratio)): 1 where the model is still the aligned one, towards 0 as the token
+becomes likelier than it was, and the faster the larger beta_t is. All beta towards 0 is SFT.
+
+pi_aligned is the model itself at the start of training: its log-probability of every completion token is
+computed once, at the first step, and looked up afterwards. There is no second model.
+
+Where we differ from the authors' code: it multiplies cross-entropy by the weight, which it keeps at 0.001
+or more; here the loss is the equation's, with the same gradient and without that floor. As there, the sum
+over tokens becomes a mean, here over all completion tokens of the optimizer step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from holdfast.defenses import Defense
+from holdfast.defenses.base import MethodConfig, ResumableMixin, RowTrainer
+from holdfast.defenses.rows import IGNORED
+
+ROW = "row"
+"""The column that carries a row's place in the training data through the collator."""
+
+
+@dataclass
+class ConstrainedSFTConfig(MethodConfig):
+    """Defaults of the paper: beta_1 = 0.5, beta_t = 2 for 2 <= t <= 5, beta_t = 0.1 after (Table 3)."""
+
+    beta_first: float = field(default=0.5, metadata={"help": "beta of the first completion token."})
+    beta_early: float = field(default=2.0, metadata={"help": "beta of tokens 2 to early_tokens."})
+    beta_later: float = field(default=0.1, metadata={"help": "beta of every token after early_tokens."})
+    early_tokens: int = field(default=5, metadata={"help": "How many first tokens are held most."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta_first", "beta_early", "beta_later"):
+            if getattr(self, name) <= 0:
+                raise ValueError(
+                    f"{name} must be above 0 (towards 0 is plain SFT), found {getattr(self, name)}"
+                )
+        if self.early_tokens < 1:
+            raise ValueError(f"early_tokens must be at least 1, found {self.early_tokens}")
+
+
+def constrained_loss(log_probs: Tensor, reference: Tensor, beta: Tensor) -> Tensor:
+    """Equation 3 for each token: log pi_theta, log pi_aligned and beta_t of shape [N] to losses [N]."""
+    return -2 / beta * F.logsigmoid(beta * (log_probs - reference))
+
+
+def completion_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """log pi of every completion token, row after row: logits [B, L, V] and labels [B, L] to [N]."""
+    targets = labels[:, 1:]
+    completion = targets != IGNORED
+    return -F.cross_entropy(logits[:, :-1][completion].float(), targets[completion], reduction="none")
+
+
+def completion_places(row: Any) -> Tensor:
+    """t (from 1) of each completion token that is predicted: [N]. A packed row restarts with every text."""
+    start, places = 0, []
+    for length in row.get("seq_lengths") or [len(row["labels"])]:
+        predicted = row["labels"][start + 1 : start + length]
+        places.append(torch.arange(1, 1 + sum(label != IGNORED for label in predicted)))
+        start += length
+    return torch.cat(places)
+
+
+class ConstrainedSFTMixin(ResumableMixin):
+    """Replaces the training loss of a `Trainer` by equation 3; evaluation stays plain cross-entropy."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        config = self.args
+        if config.label_smoothing_factor:
+            raise ValueError(f"{type(self).__name__} has no label smoothing: leave label_smoothing_factor 0")
+        if getattr(config, "packing", False) and config.packing_strategy != "bfd":
+            raise ValueError(
+                f"packing_strategy '{config.packing_strategy}' cuts answers in two, so that the place of a "
+                "token in its answer is lost. Use packing_strategy='bfd'."
+            )
+        config.remove_unused_columns = False  # Trainer would take the row's place for one
+        self.data_collator = _RowCollator(self.data_collator)
+        self.reference: Tensor | None = None
+        self._seen = torch.zeros(2, device=config.device)  # summed -log pi_theta, tokens; since the last log
+        places = [completion_places(row) for row in self.train_dataset or ()]
+        self._first = [0, *accumulate(len(p) for p in places)]
+        self._beta = self._betas(torch.cat(places) if places else torch.empty(0)).to(config.device)
+        self.train_dataset = _numbered(self.train_dataset)
+
+    def _betas(self: Any, t: Tensor) -> Tensor:
+        config = self.args
+        beta = torch.full(t.shape, config.beta_later, dtype=torch.float32)
+        beta[t <= config.early_tokens] = config.beta_early
+        beta[t == 1] = config.beta_first
+        return beta
+
+    def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The plain step; before the first one, the aligned model is asked about every row."""
+        if self.reference is None:
+            self.reference = self.reference_log_probs(model)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    @torch.no_grad()
+    def reference_log_probs(self: Any, model: Any) -> Tensor:
+        """log pi of every completion token of the training rows under the model as it is: [all N], float32.
+
+        Every process does its share, with as many forwards as the others (a sharded model needs them all).
+        Dropout is off, so no random number is drawn.
+        """
+        rows, size = self.train_dataset, self.args.train_batch_size
+        stride = size * self.args.world_size
+        flat = torch.zeros(self._first[-1], device=self.args.device)
+        model.eval()
+        for begin in range(0, len(rows), stride):
+            mine = begin + self.args.process_index * size
+            chosen = range(mine, min(mine + size, len(rows))) or range(1)  # none left: one, for company
+            batch = send_to_device(self.data_collator([rows[i] for i in chosen]), self.args.device)
+            labels = batch.pop("labels")
+            batch.pop(ROW)
+            log_probs = completion_log_probs(model(**batch).logits, labels)
+            if mine < len(rows):
+                flat[self._first[mine] : self._first[chosen[-1] + 1]] = log_probs
+        model.train()
+        return self.accelerator.reduce(flat, reduction="sum")
+
+    def compute_loss(
+        self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Equation 3 over the tokens of the optimizer step; in evaluation the plain loss."""
+        inputs = dict(inputs)
+        rows = inputs.pop(ROW, None)
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        log_probs = completion_log_probs(outputs.logits, labels)
+        losses = constrained_loss(log_probs, self._lookup(self.reference, rows), self._lookup(self._beta, rows))
+        share = 1 / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            share = share * self.accelerator.num_processes  # gradients are averaged over the processes
+        self._seen += torch.stack([-log_probs.detach().sum(), losses.new_tensor(len(losses))])
+        return (losses.sum() * share, outputs) if return_outputs else losses.sum() * share
+
+    def _lookup(self: Any, table: Tensor, rows: list[int]) -> Tensor:
+        return torch.cat([table[self._first[i] : self._first[i + 1]] for i in rows])
+
+    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the plain cross-entropy: the loss itself starts at 2 log(2) / beta and cannot be compared."""
+        if "loss" in logs:
+            total, tokens = self.accelerator.reduce(self._seen, reduction="sum").tolist()
+            logs["cross_entropy"] = total / max(tokens, 1)
+            self._seen.zero_()
+        super().log(logs, *args, **kwargs)
+
+    def method_state(self: Any) -> dict[str, Tensor]:
+        """The reference log-probabilities."""
+        empty = torch.zeros(self._first[-1], device=self.args.device)
+        return {"reference": empty if self.reference is None else self.reference}
+
+    def method_loaded(self: Any, state: dict[str, Tensor]) -> None:
+        """Go on with those of the aligned model, and not with those of the model that is resumed."""
+        self.reference = state["reference"]
+
+    def run_fingerprint(self: Any) -> dict[str, Any]:
+        """The plain one, with every beta."""
+        names = ("beta_first", "beta_early", "beta_later", "early_tokens")
+        return super().run_fingerprint() | {name: getattr(self.args, name) for name in names}
+
+
+def _numbered(rows: Any) -> Any:
+    """The rows, each with its place."""
+    if rows is None:
+        return None
+    if hasattr(rows, "add_column"):
+        return rows.add_column(ROW, list(range(len(rows))))
+    return [{**row, ROW: i} for i, row in enumerate(rows)]
+
+
+class _RowCollator:
+    """Another collator's batches, with the places of their rows (a list) where the rows have any."""
+
+    def __init__(self, inner: Any):
+        self.inner = inner
+
+    def __call__(self, rows: list[Any]) -> Any:
+        batch = self.inner([{k: v for k, v in row.items() if k != ROW} for row in rows])
+        if ROW in rows[0]:
+            batch[ROW] = [row[ROW] for row in rows]
+        return batch
+
+
+class ConstrainedSFTTrainer(ConstrainedSFTMixin, RowTrainer):
+    """Constrained SFT on `transformers.Trainer`."""
+
+
+DEFENSE = Defense(
+    name="constrained_sft",
+    label="Constrained SFT",
+    stages=("user",),
+    paper="Qi et al., ICLR 2025, arXiv 2406.05946, equation 3",
+    config=ConstrainedSFTConfig,
+    trainer=ConstrainedSFTTrainer,
+)
