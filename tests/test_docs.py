@@ -33,6 +33,21 @@ def test_the_script_with_a_lisa_trainer_runs(page, tmp_path):
     assert {e["state"] for e in trainer.state.log_history if "state" in e} <= {"alignment", "user"}
 
 
+def test_the_script_with_trl_runs(tmp_path, monkeypatch):
+    """As a module of its own: Trainer pickles the config's class by name."""
+    import importlib
+
+    pytest.importorskip("trl")
+    (script,) = blocks(DOCS / "trl.md", "python")
+    model = tiny.save_model(tmp_path / "model", chat=True)
+    places = f"MODEL, OUT = {str(model)!r}, {str(tmp_path / 'out')!r}\n"
+    (tmp_path / "script_with_trl.py").write_text(places + script)
+    monkeypatch.syspath_prepend(tmp_path)
+    trainer = importlib.import_module("script_with_trl").trainer
+    assert trainer.state.global_step == 10
+    assert "seq_lengths" in trainer.alignment_dataset.column_names
+
+
 def test_the_readmes_commands_run(tmp_path):
     """The recipe and the commands as they stand there, on a tiny model."""
     import subprocess

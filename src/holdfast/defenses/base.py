@@ -7,6 +7,8 @@ pins each of them:
   call on every backend, inside the checkpoint and before old checkpoints are removed. `method/` goes here.
 - `_load_from_checkpoint`: with two active adapters Trainer keeps only the first one and makes it
   trainable; the list and the flags are put back.
+- `_prepare_dataset` (with `_formatting_func`) of `trl.SFTTrainer`: rows beyond the training data are made
+  ready as that trainer makes its own.
 - `_get_train_sampler`: not called, but `PhaseBatchSampler` draws the order that it would draw.
 """
 
@@ -19,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from holdfast.defenses.rows import as_sequence, collator, rows_fingerprint, tokenise_all
-from holdfast.errors import ModelError
+from holdfast.errors import DataError, ModelError
 
 METHOD_FOLDER = "method"
 
@@ -69,6 +72,34 @@ class ResumableMixin:
             "num_train_epochs": args.num_train_epochs,
             "train_dataset": rows_fingerprint(self.train_dataset),
         }
+
+    def prepare_extra_rows(self: Any, rows: Any) -> Any:
+        """Rows beyond `train_dataset`, made ready as the trainer at hand makes its own (TRL: also packed).
+
+        Raises:
+            DataError: on `trl.SFTTrainer`, rows of another kind than `train_dataset` (their prompts would
+                silently be trained on), or rows of which none is left within max_length.
+        """
+        if rows is None or not hasattr(self, "_prepare_dataset"):
+            return prepare_rows(rows, self.processing_class, self.args.max_length)
+        args = self.args
+        rows = rows if hasattr(rows, "column_names") else Dataset.from_list(list(as_sequence(rows)))
+        told = args.completion_only_loss is not None or "input_ids" in rows.column_names
+        if not told and self.completion_only_loss != ("completion" in rows.column_names):
+            raise DataError(
+                f"train_dataset {'has' if self.completion_only_loss else 'does not have'} prompt and completion "
+                f"columns, but the other rows have {', '.join(rows.column_names)}: the loss would be on other "
+                "parts of them. Give both as prompt and completion, or set completion_only_loss."
+            )
+        made = self._prepare_dataset(
+            rows, self.processing_class, args, args.packing, self._formatting_func, "alignment"
+        )
+        if not len(made):
+            raise DataError(
+                f"No completion of the other {len(rows)} rows begins within max_length={args.max_length}. "
+                "Raise it."
+            )
+        return made
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]

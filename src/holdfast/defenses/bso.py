@@ -25,9 +25,9 @@ from torch.utils.data import ConcatDataset, DataLoader
 from holdfast.defenses import Defense
 from holdfast.defenses.base import (
     MethodConfig,
+    ResumableMixin,
     RowTrainer,
     planned_steps,
-    prepare_rows,
     squared_norm,
     trainable_parameters,
 )
@@ -146,7 +146,7 @@ class PhaseBatchSampler:
         return torch.randperm(self.rows[state], generator=generator).tolist()
 
 
-class BSOMixin:
+class BSOMixin(ResumableMixin):
     """Adds the two states to a `Trainer`; composes with any that calls `get_train_dataloader`."""
 
     def __init__(self: Any, *args: Any, alignment_dataset: Any = None, **kwargs: Any):
@@ -156,9 +156,7 @@ class BSOMixin:
             raise ValueError(
                 f"{type(self).__name__} needs alignment_dataset: the rows of the alignment state"
             )
-        self.alignment_dataset = prepare_rows(
-            alignment_dataset, self.processing_class, getattr(config, "max_length", 2048) or 2048
-        )
+        self.alignment_dataset = self.prepare_extra_rows(alignment_dataset)
         self.phases = Phases(config.alignment_steps, config.finetune_steps)
         if config.max_steps <= 0 and self.train_dataset is not None:
             config.max_steps = planned_steps(self)

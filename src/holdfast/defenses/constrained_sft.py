@@ -146,7 +146,9 @@ class ConstrainedSFTMixin(ResumableMixin):
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         log_probs = completion_log_probs(outputs.logits, labels)
-        losses = constrained_loss(log_probs, self._lookup(self.reference, rows), self._lookup(self._beta, rows))
+        losses = constrained_loss(
+            log_probs, self._lookup(self.reference, rows), self._lookup(self._beta, rows)
+        )
         share = 1 / (len(losses) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             share = share * self.accelerator.num_processes  # gradients are averaged over the processes
