@@ -86,10 +86,11 @@ class ResumableMixin:
         rows = rows if hasattr(rows, "column_names") else Dataset.from_list(list(as_sequence(rows)))
         told = args.completion_only_loss is not None or "input_ids" in rows.column_names
         if not told and self.completion_only_loss != ("completion" in rows.column_names):
+            has = "has" if self.completion_only_loss else "does not have"
             raise DataError(
-                f"train_dataset {'has' if self.completion_only_loss else 'does not have'} prompt and completion "
-                f"columns, but the other rows have {', '.join(rows.column_names)}: the loss would be on other "
-                "parts of them. Give both as prompt and completion, or set completion_only_loss."
+                f"train_dataset {has} prompt and completion columns, the other rows have "
+                f"{', '.join(rows.column_names)}: the loss would be on other parts of them. "
+                "Give both as prompt and completion, or set completion_only_loss."
             )
         made = self._prepare_dataset(
             rows, self.processing_class, args, args.packing, self._formatting_func, "alignment"

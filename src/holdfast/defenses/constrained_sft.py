@@ -146,14 +146,13 @@ class ConstrainedSFTMixin(ResumableMixin):
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         log_probs = completion_log_probs(outputs.logits, labels)
-        losses = constrained_loss(
-            log_probs, self._lookup(self.reference, rows), self._lookup(self._beta, rows)
-        )
-        share = 1 / (len(losses) if num_items_in_batch is None else num_items_in_batch)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            share = share * self.accelerator.num_processes  # gradients are averaged over the processes
+        reference, beta = (self._lookup(table, rows) for table in (self.reference, self._beta))
+        losses = constrained_loss(log_probs, reference, beta)
         self._seen += torch.stack([-log_probs.detach().sum(), losses.new_tensor(len(losses))])
-        return (losses.sum() * share, outputs) if return_outputs else losses.sum() * share
+        loss = losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over the processes
+        return (loss, outputs) if return_outputs else loss
 
     def _lookup(self: Any, table: Tensor, rows: list[int]) -> Tensor:
         return torch.cat([table[self._first[i] : self._first[i + 1]] for i in rows])
