@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -109,11 +109,27 @@ def training_arguments() -> dict[str, Parameter]:
 
 def _imported_face(entry: EntryPoint) -> Face:
     """The face of another package's object: its author may import what he likes."""
-    thing = entry.load()
+    try:
+        thing = entry.load()
+    except Exception as error:  # whatever another package's code raises
+        first = str(error).strip().split("\n")[0]
+        raise RecipeError(
+            f"The {entry.group} entry point '{entry.name}' ({entry.value}) of another package cannot be "
+            f"imported: {type(error).__name__}: {first}. Mend or uninstall that package."
+        ) from error
     summary = (importlib.import_module(entry.module).__doc__ or "").strip().split("\n")[0]
     facts = {k: v for k, v in vars(thing).items() if isinstance(v, str | int | float | bool | tuple)}
-    own = getattr(getattr(thing, "config", None), "__annotations__", {})
-    parameters = {name: Parameter(getattr(thing.config, name, None), str(kind)) for name, kind in own.items()}
+    config = getattr(thing, "config", None)
+    plain = {*training_arguments(), "max_length"} if config else set()
+    parameters = {
+        f.name: Parameter(
+            f.default if f.default_factory is MISSING else f.default_factory(),
+            f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type)),
+            f.metadata.get("help", ""),
+        )
+        for f in (fields(config) if config else ())
+        if f.name not in plain
+    }
     return Face(entry.name, entry.module, summary, facts, parameters)
 
 

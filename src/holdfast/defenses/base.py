@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class ResumableMixin:
             "max_steps": args.max_steps,
             "num_train_epochs": args.num_train_epochs,
             "train_dataset": rows_fingerprint(self.train_dataset),
+            **own_parameters(args),
         }
 
     def prepare_extra_rows(self: Any, rows: Any) -> Any:
@@ -107,7 +108,7 @@ class ResumableMixin:
         folder = Path(output_dir) / METHOD_FOLDER
         if self.args.should_save:
             folder.mkdir(exist_ok=True)
-            (folder / "run.json").write_text(json.dumps(self.run_fingerprint(), indent=1), encoding="utf-8")
+            (folder / "run.json").write_text(_as_json(self.run_fingerprint()), encoding="utf-8")
         state = self.method_state()
         if state:
             writer = _checkpoint().FileSystemWriter(folder / "state", overwrite=True)
@@ -130,7 +131,7 @@ class ResumableMixin:
                 f"{path.parent.parent} was not written by a Holdfast trainer: {path} is missing, so the run "
                 "could not go on exactly. Start without resume_from_checkpoint."
             )
-        saved, ours = json.loads(path.read_text(encoding="utf-8")), self.run_fingerprint()
+        saved, ours = json.loads(path.read_text("utf-8")), json.loads(_as_json(self.run_fingerprint()))
         different = [k for k in ours if saved.get(k) != ours[k]]
         if different:
             what = "; ".join(f"{k}: {saved.get(k)} in the checkpoint, {ours[k]} now" for k in different)
@@ -183,6 +184,12 @@ def prepare_rows(rows: Any, tokenizer: Any, max_length: int) -> Any:
     return tokenise_all(as_sequence(rows), tokenizer, max_length)
 
 
+def own_parameters(config: Any) -> dict[str, Any]:
+    """The fields that a Config adds to `TrainingArguments` and `max_length`: the method's own."""
+    plain = {f.name for f in fields(MethodConfig)}
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in plain}
+
+
 def planned_steps(trainer: Any) -> int:
     """Optimizer steps that the trainer will take in all, as Trainer itself counts them."""
     args = trainer.args
@@ -207,6 +214,10 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
     """Sum of squares over all tensors (a scalar, replicated where they are sharded)."""
     total = torch.stack([t.float() for t in torch._foreach_norm(tensors)]).square().sum()
     return total.full_tensor() if hasattr(total, "full_tensor") else total
+
+
+def _as_json(fingerprint: dict[str, Any]) -> str:
+    return json.dumps(fingerprint, indent=1, default=str)
 
 
 def _checkpoint() -> Any:

@@ -106,6 +106,11 @@ class ConstrainedSFTMixin(ResumableMixin):
         beta[t == 1] = config.beta_first
         return beta
 
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Every training has a reference of its own, also a second one of the same trainer."""
+        self.reference = None
+        return super().train(*args, **kwargs)
+
     def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The plain step; before the first one, the aligned model is asked about every row."""
         if self.reference is None:
@@ -168,16 +173,12 @@ class ConstrainedSFTMixin(ResumableMixin):
     def method_state(self: Any) -> dict[str, Tensor]:
         """The reference log-probabilities."""
         empty = torch.zeros(self._first[-1], device=self.args.device)
-        return {"reference": empty if self.reference is None else self.reference}
+        return super().method_state() | {"reference": empty if self.reference is None else self.reference}
 
     def method_loaded(self: Any, state: dict[str, Tensor]) -> None:
         """Go on with those of the aligned model, and not with those of the model that is resumed."""
+        super().method_loaded(state)
         self.reference = state["reference"]
-
-    def run_fingerprint(self: Any) -> dict[str, Any]:
-        """The plain one, with every beta."""
-        names = ("beta_first", "beta_early", "beta_later", "early_tokens")
-        return super().run_fingerprint() | {name: getattr(self.args, name) for name in names}
 
 
 def _numbered(rows: Any) -> Any:
