@@ -1,8 +1,15 @@
-"""What every defense with a trainer must keep, over whatever the registry lists."""
+"""What every defense with a trainer must keep, over whatever the registry lists.
+
+Methods of other packages are listed too, through their entry points, so that this file runs over them as it
+is: `pytest tests/defenses/test_contract.py -k NAME`. Nothing here knows a method by name; STRONG makes the
+parameters that some share strong enough to be noticed within a few steps.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import random
+import types
 
 import pytest
 import torch
@@ -12,144 +19,354 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
 from holdfast import registry
+from holdfast.defenses.rows import IGNORED
 from holdfast.errors import ModelError
-from holdfast.weights.model import add_lora
+from holdfast.weights.model import add_lora, load_model
 
 NAMES = [n for n in registry.list_defenses() if registry.get_defense(n).trainer is not None]
-PHASES = {"alignment_steps": 3, "finetune_steps": 4}
+STRONG = {
+    "alignment_steps": 3, "finetune_steps": 4, "rho": 5.0, "proximal_warmup_ratio": 0.0, "lambda_": 50.0,
+    "beta_first": 5.0, "beta_early": 20.0, "beta_later": 2.0,
+}  # fmt: skip
+"""By name of a parameter; phases of 3 and 4 steps, so that step 5 lies inside one."""
+SAVES = {"save_strategy": "steps", "save_steps": 5}
 
 
-def options(name: str, **more):
+def one_for_each_trainer() -> list[str]:
+    """Names whose trainers differ: methods that only change rows train as plain fine-tuning does."""
+    found: dict[type, str] = {}
+    for name in sorted(NAMES, key=lambda n: registry.get_defense(n).mix is not None):
+        found.setdefault(registry.get_defense(name).trainer, name)
+    return sorted(found.values())
+
+
+TRAINED = one_for_each_trainer()
+
+
+def make(name, out, **more):
+    """A trainer with the method's parameters made strong."""
     known = registry.faces("defenses")[name].parameters
-    own = {k: v for k, v in {**PHASES, "rho": 5.0, "proximal_warmup_ratio": 0.0}.items() if k in known}
-    return {**own, **more}
+    return trainers.trainer(name, out, **{**{k: v for k, v in STRONG.items() if k in known}, **more})
+
+
+def history(made):
+    """What was logged, without times."""
+    return [
+        {k: v for k, v in entry.items() if "second" not in k and "runtime" not in k}
+        for entry in made.state.log_history[:-1]
+    ]
+
+
+def cross_entropy(net, batches):
+    """The mean over all completion tokens of some batches, by hand."""
+    losses = []
+    with torch.no_grad():
+        for batch in batches:
+            logits = net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            labels = batch["labels"][:, 1:]
+            logp = logits[:, :-1].log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+            losses.append(-logp[labels != IGNORED])
+    return float(torch.cat(losses).mean())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """By name: a run with dropout, shuffling, a cosine schedule and two micro-batches a step, and its folder."""
+    runs = {}
+
+    def of(name):
+        if name not in runs:
+            folder = tmp_path_factory.mktemp(name)
+            torch.manual_seed(0)
+            runs[name] = make(name, folder, net=trainers.model(dropout=0.2), **SAVES, **TWO), folder
+            runs[name][0].train()
+        return runs[name]
+
+    return of
+
+
+TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """By name: the weights after 8 steps without dropout, at once in batches of 4."""
+    weights = {}
+
+    def of(name):
+        if name not in weights:
+            made = make(name, tmp_path_factory.mktemp(name), max_steps=8)
+            made.train()
+            weights[name] = trainers.weights(made)
+        return weights[name]
+
+    return of
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_face_tells_what_the_config_has(name):
     """Parameters are read without importing; they must be those of the dataclass, with its defaults."""
     config = registry.get_defense(name).config
-    plain = {f.name for f in dataclasses.fields(TrainingArguments)} | {"max_length"}
-    own = {f.name: f.default for f in dataclasses.fields(config) if f.name not in plain}
+    fields = {f.name for f in dataclasses.fields(TrainingArguments)} | {"max_length"}
+    own = {f.name: f.default for f in dataclasses.fields(config) if f.name not in fields}
     face = registry.faces("defenses")[name]
     assert {k: p.default for k, p in face.parameters.items()} == own
     assert all(p.help for p in face.parameters.values())
+    assert face.summary
     assert issubclass(registry.get_defense(name).trainer, Trainer)
 
 
-class Cut(TrainerCallback):
-    """Stops after a step, as a kill after its checkpoint would."""
+@pytest.mark.parametrize("name", TRAINED)
+def test_making_a_trainer_draws_no_random_number(name, tmp_path):
+    """Beyond what Trainer itself does: it sets the seed. Else every later draw would depend on the method."""
 
-    def __init__(self, step):
-        self.step = step
+    def after(which):
+        random.seed(1)
+        torch.manual_seed(1)
+        (make if which == name else trainers.trainer)(which, tmp_path, net=net)
+        return random.getstate(), torch.get_rng_state()
 
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
+    net = trainers.model()
+    (python, torchs), (plain_python, plain_torchs) = after(name), after("sft")
+    assert python == plain_python
+    assert torch.equal(torchs, plain_torchs)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_resumed_run_equals_one_never_cut(name, accumulation, tmp_path):
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_resumed_run_equals_one_never_cut(name, finished):
     """Cut inside a phase (steps 3 to 6 are the user's), with dropout, shuffling and a cosine schedule."""
-    setting = options(
-        name, save_strategy="steps", save_steps=5, gradient_accumulation_steps=accumulation,
-        per_device_train_batch_size=4 // accumulation,
-    )  # fmt: skip
-
-    def make(folder):
-        torch.manual_seed(0)
-        return trainers.trainer(name, folder, net=trainers.model(dropout=0.2), **setting)
-
-    whole = make(tmp_path / "whole")
-    whole.train()
-    cut = make(tmp_path / "cut")
-    cut.add_callback(Cut(5))
-    cut.train()
-    assert cut.state.global_step == 5
-    resumed = make(tmp_path / "cut")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-5"))
+    whole, folder = finished(name)
+    torch.manual_seed(1)
+    resumed = make(name, folder, net=trainers.model(dropout=0.2, seed=8), **SAVES, **TWO)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
     assert trainers.same(trainers.weights(whole), trainers.weights(resumed))
-
-    def history(made):
-        return [
-            {k: v for k, v in e.items() if "second" not in k and "runtime" not in k}
-            for e in made.state.log_history[:-1]
-        ]
-
     assert history(whole) == history(resumed)
 
 
-def test_control_a_lost_anchor_is_noticed(tmp_path, monkeypatch):
-    """Without the anchor in the checkpoint the resumed run differs: the test above can fail."""
-    from holdfast.defenses.bso import BSOMixin
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_run_that_was_cut_equals_one_never_cut_so_far(name, finished, tmp_path):
+    """The checkpoint of a run that ends there holds what that of a run that goes on does."""
 
-    setting = options("lisa", save_strategy="steps", save_steps=5)
-    whole = trainers.trainer("lisa", tmp_path / "whole", **setting)
-    whole.train()
-    monkeypatch.setattr(BSOMixin, "method_loaded", lambda self, state: None)
-    resumed = trainers.trainer("lisa", tmp_path / "whole", **setting)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    class Cut(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= 5
+
+    whole, _ = finished(name)
+    torch.manual_seed(0)
+    made = make(name, tmp_path, net=trainers.model(dropout=0.2), **SAVES, **TWO)
+    made.add_callback(Cut())
+    made.train()
+    assert made.state.global_step == 5
+    assert history(made) == history(whole)[:5]
+
+
+def test_control_a_lost_anchor_is_noticed(finished, monkeypatch):
+    """Without the anchor in the checkpoint the resumed run differs: the test above can fail."""
+    whole, folder = finished("lisa")
+    trainer = registry.get_defense("lisa").trainer
+    monkeypatch.setattr(trainer, "method_loaded", lambda self, state: None)
+    resumed = make("lisa", folder, net=trainers.model(dropout=0.2), **SAVES, **TWO)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
     assert not trainers.same(trainers.weights(whole), trainers.weights(resumed))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "change",
-    [{"seed": 12}, {"max_steps": 13}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}],
-)
-def test_another_runs_checkpoint_is_refused(name, change, tmp_path):
-    made = trainers.trainer(name, tmp_path, **options(name, save_strategy="steps", save_steps=6, max_steps=6))
-    made.train()
-    other = trainers.trainer(name, tmp_path, **{**options(name, max_steps=6), **change})
-    with pytest.raises(ModelError, match=next(iter(change))):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_resume_with_the_alignment_adapter_stacked_below(name, tmp_path):
-    """Trainer alone would train the alignment adapter after a resume, and drop ours."""
-    base = tiny.llama(len(trainers.TOKENIZER))
-    below = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "o_proj"]))
+def alignment_below(folder):
+    """A fresh adapter on a frozen one, which Trainer alone would train after a resume."""
+    below = get_peft_model(
+        tiny.llama(len(trainers.TOKENIZER)),
+        LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "o_proj"]),
+    )
     torch.manual_seed(8)
     for key, p in below.named_parameters():
         if "lora_B" in key:
             torch.nn.init.normal_(p, std=0.05)
-    below.save_pretrained(tmp_path / "alignment")
-    tiny.save_model(tmp_path / "model")
-    setting = options(name, save_strategy="steps", save_steps=5)
+    below.save_pretrained(folder / "alignment")
+    net = load_model(tiny.save_model(folder / "model"), [folder / "alignment"])
+    torch.manual_seed(4)
+    lora = {"r": 2, "alpha": 4, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
+    return add_lora(net, lora, "model")
 
-    def make(folder):
-        from holdfast.weights.model import load_model
 
-        net = load_model(tmp_path / "model", [tmp_path / "alignment"])
-        torch.manual_seed(4)
-        net = add_lora(
-            net, {"r": 2, "alpha": 4, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}, "model"
-        )
-        return trainers.trainer(name, folder, net=net, **setting)
+def dora(folder):
+    torch.manual_seed(4)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, use_dora=True, target_modules=["q_proj", "v_proj"])
+    return get_peft_model(tiny.llama(len(trainers.TOKENIZER)), config)
 
-    whole = make(tmp_path / "whole")
-    frozen = {k: p.clone() for k, p in whole.model.named_parameters() if "stage0" in k}
+
+def everything(folder):
+    return tiny.llama(len(trainers.TOKENIZER))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("net", [alignment_below, dora, everything], ids=["stacked", "dora", "full"])
+def test_it_trains_and_resumes_whatever_is_trained(name, net, tmp_path):
+    whole = make(name, tmp_path, net=net(tmp_path), max_steps=8, **SAVES)
+    before = {k: p.clone() for k, p in whole.model.named_parameters()}
+    trained = {k for k, p in whole.model.named_parameters() if p.requires_grad}
     whole.train()
-    resumed = make(tmp_path / "whole")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
-    assert frozen
-    for made in (whole, resumed):
-        assert made.model.active_adapters == ["stage0", "default"]
-        assert all(torch.equal(p, frozen[k]) for k, p in made.model.named_parameters() if "stage0" in k)
-        assert all("default" in k for k, p in made.model.named_parameters() if p.requires_grad)
+    resumed = make(name, tmp_path, net=net(tmp_path), max_steps=8, **SAVES)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert trainers.same(trainers.weights(whole), trainers.weights(resumed))
+    for made in (whole, resumed):
+        assert {k for k, p in made.model.named_parameters() if p.requires_grad} == trained
+        moved = {k for k, p in made.model.named_parameters() if not torch.equal(p, before[k])}
+        assert moved
+        assert moved <= trained
+    if net is alignment_below:
+        assert resumed.model.active_adapters == ["stage0", "default"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_checkpoint_of_nobody_is_refused(name, tmp_path):
-    made = trainers.trainer(name, tmp_path, **options(name, save_strategy="steps", save_steps=6, max_steps=6))
-    made.train()
-    (tmp_path / "checkpoint-6" / "method" / "run.json").unlink()
+def test_another_runs_checkpoint_is_refused(name, finished, tmp_path):
+    """Other settings, any other value of a parameter of its own, and a checkpoint that nobody signed."""
+    trained, folder = finished(next(n for n in TRAINED if same_trainer(n, name)))
+    changes = {"seed": 12, "max_steps": 13, "per_device_train_batch_size": 1, "learning_rate": 1e-3}
+    if name in TRAINED:
+        for own in registry.faces("defenses")[name].parameters:
+            value = getattr(trained.args, own)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                changes[own] = value + 1 if isinstance(value, int) else value / 2 + 0.25
+    for key, value in changes.items():
+        other = make(name, tmp_path, **{**TWO, key: value})
+        with pytest.raises(ModelError, match=key):
+            other.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
+    other = make(name, tmp_path, **TWO, rows=trainers.USER[:20])
+    with pytest.raises(ModelError, match="train_dataset"):
+        other.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
+
+
+def same_trainer(left, right):
+    return registry.get_defense(left).trainer is registry.get_defense(right).trainer
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_checkpoint_of_nobody_is_refused(name, finished, tmp_path):
+    _, folder = finished(name)
+    unsigned = tmp_path / "checkpoint-5"
+    unsigned.mkdir()
+    for path in (folder / "checkpoint-5").iterdir():
+        if path.name != "method":
+            (unsigned / path.name).symlink_to(path)
     with pytest.raises(ModelError, match=r"run\.json is missing"):
-        trainers.trainer(name, tmp_path, **options(name, max_steps=6)).train(
-            resume_from_checkpoint=str(tmp_path / "checkpoint-6")
-        )
+        make(name, tmp_path, **TWO).train(resume_from_checkpoint=str(unsigned))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_gradient_accumulation_changes_nothing(name, accumulation, plain, tmp_path):
+    made = make(
+        name, tmp_path, max_steps=8, per_device_train_batch_size=4 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    made.train()
+    assert trainers.distance(trainers.weights(made), plain(name)) < 1e-5
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_gradient_checkpointing_changes_nothing(name, plain, tmp_path):
+    made = make(
+        name, tmp_path, max_steps=8, gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )  # fmt: skip
+    made.train()
+    assert trainers.distance(trainers.weights(made), plain(name)) < 1e-6
+
+
+class Scaler:
+    """fp16's loss scaler without fp16: gradients are 8 times too large from backward until clipping."""
+
+    def __init__(self, made):
+        made.accelerator.scaler = self
+        self.clip = made.accelerator.clip_grad_norm_
+        made.accelerator.clip_grad_norm_ = self.unscale_and_clip
+
+    def scale(self, loss):
+        return 8 * loss
+
+    def get_scale(self):
+        return 8.0
+
+    def unscale_and_clip(self, parameters, *args, **kwargs):
+        parameters = list(parameters)
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.div_(8)
+        return self.clip(parameters, *args, **kwargs)
+
+    def step(self, optimizer, closure=None):
+        optimizer.step()
+
+    def update(self):
+        pass
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_loss_scaler_changes_nothing(name, plain, tmp_path):
+    made = make(name, tmp_path, max_steps=8)
+    Scaler(made)
+    made.train()
+    assert trainers.distance(trainers.weights(made), plain(name)) < 1e-6
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_bf16_runs(name, plain, tmp_path):
+    made = make(name, tmp_path, max_steps=8, bf16=True)
+    made.train()
+    assert all(torch.isfinite(w).all() for w in trainers.weights(made))
+    assert 0 < trainers.distance(trainers.weights(made), plain(name)) < 0.1
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_eval_loss_is_plain_cross_entropy(name, finished):
+    """At weights far from those at which the run ended: a penalty would show."""
+    made, _ = finished(name)
+    kept = trainers.weights(made)
+    other = trainers.model(seed=9)
+    for key, p in other.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(p, std=0.2)
+    own = [p for p in made.model.parameters() if p.requires_grad]
+    try:
+        with torch.no_grad():
+            for p, value in zip(own, trainers.weights(types.SimpleNamespace(model=other)), strict=True):
+                p.copy_(value)
+        made.args.per_device_eval_batch_size = len(made.train_dataset)
+        found = made.evaluate(eval_dataset=made.train_dataset)["eval_loss"]
+        rows = [made.train_dataset[i] for i in range(len(made.train_dataset))]
+        assert found == pytest.approx(cross_entropy(other.eval(), [made.data_collator(rows)]), abs=1e-5)
+    finally:
+        with torch.no_grad():
+            for p, value in zip(own, kept, strict=True):
+                p.copy_(value)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_logged_loss_is_true(name, tmp_path):
+    """Each logged step against cross-entropy by hand, on its batches, at the weights it began with.
+
+    It is `cross_entropy` where a method logs that (because its loss is another), else the loss of the step's
+    `state` where there are states, else `loss`.
+    """
+    made = make(name, tmp_path, max_steps=6, **TWO)
+    seen = []
+
+    class Keep(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append(trainers.weights(made))
+
+    made.add_callback(Keep())
+    made.train()
+    batches = list(made.get_train_dataloader())
+    assert len(batches) == 12
+    own = [p for p in made.model.parameters() if p.requires_grad]
+    made.model.eval()
+    for step, entry in enumerate(e for e in made.state.log_history if "loss" in e):
+        with torch.no_grad():
+            for p, value in zip(own, seen[step], strict=True):
+                p.copy_(value)
+        key = "cross_entropy" if "cross_entropy" in entry else f"{entry.get('state', '')}_loss".lstrip("_")
+        by_hand = cross_entropy(made.model, batches[2 * step : 2 * step + 2])
+        assert entry[key] == pytest.approx(by_hand, abs=1e-4), f"{key} of step {step + 1}"
 
 
 def test_the_private_names_of_trainer_are_still_there():
