@@ -1,0 +1,176 @@
+"""The contract suite over methods of another package: a sound one passes, broken ones are caught."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+TOY = '''
+"""Toy: pulls the weights towards where they began (a method of another package)."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from holdfast.defenses import Defense
+from holdfast.defenses.base import MethodConfig, RowTrainer, gradient_scale, trainable_parameters
+
+
+@dataclass
+class ToyConfig(MethodConfig):
+    strength: float = field(default=5.0, metadata={"help": "How hard it pulls."})
+
+
+class ToyTrainer(RowTrainer):
+    start = None
+
+    def weights(self):
+        return list(trainable_parameters(self.model).values())
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.start is None:
+            self.start = [w.detach().clone() for w in self.weights()]
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.now():
+            for w, s in zip(self.weights(), self.start):
+                w.grad.add_(w.detach() - s, alpha=self.args.strength * self.scale())
+        return loss
+
+    def now(self):
+        return self.accelerator.sync_gradients
+
+    def scale(self):
+        return gradient_scale(self.accelerator)
+
+    def method_state(self):
+        start = self.start or [torch.zeros_like(w) for w in self.weights()]
+        return {f"start.{i}": s for i, s in enumerate(start)}
+
+    def method_loaded(self, state):
+        self.start = list(state.values())
+
+
+class EveryMicroBatch(ToyTrainer):
+    def now(self):
+        return True
+
+
+class Forgets(ToyTrainer):
+    def method_state(self):
+        return {}
+
+
+class NoScale(ToyTrainer):
+    def scale(self):
+        return 1.0
+
+
+class InTheLoss(ToyTrainer):
+    def now(self):
+        return False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        made = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = made[0] if return_outputs else made
+        for w, s in zip(self.weights(), self.start):
+            loss = loss + self.args.strength / 2 * ((w - s) ** 2).sum()
+        return (loss, made[1]) if return_outputs else loss
+
+
+class Draws(ToyTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        torch.rand(1)
+
+
+def defense(name, trainer):
+    return Defense(name=name, label=name, stages=("user",), paper="none", config=ToyConfig, trainer=trainer)
+
+
+sound = defense("sound", ToyTrainer)
+broken = {
+    f"broken_{trainer.__name__}": defense(f"broken_{trainer.__name__}", trainer)
+    for trainer in (EveryMicroBatch, Forgets, NoScale, InTheLoss, Draws)
+}
+globals().update(broken)
+'''
+CAUGHT = {
+    "EveryMicroBatch": {"test_gradient_accumulation_changes_nothing"},
+    "Forgets": {"test_a_resumed_run_equals_one_never_cut"},
+    "NoScale": {"test_a_loss_scaler_changes_nothing"},
+    "InTheLoss": {
+        "test_gradient_accumulation_changes_nothing",
+        "test_the_eval_loss_is_plain_cross_entropy",
+        "test_the_logged_loss_is_true",
+    },
+    "Draws": {"test_making_a_trainer_draws_no_random_number"},
+}
+
+
+def contract(folder: Path, names: list[str], selected: str) -> tuple[int, dict[str, set[str]]]:
+    """Run the suite as a third party would, over a package with an entry point for each name.
+
+    Returns:
+        the exit code, and which tests ran and failed, by name of the method: ("ran NAME", "failed NAME").
+    """
+    (folder / "toy_package.py").write_text(TOY)
+    info = folder / "toy_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-package\nVersion: 1.0\n")
+    lines = [f"{name} = toy_package:{name}" for name in names]
+    (info / "entry_points.txt").write_text("\n".join(["[holdfast.defenses]", *lines]) + "\n")
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/defenses/test_contract.py",
+         "-k", selected, f"--junitxml={folder / 'report.xml'}"],
+        cwd=TESTS.parent, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    found: dict[str, set[str]] = {}
+    for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
+        test, _, about = case.get("name", "").partition("[")
+        (name,) = [n for n in names if n in about]
+        found.setdefault(f"ran {name}", set()).add(test)
+        assert case.find("error") is None, done.stdout
+        if case.find("failure") is not None:
+            found.setdefault(f"failed {name}", set()).add(test)
+    return done.returncode, found
+
+
+def test_a_sound_method_of_another_package_passes(tmp_path):
+    code, found = contract(tmp_path, ["sound"], "sound")
+    assert code == 0, found
+    assert set(found) == {"ran sound"}
+    assert set.union(*CAUGHT.values()) < found["ran sound"]
+    assert len(found["ran sound"]) >= 12
+
+
+def test_broken_methods_are_caught(tmp_path):
+    names = [f"broken_{kind}" for kind in CAUGHT]
+    selected = " or ".join(f"({kind} and ({' or '.join(tests)}))" for kind, tests in CAUGHT.items())
+    code, found = contract(tmp_path, names, selected)
+    assert code == 1
+    assert {kind: found.get(f"failed broken_{kind}") for kind in CAUGHT} == CAUGHT
+
+
+def test_a_package_that_cannot_be_imported_is_named(tmp_path, monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    from holdfast import registry
+    from holdfast.errors import RecipeError
+
+    (tmp_path / "torn_package.py").write_text("import nothing_like_it\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = EntryPoint("torn", "torn_package:DEFENSE", "holdfast.defenses")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
+    registry.faces.cache_clear()
+    try:
+        with pytest.raises(RecipeError, match=r"'torn' \(torn_package:DEFENSE\).*nothing_like_it"):
+            registry.faces("defenses")
+    finally:
+        registry.faces.cache_clear()
