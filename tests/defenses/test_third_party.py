@@ -83,7 +83,7 @@ class InTheLoss(ToyTrainer):
         return (loss, made[1]) if return_outputs else loss
 
 
-class Draws(ToyTrainer):
+class Spends(ToyTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         torch.rand(1)
@@ -96,7 +96,7 @@ def defense(name, trainer):
 sound = defense("sound", ToyTrainer)
 broken = {
     f"broken_{trainer.__name__}": defense(f"broken_{trainer.__name__}", trainer)
-    for trainer in (EveryMicroBatch, Forgets, NoScale, InTheLoss, Draws)
+    for trainer in (EveryMicroBatch, Forgets, NoScale, InTheLoss, Spends)
 }
 globals().update(broken)
 '''
@@ -109,7 +109,7 @@ CAUGHT = {
         "test_the_eval_loss_is_plain_cross_entropy",
         "test_the_logged_loss_is_true",
     },
-    "Draws": {"test_making_a_trainer_draws_no_random_number"},
+    "Spends": {"test_making_a_trainer_draws_no_random_number"},
 }
 
 
