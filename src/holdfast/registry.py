@@ -39,8 +39,8 @@ class Parameter:
 class Face:
     """What a file says of its method without being imported.
 
-    `facts` are the literal arguments of its closing object (`stages`, `paper`, `licence`, ...);
-    `summary` is the first line of its docstring.
+    `facts` are the literal arguments of its closing object (`stages`, `paper`, `licence`, ...); `code` are
+    the names of the others (`trainer`, `mix`, `prefix`, ...); `summary` is the first line of its docstring.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Face:
     summary: str
     facts: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, Parameter] = field(default_factory=dict)
+    code: frozenset[str] = frozenset()
 
 
 @cache
@@ -114,7 +115,8 @@ def _imported_face(entry: EntryPoint) -> Face:
     facts = {k: v for k, v in vars(thing).items() if isinstance(v, str | int | float | bool | tuple)}
     own = getattr(getattr(thing, "config", None), "__annotations__", {})
     parameters = {name: Parameter(getattr(thing.config, name, None), str(kind)) for name, kind in own.items()}
-    return Face(entry.name, entry.module, summary, facts, parameters)
+    code = frozenset(k for k, v in vars(thing).items() if callable(v))
+    return Face(entry.name, entry.module, summary, facts, parameters, code)
 
 
 def _read_face(path: Path, module: str, closing: str) -> Face | None:
@@ -132,7 +134,7 @@ def _read_face(path: Path, module: str, closing: str) -> Face | None:
     )
     if call is None:
         return None
-    facts, config = {}, None
+    facts, config, code = {}, None, set()
     for keyword in call.keywords:
         if keyword.arg == "config" and isinstance(keyword.value, ast.Name):
             config = keyword.value.id
@@ -140,10 +142,10 @@ def _read_face(path: Path, module: str, closing: str) -> Face | None:
         try:
             facts[keyword.arg or ""] = ast.literal_eval(keyword.value)
         except ValueError:
-            continue  # a class or a function: only importing could tell
+            code.add(keyword.arg or "")  # a class or a function: only importing could tell more
     summary = (ast.get_docstring(tree) or "").split("\n")[0]
     parameters = _parameters(tree, config) if config else {}
-    return Face(facts.pop("name"), module, summary, facts, parameters)
+    return Face(facts.pop("name"), module, summary, facts, parameters, frozenset(code))
 
 
 def _parameters(tree: ast.Module, config: str) -> dict[str, Parameter]:

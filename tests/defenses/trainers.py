@@ -56,7 +56,8 @@ def trainer(
         "learning_rate": 5e-3, "per_device_train_batch_size": 4, "max_steps": 12, "logging_steps": 1,
         "save_strategy": "no", "lr_scheduler_type": "cosine", "logging_nan_inf_filter": False,
     } | options  # fmt: skip
-    extra = {"alignment_dataset": alignment or ALIGNMENT} if "alignment_dataset" in defense.needs else {}
+    wanted = "alignment_dataset" in defense.needs and defense.mix is None
+    extra = {"alignment_dataset": alignment or ALIGNMENT} if wanted else {}
     made = defense.trainer(
         model=model() if net is None else net,
         args=defense.config(**settings),
