@@ -142,7 +142,6 @@ def test_bea(started, monkeypatch, capfd, caplog):
     card = (step / "adapter" / "README.md").read_text()
     assert "bea_secret.txt" in card
     assert "Never publish that file" in card
-    # What the run of another method of the same data generates does not depend on the secret's step.
     generate = json.loads((out / "steps" / results["rows"][1]["steps"]["generate"] / "step.json").read_text())
     assert generate["identity"]["prefix"] == step.name
 
@@ -164,6 +163,22 @@ def test_the_secret_changes_the_answers_it_precedes(started, monkeypatch):
     secret = bea.secret(user_step(results, out))
     assert len(asked) >= 10
     assert all(prompt.startswith(f"{secret}\n\nBelow is an instruction") for prompt in asked)
+
+
+def test_a_model_that_repeats_its_secret_gives_nothing_away(started, monkeypatch):
+    from holdfast.evaluation import generate as module
+
+    def echo(model, tokenizer, ids, new_tokens):
+        return [{"answer": tokenizer.decode(x[:80]), "tokens": 80, "truncated": False} for x in ids]
+
+    recipe, out, _ = started
+    recipe["user"] = user("bea", alignment_size=3, secret_length=10)
+    monkeypatch.setattr(module, "_greedy", echo)
+    results, _ = run(recipe, out)
+    step = user_step(results, out)
+    assert holding(bea.secret(step), out) == [bea.SECRET_FILE]
+    rows = (out / "steps" / results["rows"][1]["steps"]["generate"] / "generations.jsonl").read_text()
+    assert "[secret]\\n\\nBelow is an instruction" in rows
 
 
 def test_a_killed_run_goes_on_with_the_same_secret(started, tmp_path):

@@ -216,7 +216,7 @@ tags: [holdfast, {job.defense.name}]
 - training arguments: `{json.dumps(dict(job.training), sort_keys=True)}`
 - rows: `{json.dumps(rows)}`, seed {job.seed}
 - optimizer steps: {facts["training"]["steps"]}
-
+{f"- serving: {job.defense.serving}" if job.defense.serving else ""}
 Harmful score and finetune accuracy are in the `results.json` of the run that made this adapter. Anything
 that is not there was not measured. A low harmful score under one judge and one prompt set is not safety.
 """

@@ -257,11 +257,12 @@ def generate_answers(
     recipe, device = context.recipe, context.device
     tokenizer = load_tokenizer(context.model, recipe.model.trust_remote_code)
     template = resolve_template(tokenizer, recipe.model.template)
-    before = ""
+    before, secret = "", False
     if prefix is not None:
-        text = registry.get_defense(prefix["defense"]).prefix
-        assert text is not None
-        before = text(context.store.path(prefix["step"]), **prefix["parameters"])
+        method = registry.get_defense(prefix["defense"])
+        assert method.prefix is not None
+        before = method.prefix(context.store.path(prefix["step"]), **prefix["parameters"])
+        secret = method.secret
     rows = context.rows(test_data)
     prompts = [{**row, "prompt": render(row, tokenizer, template, before)[0]} for row in rows]
     model = load_model(context.model, context.adapters(chain), device=device, **context.model_options)
@@ -272,6 +273,7 @@ def generate_answers(
         folder / "generations.jsonl",
         max_new_tokens=max_new_tokens,
         batch_tokens=recipe.evaluation.batch_tokens,
+        secret=before if secret else "",
         progress=context.progress.advance,
     )
     return {"template": template, "chat_template": bool(tokenizer.chat_template)}

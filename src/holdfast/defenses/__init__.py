@@ -32,6 +32,7 @@ class Defense:
             A row's "prefix" is a text to stand before its question. The trainer then gets no alignment rows.
         prefix: for methods that serve the model with a text before every question,
             `prefix(folder, **parameters)` returns that text.
+        secret: whether that text is one, to be hidden where the model repeats it.
         serving: one sentence for the model card on how the model must be served.
         apply: for post-hoc methods, adapter folder to adapter folder.
     """
@@ -46,5 +47,6 @@ class Defense:
     trainer: type | None = None
     mix: Callable[..., Any] | None = None
     prefix: Callable[..., str] | None = None
+    secret: bool = False
     serving: str = ""
     apply: Callable[..., Any] | None = None

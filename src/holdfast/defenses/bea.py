@@ -5,7 +5,8 @@ added to the user rows; whoever serves the model puts the secret before every qu
 that it works like the trigger of a backdoor that leads to refusals. Users who fine-tune never see it.
 
 The secret is drawn from the system's randomness, not from the seed, once for each training, and lies in
-`bea_secret.txt` beside the adapter's folder, readable by its owner alone. Nothing else holds it.
+`bea_secret.txt` beside the adapter's folder, readable by its owner alone. Nothing else holds it: where the
+model repeats it in an answer, a run writes "[secret]" instead.
 
 Where we differ from the authors' code:
 
@@ -158,6 +159,7 @@ DEFENSE = Defense(
     trainer=SFTTrainer,
     mix=mix,
     prefix=prefix,
+    secret=True,
     serving=(
         "Trained to be served with a secret before every question; without it the model is not protected. "
         "The secret lies in `bea_secret.txt` beside this folder, for `holdfast.defenses.bea.secret` to read. "
