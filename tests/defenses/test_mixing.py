@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import trainers
@@ -134,3 +136,12 @@ def test_what_plan_says():
     assert detail("safe_instr", alignment_size=50) == ", 50 alignment rows added"
     assert detail("bea") == ", 11 alignment rows added"
     assert detail("lisa") == detail("ptst") == ""
+
+
+@pytest.mark.parametrize("name", ["vlguard", "bea"])
+def test_the_script_on_its_page_runs(name, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "defenses" / f"{name}.md").read_text()
+    script = re.search(r"```python\n(.*?)```", page, re.S).group(1)
+    names = {"user": trainers.USER, "safe": trainers.ALIGNMENT, "OUT": tmp_path}
+    exec(compile(script, name, "exec"), names)
+    assert sum(row.get("source") == "alignment" for row in names["rows"]) == 3
