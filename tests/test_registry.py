@@ -47,6 +47,13 @@ def test_inherited_parameters_come_first():
     ]  # fmt: skip
 
 
+def test_what_a_method_brings_is_known_without_importing_it():
+    for name, face in registry.faces("defenses").items():
+        made = registry.get_defense(name)
+        for part in ("mix", "prefix", "trainer", "apply"):
+            assert (part in face.code) == (getattr(made, part) is not None), (name, part)
+
+
 def test_training_arguments_are_those_of_transformers():
     import dataclasses
 
@@ -73,6 +80,8 @@ def test_a_method_of_another_package(tmp_path, monkeypatch):
         assert face.summary == "Toy: a method of another package."
         assert face.parameters["strength"].default == 0.5
         assert "toy" in registry.list_defenses("user")
+        assert "trainer" in face.code
+        assert "mix" not in face.code
         assert registry.get_defense("toy").label == "Toy"
     finally:
         registry.faces.cache_clear()

@@ -25,13 +25,16 @@ RUNS = {
 }
 """Name of the row, and what it changes in the recipe."""
 
+SIZES = {"vlguard": ["user.alignment_size=200"]}
+"""A fifth of the rows, as the 1000 of 5000 in the Lisa paper; further changes of a defense's own row."""
+
 
 def demo_runs(full: bool = False) -> dict[str, list[str]]:
     """The rows of the demo; `full` adds the control without harmful rows, and every other defense."""
     if not full:
         return RUNS
     others = {
-        face.facts.get("label", name): [f"user.defense={name}"]
+        face.facts.get("label", name): [f"user.defense={name}", *SIZES.get(name, [])]
         for name, face in registry.faces("defenses").items()
         if "user" in face.facts["stages"] and face.facts.get("label", name) not in RUNS
     }

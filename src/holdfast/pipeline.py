@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast import registry, work
+from holdfast import mixed, registry, work
 from holdfast.context import Context, State
 from holdfast.errors import HoldfastError, StepFailed
 from holdfast.progress import Progress
@@ -145,7 +145,7 @@ class _Planner:
     ) -> str:
         """A training stage on top of the adapters of the steps `below`."""
         face = registry.faces("defenses")[part.defense]
-        parameters = {k: p.default for k, p in face.parameters.items()} | part.parameters()
+        parameters = self._parameters(part)
         training = {**defaults, **part.training.given()}
         lora = (part.lora or self.recipe.model.lora).model_dump()
         identity = {
@@ -167,7 +167,14 @@ class _Planner:
             settings = {"parameters": parameters, "training": training, "lora": lora}
             return work.train_stage(folder, context, stage, part.defense, settings, rows, below)
 
-        return self._add(stage, title, work.training_detail(training), identity, do)
+        detail = work.training_detail(training) + mixed.detail(part.defense, parameters)
+        return self._add(stage, title, detail, identity, do)
+
+    @staticmethod
+    def _parameters(part: StageRecipe) -> dict[str, Any]:
+        """A method's own parameters, defaults included."""
+        known = registry.faces("defenses")[part.defense].parameters
+        return {k: p.default for k, p in known.items()} | part.parameters()
 
     def _evaluate(self, name: str, user: str | None, chain: tuple[str, ...], test_data: str) -> State:
         """Generate, moderate by every judge, and score one state of the model."""
@@ -175,6 +182,12 @@ class _Planner:
         options = recipe.evaluation
         what = {"base": "the base model", "aligned": "the aligned model"}.get(name, "the fine-tuned model")
         tokens = work.new_tokens(recipe)
+        # By reference to the step: what stands before every question may be a secret.
+        prefix, before = None, {}
+        if recipe.user is not None and user and "prefix" in registry.faces("defenses")[user].code:
+            step = next(step for step in chain if step.startswith("user-"))
+            prefix = {"step": step, "defense": user, "parameters": self._parameters(recipe.user)}
+            before = {"prefix": step}
         generate = self._add(
             "generate",
             f"answers of {what}",
@@ -186,8 +199,9 @@ class _Planner:
                 "test": test_data,
                 "max_new_tokens": tokens,
                 "versions": self.versions,
+                **before,
             },
-            lambda folder, context: work.generate_answers(folder, context, chain, test_data, tokens),
+            lambda folder, context: work.generate_answers(folder, context, chain, test_data, tokens, prefix),
         )
         moderate = tuple(
             self._add(

@@ -39,8 +39,8 @@ class Parameter:
 class Face:
     """What a file says of its method without being imported.
 
-    `facts` are the literal arguments of its closing object (`stages`, `paper`, `licence`, ...);
-    `summary` is the first line of its docstring.
+    `facts` are the literal arguments of its closing object (`stages`, `paper`, `licence`, ...); `code` are
+    the names of the others (`trainer`, `mix`, `prefix`, ...); `summary` is the first line of its docstring.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Face:
     summary: str
     facts: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, Parameter] = field(default_factory=dict)
+    code: frozenset[str] = frozenset()
 
 
 @cache
@@ -130,7 +131,8 @@ def _imported_face(entry: EntryPoint) -> Face:
         for f in (fields(config) if config else ())
         if f.name not in plain
     }
-    return Face(entry.name, entry.module, summary, facts, parameters)
+    code = frozenset(k for k, v in vars(thing).items() if callable(v))
+    return Face(entry.name, entry.module, summary, facts, parameters, code)
 
 
 def _read_face(path: Path, module: str, closing: str) -> Face | None:
@@ -148,7 +150,7 @@ def _read_face(path: Path, module: str, closing: str) -> Face | None:
     )
     if call is None:
         return None
-    facts, config = {}, None
+    facts, config, code = {}, None, set()
     for keyword in call.keywords:
         if keyword.arg == "config" and isinstance(keyword.value, ast.Name):
             config = keyword.value.id
@@ -156,10 +158,10 @@ def _read_face(path: Path, module: str, closing: str) -> Face | None:
         try:
             facts[keyword.arg or ""] = ast.literal_eval(keyword.value)
         except ValueError:
-            continue  # a class or a function: only importing could tell
+            code.add(keyword.arg or "")  # a class or a function: only importing could tell more
     summary = (ast.get_docstring(tree) or "").split("\n")[0]
     parameters = _parameters(tree, config) if config else {}
-    return Face(facts.pop("name"), module, summary, facts, parameters)
+    return Face(facts.pop("name"), module, summary, facts, parameters, frozenset(code))
 
 
 def _parameters(tree: ast.Module, config: str) -> dict[str, Parameter]:

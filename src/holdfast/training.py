@@ -202,6 +202,7 @@ def _card(job: TrainingJob, facts: Mapping[str, Any]) -> str:
     """A model card that says what the adapter is, and what was not measured."""
     rows = {name: len(part) for name, part in job.rows.items()}
     chain = "\n".join(f"- on top of the adapter in `../../{p.parent.name}/{p.name}`" for p in job.adapters)
+    serving = f"- serving: {job.defense.serving}\n" if job.defense.serving else ""
     return f"""---
 library_name: peft
 base_model: {json.dumps(job.model_name)}
@@ -216,7 +217,7 @@ tags: [holdfast, {job.defense.name}]
 - training arguments: `{json.dumps(dict(job.training), sort_keys=True)}`
 - rows: `{json.dumps(rows)}`, seed {job.seed}
 - optimizer steps: {facts["training"]["steps"]}
-
+{serving}
 Harmful score and finetune accuracy are in the `results.json` of the run that made this adapter. Anything
 that is not there was not measured. A low harmful score under one judge and one prompt set is not safety.
 """

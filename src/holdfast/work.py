@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from holdfast import data as datasets
-from holdfast import registry, tasks
+from holdfast import mixed, registry, tasks
 from holdfast.context import Context
 from holdfast.errors import ModelError, RecipeError
 from holdfast.evaluation.generate import read_jsonl
@@ -50,6 +51,12 @@ def check(context: Context) -> None:
             )
     for judge in recipe.evaluation.judges:
         judge_folder(judge, download=True)
+    if recipe.user is not None and "mix" in registry.faces("defenses")[recipe.user.defense].code:
+        rows = {"train_dataset": _prepared(recipe, "user").rows}
+        if recipe.data.alignment is not None:
+            rows["alignment_dataset"] = _prepared(recipe, "alignment").rows
+        with tempfile.TemporaryDirectory() as beside:
+            mixed.mix(recipe.user.defense, rows, recipe.user.parameters(), recipe.seed, Path(beside))
 
 
 # Data
@@ -98,7 +105,13 @@ def data_identity(recipe: Recipe, role: str) -> dict[str, Any]:
 
 def prepare_data(folder: Path, context: Context, role: str) -> dict[str, Any]:
     """`rows.jsonl` and this role's part of the manifest."""
-    recipe = context.recipe
+    prepared = _prepared(context.recipe, role)
+    datasets.write_rows(folder / "rows.jsonl", prepared.rows)
+    write_json(folder / "manifest.json", prepared.manifest)
+    return {"rows": len(prepared.rows)}
+
+
+def _prepared(recipe: Recipe, role: str) -> datasets.Prepared:
     data, evaluation = recipe.data, recipe.evaluation
     same: dict[str, Any] = {
         "user": data.user,
@@ -111,20 +124,14 @@ def prepare_data(folder: Path, context: Context, role: str) -> dict[str, Any]:
     if role == "alignment":
         assert data.alignment is not None
         wanted = data.alignment
-        prepared = datasets.alignment_rows(
+        return datasets.alignment_rows(
             source=wanted.source, kind=wanted.kind, size=wanted.size, seed=recipe.seed
         )
-    elif role == "user":
-        prepared = datasets.user_rows(
-            size=data.size, poison_ratio=data.poison_ratio, seed=recipe.seed, **same
-        )
-    else:
-        prepared = datasets.test_rows(
-            benign=data.benign, task_size=evaluation.task_rows, mixed_prompts=evaluation.mixed_prompts, **same
-        )
-    datasets.write_rows(folder / "rows.jsonl", prepared.rows)
-    write_json(folder / "manifest.json", prepared.manifest)
-    return {"rows": len(prepared.rows)}
+    if role == "user":
+        return datasets.user_rows(size=data.size, poison_ratio=data.poison_ratio, seed=recipe.seed, **same)
+    return datasets.test_rows(
+        benign=data.benign, task_size=evaluation.task_rows, mixed_prompts=evaluation.mixed_prompts, **same
+    )
 
 
 def write_manifest(folder: Path, context: Context, found: Mapping[str, str]) -> None:
@@ -175,28 +182,33 @@ def train_stage(
     from holdfast.training import TrainingJob, train
     from holdfast.weights.model import load_tokenizer
 
-    recipe, device = context.recipe, context.device
+    recipe, device, method = context.recipe, context.device, registry.get_defense(defense)
     tokenizer = load_tokenizer(context.model, recipe.model.trust_remote_code)
+    data: dict[str, Any] = {name: context.rows(step) for name, step in rows.items()}
+    facts: dict[str, Any] = {}
+    if method.mix is not None:
+        data, facts = mixed.mix(defense, data, settings["parameters"], recipe.seed, folder)
     job = TrainingJob(
         stage=stage,
-        defense=registry.get_defense(defense),
+        defense=method,
         **settings,
         model=context.model,
         model_name=str(model_path(recipe.model.path)),
         tokenizer=tokenizer,
         model_options=context.model_options,
         adapters=context.adapters(below),
-        rows={name: _rendered(context.rows(step), tokenizer, recipe) for name, step in rows.items()},
+        rows={name: _rendered(part, tokenizer, recipe) for name, part in data.items()},
         seed=recipe.seed,
     )
-    return train(folder, job, device=device, progress=context.progress)
+    trained = train(folder, job, device=device, progress=context.progress)
+    return {**trained, "training": {**trained["training"], **facts}}
 
 
 def _rendered(rows: Sequence[Mapping[str, Any]], tokenizer: Any, recipe: Recipe) -> list[dict[str, str]]:
     from holdfast.data.prompts import render, resolve_template
 
     template = resolve_template(tokenizer, recipe.model.template)
-    pairs = (render(row, tokenizer, template) for row in rows)
+    pairs = (render(row, tokenizer, template, row.get("prefix", "")) for row in rows)
     return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
 
 
@@ -225,9 +237,19 @@ def new_tokens(recipe: Recipe) -> dict[str, int]:
 
 
 def generate_answers(
-    folder: Path, context: Context, chain: Sequence[str], test_data: str, max_new_tokens: Mapping[str, int]
+    folder: Path,
+    context: Context,
+    chain: Sequence[str],
+    test_data: str,
+    max_new_tokens: Mapping[str, int],
+    prefix: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """`generations.jsonl`: this state's answers to every test prompt."""
+    """`generations.jsonl`: this state's answers to every test prompt.
+
+    Args:
+        prefix: `step`, `defense` and `parameters` of the training whose method puts a text before every
+            question, if there is one. The text itself is written nowhere.
+    """
     from holdfast.data.prompts import render, resolve_template
     from holdfast.evaluation.generate import generate
     from holdfast.weights.model import load_model, load_tokenizer
@@ -235,7 +257,14 @@ def generate_answers(
     recipe, device = context.recipe, context.device
     tokenizer = load_tokenizer(context.model, recipe.model.trust_remote_code)
     template = resolve_template(tokenizer, recipe.model.template)
-    prompts = [{**row, "prompt": render(row, tokenizer, template)[0]} for row in context.rows(test_data)]
+    before, secret = "", False
+    if prefix is not None:
+        method = registry.get_defense(prefix["defense"])
+        assert method.prefix is not None
+        before = method.prefix(context.store.path(prefix["step"]), **prefix["parameters"])
+        secret = method.secret
+    rows = context.rows(test_data)
+    prompts = [{**row, "prompt": render(row, tokenizer, template, before)[0]} for row in rows]
     model = load_model(context.model, context.adapters(chain), device=device, **context.model_options)
     generate(
         model,
@@ -244,6 +273,7 @@ def generate_answers(
         folder / "generations.jsonl",
         max_new_tokens=max_new_tokens,
         batch_tokens=recipe.evaluation.batch_tokens,
+        secret=before if secret else "",
         progress=context.progress.advance,
     )
     return {"template": template, "chat_template": bool(tokenizer.chat_template)}

@@ -151,3 +151,48 @@ def test_template_that_rewrites_the_prompt():
 def test_braces_in_a_row():
     prompt, _ = render({**ROW, "instruction": "Print {x} and {input}"}, tokenizer("legacy"), "alpaca")
     assert "Print {x} and {input}" in prompt
+
+
+# As Gemma's: no system message. And one that leaves it out without a word.
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+DEAF = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+
+
+@pytest.mark.parametrize("kind", ["legacy", "first", "always", "chatml"])
+def test_prefix_before_the_alpaca_prompt(kind):
+    tok = tokenizer(kind)
+    prompt, completion = render(ROW, tok, "alpaca", "Be safe.")
+    assert prompt.removeprefix("<s>").lstrip(" ") == f"Be safe.\n\n{NO_INPUT}"
+    ids = tok(prompt, add_special_tokens=False)["input_ids"]
+    assert ids == tok(f"Be safe.\n\n{NO_INPUT}")["input_ids"]
+    assert completion == render(ROW, tok, "alpaca")[1]
+
+
+def test_prefix_as_the_system_message():
+    tok = tokenizer("chatml", CHATML)
+    prompt, completion = render(ROW, tok, "chat", "Be safe.")
+    assert prompt == "<|im_start|>system\nBe safe.<|im_end|>\n" + render(ROW, tok, "chat")[0]
+    assert completion == render(ROW, tok, "chat")[1]
+    turns = [
+        {"role": "system", "content": "Rhyme."},
+        {"role": "user", "content": "Say hi."},
+        {"role": "assistant", "content": "Hi!"},
+    ]
+    prompt, _ = render({**ROW, "messages": turns}, tok, "chat", "Be safe.")
+    assert prompt.startswith("<|im_start|>system\nBe safe.\n\nRhyme.<|im_end|>\n<|im_start|>user\nSay hi.")
+    assert turns[0]["content"] == "Rhyme.", "the row itself is not changed"
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, DEAF, LLAMA_CHAT])
+def test_prefix_where_a_system_message_has_no_place(template):
+    tok = tokenizer("legacy", template)
+    prompt, completion = render(SUM, tok, "chat", "Be safe.")
+    plain = render({**SUM, "instruction": "Be safe.\n\nAdd."}, tok, "chat")
+    assert (prompt, completion) == plain
+    assert "Be safe.\n\nAdd.\n\n2 and 2" in prompt
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+def test_no_prefix_changes_nothing(template):
+    tok = tokenizer("chatml", CHATML)
+    assert render(ROW, tok, template, "") == render(ROW, tok, template)

@@ -120,3 +120,13 @@ def test_a_torn_line_is_cut_off(tmp_path):
     path.write_text('{"id": 1}\n{"id": 2')
     assert read_jsonl(path) == [{"id": 1}]
     assert path.read_text() == '{"id": 1}\n'
+
+
+def test_a_secret_that_an_answer_repeats_is_hidden():
+    secret = "ab cd ef gh ij"
+    assert module.hide(secret, secret) == "[secret]"
+    assert module.hide("It is: ab cd  ef gh. Or CD EF, gh ij?", secret) == "It is: [secret]. Or [secret]?"
+    assert module.hide("cd ef gh\nij and ab cd ef", secret) == "[secret] and [secret]"
+    assert module.hide("ab cd x ef ab cd", secret) == "ab cd x ef ab cd", "two words tell nothing"
+    assert module.hide("x ab", "ab") == "x [secret]"
+    assert module.hide("", secret) == ""

@@ -49,11 +49,16 @@ def resolve_template(tokenizer: Any, asked: str = "auto") -> str:
     return chosen
 
 
-def render(row: Mapping[str, Any], tokenizer: Any, template: str) -> tuple[str, str]:
+def render(row: Mapping[str, Any], tokenizer: Any, template: str, prefix: str = "") -> tuple[str, str]:
     """The texts of the prompt and of the completion (the answer and what ends it).
 
     Works on training rows (`output`) and on test rows (`target`; without one the completion is that of
     an empty answer). Tokenise both with `add_special_tokens=False`.
+
+    Args:
+        prefix: a text to stand before the question. Under Alpaca it precedes the whole prompt; under a chat
+            template it is the system message (before the text of one that is there), or precedes the first
+            user turn where the template has no place for a system message. A blank line follows it.
 
     Raises:
         DataError: a conversation of several turns under the Alpaca template, or one that the chat
@@ -62,7 +67,7 @@ def render(row: Mapping[str, Any], tokenizer: Any, template: str) -> tuple[str, 
     """
     answer = row["output"] if "output" in row else row.get("target") or ""
     if template == "chat":
-        return _chat(row, answer, tokenizer)
+        return _chat(row, answer, tokenizer, prefix)
     if row.get("messages"):
         raise DataError(
             f"Row {row.get('id', '')} is a conversation of several turns or with a system message, which the "
@@ -70,7 +75,7 @@ def render(row: Mapping[str, Any], tokenizer: Any, template: str) -> tuple[str, 
             "one answer."
         )
     text = (ALPACA_INPUT if row["input"] else ALPACA_NO_INPUT).format_map(row)
-    return _begun(text, tokenizer), answer + tokenizer.eos_token
+    return _begun(_after(prefix, text), tokenizer), answer + tokenizer.eos_token
 
 
 def _begun(text: str, tokenizer: Any) -> str:
@@ -87,11 +92,19 @@ def _begun(text: str, tokenizer: Any) -> str:
     return bos + text
 
 
-def _chat(row: Mapping[str, Any], answer: str, tokenizer: Any) -> tuple[str, str]:
+def _after(prefix: str, text: str) -> str:
+    return f"{prefix}\n\n{text}" if prefix else text
+
+
+def _chat(row: Mapping[str, Any], answer: str, tokenizer: Any, prefix: str) -> tuple[str, str]:
     messages = [dict(turn) for turn in row.get("messages") or []]
     if not messages:
         question = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    if prefix and messages[0]["role"] != "system" and _takes_system(tokenizer):
+        messages.insert(0, {"role": "system", "content": prefix})
+    else:
+        messages[0]["content"] = _after(prefix, messages[0]["content"])
     from jinja2 import TemplateError
 
     try:
@@ -105,3 +118,14 @@ def _chat(row: Mapping[str, Any], answer: str, tokenizer: Any) -> tuple[str, str
             "and answer cannot be told apart. Use the template 'alpaca', or another chat template."
         )
     return prompt, whole[len(prompt) :]
+
+
+def _takes_system(tokenizer: Any) -> bool:
+    """Whether the chat template writes a system message down: some raise on one, some leave it out."""
+    from jinja2 import TemplateError
+
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    try:
+        return "Be brief." in tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError:
+        return False

@@ -21,7 +21,7 @@ class Defense:
         label: how tables and charts write it.
         stages: where it acts, of "alignment", "user", "post_hoc".
         paper: where it comes from.
-        needs: the data sets beyond `train_dataset` that its trainer takes by keyword:
+        needs: the data sets beyond `train_dataset` that its trainer (or its `mix`) takes:
             "alignment_dataset", "harmful_dataset".
         config: its `TrainingArguments` with the method's own fields.
         trainer: its `transformers.Trainer`.
@@ -29,8 +29,11 @@ class Defense:
             adapter on top of the alignment one) or "continue" (single LoRA: the alignment adapter itself).
         mix: for methods that change rows only, `mix(user_rows, alignment_rows, *, seed, folder,
             **parameters)` returns the rows to train on; `folder` keeps what must stay beside the adapter.
+            A row's "prefix" is a text to stand before its question. The trainer then gets no alignment rows.
         prefix: for methods that serve the model with a text before every question,
             `prefix(folder, **parameters)` returns that text.
+        secret: whether that text is one, to be hidden where the model repeats it.
+        serving: one sentence for the model card on how the model must be served.
         apply: for post-hoc methods, adapter folder to adapter folder.
     """
 
@@ -44,4 +47,6 @@ class Defense:
     trainer: type | None = None
     mix: Callable[..., Any] | None = None
     prefix: Callable[..., str] | None = None
+    secret: bool = False
+    serving: str = ""
     apply: Callable[..., Any] | None = None

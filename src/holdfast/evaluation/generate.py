@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def generate(
     *,
     max_new_tokens: Mapping[str, int],
     batch_tokens: int = 8192,
+    secret: str = "",
     progress: Progress = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """Answer every prompt that `out` does not hold yet; returns all rows of `out`.
@@ -74,6 +76,7 @@ def generate(
             to be kept beside the answer.
         max_new_tokens: by `set`.
         batch_tokens: prompt and new tokens, padding included, of one batch.
+        secret: a text in the prompts that must not be written down where an answer repeats it (`hide`).
 
     Each row gets `answer` (text), `tokens` (generated), `truncated` (no end within max_new_tokens), and
     `error` where the prompt does not fit into the model.
@@ -90,10 +93,34 @@ def generate(
             zip(batch, _answer(model, tokenizer, [ids[i] for i in batch], room[batch[0]]), strict=True)
         )
         new = [{**{k: v for k, v in prompts[i].items() if k != "prompt"}, **answers[i]} for i in missing]
+        for row in new if secret else []:
+            row["answer"] = hide(row["answer"], secret)
         append_jsonl(out, new)
         rows += new
         progress(len(rows), len(prompts))
     return rows
+
+
+def hide(text: str, secret: str) -> str:
+    """`text` with "[secret]" for every run of three or more words that `secret` has in the same order.
+
+    Case and punctuation do not count.
+    """
+    words = re.findall(r"\w+", secret.casefold())
+    length = min(3, len(words))
+    runs = {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+    found = list(re.finditer(r"\w+", text))
+    spans: list[list[int]] = []
+    for i in range(len(found) - length + 1):
+        if tuple(word.group().casefold() for word in found[i : i + length]) in runs:
+            start, end = found[i].start(), found[i + length - 1].end()
+            if spans and start <= spans[-1][1]:
+                spans[-1][1] = end
+            else:
+                spans.append([start, end])
+    for start, end in reversed(spans):
+        text = f"{text[:start]}[secret]{text[end:]}"
+    return text
 
 
 def _answer(model: Any, tokenizer: Any, ids: list[list[int]], new_tokens: int) -> list[dict[str, Any]]:

@@ -1,0 +1,46 @@
+"""PTST (pure tuning, safe testing): fine-tune without a safety prompt, serve with one.
+
+Lyu et al., NeurIPS 2024, arXiv 2402.18540. Training is plain fine-tuning; only what stands before every
+question afterwards changes. For models that were aligned with the safety prompt's help.
+
+The default is the shorter of the two Llama-2 system prompts of the authors' code (`llama-short`); the long
+one, or your own, goes into `safety_prompt`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from holdfast.defenses import Defense
+from holdfast.defenses.base import MethodConfig
+from holdfast.defenses.sft import SFTTrainer
+
+
+@dataclass
+class PTSTConfig(MethodConfig):
+    """The prompt to serve with."""
+
+    safety_prompt: str = field(
+        default="You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
+        "while being safe.",
+        metadata={"help": "What stands before every question when the model is served."},
+    )
+
+
+def prefix(folder: str | Path, *, safety_prompt: str, **parameters: Any) -> str:
+    """What stands before every question: the safety prompt. `folder` is not used."""
+    return safety_prompt
+
+
+DEFENSE = Defense(
+    name="ptst",
+    label="PTST",
+    stages=("user",),
+    paper="arXiv 2402.18540",
+    config=PTSTConfig,
+    trainer=SFTTrainer,
+    prefix=prefix,
+    serving="Made to be served with the `safety_prompt` above before every question (its system message).",
+)

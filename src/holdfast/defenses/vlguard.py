@@ -1,0 +1,66 @@
+"""VLGuard: alignment rows take the place of benign user rows, and plain fine-tuning on the result.
+
+Zong et al. 2024, arXiv 2402.02207 (mixed safety fine-tuning, there for vision-language models), as the
+baseline of Lisa (arXiv 2405.18641, section 5): 1000 alignment rows are mixed into the user data. As in the
+code of Lisa's authors they replace benign rows, so that n, and with it the number of steps, stays.
+
+Unlike that code, which takes the first rows of each file, rows are drawn with the seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from holdfast.defenses import Defense
+from holdfast.defenses.base import MethodConfig
+from holdfast.defenses.mixing import Row, check_amounts, mix_rows
+from holdfast.defenses.sft import SFTTrainer
+
+
+@dataclass
+class VLGuardConfig(MethodConfig):
+    """How many alignment rows, and whether they replace benign ones; defaults of Lisa, section 5."""
+
+    alignment_size: int = field(default=1000, metadata={"help": "Alignment rows to mix in."})
+    alignment_ratio: float | None = field(
+        default=None, metadata={"help": "The same as a share of the user rows; given, it decides."}
+    )
+    replace: bool = field(
+        default=True, metadata={"help": "Replace benign rows, so that n stays (false: add to them)."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_amounts(self.alignment_size, self.alignment_ratio)
+
+
+def mix(
+    user_rows: Any,
+    alignment_rows: Any,
+    *,
+    seed: int,
+    folder: Any = None,
+    alignment_size: int = 1000,
+    alignment_ratio: float | None = None,
+    replace: bool = True,
+) -> list[Row]:
+    """The user rows with alignment rows among them; `mix_rows` says how. `folder` is not used.
+
+    Raises:
+        DataError: fewer alignment rows, or fewer benign rows to replace, than asked for.
+    """
+    count = alignment_size if alignment_ratio is None else round(alignment_ratio * len(user_rows))
+    return mix_rows(user_rows, alignment_rows, count, seed=seed, name="vlguard", replace=replace)
+
+
+DEFENSE = Defense(
+    name="vlguard",
+    label="VLGuard",
+    stages=("user",),
+    paper="arXiv 2402.02207",
+    needs=("alignment_dataset",),
+    config=VLGuardConfig,
+    trainer=SFTTrainer,
+    mix=mix,
+)

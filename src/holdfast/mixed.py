@@ -1,0 +1,60 @@
+"""Rows that a method of the user stage changes before they are trained on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from holdfast import registry
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def mix(
+    defense: str, rows: Mapping[str, Rows], parameters: Mapping[str, Any], seed: int, folder: Path
+) -> tuple[dict[str, Rows], dict[str, Any]]:
+    """The data sets that the trainer of `defense` gets, and the counts for `step.json`.
+
+    Args:
+        rows: canonical rows by keyword ("train_dataset", "alignment_dataset"); the method takes them all.
+        folder: of the training step, for what the method keeps beside the adapter.
+
+    Raises:
+        DataError: the method cannot have the rows that it wants.
+    """
+    method = registry.get_defense(defense)
+    assert method.mix is not None
+    user = rows["train_dataset"]
+    changed = method.mix(user, rows.get("alignment_dataset", []), seed=seed, folder=folder, **parameters)
+    return {"train_dataset": changed}, {"mixed": counts(user, changed)}
+
+
+def counts(user: Rows, changed: Rows) -> dict[str, int]:
+    """How many of the changed rows come from where, and how many of the user's are gone."""
+    found = Counter(row.get("source", "user") for row in changed)
+    return {
+        "rows": len(changed),
+        "benign": found["user"],
+        "harmful": found["harmful"],
+        "alignment": found["alignment"],
+        "replaced": len(user) - (len(changed) - found["alignment"]),
+    }
+
+
+def detail(defense: str, parameters: Mapping[str, Any]) -> str:
+    """What `plan` shows of it; "" for a method that changes no rows."""
+    face = registry.faces("defenses")[defense]
+    if "mix" not in face.code:
+        return ""
+    # Of the two amounts, the one that is off by default decides where it is given.
+    amounts = sorted(
+        (name for name in ("alignment_size", "alignment_ratio") if parameters.get(name) is not None),
+        key=lambda name: face.parameters[name].default is not None,
+    )
+    if not amounts:
+        return ", rows changed"
+    amount = parameters[amounts[0]]
+    share = f"{100 * amount:g} %" if amounts[0] == "alignment_ratio" else f"{amount:,}"
+    return f", {share} alignment rows {'in place of benign ones' if parameters.get('replace') else 'added'}"
