@@ -53,6 +53,14 @@ class ConstrainedSFTConfig(MethodConfig):
                 )
         if self.early_tokens < 1:
             raise ValueError(f"early_tokens must be at least 1, found {self.early_tokens}")
+        if self.label_smoothing_factor:
+            raise ValueError("Constrained SFT has no label smoothing: leave label_smoothing_factor at 0")
+        strategy = getattr(self, "packing_strategy", "bfd")  # of trl.SFTConfig
+        if strategy != "bfd" and getattr(self, "packing", False):
+            raise ValueError(
+                f"packing_strategy '{strategy}' cuts answers in two, so that the place of a token in its "
+                "answer is lost. Use packing_strategy='bfd'"
+            )
 
 
 def constrained_loss(log_probs: Tensor, reference: Tensor, beta: Tensor) -> Tensor:
@@ -83,13 +91,6 @@ class ConstrainedSFTMixin(ResumableMixin):
     def __init__(self: Any, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config = self.args
-        if config.label_smoothing_factor:
-            raise ValueError(f"{type(self).__name__} has no label smoothing: leave label_smoothing_factor 0")
-        if getattr(config, "packing", False) and config.packing_strategy != "bfd":
-            raise ValueError(
-                f"packing_strategy '{config.packing_strategy}' cuts answers in two, so that the place of a "
-                "token in its answer is lost. Use packing_strategy='bfd'."
-            )
         config.remove_unused_columns = False  # Trainer would take the row's place for one
         self.data_collator = _RowCollator(self.data_collator)
         self.reference: Tensor | None = None
