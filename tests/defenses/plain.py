@@ -60,11 +60,8 @@ def fisher(rows: int | None, mean_1: bool) -> Any:
         anchor = [w.detach().clone() for w in weights]
         found = fisher_of(net, weights, step, rows)
         mean = sum(f.sum() for f in found) / sum(f.numel() for f in found) if mean_1 else 1.0
-        return (
-            lambda now: sum(
-                (f / mean * (w - a) ** 2).sum() for f, w, a in zip(found, now, anchor, strict=True)
-            )
-            / 2
+        return lambda now: (
+            sum((f / mean * (w - a) ** 2).sum() for f, w, a in zip(found, now, anchor, strict=True)) / 2
         )
 
     return at_switch

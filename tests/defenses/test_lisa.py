@@ -13,7 +13,11 @@ from holdfast.defenses.lisa import LisaConfig
 from holdfast.errors import DataError, ModelError
 
 PHASES = {"alignment_steps": 2, "finetune_steps": 3}
-TERMS = {"l2": (plain.l2, 3.0), "fisher": (plain.fisher(8, mean_1=True), 3.0), "delta_w": (plain.delta_w, 30.0)}
+TERMS = {
+    "l2": (plain.l2, 3.0),
+    "fisher": (plain.fisher(8, mean_1=True), 3.0),
+    "delta_w": (plain.delta_w, 30.0),
+}
 
 
 def lisa(out, proximal="l2", **options):
@@ -60,7 +64,7 @@ def test_the_terms_differ(tmp_path):
 def test_the_term_is_left_out_in_the_warm_up(tmp_path):
     made = lisa(tmp_path, proximal_warmup_ratio=0.5)
     made.train()
-    expected, record = plain.train(2, 3, 3.0, warmup=0.5)
+    expected, _ = plain.train(2, 3, 3.0, warmup=0.5)
     assert trainers.distance(trainers.weights(made), expected) < 1e-5
     assert [e["penalty"] > 0 for e in logged(made)] == [False] * 6 + [True] * 6
 
@@ -104,7 +108,7 @@ def test_fisher_is_taken_anew_at_each_switch_point(tmp_path, monkeypatch):
     names = [n for n, p in made.model.named_parameters() if p.requires_grad]
     assert list(taken) == [0, 2, 5, 7, 10]
     for step, fisher in taken.items():
-        assert sum(float(f.sum()) for f in fisher) / sum(f.numel() for f in fisher) == pytest.approx(1, rel=1e-4)
+        assert float(torch.cat([f.flatten() for f in fisher]).mean()) == pytest.approx(1, rel=1e-4)
         for name, f in zip(names, fisher, strict=True):
             assert bool((f > 0).any()) == ("lora_B" in name or step > 0), (step, name)
 

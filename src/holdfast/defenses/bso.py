@@ -148,7 +148,7 @@ class BSOMixin(AlignmentRows, AnchorMixin):
         super().__init__(*args, **kwargs)
         config = self.args
         if not self.alignment_dataset and config.alignment_steps > 0:
-            raise DataError(f"{type(self).__name__} needs alignment_dataset: the rows of the alignment state.")
+            raise DataError(f"{type(self).__name__} needs alignment_dataset: rows for the alignment state.")
         self.phases = Phases(config.alignment_steps, config.finetune_steps)
         if config.max_steps <= 0 and self.train_dataset is not None:
             config.max_steps = planned_steps(self)

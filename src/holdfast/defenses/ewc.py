@@ -51,7 +51,6 @@ class EWCConfig(MethodConfig):
 class EWCMixin(PenaltyMixin, AlignmentRows):
     """Adds the penalty to a `Trainer`; w* and F are taken before the first step."""
 
-    @property
     def penalty_term(self: Any) -> str:
         """F of the alignment rows, or F = 1."""
         return self.args.penalty

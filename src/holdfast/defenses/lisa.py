@@ -68,7 +68,6 @@ class LisaMixin(PenaltyMixin, BSOMixin):
 
     fisher_has_mean_1 = True
 
-    @property
     def penalty_term(self: Any) -> str:
         """The proximal term."""
         return self.args.proximal

@@ -96,10 +96,12 @@ class PenaltyMixin(AnchorMixin):
     A subclass says which term D is, how strong it is, and how F is taken; it must also be `AlignmentRows`.
     """
 
-    penalty_term = "l2"
-    """"l2", "fisher" or "delta_w" (see `proximal.py`)."""
     fisher_has_mean_1 = False
-    """Whether F is divided by its mean over all trainable weights: then F = 1 is "l2"."""
+    """Whether F is divided by its mean over all trainable weights: then F = 1 is `l2`."""
+
+    def penalty_term(self: Any) -> str:
+        """`l2`, `fisher` or `delta_w` (see `proximal.py`)."""
+        raise NotImplementedError
 
     def penalty_strength(self: Any, step: int) -> float:
         """rho or lambda at optimizer step `step` (from 0), 0 where the term is left out."""
@@ -118,7 +120,7 @@ class PenaltyMixin(AnchorMixin):
             self._refuse_what_cannot_be()
 
     def _refuse_what_cannot_be(self: Any) -> None:
-        term, name = self.penalty_term, type(self).__name__
+        term, name = self.penalty_term(), type(self).__name__
         if term == "fisher" and not self.alignment_dataset:
             raise DataError(f"{name} needs alignment_dataset: the rows whose Fisher information it takes.")
         if term == "delta_w":
@@ -129,7 +131,7 @@ class PenaltyMixin(AnchorMixin):
             raise InputError(f"{name}: under DeepSpeed only the 'l2' penalty can be had, found '{term}'.")
         if zero_3(self.accelerator):
             raise InputError(
-                f"{name} cannot run under DeepSpeed ZeRO-3: it cuts the weights up, and the penalty would see "
+                f"{name} cannot run under DeepSpeed ZeRO-3, which cuts the weights up: the penalty would see "
                 "none of them. Use ZeRO-2 or FSDP2."
             )
         if self.args.fp16:
@@ -163,13 +165,14 @@ class PenaltyMixin(AnchorMixin):
     def _adds_its_share(self: Any, i: int) -> Callable[[Tensor], Tensor]:
         def hook(gradient: Tensor) -> Tensor:
             share = self.penalty_strength(self.state.global_step) / self.current_gradient_accumulation_steps
-            return gradient + share * difference([self.weights[i]], [self.anchor[i]])[0] if share else gradient
+            drift = difference([self.weights[i]], [self.anchor[i]])[0]
+            return gradient + share * drift if share else gradient
 
         return hook
 
     def anchor_taken(self: Any, model: Any) -> None:
         """Build the term, with F taken at these weights."""
-        if self.penalty_term == "fisher" and self.penalised():
+        if self.penalty_term() == "fisher" and self.penalised():
             self.fisher = trainer_fisher(self, model, self.args.fisher_rows, self.anchor_step)
             if self.fisher_has_mean_1:
                 mean_1(self.fisher)
@@ -178,9 +181,9 @@ class PenaltyMixin(AnchorMixin):
     def _build_term(self: Any) -> None:
         if not self.penalised():
             return
-        if self.penalty_term == "fisher":
+        if self.penalty_term() == "fisher":
             self.term = Weighted(self.fisher)
-        elif self.penalty_term == "delta_w":
+        elif self.penalty_term() == "delta_w":
             self.term = DeltaW(lora_factors(self.model, trainable_parameters(self.model)))
 
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -194,7 +197,7 @@ class PenaltyMixin(AnchorMixin):
     def method_state(self: Any) -> dict[str, Tensor]:
         """The anchor, and F where there is one."""
         state = super().method_state()
-        if self.penalty_term != "fisher" or not self.penalised():
+        if self.penalty_term() != "fisher" or not self.penalised():
             return state
         parameters = trainable_parameters(self.model)
         fisher = self.fisher or [

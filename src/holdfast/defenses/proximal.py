@@ -54,12 +54,12 @@ class L2:
 class Weighted:
     """D = 1/2 sum_i F_i (w_i - a_i)^2; F >= 0 has the shapes of the weights (Kirkpatrick et al. 2017)."""
 
-    fisher: Tensors
+    fisher: list[Tensor]
 
     def value(self, weights: Tensors, anchor: Tensors) -> Tensor:
         """Half the squared distance, each coordinate weighed by F."""
         roots = torch._foreach_sqrt(self.fisher)
-        return squared_norm(torch._foreach_mul(difference(weights, anchor), roots)) / 2
+        return squared_norm(list(torch._foreach_mul(difference(weights, anchor), roots))) / 2
 
     def gradient(self, weights: Tensors, anchor: Tensors) -> list[Tensor]:
         """F (w - a)."""
@@ -151,7 +151,7 @@ def lora_factors(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> lis
 
 
 def _parts(name: str) -> tuple[str, str, str]:
-    """"...q_proj.lora_A.default.weight" as module, "lora_A" and adapter; three empty texts for other names."""
+    """Module, kind and adapter of `...q_proj.lora_A.default.weight`; three empty texts for other names."""
     for kind in ("lora_A", "lora_B"):
         module, middle, rest = name.rpartition(f".{kind}.")
         if middle and rest.endswith(".weight"):
