@@ -37,6 +37,22 @@ def l2(net: Any, weights: list[torch.Tensor], step: int) -> Penalty:
     return lambda now: sum(((w - a) ** 2).sum() for w, a in zip(now, anchor, strict=True)) / 2
 
 
+def two_anchors() -> Any:
+    """`l2` as the authors keep it: each state's last iterate, of which the other state's is the anchor."""
+    last: dict[str, list[torch.Tensor]] = {}
+    ended = "user"
+
+    def at_switch(net: Any, weights: list[torch.Tensor], step: int) -> Penalty:
+        nonlocal ended
+        now = [w.detach().clone() for w in weights]
+        begins = {"user": "alignment", "alignment": "user"}[ended]
+        last[ended], ended = now, begins
+        anchor = last[{"user": "alignment", "alignment": "user"}[begins]]
+        return lambda w: sum(((x - a) ** 2).sum() for x, a in zip(w, anchor, strict=True)) / 2
+
+    return at_switch
+
+
 def fisher_of(net: Any, weights: list[torch.Tensor], step: int, rows: int | None) -> list[torch.Tensor]:
     """The sum of the squared gradients of the batches of four alignment rows."""
     order = torch.randperm(

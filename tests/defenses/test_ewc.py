@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import plain
 import pytest
 import torch
@@ -65,6 +67,27 @@ def test_the_first_step_sees_no_gradient_of_the_fisher(tmp_path):
     assert trainers.same(*first)
     second = [end(tmp_path, "ewc", lambda_=1e3, max_steps=2), end(tmp_path, "sft", max_steps=2)]
     assert not trainers.same(*second)
+
+
+def test_the_fisher_is_taken_outside_of_no_sync(tmp_path, monkeypatch):
+    """Where early micro-batches run, the gradients of several processes would not be put together."""
+    from accelerate import Accelerator
+
+    from holdfast.defenses import penalty
+
+    inside, seen = [], []
+
+    @contextmanager
+    def no_sync(self, model):
+        inside.append(model)
+        yield
+        inside.pop()
+
+    take = penalty.trainer_fisher
+    monkeypatch.setattr(Accelerator, "no_sync", no_sync)
+    monkeypatch.setattr(penalty, "trainer_fisher", lambda *a: seen.append(len(inside)) or take(*a))
+    ewc(tmp_path, max_steps=2, gradient_accumulation_steps=2).train()
+    assert seen == [0]
 
 
 @pytest.mark.parametrize("penalty", TERMS)

@@ -52,7 +52,14 @@ def test_lisa_is_algorithm_1(tmp_path, proximal, accumulation):
             assert entry[name] == pytest.approx(step[name], rel=1e-3, abs=1e-6), name
 
 
-def test_the_terms_differ(tmp_path):
+def test_the_authors_two_anchors_are_one():
+    """Each state's last iterate is kept there; only the one of the state that ended is ever read."""
+    one, _ = plain.train(2, 3, 3.0)
+    two, _ = plain.train(2, 3, 3.0, at_switch=plain.two_anchors())
+    assert trainers.same(one, two)
+
+
+def test_the_terms_differ():
     """The equation tests can fail: no two terms, nor two strengths, give the same weights."""
     ends = [plain.train(2, 3, 3.0, at_switch=at_switch)[0] for at_switch, _ in TERMS.values()]
     ends.append(plain.train(2, 3, 1.0)[0])

@@ -100,9 +100,10 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
 def trainer_fisher(trainer: Any, model: nn.Module, rows: int | None, step: int) -> list[Tensor]:
     """F of a trainer's trainable weights as they are now, from `rows` of its alignment rows (None: all).
 
-    Runs in every process of the training, before the first backward of optimizer step `step`. The rows are
-    drawn by the trainer's seed and `step`; the last batch is filled up from the first rows. The gradient of
-    a batch is what Trainer itself would step with, before clipping: `model` is the wrapped one.
+    Runs in every process of the training, before optimizer step `step` and outside of any `no_sync`, in which
+    the processes' gradients would stay apart. The rows are drawn by the trainer's seed and `step`; the last
+    batch is filled up from the first rows. The gradient of a batch is what Trainer itself would step with,
+    before clipping: `model` is the wrapped one.
     """
     args, data = trainer.args, trainer.alignment_dataset
     generator = torch.Generator().manual_seed(derive_seed(args.seed, "fisher", step))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
+from transformers import TrainerCallback
 
 from holdfast.defenses.base import gradient_scale, prepare_rows, squared_norm, trainable_parameters
 from holdfast.defenses.fisher import mean_1, trainer_fisher
@@ -35,6 +36,17 @@ class AlignmentRows:
         )
 
 
+class _StepBegin(TrainerCallback):
+    """Calls the trainer where a step begins: outside of the `no_sync` that early micro-batches run in."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first micro-batch of an optimizer step."""
+        self.trainer.keep_anchor()
+
+
 class AnchorMixin:
     """Keeps the weights at the last switch point; without a subclass that says more, those at the start."""
 
@@ -43,6 +55,7 @@ class AnchorMixin:
         self.weights: list[Tensor] = []
         self.anchor: list[Tensor] | None = None
         self.anchor_step = -1
+        self.add_callback(_StepBegin(self))
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Every training takes anchors of its own, also a second one of the same trainer."""
@@ -53,18 +66,17 @@ class AnchorMixin:
         """The optimizer step before which the anchor of `step` is taken."""
         return 0
 
-    def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The plain step; at a switch point the weights are kept first."""
+    def keep_anchor(self: Any) -> None:
+        """At a switch point, before anything of the step: keep the weights."""
         point = self.anchor_point(self.state.global_step)
         if point != self.anchor_step and not zero_3(self.accelerator):
             self.weights = list(trainable_parameters(self.model).values())
             self.anchor = [w.detach().clone() for w in self.weights]
             self.anchor_step = point
-            self.anchor_taken(model)
-        return super().training_step(model, inputs, num_items_in_batch)
+            self.anchor_taken()
 
-    def anchor_taken(self: Any, model: Any) -> None:
-        """Called after the anchor was taken, before anything of the step; `model` is the wrapped one."""
+    def anchor_taken(self: Any) -> None:
+        """Called after the anchor was taken."""
 
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the drift ||w - anchor|| of the weights as they are now."""
@@ -170,10 +182,10 @@ class PenaltyMixin(AnchorMixin):
 
         return hook
 
-    def anchor_taken(self: Any, model: Any) -> None:
+    def anchor_taken(self: Any) -> None:
         """Build the term, with F taken at these weights."""
         if self.penalty_term() == "fisher" and self.penalised():
-            self.fisher = trainer_fisher(self, model, self.args.fisher_rows, self.anchor_step)
+            self.fisher = trainer_fisher(self, self.model_wrapped, self.args.fisher_rows, self.anchor_step)
             if self.fisher_has_mean_1:
                 mean_1(self.fisher)
         self._build_term()
