@@ -25,7 +25,6 @@ from torch.utils.data import ConcatDataset, DataLoader
 from holdfast.defenses import Defense
 from holdfast.defenses.base import MethodConfig, RowTrainer, planned_steps
 from holdfast.defenses.penalty import AlignmentRows, AnchorMixin
-from holdfast.defenses.rows import rows_fingerprint
 from holdfast.errors import DataError
 from holdfast.seeds import derive_seed
 
@@ -202,15 +201,6 @@ class BSOMixin(AlignmentRows, AnchorMixin):
             self._loss = {"alignment": 0.0, "user": 0.0}
             self._steps = {"alignment": 0, "user": 0}
         super().log(logs, *args, **kwargs)
-
-    def run_fingerprint(self: Any) -> dict[str, Any]:
-        """The plain one, with K1, K2 and the alignment rows."""
-        return super().run_fingerprint() | {
-            "alignment_steps": self.args.alignment_steps,
-            "finetune_steps": self.args.finetune_steps,
-            "skip_user_batches": self.args.skip_user_batches,
-            "alignment_dataset": rows_fingerprint(self.alignment_dataset or ()),
-        }
 
 
 class BSOTrainer(BSOMixin, RowTrainer):

@@ -23,7 +23,6 @@ from typing import Any, Literal
 from holdfast.defenses import Defense
 from holdfast.defenses.base import MethodConfig, RowTrainer
 from holdfast.defenses.penalty import AlignmentRows, PenaltyMixin
-from holdfast.defenses.rows import rows_fingerprint
 
 
 @dataclass
@@ -62,15 +61,6 @@ class EWCMixin(PenaltyMixin, AlignmentRows):
     def penalty_strength(self: Any, step: int) -> float:
         """lambda, at every step."""
         return self.args.lambda_
-
-    def run_fingerprint(self: Any) -> dict[str, Any]:
-        """The plain one, with lambda, the kind of penalty and what F is taken from."""
-        return super().run_fingerprint() | {
-            "lambda_": self.args.lambda_,
-            "penalty": self.args.penalty,
-            "fisher_rows": self.args.fisher_rows,
-            "alignment_dataset": rows_fingerprint(self.alignment_dataset or ()),
-        }
 
 
 class EWCTrainer(EWCMixin, RowTrainer):

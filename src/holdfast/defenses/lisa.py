@@ -81,15 +81,6 @@ class LisaMixin(PenaltyMixin, BSOMixin):
         warm = step + 1 > self.args.proximal_warmup_ratio * self.args.max_steps
         return self.args.rho if warm else 0.0
 
-    def run_fingerprint(self: Any) -> dict[str, Any]:
-        """That of BSO, with rho, the warm-up and the term."""
-        return super().run_fingerprint() | {
-            "rho": self.args.rho,
-            "proximal_warmup_ratio": self.args.proximal_warmup_ratio,
-            "proximal": self.args.proximal,
-            "fisher_rows": self.args.fisher_rows,
-        }
-
 
 class LisaTrainer(LisaMixin, RowTrainer):
     """Lisa on `transformers.Trainer`; `alignment_dataset` holds the rows of the alignment state."""

@@ -20,20 +20,25 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import TrainerCallback
 
-from holdfast.defenses.base import gradient_scale, prepare_rows, squared_norm, trainable_parameters
+from holdfast.defenses.base import ResumableMixin, gradient_scale, squared_norm, trainable_parameters
 from holdfast.defenses.fisher import mean_1, trainer_fisher
 from holdfast.defenses.proximal import L2, DeltaW, Term, Weighted, add_gradient, difference, lora_factors
+from holdfast.defenses.rows import rows_fingerprint
 from holdfast.errors import DataError, InputError
 
 
-class AlignmentRows:
-    """Takes `alignment_dataset`, rows of any accepted kind, and keeps them tokenised."""
+class AlignmentRows(ResumableMixin):
+    """Takes `alignment_dataset`, rows of any accepted kind, and keeps them as the trainer's own are kept."""
 
     def __init__(self: Any, *args: Any, alignment_dataset: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.alignment_dataset = prepare_rows(
-            alignment_dataset, self.processing_class, getattr(self.args, "max_length", None) or 2048
-        )
+        self.alignment_dataset = self.prepare_extra_rows(alignment_dataset)
+
+    def run_fingerprint(self: Any) -> dict[str, Any]:
+        """The plain one, with the alignment rows."""
+        return super().run_fingerprint() | {
+            "alignment_dataset": rows_fingerprint(self.alignment_dataset or ())
+        }
 
 
 class _StepBegin(TrainerCallback):
@@ -47,7 +52,7 @@ class _StepBegin(TrainerCallback):
         self.trainer.keep_anchor()
 
 
-class AnchorMixin:
+class AnchorMixin(ResumableMixin):
     """Keeps the weights at the last switch point; without a subclass that says more, those at the start."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any):
