@@ -44,6 +44,7 @@ def test_every_face_is_told_and_loads(group):
 def test_inherited_parameters_come_first():
     assert list(registry.faces("defenses")["lisa"].parameters) == [
         "alignment_steps", "finetune_steps", "skip_user_batches", "rho", "proximal_warmup_ratio",
+        "proximal", "fisher_rows",
     ]  # fmt: skip
 
 

@@ -211,8 +211,9 @@ def gradient_scale(accelerator: Any) -> float:
 
 
 def squared_norm(tensors: list[Tensor]) -> Tensor:
-    """Sum of squares over all tensors (a scalar, replicated where they are sharded)."""
-    total = torch.stack([t.float() for t in torch._foreach_norm(tensors)]).square().sum()
+    """Sum of squares over all tensors, at least in float32 (a scalar, replicated where they are sharded)."""
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    total = torch.stack(torch._foreach_norm(tensors, 2, dtype=wide)).square().sum()
     return total.full_tensor() if hasattr(total, "full_tensor") else total
 
 

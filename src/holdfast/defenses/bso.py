@@ -23,15 +23,9 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
 from holdfast.defenses import Defense
-from holdfast.defenses.base import (
-    MethodConfig,
-    ResumableMixin,
-    RowTrainer,
-    planned_steps,
-    squared_norm,
-    trainable_parameters,
-)
-from holdfast.defenses.rows import rows_fingerprint
+from holdfast.defenses.base import MethodConfig, RowTrainer, planned_steps
+from holdfast.defenses.penalty import AlignmentRows, AnchorMixin
+from holdfast.errors import DataError
 from holdfast.seeds import derive_seed
 
 State = Literal["alignment", "user"]
@@ -146,22 +140,17 @@ class PhaseBatchSampler:
         return torch.randperm(self.rows[state], generator=generator).tolist()
 
 
-class BSOMixin(ResumableMixin):
+class BSOMixin(AlignmentRows, AnchorMixin):
     """Adds the two states to a `Trainer`; composes with any that calls `get_train_dataloader`."""
 
-    def __init__(self: Any, *args: Any, alignment_dataset: Any = None, **kwargs: Any):
+    def __init__(self: Any, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config = self.args
-        if alignment_dataset is None and config.alignment_steps > 0:
-            raise ValueError(
-                f"{type(self).__name__} needs alignment_dataset: the rows of the alignment state"
-            )
-        self.alignment_dataset = self.prepare_extra_rows(alignment_dataset)
+        if not self.alignment_dataset and config.alignment_steps > 0:
+            raise DataError(f"{type(self).__name__} needs alignment_dataset: rows for the alignment state.")
         self.phases = Phases(config.alignment_steps, config.finetune_steps)
         if config.max_steps <= 0 and self.train_dataset is not None:
             config.max_steps = planned_steps(self)
-        self.anchor: list[Tensor] | None = None
-        self.anchor_step = -1
         self._loss: dict[str, Tensor | float] = {"alignment": 0.0, "user": 0.0}
         self._steps = {"alignment": 0, "user": 0}
 
@@ -189,60 +178,29 @@ class BSOMixin(ResumableMixin):
             )
         )
 
+    def anchor_point(self: Any, step: int) -> int:
+        """The last switch point."""
+        return self.phases.start(step)
+
     def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch of the current state; the weights at a switch point are kept as the anchor."""
-        self._keep_anchor()
+        """One micro-batch of the current state."""
         state = self.phases.state(self.state.global_step)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._loss[state] = self._loss[state] + loss.detach()
         self._steps[state] += int(self.accelerator.sync_gradients)
         return loss
 
-    def _keep_anchor(self: Any) -> None:
-        start = self.phases.start(self.state.global_step)
-        if start != self.anchor_step:
-            self.anchor = [p.detach().clone() for p in trainable_parameters(self.model).values()]
-            self.anchor_step = start
-
-    def drift(self: Any) -> list[Tensor]:
-        """w minus the weights at the last switch point, a tensor for each trainable parameter."""
-        weights = [p.detach() for p in trainable_parameters(self.model).values()]
-        return list(torch._foreach_sub(weights, self.anchor))
-
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the state, each state's own mean loss, and the drift towards the last switch point."""
-        if "loss" in logs and self.anchor is not None:
+        """Adds the state of the last step, and each state's own mean loss since the last such entry."""
+        if "loss" in logs:
             logs["state"] = self.phases.state(self.state.global_step - 1)
             for state in ("alignment", "user"):
                 if self._steps[state]:
-                    logs[f"{state}_loss"] = float(self._loss[state]) / self._steps[state]
+                    mean = self.accelerator.reduce(self._loss[state], "mean")
+                    logs[f"{state}_loss"] = float(mean) / self._steps[state]
             self._loss = {"alignment": 0.0, "user": 0.0}
             self._steps = {"alignment": 0, "user": 0}
-            logs["drift"] = float(squared_norm(self.drift()).sqrt())
         super().log(logs, *args, **kwargs)
-
-    def method_state(self: Any) -> dict[str, Tensor]:
-        """The anchor and the step at which it was taken."""
-        parameters = trainable_parameters(self.model)
-        anchor = self.anchor or [torch.zeros_like(p.detach()) for p in parameters.values()]
-        return {
-            "anchor_step": torch.tensor(self.anchor_step),
-            **{f"anchor.{name}": t for name, t in zip(parameters, anchor, strict=True)},
-        }
-
-    def method_loaded(self: Any, state: dict[str, Tensor]) -> None:
-        """Go on with the saved anchor."""
-        self.anchor_step = int(state["anchor_step"])
-        self.anchor = [t for name, t in state.items() if name.startswith("anchor.")]
-
-    def run_fingerprint(self: Any) -> dict[str, Any]:
-        """The plain one, with K1, K2 and the alignment rows."""
-        return super().run_fingerprint() | {
-            "alignment_steps": self.args.alignment_steps,
-            "finetune_steps": self.args.finetune_steps,
-            "skip_user_batches": self.args.skip_user_batches,
-            "alignment_dataset": rows_fingerprint(self.alignment_dataset or ()),
-        }
 
 
 class BSOTrainer(BSOMixin, RowTrainer):

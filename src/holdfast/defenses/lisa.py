@@ -14,22 +14,24 @@ Where we differ from the authors' code, and why:
   0.1 is the authors' code; 0 is the paper's equation.
 
 rho acts on the trainable weights: for LoRA on the factors A and B, so its strength depends on rank, alpha
-and the number of modules, and does not carry over from one set-up to another.
+and the number of modules, and does not carry over from one set-up to another. Two other terms, `proximal`:
+
+- `fisher`: rho/2 sum_i F_i (w_i - w_switch,i)^2, F being the diagonal Fisher information of `fisher_rows`
+  alignment rows at the weights of the switch point, divided by its mean over all trainable weights (F = 1 is
+  `l2`). It is taken anew at each switch point: a fresh LoRA has B = 0, hence F = 0 on all of A;
+- `delta_w`: rho/2 sum over modules ||s B A - s B_switch A_switch||_F^2, s the scaling of LoRA: the distance
+  of what LoRA adds to the model, whatever the factors. The equations of all three are in `proximal.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from accelerate.utils import DistributedType
-from torch import Tensor
+from typing import Any, Literal
 
 from holdfast.defenses import Defense
-from holdfast.defenses.base import RowTrainer, gradient_scale, squared_norm, trainable_parameters
+from holdfast.defenses.base import RowTrainer
 from holdfast.defenses.bso import BSOConfig, BSOMixin
+from holdfast.defenses.penalty import PenaltyMixin
 
 
 @dataclass
@@ -40,6 +42,12 @@ class LisaConfig(BSOConfig):
     proximal_warmup_ratio: float = field(
         default=0.1, metadata={"help": "Share of the steps without the term; 0 is the paper's equation."}
     )
+    proximal: Literal["l2", "fisher", "delta_w"] = field(
+        default="l2", metadata={"help": "What the term measures: weights, weights weighed by F, or B A."}
+    )
+    fisher_rows: int = field(
+        default=256, metadata={"help": "Alignment rows from which F is taken at each switch point."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,61 +57,29 @@ class LisaConfig(BSOConfig):
             raise ValueError(
                 f"proximal_warmup_ratio must be within 0 and 1, found {self.proximal_warmup_ratio}"
             )
+        if self.proximal not in ("l2", "fisher", "delta_w"):
+            raise ValueError(f"proximal must be l2, fisher or delta_w, found {self.proximal!r}")
+        if self.fisher_rows < 1:
+            raise ValueError(f"fisher_rows must be at least 1, found {self.fisher_rows}")
 
 
-def add_proximal_gradient(
-    weights: Sequence[Tensor], anchor: Sequence[Tensor], rho: float, scale: float = 1.0
-) -> None:
-    """w.grad += rho (w - anchor), for every w that has a gradient; `scale` is the loss scale of fp16.
-
-    Exactly zero where w equals its anchor. Works alike on plain tensors and on shards (DTensor).
-    """
-    pairs = [(w, a) for w, a in zip(weights, anchor, strict=True) if w.grad is not None]
-    if not pairs:
-        return
-    with torch.no_grad():
-        drift = torch._foreach_sub([w for w, _ in pairs], [a for _, a in pairs])
-        torch._foreach_add_([w.grad for w, _ in pairs], drift, alpha=rho * scale)
-
-
-class LisaMixin(BSOMixin):
+class LisaMixin(PenaltyMixin, BSOMixin):
     """Adds the proximal term to BSO."""
 
-    def __init__(self: Any, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise ValueError(
-                "Lisa cannot run under DeepSpeed yet: its optimizer steps inside backward, before the "
-                "proximal gradient is added. Use DDP or FSDP2."
-            )
+    fisher_has_mean_1 = True
 
-    def proximal_active(self: Any, step: int) -> bool:
-        """Whether the term acts at optimizer step `step` (counted from 0)."""
-        return self.args.rho > 0 and step + 1 > self.args.proximal_warmup_ratio * self.args.max_steps
+    def penalty_term(self: Any) -> str:
+        """The proximal term."""
+        return self.args.proximal
 
-    def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The plain step; after the last micro-batch, and before clipping, the proximal gradient."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients and self.proximal_active(self.state.global_step):
-            weights = list(trainable_parameters(self.model).values())
-            add_proximal_gradient(weights, self.anchor, self.args.rho, gradient_scale(self.accelerator))
-        return loss
+    def penalised(self: Any) -> bool:
+        """Without rho, Lisa is BSO."""
+        return self.args.rho > 0
 
-    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the penalty rho/2 ||w - w_switch||^2, which is not part of the logged loss."""
-        if "loss" in logs and self.anchor is not None:
-            active = self.proximal_active(self.state.global_step - 1)
-            logs["proximal_penalty"] = (
-                self.args.rho / 2 * float(squared_norm(self.drift())) if active else 0.0
-            )
-        super().log(logs, *args, **kwargs)
-
-    def run_fingerprint(self: Any) -> dict[str, Any]:
-        """That of BSO, with rho and the warm-up."""
-        return super().run_fingerprint() | {
-            "rho": self.args.rho,
-            "proximal_warmup_ratio": self.args.proximal_warmup_ratio,
-        }
+    def penalty_strength(self: Any, step: int) -> float:
+        """rho, after the warm-up."""
+        warm = step + 1 > self.args.proximal_warmup_ratio * self.args.max_steps
+        return self.args.rho if warm else 0.0
 
 
 class LisaTrainer(LisaMixin, RowTrainer):

@@ -1,0 +1,79 @@
+"""EWC (elastic weight consolidation): fine-tuning held near the start where alignment rows are sensitive.
+
+The loss is f(w) + lambda/2 sum_i F_i (w_i - w*_i)^2 (Kirkpatrick et al. 2017, arXiv 1612.00796, equation 3),
+with f the cross-entropy on the user's rows, w* the weights at the start and F the diagonal Fisher information
+of the alignment rows at w*. It is a baseline of Lisa (arXiv 2405.18641).
+
+Lisa's authors describe it and code it differently, and both are here:
+
+- `penalty="fisher"`, their code: F is the sum of the squared gradients of the batches of alignment rows
+  (10,000 there), lambda 0.001. F grows with the number of batches, and lambda does not carry over;
+- `penalty="l2"`, their text: F = 1, the plain distance to the aligned weights.
+
+It trains the alignment adapter itself (single LoRA), so that w* are the aligned weights. On a new adapter
+B = 0 at the start, hence F = 0 on all of A. Unlike in the authors' code, the gradients from which F was taken
+never reach the first step, F is taken with dropout off, and the penalty is added once per optimizer step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from holdfast.defenses import Defense
+from holdfast.defenses.base import MethodConfig, RowTrainer
+from holdfast.defenses.penalty import AlignmentRows, PenaltyMixin
+
+
+@dataclass
+class EWCConfig(MethodConfig):
+    """lambda of the Lisa authors' code; `lambda_` because lambda is a word of Python."""
+
+    lambda_: float = field(default=0.001, metadata={"help": "Strength of the penalty."})
+    penalty: Literal["fisher", "l2"] = field(
+        default="fisher", metadata={"help": "Weigh the distance by the Fisher information, or not."}
+    )
+    fisher_rows: int | None = field(
+        default=None, metadata={"help": "Alignment rows from which F is taken; none given means all."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lambda_ < 0:
+            raise ValueError(f"lambda_ must not be negative, found {self.lambda_}")
+        if self.penalty not in ("fisher", "l2"):
+            raise ValueError(f"penalty must be fisher or l2, found {self.penalty!r}")
+        if self.fisher_rows is not None and self.fisher_rows < 1:
+            raise ValueError(f"fisher_rows must be at least 1, found {self.fisher_rows}")
+
+
+class EWCMixin(PenaltyMixin, AlignmentRows):
+    """Adds the penalty to a `Trainer`; w* and F are taken before the first step."""
+
+    def penalty_term(self: Any) -> str:
+        """F of the alignment rows, or F = 1."""
+        return self.args.penalty
+
+    def penalised(self: Any) -> bool:
+        """Without lambda, EWC is SFT."""
+        return self.args.lambda_ > 0
+
+    def penalty_strength(self: Any, step: int) -> float:
+        """lambda, at every step."""
+        return self.args.lambda_
+
+
+class EWCTrainer(EWCMixin, RowTrainer):
+    """EWC on `transformers.Trainer`; `alignment_dataset` holds the rows from which F is taken."""
+
+
+DEFENSE = Defense(
+    name="ewc",
+    label="EWC",
+    stages=("user",),
+    paper="Kirkpatrick et al. 2017, arXiv 1612.00796",
+    needs=("alignment_dataset",),
+    adapter="continue",
+    config=EWCConfig,
+    trainer=EWCTrainer,
+)
