@@ -51,7 +51,8 @@ class Context:
 
         A step that trained all weights left a model instead of an adapter: the chain starts from there.
         """
-        folder, adapters = self.model, []
+        folder = self.model
+        adapters: list[Path] = []
         for step in map(self.store.path, chain):
             if (step / "model").is_dir():
                 folder, adapters = step / "model", []

@@ -157,7 +157,7 @@ class _Planner:
         training = {**defaults, **part.training.given()}
         trains = self.recipe.trains(stage)
         chosen = self.recipe.lora(stage) if trains == "new" else None
-        lora = chosen and chosen.identity()
+        lora = chosen.identity() if chosen else None
         identity = {
             "format": FORMAT["train"],
             **self.base,

@@ -1,8 +1,8 @@
 """One training stage: a model, rows and a defense in; a PEFT adapter folder out. Resumes by itself.
 
 In the step's folder: `checkpoints/` while it runs, then `adapter/` (or `model/`, where all weights were
-trained) with a model card, and `trainer_state.json`. A checkpoint counts only with its `holdfast.json`, which is written last, so that a
-kill in the middle of saving costs one interval and nothing else.
+trained) with a model card, and `trainer_state.json`. A checkpoint counts only with its `holdfast.json`,
+which is written last, so that a kill in the middle of saving costs one interval and nothing else.
 """
 
 from __future__ import annotations

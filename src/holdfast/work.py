@@ -47,7 +47,7 @@ def check(context: Context) -> None:
                 lora = recipe.lora(name)
                 check_trained(
                     context.model,
-                    lora and lora.identity(),
+                    lora.identity() if lora else None,
                     recipe.model.dtype,
                     recipe.model.trust_remote_code,
                 )
