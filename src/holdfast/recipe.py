@@ -302,19 +302,16 @@ class Recipe(Part):
         Raises:
             RecipeError: with the file, the key, its line, and what was expected.
         """
-        if isinstance(source, Mapping):
-            raw, name, lines, folder = dict(source), "recipe", None, None
-        else:
-            path = recipe_file.find(str(source))
-            raw, lines = recipe_file.read(path)
-            name, folder = str(source), path.parent
+        files = recipe_file.layers(source)
+        stem = None if isinstance(source, Mapping) else Path(source).stem
+        raw = recipe_file.merged(files, StageRecipe.model_fields, stem)
         for override in overrides:
             recipe_file.override(raw, override)
         try:
             recipe = cls.model_validate(raw)
         except ValidationError as error:
-            raise RecipeError(recipe_file.explain(error, name, lines, cls)) from None
-        return recipe if folder is None else _beside(recipe, folder)
+            raise RecipeError(recipe_file.explain(error, files, cls)) from None
+        return _beside(recipe, files)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, defaults included, as stored with results."""
@@ -325,22 +322,27 @@ class Recipe(Part):
         return identity_hash(self.to_dict())
 
 
-def _beside(recipe: Recipe, folder: Path) -> Recipe:
-    """Relative paths are looked up from the working folder first, then from the recipe's own folder."""
+def _beside(recipe: Recipe, files: Sequence[recipe_file.Layer]) -> Recipe:
+    """Relative paths are looked up from the working folder first, then from the folder of their file."""
 
-    def found(value: str | None) -> str | None:
-        if value is None or value in NAMES or Path(value).exists() or not (folder / value).exists():
+    def found(value: str | None, *place: str) -> str | None:
+        if value is None or value in NAMES or Path(value).exists():
             return value
-        return str((folder / value).resolve())
+        beside = recipe_file.origin(files, place).folder / value
+        return str(beside.resolve()) if beside.exists() else value
 
     data = recipe.data
-    alignment = data.alignment and data.alignment.model_copy(update={"source": found(data.alignment.source)})
+    alignment = data.alignment and data.alignment.model_copy(
+        update={"source": found(data.alignment.source, "data", "alignment", "source")}
+    )
     sources = {
-        key: found(getattr(data, key)) for key in ("user", "harmful", "test", "test_harmful", "benign")
+        key: found(getattr(data, key), "data", key)
+        for key in ("user", "harmful", "test", "test_harmful", "benign")
     }
+    path = found(recipe.model.path, "model", "path")
     return recipe.model_copy(
         update={
-            "model": recipe.model.model_copy(update={"path": found(recipe.model.path)}),
+            "model": recipe.model.model_copy(update={"path": path}),
             "data": data.model_copy(update={**sources, "alignment": alignment}),
         }
     )
