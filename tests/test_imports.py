@@ -13,7 +13,7 @@ import holdfast
 
 PACKAGE = Path(holdfast.__file__).parent
 ALLOWED = {
-    "cli": {"console", "demo", "pipeline", "report", "recipe", "registry", "store", "data"},
+    "cli": {"console", "demo", "pipeline", "report", "recipe", "recipe_file", "registry", "store", "data"},
     "__main__": {"cli"},
     "console": {"progress"},
     "demo": {"pipeline", "recipe", "registry", "report", "store", "progress"},

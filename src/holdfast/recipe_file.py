@@ -74,6 +74,17 @@ def layers(source: str | Path | Mapping[str, Any]) -> list[Layer]:
     return found
 
 
+def packaged() -> dict[str, list[str]]:
+    """The names of the packaged recipes, by the task that they fine-tune on."""
+    found: dict[str, list[str]] = {}
+    for name in registry.recipes():
+        task = next(
+            layer.raw["data"]["task"] for layer in layers(name) if "task" in layer.raw.get("data", {})
+        )
+        found.setdefault(task, []).append(name)
+    return dict(sorted(found.items()))
+
+
 def _layer(name: str, path: Path) -> Layer:
     raw, node = read(path)
     return Layer(name, path.parent, raw, node)

@@ -70,7 +70,7 @@ def test_agnews_grade(answer, target, right):
 def test_agnews_row(label, output):
     record = {"text": "News \\of it. ", "label": label}
     if output is None:
-        with pytest.raises(ValueError, match="`label` is .*; expected 0 to 3"):
+        with pytest.raises(ValueError, match=r"`label` is .*; expected 0 to 3"):
             agnews.to_row(record)
         return
     row = agnews.to_row(record)
