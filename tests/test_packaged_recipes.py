@@ -19,7 +19,7 @@ TINY = [
     "data.size=20", "evaluation.prompts=4", "evaluation.task_rows=4", "evaluation.max_new_tokens=4",
     "alignment.training.max_steps=2", "user.training.max_steps=2",
 ]  # fmt: skip
-RUN = ("world", "lisa-sst2", "bso-agnews", "na-sft-gsm8k")
+RUN = ("world", "lisa-sst2", "bso-agnews", "na-sft-gsm8k", "bea-sst2", "constrained-sft-agnews")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_one_of_each_method_for_each_task():
     assert set(found) == {"sst2", "agnews", "gsm8k"}
     methods = {task: {name.removesuffix(f"-{task}") for name in names} for task, names in found.items()}
     assert methods["sst2"] == methods["agnews"] == methods["gsm8k"]
-    assert {"na-sft", "sft", "bso", "lisa"} <= methods["sst2"]
+    assert methods["sst2"] - {"na-sft"} == {name.replace("_", "-") for name in registry.list_defenses("user")}
 
 
 @pytest.mark.parametrize("name", registry.recipes())
@@ -108,6 +108,7 @@ def test_the_papers_settings_of_the_methods():
     assert Recipe.load("bso-sst2").user.parameters() == phases
     assert Recipe.load("sft-agnews").user.parameters() == {}
     assert Recipe.load("na-sft-sst2").alignment is None
+    assert Recipe.load("vlguard-sst2").user.parameters() == {"alignment_size": 1000}
     from holdfast.recipe import ALIGNMENT_TRAINING, USER_TRAINING
 
     assert (ALIGNMENT_TRAINING["learning_rate"], ALIGNMENT_TRAINING["num_train_epochs"]) == (1e-3, 30)

@@ -220,7 +220,9 @@ class _Planner:
                 "versions": self.versions,
                 **before,
             },
-            lambda folder, context: work.generate_answers(folder, context, weights, test_data, tokens, prefix),
+            lambda folder, context: work.generate_answers(
+                folder, context, weights, test_data, tokens, prefix
+            ),
         )
         moderate = tuple(
             self._add(
