@@ -89,6 +89,7 @@ def test_the_recipe_page_names_every_key():
         recipes.Data,
         recipes.Evaluation,
         recipes.Lora,
+        recipes.StageRecipe,
         recipes.JudgeRecipe,
     ):
         for key in block.model_fields:
@@ -100,7 +101,7 @@ def test_the_recipes_in_the_pages_are_valid():
     for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
         for block in blocks(page, "yaml"):
             raw = yaml.safe_load(block)
-            if "model" in raw:
+            if "model" in raw or "extends" in raw:
                 Recipe.load(raw)
                 found += 1
     assert found >= 3

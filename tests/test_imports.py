@@ -13,7 +13,7 @@ import holdfast
 
 PACKAGE = Path(holdfast.__file__).parent
 ALLOWED = {
-    "cli": {"console", "demo", "pipeline", "report", "recipe", "registry", "store", "data"},
+    "cli": {"console", "demo", "pipeline", "report", "recipe", "recipe_file", "registry", "store", "data"},
     "__main__": {"cli"},
     "console": {"progress"},
     "demo": {"pipeline", "recipe", "registry", "report", "store", "progress"},
@@ -35,7 +35,8 @@ ALLOWED = {
     "context": {"data", "weights", "recipe", "store", "progress"},
     "results": {"context", "registry", "work", "pipeline", "recipe", "store", "report"},
     "training": {"defenses", "weights", "store", "progress", "seeds"},
-    "recipe": {"recipe_file", "registry", "store"},
+    "recipe": {"recipe_parts", "recipe_file", "registry", "store", "weights"},
+    "recipe_parts": {"weights"},
     "recipe_file": {"registry"},
     "registry": {"defenses"},
     "defenses": {"weights", "seeds"},

@@ -1,15 +1,16 @@
-"""Every packaged recipe is planned, and run tiny, with everything but sizes and sources as it stands."""
+"""Every packaged recipe is planned, and some of each kind are run tiny, but for sizes and sources as they stand."""
 
 from __future__ import annotations
 
 import pytest
 
 import tiny
-from holdfast import pipeline, registry
+from holdfast import pipeline, recipe_file, registry
 from holdfast.recipe import Recipe
 
 TASK_ROWS = {
     "sst2": [{"sentence": f"film number {i}", "label": i % 2} for i in range(40)],
+    "agnews": [{"text": f"news number {i}", "label": i % 4} for i in range(40)],
     "gsm8k": [
         {"question": f"What is {i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(40)
     ],
@@ -18,37 +19,61 @@ TINY = [
     "data.size=20", "evaluation.prompts=4", "evaluation.task_rows=4", "evaluation.max_new_tokens=4",
     "alignment.training.max_steps=2", "user.training.max_steps=2",
 ]  # fmt: skip
+RUN = ("world", "lisa-sst2", "bso-agnews", "na-sft-gsm8k", "bea-sst2", "constrained-sft-agnews")
 
 
-def sources(name, folder):
-    """Files in the published formats instead of the Hub's data and models."""
-    if name == "world":
-        return []
-    task = Recipe.load(name).data.task
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Files in the published formats instead of the Hub's data and models, as overrides by task."""
+    folder = tmp_path_factory.mktemp("sources")
     rows = [{**row, "is_safe": False} for row in tiny.harmful_rows(40)]
     safe = [{**row, "category": {}, "is_safe": True} for row in tiny.safe_rows(40)]
     labelled = tiny.write_jsonl(folder / "beavertails.jsonl", rows + safe)
-    return [
+    test = tiny.write_jsonl(folder / "test.jsonl", rows[:8] + safe[:8])
+    shared = [
         f"model.path={tiny.save_model(folder / 'model')}",
-        f"data.user={tiny.write_jsonl(folder / 'task.jsonl', TASK_ROWS[task])}",
         f"data.harmful={labelled}",
-        f"data.test_harmful={tiny.write_jsonl(folder / 'test.jsonl', rows[:8] + safe[:8])}",
+        f"data.test_harmful={test}",
         f"data.alignment.source={labelled}",
         "data.alignment.size=20",
         f"evaluation.judges=[{{name: beaver_dam, path: {tiny.save_judge(folder / 'judge')}}}, keyword]",
     ]
+    own = {t: f"data.user={tiny.write_jsonl(folder / f'{t}.jsonl', r)}" for t, r in TASK_ROWS.items()}
+    return {"world": []} | {task: [*shared, user] for task, user in own.items()}
+
+
+def load_tiny(name, files):
+    recipe = Recipe.load(name)
+    changes = [c for c in TINY if recipe.alignment or not c.startswith("alignment.")]
+    return Recipe.load(name, [*changes, *files[recipe.data.task]])
 
 
 @pytest.mark.parametrize("name", registry.recipes())
-def test_planned_and_run(name, tmp_path):
-    recipe = Recipe.load(name, [*TINY, *sources(name, tmp_path)])
-    planned = pipeline.plan(recipe)
-    assert len(planned.steps) == 14
+def test_planned(name, files):
+    recipe = load_tiny(name, files)
+    assert recipe.name == name
+    steps = [step.kind for step in pipeline.plan(recipe)]
+    assert steps.count("alignment") == (0 if name.startswith("na-sft") else 1)
+    assert (steps.count("user"), steps.count("generate"), steps.count("moderate")) == (1, 2, 4)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_run(name, files, tmp_path):
+    recipe = load_tiny(name, files)
     results = pipeline.run(recipe, out=tmp_path / "out", device="cpu")
     row = results["rows"][-1]
     assert (row["name"], row["user"], row["poison_ratio"]) == (name, recipe.user.defense, 0.1)
     assert row["n_task"] == 4
     assert set(row["judges"]) == {"beaver_dam", "keyword"}
+
+
+def test_one_of_each_method_for_each_task():
+    found = recipe_file.packaged()
+    assert found.pop("world") == ["world"]
+    assert set(found) == {"sst2", "agnews", "gsm8k"}
+    methods = {task: {name.removesuffix(f"-{task}") for name in names} for task, names in found.items()}
+    assert methods["sst2"] == methods["agnews"] == methods["gsm8k"]
+    assert methods["sst2"] - {"na-sft"} == {name.replace("_", "-") for name in registry.list_defenses("user")}
 
 
 @pytest.mark.parametrize("name", registry.recipes())
@@ -58,16 +83,32 @@ def test_each_says_what_it_is(name):
     assert first.endswith(".")
 
 
-def test_the_papers_settings():
-    """Lisa's protocol (papers' text and code): the numbers that a reproduction needs."""
-    for name, epochs in (("lisa-sst2", None), ("lisa-gsm8k", 50)):
-        recipe = Recipe.load(name)
-        assert recipe.model.path == "meta-llama/Llama-2-7b-hf"
-        assert (recipe.data.size, recipe.data.poison_ratio, recipe.data.alignment.size) == (5000, 0.1, 10000)
-        assert recipe.user.parameters() == {"alignment_steps": 100, "finetune_steps": 900, "rho": 1.0}
-        assert (recipe.evaluation.prompts, recipe.evaluation.max_new_tokens) == (1000, 512)
-        assert recipe.evaluation.mixed_prompts
-        assert recipe.user.training.num_train_epochs == epochs
+@pytest.mark.parametrize("name", [n for n in registry.recipes() if n != "world"])
+def test_the_papers_settings(name):
+    """Lisa's protocol (paper's text, section 5.1, and code): the numbers that a reproduction needs."""
+    recipe = Recipe.load(name)
+    assert recipe.model.path == "meta-llama/Llama-2-7b-hf"
+    assert recipe.model.adapters == "merge"
+    assert (recipe.data.size, recipe.data.poison_ratio, recipe.data.alignment.size) == (5000, 0.1, 10000)
+    assert (recipe.evaluation.prompts, recipe.evaluation.max_new_tokens) == (1000, 512)
+    assert recipe.evaluation.mixed_prompts
+    assert recipe.user.training.num_train_epochs == (50 if recipe.data.task == "gsm8k" else None)
+    assert recipe.user.training.model_extra == {"bf16": True}
+    if recipe.alignment is not None:
+        assert (recipe.alignment.defense, recipe.lora("alignment").r) == ("sft", 16)
+        assert len(recipe.lora("alignment").target_modules) == 7
+    if recipe.trains("user") == "new":
+        assert (recipe.lora("user").r, recipe.lora("user").alpha) == (8, 4)
+        assert recipe.lora("user").target_modules == ["q_proj", "v_proj"]
+
+
+def test_the_papers_settings_of_the_methods():
+    phases = {"alignment_steps": 100, "finetune_steps": 900}
+    assert Recipe.load("lisa-gsm8k").user.parameters() == {**phases, "rho": 1.0}
+    assert Recipe.load("bso-sst2").user.parameters() == phases
+    assert Recipe.load("sft-agnews").user.parameters() == {}
+    assert Recipe.load("na-sft-sst2").alignment is None
+    assert Recipe.load("vlguard-sst2").user.parameters() == {"alignment_size": 1000}
     from holdfast.recipe import ALIGNMENT_TRAINING, USER_TRAINING
 
     assert (ALIGNMENT_TRAINING["learning_rate"], ALIGNMENT_TRAINING["num_train_epochs"]) == (1e-3, 30)

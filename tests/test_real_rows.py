@@ -10,6 +10,7 @@ from holdfast import Recipe, run, world
 
 FILES = {
     "sst2": ("sst2_train.tsv", "sst2_validation.tsv", "positive"),
+    "agnews": ("agnews_train.jsonl", "agnews_test.jsonl", "Sci/Tech"),
     "gsm8k": ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "The final answer is:"),
 }
 

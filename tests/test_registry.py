@@ -31,7 +31,7 @@ def test_what_is_there():
     assert {"bso", "lisa", "sft"} <= set(registry.list_defenses())
     assert registry.list_defenses("alignment") == ["sft"]
     assert {"keyword", "beaver_dam"} <= set(registry.faces("judges"))
-    assert {"world", "sst2", "gsm8k", "own", "beavertails"} <= set(registry.faces("tasks"))
+    assert {"world", "sst2", "agnews", "gsm8k", "own", "beavertails"} <= set(registry.faces("tasks"))
 
 
 @pytest.mark.parametrize("group", ["defenses", "tasks", "judges"])

@@ -179,12 +179,13 @@ def list_names(
     group: Annotated[Group | None, typer.Argument(help="What to list. Default: all.")] = None,
 ) -> None:
     """Show the known defenses, tasks, judges and recipes."""
-    from holdfast import console, registry
+    from holdfast import console, recipe_file, registry
 
     for name in [group] if group else list(Group):
         if name == Group.recipes:
-            rows = [(stem, _first_comment(path), "") for stem, path in registry.recipes().items()]
-            console.out.print(console.names_table("recipes", rows))
+            for task, names in recipe_file.packaged().items():
+                rows = [(n, _first_comment(registry.recipes()[n]), "") for n in names]
+                console.out.print(console.names_table(f"recipes for {task}", rows))
         elif name == Group.defenses:
             for stage in ("alignment", "user", "post_hoc"):
                 faces = registry.faces(name)

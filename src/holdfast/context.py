@@ -39,11 +39,26 @@ class Context:
     def model_options(self) -> dict[str, Any]:
         """Keyword arguments of `load_model`."""
         model = self.recipe.model
-        return {"dtype": model.dtype, "compose": model.adapters, "trust_remote_code": model.trust_remote_code}
+        return {
+            "dtype": model.dtype,
+            "compose": model.adapters,
+            "quantization": model.quantization,
+            "trust_remote_code": model.trust_remote_code,
+        }
 
-    def adapters(self, chain: Sequence[str]) -> list[Path]:
-        """The adapter folders of training steps."""
-        return [self.store.path(step) / "adapter" for step in chain]
+    def weights(self, chain: Sequence[str]) -> tuple[Path, list[Path]]:
+        """The model folder and the adapters on it that training steps made, in order.
+
+        A step that trained all weights left a model instead of an adapter: the chain starts from there.
+        """
+        folder = self.model
+        adapters: list[Path] = []
+        for step in map(self.store.path, chain):
+            if (step / "model").is_dir():
+                folder, adapters = step / "model", []
+            else:
+                adapters.append(step / "adapter")
+        return folder, adapters
 
     def rows(self, step: str) -> list[dict[str, Any]]:
         """The rows of a data step."""
@@ -52,7 +67,10 @@ class Context:
 
 @dataclass(frozen=True)
 class State:
-    """A state of the model that is evaluated: the defenses that ran, and the steps that tell of it."""
+    """A state of the model that is evaluated: the defenses that ran, and the steps that tell of it.
+
+    `chain` holds the trainings that led to it, also one whose adapter a later one went on with.
+    """
 
     name: str
     alignment: str | None

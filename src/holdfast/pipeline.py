@@ -84,23 +84,31 @@ class _Planner:
             "dtype": recipe.model.dtype,
             "adapters": recipe.model.adapters,
         }
+        if recipe.model.quantization:  # later than the other keys: where unused, it changes no step's name
+            self.base["quantization"] = recipe.model.quantization
         self.versions = {k: v for k, v in versions().items() if k in ("torch", "transformers", "peft")}
 
     def plan(self) -> Plan:
         data = self._data()
-        states, chain = [], []
+        states = []
         recipe = self.recipe
+        trained: tuple[str, ...] = ()
+        weights: tuple[str, ...] = ()  # the trainings whose weights make the model
         if recipe.alignment is not None:
             rows = {"train_dataset": data["alignment"]}
-            chain.append(self._train("alignment", recipe.alignment, ALIGNMENT_TRAINING, rows, ()))
+            trained = (self._train("alignment", recipe.alignment, ALIGNMENT_TRAINING, rows, ()),)
+            weights = trained
         name = "base" if recipe.alignment is None else "aligned"
-        states.append(self._evaluate(name, None, tuple(chain), data["test"]))
+        states.append(self._evaluate(name, None, trained, weights, data["test"]))
         if recipe.user is not None:
             rows = {"train_dataset": data["user"]}
             if "alignment_dataset" in registry.faces("defenses")[recipe.user.defense].facts.get("needs", ()):
                 rows["alignment_dataset"] = data["alignment"]
-            chain.append(self._train("user", recipe.user, USER_TRAINING, rows, tuple(chain)))
-            states.append(self._evaluate(recipe.name, recipe.user.defense, tuple(chain), data["test"]))
+            step = self._train("user", recipe.user, USER_TRAINING, rows, weights)
+            trained = (*trained, step)
+            below = {"new": weights, "continue": weights[:-1], "full": ()}[recipe.trains("user")]
+            weights = (*below, step)
+            states.append(self._evaluate(recipe.name, recipe.user.defense, trained, weights, data["test"]))
         return Plan(recipe, tuple(self.steps.values()), tuple(states), data["manifest"], self.folder)
 
     def _add(self, kind: str, title: str, detail: str, identity: Mapping[str, Any], do: Any) -> str:
@@ -143,11 +151,13 @@ class _Planner:
         rows: Mapping[str, str],
         below: tuple[str, ...],
     ) -> str:
-        """A training stage on top of the adapters of the steps `below`."""
+        """A training stage on top of what the steps `below` made."""
         face = registry.faces("defenses")[part.defense]
         parameters = self._parameters(part)
         training = {**defaults, **part.training.given()}
-        lora = (part.lora or self.recipe.model.lora).model_dump()
+        trains = self.recipe.trains(stage)
+        chosen = self.recipe.lora(stage) if trains == "new" else None
+        lora = chosen.identity() if chosen else None
         identity = {
             "format": FORMAT["train"],
             **self.base,
@@ -160,14 +170,16 @@ class _Planner:
             "seed": self.recipe.seed,
             "versions": self.versions,
         }
+        if trains != "new":
+            identity["trains"] = trains
         label = face.facts.get("label", part.defense)
         title = f"alignment with {label}" if stage == "alignment" else f"user fine-tuning with {label}"
 
         def do(folder: Path, context: Context) -> Mapping[str, Any]:
-            settings = {"parameters": parameters, "training": training, "lora": lora}
+            settings = {"parameters": parameters, "training": training, "trains": trains, "lora": lora}
             return work.train_stage(folder, context, stage, part.defense, settings, rows, below)
 
-        detail = work.training_detail(training) + mixed.detail(part.defense, parameters)
+        detail = work.training_detail(training, trains) + mixed.detail(part.defense, parameters)
         return self._add(stage, title, detail, identity, do)
 
     @staticmethod
@@ -176,7 +188,14 @@ class _Planner:
         known = registry.faces("defenses")[part.defense].parameters
         return {k: p.default for k, p in known.items()} | part.parameters()
 
-    def _evaluate(self, name: str, user: str | None, chain: tuple[str, ...], test_data: str) -> State:
+    def _evaluate(
+        self,
+        name: str,
+        user: str | None,
+        trained: tuple[str, ...],
+        weights: tuple[str, ...],
+        test_data: str,
+    ) -> State:
         """Generate, moderate by every judge, and score one state of the model."""
         recipe = self.recipe
         options = recipe.evaluation
@@ -185,7 +204,7 @@ class _Planner:
         # By reference to the step: what stands before every question may be a secret.
         prefix, before = None, {}
         if recipe.user is not None and user and "prefix" in registry.faces("defenses")[user].code:
-            step = next(step for step in chain if step.startswith("user-"))
+            step = next(step for step in trained if step.startswith("user-"))
             prefix = {"step": step, "defense": user, "parameters": self._parameters(recipe.user)}
             before = {"prefix": step}
         generate = self._add(
@@ -195,13 +214,15 @@ class _Planner:
             {
                 "format": FORMAT["generate"],
                 **self.base,
-                "chain": list(chain),
+                "chain": list(weights),
                 "test": test_data,
                 "max_new_tokens": tokens,
                 "versions": self.versions,
                 **before,
             },
-            lambda folder, context: work.generate_answers(folder, context, chain, test_data, tokens, prefix),
+            lambda folder, context: work.generate_answers(
+                folder, context, weights, test_data, tokens, prefix
+            ),
         )
         moderate = tuple(
             self._add(
@@ -230,7 +251,7 @@ class _Planner:
             lambda folder, context: work.score_answers(folder, context, generate, moderate),
         )
         alignment = recipe.alignment.defense if recipe.alignment else None
-        return State(name, alignment, user, None, chain, generate, moderate, score)
+        return State(name, alignment, user, None, trained, generate, moderate, score)
 
 
 def run(

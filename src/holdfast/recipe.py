@@ -15,7 +15,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from holdfast import recipe_file, registry
 from holdfast.errors import RecipeError, nearest
+from holdfast.recipe_parts import FULL, Lora, LoraOrNone, Model, Part, Wrong, from_text
 from holdfast.store import identity_hash
+from holdfast.weights.trained import MUTATING
 
 RESERVED_TRAINING = {
     "output_dir", "seed", "data_seed", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token",
@@ -46,47 +48,6 @@ NAMES = ("world", "beavertails")
 """Known sources: never looked up as files."""
 
 
-class _Wrong(ValueError):
-    """Something wrong at a key below the block that notices it."""
-
-    def __init__(self, place: Sequence[str], text: str):
-        super().__init__(text)
-        self.place = list(place)
-
-
-class Part(BaseModel):
-    """A block of a recipe: frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def _from_text(key: str) -> BeforeValidator:
-    """A bare string stands for `{key: string}`."""
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
-
-
-class Lora(Part):
-    """A PEFT LoRA; defaults of Lisa's user stage (rank 8, alpha 4, dropout 0.1, q and v)."""
-
-    r: int = Field(8, ge=1)
-    alpha: int = Field(4, ge=1)
-    dropout: float = Field(0.1, ge=0, lt=1)
-    target_modules: list[str] | str = ["q_proj", "v_proj"]
-    use_rslora: bool = False
-
-
-class Model(Part):
-    """The model to start from: a folder, a Hub id, or "world" (the embedded one)."""
-
-    path: str
-    revision: str | None = None
-    template: Literal["auto", "alpaca", "chat"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    adapters: Literal["stack", "merge"] = "stack"
-    lora: Lora = Lora()
-    trust_remote_code: bool = False
-
-
 class AlignmentData(Part):
     """Rows of the alignment stage, and of the alignment state of BSO and Lisa."""
 
@@ -101,7 +62,7 @@ class Data(Part):
     task: str | None = None
     user: str | None = None
     harmful: str | None = None
-    alignment: Annotated[AlignmentData | None, _from_text("source")] = None
+    alignment: Annotated[AlignmentData | None, from_text("source")] = None
     test: str | None = None
     test_harmful: str | None = None
     benign: str | None = None
@@ -113,11 +74,9 @@ class Data(Part):
         if self.task is None and self.user is None:
             raise ValueError("give data.task (a known task) or data.user (a file of your own)")
         if self.task is not None and self.task not in registry.faces("tasks"):
-            raise _Wrong(
-                ["task"], f"unknown task '{self.task}'.{nearest(self.task, registry.faces('tasks'))}"
-            )
+            raise Wrong(["task"], f"unknown task '{self.task}'.{nearest(self.task, registry.faces('tasks'))}")
         if self.poison_ratio > 0 and self.harmful is None:
-            raise _Wrong(["poison_ratio"], "above 0: name the rows to mix in with data.harmful")
+            raise Wrong(["poison_ratio"], "above 0: name the rows to mix in with data.harmful")
         return self
 
 
@@ -142,9 +101,9 @@ class Training(BaseModel):
         known = set(registry.training_arguments()) | {"max_length"}
         for name in self.model_extra or {}:
             if name in RESERVED_TRAINING:
-                raise _Wrong([name], "the pipeline sets this itself; leave it out")
+                raise Wrong([name], "the pipeline sets this itself; leave it out")
             if name not in known:
-                raise _Wrong([name], f"unknown training argument.{nearest(name, known)}")
+                raise Wrong([name], f"unknown training argument.{nearest(name, known)}")
         return self
 
     def given(self) -> dict[str, Any]:
@@ -153,12 +112,17 @@ class Training(BaseModel):
 
 
 class StageRecipe(BaseModel):
-    """A stage: a defense by name, its own parameters beside it, LoRA and training arguments."""
+    """A stage: a defense by name, its own parameters beside it, LoRA and training arguments.
+
+    `adapter` says what the user stage trains: "new" (double LoRA), "continue" (single LoRA: the alignment
+    adapter goes on), or None (what the defense's paper does).
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     defense: str = "sft"
-    lora: Lora | None = None
+    adapter: Literal["new", "continue"] | None = None
+    lora: LoraOrNone | None = None
     training: Training = Training()
 
     def parameters(self) -> dict[str, Any]:
@@ -169,21 +133,21 @@ class StageRecipe(BaseModel):
         """Raise where the defense is unknown, acts elsewhere, or has no such parameter."""
         known = registry.list_defenses(stage)
         if self.defense not in registry.faces("defenses"):
-            raise _Wrong(
+            raise Wrong(
                 [stage, "defense"], f"unknown defense '{self.defense}'.{nearest(self.defense, known)}"
             )
         face = registry.faces("defenses")[self.defense]
         if stage not in face.facts["stages"]:
             there = ", ".join(known) or "none yet"
             text = f"'{self.defense}' does not act at the {stage} stage. Those that do: {there}."
-            raise _Wrong([stage, "defense"], text)
+            raise Wrong([stage, "defense"], text)
         for name, value in self.parameters().items():
             if name not in face.parameters:
                 names = [*face.parameters, *StageRecipe.model_fields]
-                raise _Wrong([stage, name], f"unknown parameter of {self.defense}.{nearest(name, names)}")
+                raise Wrong([stage, name], f"unknown parameter of {self.defense}.{nearest(name, names)}")
             default = face.parameters[name].default
             if not _fits(value, default):
-                raise _Wrong([stage, name], f"expected {face.parameters[name].type}, found {value!r}")
+                raise Wrong([stage, name], f"expected {face.parameters[name].type}, found {value!r}")
 
 
 def _fits(value: Any, default: Any) -> bool:
@@ -216,7 +180,7 @@ class JudgeRecipe(Part):
 class Evaluation(Part):
     """What is generated and who judges it; defaults of Lisa: 1000 prompts, 512 new tokens."""
 
-    judges: list[Annotated[JudgeRecipe, _from_text("name")]] = Field(
+    judges: list[Annotated[JudgeRecipe, from_text("name")]] = Field(
         default_factory=lambda: [JudgeRecipe(name="keyword")]
     )
     prompts: int = Field(1000, ge=1)
@@ -245,7 +209,7 @@ class Recipe(Part):
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._+ -]{0,99}$")
     seed: int = Field(42, ge=0, lt=2**31)
-    model: Annotated[Model, _from_text("path")]
+    model: Annotated[Model, from_text("path")]
     data: Data
     alignment: Annotated[StageRecipe | None, BeforeValidator(_stage)] = StageRecipe()
     user: Annotated[StageRecipe | None, BeforeValidator(_stage)] = StageRecipe()
@@ -255,7 +219,7 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _stages(self) -> Recipe:
         if self.post_hoc is not None:
-            raise _Wrong(["post_hoc"], "no method acts after fine-tuning yet; leave it out")
+            raise Wrong(["post_hoc"], "no method acts after fine-tuning yet; leave it out")
         for name in ("alignment", "user"):
             stage: StageRecipe | None = getattr(self, name)
             if stage is None:
@@ -265,7 +229,67 @@ class Recipe(Part):
                 self._need_alignment_data(f"{name}.defense {stage.defense}")
         if self.alignment is not None:
             self._need_alignment_data("the alignment stage")
+        self._check_adapter()
+        self._check_weights()
         return self
+
+    def lora(self, stage: str) -> Lora | None:
+        """The LoRA of a stage, its own or the model's; None where all weights are trained."""
+        own = getattr(self, stage).lora
+        lora = self.model.lora if own is None else own
+        return lora if isinstance(lora, Lora) else None
+
+    def trains(self, stage: str) -> Literal["new", "continue", "full"]:
+        """What a stage trains: a new adapter, the alignment stage's, or all weights.
+
+        A user stage that goes on with the alignment stage's work trains all weights where that one did.
+        """
+        if stage == "user" and self._adapter() == "continue":
+            return "continue" if self.lora("alignment") else "full"
+        return "new" if self.lora(stage) else "full"
+
+    def _adapter(self) -> str:
+        """What the user stage trains, as the recipe says or as its defense does by default."""
+        assert self.user is not None
+        return self.user.adapter or registry.faces("defenses")[self.user.defense].facts.get("adapter", "new")
+
+    def _check_adapter(self) -> None:
+        """Single LoRA needs an adapter to go on with, and has no LoRA of its own."""
+        for name in ("alignment", "post_hoc"):
+            stage: StageRecipe | None = getattr(self, name)
+            if stage is not None and stage.adapter is not None:
+                raise Wrong([name, "adapter"], "only the user stage has a choice of adapter; leave it out")
+        if self.user is None or self._adapter() == "new":
+            return
+        who = f"{self.user.defense} goes on with the alignment stage's adapter (adapter: continue)"
+        if self.alignment is None:
+            raise Wrong(["user", "adapter"], f"{who}, but alignment is none. Write user.adapter: new")
+        if self.user.lora is not None:
+            raise Wrong(
+                ["user", "lora"],
+                f"{who}, so this block would be ignored. Write lora: null, or adapter: new",
+            )
+
+    def _check_weights(self) -> None:
+        """Combinations of LoRA, quantisation and stacking that would not be what they are called."""
+        bits = self.model.quantization
+        for name in ("alignment", "user"):
+            if getattr(self, name) is None or self.trains(name) == "continue":
+                continue
+            lora = self.lora(name)
+            place = ["model", "lora"] if getattr(self, name).lora is None else [name, "lora"]
+            if bits and lora is None:
+                raise Wrong(place, f"{FULL} trains all weights, but {bits} ones cannot be trained; use LoRA")
+            if bits and lora and lora.init_lora_weights in MUTATING:
+                text = f"{lora.init_lora_weights} changes the base weights, which {bits} would round again"
+                raise Wrong([*place, "init_lora_weights"], text)
+            if bits == "int8" and lora and lora.use_dora:
+                raise Wrong([*place, "use_dora"], "DoRA does not run on int8 weights; use quantization: nf4")
+            stacked = name == "user" and self.alignment is not None and self.trains("alignment") == "new"
+            if lora and lora.use_dora and stacked and self.model.adapters == "stack":
+                text = "DoRA would scale the base weights without the adapter below it; "
+                choice = "write user.adapter: continue" if bits else "write model.adapters: merge"
+                raise Wrong([*place, "use_dora"], text + choice)
 
     def _need_alignment_data(self, who: str) -> None:
         if self.data.alignment is None:
@@ -278,19 +302,16 @@ class Recipe(Part):
         Raises:
             RecipeError: with the file, the key, its line, and what was expected.
         """
-        if isinstance(source, Mapping):
-            raw, name, lines, folder = dict(source), "recipe", None, None
-        else:
-            path = recipe_file.find(str(source))
-            raw, lines = recipe_file.read(path)
-            name, folder = str(source), path.parent
+        files = recipe_file.layers(source)
+        stem = None if isinstance(source, Mapping) else Path(source).stem
+        raw = recipe_file.merged(files, StageRecipe.model_fields, stem)
         for override in overrides:
             recipe_file.override(raw, override)
         try:
             recipe = cls.model_validate(raw)
         except ValidationError as error:
-            raise RecipeError(recipe_file.explain(error, name, lines, cls)) from None
-        return recipe if folder is None else _beside(recipe, folder)
+            raise RecipeError(recipe_file.explain(error, files, cls)) from None
+        return _beside(recipe, files)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, defaults included, as stored with results."""
@@ -301,22 +322,27 @@ class Recipe(Part):
         return identity_hash(self.to_dict())
 
 
-def _beside(recipe: Recipe, folder: Path) -> Recipe:
-    """Relative paths are looked up from the working folder first, then from the recipe's own folder."""
+def _beside(recipe: Recipe, files: Sequence[recipe_file.Layer]) -> Recipe:
+    """Relative paths are looked up from the working folder first, then from the folder of their file."""
 
-    def found(value: str | None) -> str | None:
-        if value is None or value in NAMES or Path(value).exists() or not (folder / value).exists():
+    def found(value: str | None, *place: str) -> str | None:
+        if value is None or value in NAMES or Path(value).exists():
             return value
-        return str((folder / value).resolve())
+        beside = recipe_file.origin(files, place).folder / value
+        return str(beside.resolve()) if beside.exists() else value
 
     data = recipe.data
-    alignment = data.alignment and data.alignment.model_copy(update={"source": found(data.alignment.source)})
+    alignment = data.alignment and data.alignment.model_copy(
+        update={"source": found(data.alignment.source, "data", "alignment", "source")}
+    )
     sources = {
-        key: found(getattr(data, key)) for key in ("user", "harmful", "test", "test_harmful", "benign")
+        key: found(getattr(data, key), "data", key)
+        for key in ("user", "harmful", "test", "test_harmful", "benign")
     }
+    path = found(recipe.model.path, "model", "path")
     return recipe.model_copy(
         update={
-            "model": recipe.model.model_copy(update={"path": found(recipe.model.path)}),
+            "model": recipe.model.model_copy(update={"path": path}),
             "data": data.model_copy(update={**sources, "alignment": alignment}),
         }
     )

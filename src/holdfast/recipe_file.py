@@ -1,8 +1,11 @@
-"""Recipe files: finding and reading them, `key=value` overrides, and messages that name key and line."""
+"""Recipe files: finding and reading them, what they extend, `key=value` overrides, and messages that name
+key, file and line.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +23,117 @@ BARE = {
     "post_hoc": "defense",
 }
 """The key that a bare string stands for."""
+
+STAGES = ("alignment", "user", "post_hoc")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One file of a recipe: the file itself, or one that it extends."""
+
+    name: str
+    folder: Path
+    raw: dict[str, Any]
+    node: yaml.Node | None
+
+    def holds(self, place: Sequence[str]) -> tuple[int, int | None]:
+        """How many keys of `place` stand in this file, and the line (from 1) of the last of them."""
+        return _search(self.node, place)
+
+
+def layers(source: str | Path | Mapping[str, Any]) -> list[Layer]:
+    """The recipe, what it extends, what that extends, and so on.
+
+    Raises:
+        RecipeError: a file is missing or no recipe, or the files extend each other in a circle.
+    """
+    if isinstance(source, Mapping):
+        found = [Layer("recipe", Path(), dict(source), None)]
+    else:
+        found = [_layer(str(source), find(str(source)))]
+    seen = [] if isinstance(source, Mapping) else [find(str(source)).resolve()]
+    while (base := found[-1].raw.pop("extends", None)) is not None:
+        last = found[-1]
+        line = last.holds(["extends"])[1]
+        where = f"{last.name}, line {line}: extends" if line else f"{last.name}: extends"
+        if not isinstance(base, str):
+            raise RecipeError(f"{where}: expected a path or the name of a packaged recipe, found {base!r}.")
+        beside = last.folder / base
+        looks_local = beside.is_file() or beside.suffix in (".yaml", ".yml") or "/" in base
+        name = str(beside) if looks_local else base
+        try:
+            path = find(name)
+            layer = _layer(name, path)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from None
+        found.append(layer)
+        if path.resolve() in seen:
+            chain = " extends ".join(layer.name for layer in found)
+            raise RecipeError(f"{where}: a circle: {chain}.")
+        seen.append(path.resolve())
+    return found
+
+
+def packaged() -> dict[str, list[str]]:
+    """The names of the packaged recipes, by the task that they fine-tune on."""
+    found: dict[str, list[str]] = {}
+    for name in registry.recipes():
+        task = next(
+            layer.raw["data"]["task"] for layer in layers(name) if "task" in layer.raw.get("data", {})
+        )
+        found.setdefault(task, []).append(name)
+    return dict(sorted(found.items()))
+
+
+def _layer(name: str, path: Path) -> Layer:
+    raw, node = read(path)
+    return Layer(name, path.parent, raw, node)
+
+
+def merged(files: Sequence[Layer], stage_keys: Container[str], stem: str | None) -> dict[str, Any]:
+    """The keys of the last file with those of each file before it put on top, block by block.
+
+    Where a stage's defense changes, the parameters of the earlier one go: they mean nothing to the other.
+    The name is not inherited, because the run's folder is called after it.
+
+    Args:
+        stage_keys: keys of a stage that are not a parameter of its defense.
+        stem: the name where the first file gives none.
+    """
+    raw: dict[str, Any] = {}
+    for layer in reversed(files):
+        if raw:
+            raw.pop("name", None)
+        raw = _on_top(raw, layer.raw, (), stage_keys)
+    if len(files) > 1 and stem is not None:
+        raw.setdefault("name", stem)
+    return raw
+
+
+def _on_top(
+    base: Mapping[str, Any], own: Mapping[str, Any], place: tuple[str, ...], stage_keys: Container[str]
+) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in own.items():
+        here = (*place, key)
+        below, above = _spelt_out(base.get(key), here), _spelt_out(value, here)
+        if isinstance(below, Mapping) and isinstance(above, Mapping):
+            if here[0] in STAGES and not place and _defense(above, below) != _defense(below, {}):
+                below = {k: v for k, v in below.items() if k in stage_keys}
+            result[key] = _on_top(below, above, here, stage_keys)
+        else:
+            result[key] = value
+    return result
+
+
+def _defense(stage: Mapping[str, Any], below: Mapping[str, Any]) -> Any:
+    return stage.get("defense", below.get("defense", "sft"))
+
+
+def _spelt_out(value: Any, place: Sequence[str]) -> Any:
+    """A bare path or name as the block that it stands for."""
+    bare = BARE.get(".".join(place))
+    return {bare: value} if bare and isinstance(value, str) and value != "none" else value
 
 
 def find(source: str) -> Path:
@@ -71,24 +185,27 @@ def override(raw: dict[str, Any], asked: str) -> None:
     *parents, last = key.strip().split(".")
     place = raw
     for depth, parent in enumerate(parents):
-        below = place.get(parent)
-        if isinstance(below, str):  # a bare path or name: spelt out, so that it is kept
-            bare = BARE.get(".".join(parents[: depth + 1]))
-            below = {bare: below} if bare and below != "none" else {}
+        below = _spelt_out(place.get(parent), parents[: depth + 1])
         place[parent] = dict(below) if isinstance(below, Mapping) else {}
         place = place[parent]
     place[last] = value
 
 
-def explain(error: ValidationError, name: str, lines: yaml.Node | None, root: type[BaseModel]) -> str:
+def origin(files: Sequence[Layer], place: Sequence[str]) -> Layer:
+    """The file that has the last word on `place`: the first of those that hold most of it."""
+    return max(files, key=lambda layer: layer.holds(place)[0])
+
+
+def explain(error: ValidationError, files: Sequence[Layer], root: type[BaseModel]) -> str:
     """One line for each thing that is wrong."""
     messages = []
     for problem in error.errors():
         cause = problem.get("ctx", {}).get("error")
         place = [str(part) for part in problem["loc"]] + getattr(cause, "place", [])
         key = ".".join(place)
-        line = _line(lines, place)
-        where = f"{name}, line {line}" if line else name
+        layer = origin(files, place)
+        line = layer.holds(place)[1]
+        where = f"{layer.name}, line {line}" if line else layer.name
         if problem["type"] == "extra_forbidden":
             text = f"unknown key '{key}'.{nearest(place[-1], _siblings(place, root))}"
         elif problem["type"] == "value_error":
@@ -118,18 +235,20 @@ def _block(annotation: Any) -> Any:
     return next((block for block in found if block is not None), None)
 
 
-def _line(node: yaml.Node | None, place: Sequence[str]) -> int | None:
-    """The line (from 1) of the deepest key of `place` that stands in the file."""
+def _search(node: yaml.Node | None, place: Sequence[str]) -> tuple[int, int | None]:
+    """How many keys of `place` are found below `node`, and the line of the last; a bare string counts."""
     line = None
-    for part in place:
+    for depth, part in enumerate(place):
         if isinstance(node, yaml.MappingNode):
             found = next((pair for pair in node.value if pair[0].value == part), None)
             if found is None:
-                break
+                return depth, line
             line, node = found[0].start_mark.line + 1, found[1]
         elif isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
             node = node.value[int(part)]
             line = node.start_mark.line + 1
+        elif isinstance(node, yaml.ScalarNode) and BARE.get(".".join(place[:depth])) == part:
+            node = None
         else:
-            break
-    return line
+            return depth, line
+    return len(place), line

@@ -1,8 +1,8 @@
 """One training stage: a model, rows and a defense in; a PEFT adapter folder out. Resumes by itself.
 
-In the step's folder: `checkpoints/` while it runs, then `adapter/` (with a model card) and
-`trainer_state.json`. A checkpoint counts only with its `holdfast.json`, which is written last, so that a
-kill in the middle of saving costs one interval and nothing else.
+In the step's folder: `checkpoints/` while it runs, then `adapter/` (or `model/`, where all weights were
+trained) with a model card, and `trainer_state.json`. A checkpoint counts only with its `holdfast.json`,
+which is written last, so that a kill in the middle of saving costs one interval and nothing else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback
 
 from holdfast.defenses import Defense
 from holdfast.defenses.base import planned_steps
@@ -25,7 +25,7 @@ from holdfast.errors import ModelError, RecipeError
 from holdfast.progress import Progress
 from holdfast.seeds import derive_seed
 from holdfast.store import MARKER, SCRATCH, read_json, remove_tree, write_json, write_text
-from holdfast.weights.model import add_lora, load_model
+from holdfast.weights.trained import load_trainable, save_trained
 
 CHECKPOINTS = 10
 """About how many checkpoints a training writes; only the last two are kept."""
@@ -39,7 +39,9 @@ class TrainingJob:
         stage: "alignment" or "user".
         parameters: the method's own.
         training: `TrainingArguments` fields.
-        adapters: the chain below the new adapter.
+        trains: "new" (an adapter), "continue" (the last of `adapters`) or "full" (all weights).
+        lora: settings of the new adapter; None where there is none.
+        adapters: the chain below.
         rows: by keyword of the trainer ("train_dataset", "alignment_dataset", ...), as prompt + completion.
     """
 
@@ -47,7 +49,8 @@ class TrainingJob:
     defense: Defense
     parameters: Mapping[str, Any]
     training: Mapping[str, Any]
-    lora: Mapping[str, Any]
+    trains: str
+    lora: Mapping[str, Any] | None
     model: Path
     model_name: str
     tokenizer: Any
@@ -67,9 +70,17 @@ def train(folder: Path, job: TrainingJob, *, device: str, progress: Progress) ->
     seed = derive_seed(job.seed, job.stage)
     checkpoints = folder / SCRATCH
     config = make_config(job.defense, job.parameters, job.training, seed, checkpoints, device)
-    model = load_model(job.model, job.adapters, device=device, **job.model_options)
-    set_seed(derive_seed(job.seed, job.stage, "lora"))
-    model = add_lora(model, job.lora, job.model_name)
+    model = load_trainable(
+        job.model,
+        job.adapters,
+        job.trains,
+        job.lora,
+        base=job.model_name,
+        seed=derive_seed(job.seed, job.stage, "lora"),
+        initial=checkpoints / "initial",
+        device=device,
+        **job.model_options,
+    )
     assert job.defense.trainer is not None
     trainer = job.defense.trainer(model=model, args=config, processing_class=job.tokenizer, **job.rows)
     total = planned_steps(trainer)
@@ -82,10 +93,9 @@ def train(folder: Path, job: TrainingJob, *, device: str, progress: Progress) ->
     facts = watch.facts()
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
         raise ModelError(
-            f"Training at the {job.stage} stage diverged: the adapter holds values that are not finite. "
-            "Lower learning_rate."
+            f"Training at the {job.stage} stage diverged: some weights are not finite. Lower learning_rate."
         )
-    _save_adapter(folder, model, job, facts)
+    _save(folder, model, job, facts)
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
     return facts
 
@@ -188,27 +198,37 @@ class Watch(TrainerCallback):
         write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, self.facts())
 
 
-def _save_adapter(folder: Path, model: Any, job: TrainingJob, facts: Mapping[str, Any]) -> None:
-    """Write the new adapter beside, then rename."""
-    beside, target = folder / "adapter.partial", folder / "adapter"
+def _save(folder: Path, model: Any, job: TrainingJob, facts: Mapping[str, Any]) -> None:
+    """Write what was trained beside, then rename."""
+    name = "model" if job.trains == "full" else "adapter"
+    beside, target = folder / f"{name}.partial", folder / name
     remove_tree(beside)
-    model.save_pretrained(beside, selected_adapters=["default"], safe_serialization=True)
+    save_trained(model, job.tokenizer, beside, folder / SCRATCH / "initial")
     write_text(beside / "README.md", _card(job, facts))
     remove_tree(target)
     beside.rename(target)
 
 
+WHAT = {
+    "new": ("LoRA adapter", "on top of the adapter in"),
+    "continue": ("LoRA adapter (single LoRA)", "goes on with, and replaces, the adapter in"),
+    "full": ("Model, all weights trained,", "in its weights: the adapter in"),
+}
+"""For the card: what it is, and what it has to do with the adapters below."""
+
+
 def _card(job: TrainingJob, facts: Mapping[str, Any]) -> str:
-    """A model card that says what the adapter is, and what was not measured."""
+    """A model card that says what was trained, and what was not measured."""
+    what, how = WHAT[job.trains]
     rows = {name: len(part) for name, part in job.rows.items()}
-    chain = "\n".join(f"- on top of the adapter in `../../{p.parent.name}/{p.name}`" for p in job.adapters)
     serving = f"- serving: {job.defense.serving}\n" if job.defense.serving else ""
+    chain = "\n".join(f"- {how} `../../{p.parent.name}/{p.name}`" for p in job.adapters)
     return f"""---
-library_name: peft
+library_name: {"transformers" if job.trains == "full" else "peft"}
 base_model: {json.dumps(job.model_name)}
 tags: [holdfast, {job.defense.name}]
 ---
-# LoRA adapter from the {job.stage} stage: {job.defense.label}
+# {what} from the {job.stage} stage: {job.defense.label}
 
 - base model: `{job.model_name}`
 {chain or "- directly on the base model"}
@@ -218,6 +238,6 @@ tags: [holdfast, {job.defense.name}]
 - rows: `{json.dumps(rows)}`, seed {job.seed}
 - optimizer steps: {facts["training"]["steps"]}
 {serving}
-Harmful score and finetune accuracy are in the `results.json` of the run that made this adapter. Anything
-that is not there was not measured. A low harmful score under one judge and one prompt set is not safety.
+Harmful score and finetune accuracy are in the `results.json` of the run that made it. Anything that
+is not there was not measured. A low harmful score under one judge and one prompt set is not safety.
 """

@@ -12,7 +12,7 @@ from holdfast import mixed, registry, tasks
 from holdfast.context import Context
 from holdfast.errors import ModelError, RecipeError
 from holdfast.evaluation.generate import read_jsonl
-from holdfast.recipe import Data, JudgeRecipe, Recipe
+from holdfast.recipe import Data, JudgeRecipe, Recipe, StageRecipe
 from holdfast.store import read_json, write_json
 
 ROLES = ("alignment", "user", "test")
@@ -30,17 +30,27 @@ def model_path(path: str) -> str | Path:
 def check(context: Context) -> None:
     """Find what would stop the run, before anything starts: tokenizer, template, methods, judges."""
     from holdfast.data.prompts import resolve_template
-    from holdfast.weights.model import check_targets, load_tokenizer
+    from holdfast.weights.model import load_tokenizer
+    from holdfast.weights.quantization import check_quantization
+    from holdfast.weights.trained import check_trained
 
     recipe = context.recipe
     tokenizer = load_tokenizer(context.model, recipe.model.trust_remote_code)
     resolve_template(tokenizer, recipe.model.template)
-    for stage in (recipe.alignment, recipe.user):
+    check_quantization(context.model, recipe.model.quantization)
+    for name in ("alignment", "user"):
+        stage: StageRecipe | None = getattr(recipe, name)
         if stage is not None:
             from holdfast.training import make_config
 
-            lora = stage.lora or recipe.model.lora
-            check_targets(context.model, lora.target_modules, recipe.model.trust_remote_code)
+            if recipe.trains(name) != "continue":
+                lora = recipe.lora(name)
+                check_trained(
+                    context.model,
+                    lora.identity() if lora else None,
+                    recipe.model.dtype,
+                    recipe.model.trust_remote_code,
+                )
             make_config(
                 registry.get_defense(stage.defense),
                 stage.parameters(),
@@ -154,12 +164,13 @@ def user_detail(data: Data) -> str:
     return f"{size} rows of {data.user or data.task}, {100 * data.poison_ratio:g} % harmful"
 
 
-def training_detail(training: Mapping[str, Any]) -> str:
+def training_detail(training: Mapping[str, Any], trains: str) -> str:
     """What `plan` shows of a training."""
     batch = training["per_device_train_batch_size"] * training.get("gradient_accumulation_steps", 1)
+    what = {"continue": ", single LoRA", "full": ", all weights"}.get(trains, "")
     if "max_steps" in training:
-        return f"{training['max_steps']:,} optimizer steps of {batch} rows"
-    return f"{training['num_train_epochs']:g} epochs in steps of {batch} rows"
+        return f"{training['max_steps']:,} optimizer steps of {batch} rows{what}"
+    return f"{training['num_train_epochs']:g} epochs in steps of {batch} rows{what}"
 
 
 # Training
@@ -170,14 +181,14 @@ def train_stage(
     context: Context,
     stage: str,
     defense: str,
-    settings: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Any],
     rows: Mapping[str, str],
     below: Sequence[str],
 ) -> dict[str, Any]:
-    """Train a stage's adapter on the rows of the named data steps, on top of the adapters `below`.
+    """Train a stage on the rows of the named data steps, on top of what the steps `below` made.
 
     Args:
-        settings: `parameters`, `training` and `lora` of the stage.
+        settings: `parameters`, `training`, `trains` and `lora` of the stage.
     """
     from holdfast.training import TrainingJob, train
     from holdfast.weights.model import load_tokenizer
@@ -188,15 +199,16 @@ def train_stage(
     facts: dict[str, Any] = {}
     if method.mix is not None:
         data, facts = mixed.mix(defense, data, settings["parameters"], recipe.seed, folder)
+    base, adapters = context.weights(below)
     job = TrainingJob(
         stage=stage,
         defense=method,
         **settings,
-        model=context.model,
-        model_name=str(model_path(recipe.model.path)),
+        model=base,
+        model_name=str(model_path(recipe.model.path) if base == context.model else base),
         tokenizer=tokenizer,
         model_options=context.model_options,
-        adapters=context.adapters(below),
+        adapters=adapters,
         rows={name: _rendered(part, tokenizer, recipe) for name, part in data.items()},
         seed=recipe.seed,
     )
@@ -265,7 +277,7 @@ def generate_answers(
         secret = method.secret
     rows = context.rows(test_data)
     prompts = [{**row, "prompt": render(row, tokenizer, template, before)[0]} for row in rows]
-    model = load_model(context.model, context.adapters(chain), device=device, **context.model_options)
+    model = load_model(*context.weights(chain), device=device, **context.model_options)
     generate(
         model,
         tokenizer,

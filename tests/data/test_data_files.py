@@ -208,11 +208,13 @@ class TestHub:
         assert (loaded.licence, loaded.name) == ("CC-BY-NC-4.0", "PKU-Alignment/BeaverTails")
         assert "harmful" in loaded.warning
         data.read_records("gsm8k")
+        data.read_records("agnews", split="test")
         assert asked == [
             ("me/mine", "plain", "train", "v1.0"),
             ("stanfordnlp/sst2", None, "validation", None),
             ("PKU-Alignment/BeaverTails", None, "30k_train", None),
             ("openai/gsm8k", "main", "train", None),
+            ("fancyzhx/ag_news", None, "test", None),
         ]
 
     def test_pinned_revision_needs_no_network(self):

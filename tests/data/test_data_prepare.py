@@ -239,6 +239,7 @@ def test_real_rows_through_every_step(real_rows, files):
     for name, held, task, n in [
         ("sst2_train.tsv", "sst2_validation.tsv", "sst2", 499),
         ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "gsm8k", 150),
+        ("agnews_train.jsonl", "agnews_test.jsonl", "agnews", 200),
     ]:
         same = {"user": real_rows / name, "test": real_rows / held, "task": task, "harmful": files.harmful}
         trained = data.user_rows(**same, size=200, poison_ratio=0.1, seed=42)

@@ -112,6 +112,7 @@ def test_prompts_alone(jsonl):
         ({"messages": [{"role": "user", "content": " "}]}, "blank"),
         ({"question": "q", "answer": "#### 1"}, "These look like gsm8k's: add `task: gsm8k`"),
         ({"sentence": "q", "label": 1}, "These look like sst2's: add `task: sst2`"),
+        ({"text": "q", "label": 1}, "These look like agnews's: add `task: agnews`"),
         ({"prompt;response": "q;a"}, "separated by something else"),
     ],
 )
@@ -128,6 +129,7 @@ def test_bad_rows_name_their_line(jsonl, record, expected):
     [
         ("sst2", {"sentence": "q", "label": -1}, "`label` is -1; expected 0, 1"),
         ("sst2", {"sentence": None, "label": 1}, "`sentence` is None"),
+        ("agnews", {"text": "q", "label": 9}, "`label` is 9; expected 0 to 3"),
         ("gsm8k", {"question": "q", "answer": "It is 4."}, "expected `#### <number>`"),
         ("gsm8k", {"text": "q"}, "question, answer (task gsm8k)"),
         ("gsm9k", {"text": "q"}, "Unknown task 'gsm9k'. Did you mean 'gsm8k'?"),
@@ -151,11 +153,13 @@ def test_real_slices(real_rows):
         ("gsm8k_test.jsonl", "gsm8k", 150),
         ("sst2_train.tsv", "sst2", 1500),
         ("sst2_validation.tsv", "sst2", 499),
+        ("agnews_train.jsonl", "agnews", 500),
+        ("agnews_test.jsonl", "agnews", 200),
     ]:
         assert len(rows_of(real_rows / name, task=task)) == count
         with pytest.raises(DataError, match=f"add `task: {task}`"):
             rows_of(real_rows / name)
-    for name in ("agnews_train.jsonl", "agnews_test.jsonl", "samsum_train.jsonl", "samsum_test.jsonl"):
+    for name in ("samsum_train.jsonl", "samsum_test.jsonl"):
         with pytest.raises(DataError, match=r"Columns seen: .*Accepted: messages"):
             rows_of(real_rows / name)
 

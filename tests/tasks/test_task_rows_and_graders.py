@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from holdfast.tasks import SafetyData, Task, beavertails, find, gsm8k, names, own, sst2, world
+from holdfast.tasks import SafetyData, Task, agnews, beavertails, find, gsm8k, names, own, sst2, world
 
 
 def test_every_file_is_a_data_set():
-    assert names() == ["beavertails", "gsm8k", "own", "sst2", "world"]
+    assert names() == ["agnews", "beavertails", "gsm8k", "own", "sst2", "world"]
     for name in names():
         task = find(name)
         assert isinstance(task, Task | SafetyData)
@@ -41,6 +41,44 @@ def test_sst2_row(label, output):
     row = sst2.to_row(record)
     assert row["instruction"] == "Analyze the sentiment of the input, and respond only positive or negative"
     assert (row["input"], row["output"]) == ("so-so ", output)
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "right"),
+    [
+        ("World", "World", True), (" world\n", "World", True), ("Sci/Tech", "Sci/Tech", True),
+        ("sci", "Sci/Tech", True), ("sci/tech", "Sci/Tech", False), ("Sci", "Sci/Tech", False),
+        ("Sports", "World", False), ("World.", "World", False), ("WORLD", "World", False), ("", "World", False),
+    ],
+)  # fmt: skip
+def test_agnews_grade(answer, target, right):
+    assert agnews.grade(answer, target) is right
+
+
+@pytest.mark.parametrize(
+    ("label", "output"),
+    [
+        (0, "World"),
+        ("1", "Sports"),
+        ("business", "Business"),
+        (3, "Sci/Tech"),
+        (4, None),
+        (-1, None),
+        (None, None),
+    ],
+)
+def test_agnews_row(label, output):
+    record = {"text": "News \\of it. ", "label": label}
+    if output is None:
+        with pytest.raises(ValueError, match=r"`label` is .*; expected 0 to 3"):
+            agnews.to_row(record)
+        return
+    row = agnews.to_row(record)
+    assert row["instruction"] == (
+        "Categorize the news article given in the input into one of the 4 categories:\n\n"
+        "World\nSports\nBusiness\nSci/Tech\n"
+    )
+    assert (row["input"], row["output"]) == ("News \\of it. ", output)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import tiny
 from holdfast.errors import ModelError
 from holdfast.weights.model import (
     add_lora,
-    check_targets,
     find_model,
     fingerprint,
     load_model,
     parameter_count,
 )
+from holdfast.weights.trained import check_lora
 
 LORA = {"r": 2, "alpha": 4, "dropout": 0.5, "target_modules": ["q_proj", "v_proj"]}
 
@@ -92,10 +92,10 @@ def test_parameters_are_counted_from_headers(folders):
 )
 def test_targets_are_checked_each(folders, targets, fits):
     if fits:
-        check_targets(folders[0], targets)
+        check_lora(folders[0], {"target_modules": targets})
     else:
         with pytest.raises(ModelError, match="no layer"):
-            check_targets(folders[0], targets)
+            check_lora(folders[0], {"target_modules": targets})
 
 
 def test_what_is_no_model_is_refused(folders, tmp_path):

@@ -41,6 +41,9 @@ class MethodConfig(TrainingArguments):
         super().__post_init__()
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, found {self.max_length}")
+        if self.fp16 and self.device.type == "cpu":
+            # accelerate would go on without a word, and without a scaler: small gradients become zero.
+            raise ValueError("fp16 needs a loss scaler, which a CPU does not have. Use bf16")
 
 
 class ResumableMixin:

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ModelError, nearest
+from holdfast.weights.quantization import (
+    check_quantization,
+    is_quantized,
+    prepare_quantized,
+    quantization_config,
+    stored_dtype,
+)
 
 WHOLE = 256 * 2**20
 """Weight files up to this size (bytes) are hashed whole, larger ones by 64 blocks of 1 MiB."""
@@ -121,7 +127,7 @@ def parameter_count(folder: Path) -> int:
                 total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{path} is torn or no safetensors file ({_first_line(error)}). Fetch or save it again."
+                f"{path} is torn or no safetensors file ({first_line(error)}). Fetch or save it again."
             ) from None
     return total
 
@@ -133,7 +139,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        raise ModelError(f"Cannot load a tokenizer from {folder}: {_first_line(error)}") from None
+        raise ModelError(f"Cannot load a tokenizer from {folder}: {first_line(error)}") from None
     if tokenizer.eos_token is None:
         raise ModelError(f"The tokenizer in {folder} has no end-of-sequence token; answers could not end.")
     if tokenizer.pad_token is None:
@@ -148,6 +154,7 @@ def load_model(
     compose: str = "stack",
     dtype: str = "auto",
     device: str = "cpu",
+    quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """The causal language model with a chain of adapters, all frozen.
@@ -155,6 +162,7 @@ def load_model(
     Args:
         compose: "stack" keeps each adapter as a frozen PEFT adapter (named stage0, stage1, ...), its
             dropout off; "merge" adds it to the weights in memory.
+        quantization: "nf4" or "int8", or None for the weights as they are.
 
     Raises:
         ModelError: the folder cannot be loaded.
@@ -163,16 +171,23 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     model: Any
+    check_quantization(folder, quantization)
+    quantized = quantization is not None or is_quantized(folder)
+    place: dict[str, Any] = {"device_map": {"": device}} if quantized else {}
+    if quantization is not None:
+        compute = getattr(torch, stored_dtype(folder) if dtype == "auto" else dtype)
+        place["quantization_config"] = quantization_config(quantization, compute)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            **place,
         )
     except Exception as error:  # whatever a damaged folder makes the loader raise
-        raise ModelError(f"Cannot load the model in {folder}: {_first_line(error)}") from None
-    model.to(device)
+        raise ModelError(f"Cannot load the model in {folder}: {first_line(error)}") from None
+    model = prepare_quantized(model) if quantized else model.to(device)
     for i, adapter in enumerate(adapters):
         model = _add_adapter(model, adapter, f"stage{i}", compose)
     model.requires_grad_(False)
@@ -204,17 +219,15 @@ def _silence_dropout(model: Any, name: str) -> None:
 
 
 def add_lora(model: Any, settings: Mapping[str, Any], base: str) -> Any:
-    """A fresh, trainable LoRA called "default" on top of what `model` already carries."""
+    """A fresh, trainable LoRA called "default" on top of what `model` already carries.
+
+    Args:
+        settings: a recipe's `lora` block: `r`, `alpha`, `dropout`, and other fields of `LoraConfig`.
+    """
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings["r"],
-        lora_alpha=settings["alpha"],
-        lora_dropout=settings["dropout"],
-        target_modules=settings["target_modules"],
-        use_rslora=settings.get("use_rslora", False),
-    )
+    renamed = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+    config = LoraConfig(task_type="CAUSAL_LM", **{renamed.get(k, k): v for k, v in settings.items()})
     if isinstance(model, PeftModel):
         stacked: Any = model
         frozen = list(stacked.peft_config)
@@ -229,37 +242,6 @@ def add_lora(model: Any, settings: Mapping[str, Any], base: str) -> Any:
     return stacked
 
 
-def check_targets(folder: Path, targets: Sequence[str] | str, trust_remote_code: bool = False) -> None:
-    """Make sure that every LoRA target is a module of the model, before any weight is loaded.
-
-    PEFT itself is content when one of several targets is found, so a misspelt one would go unnoticed.
-
-    Raises:
-        ModelError: the model cannot be built, or a target is not in it; its layers are listed.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if targets == "all-linear":
-        return
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a damaged or foreign config makes the library raise
-        raise ModelError(f"Cannot build the model in {folder}: {_first_line(error)}") from None
-    names = [name for name, module in model.named_modules() if name and not list(module.children())]
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
-    for target in [targets] if isinstance(targets, str) else targets:
-        if isinstance(targets, str):
-            found = any(re.fullmatch(target, name) for name in names)
-        else:
-            found = any(name == target or name.endswith(f".{target}") for name in names)
-        if not found:
-            raise ModelError(
-                f"lora.target_modules: no layer of {folder} is called '{target}'.{nearest(target, leaves)}"
-            )
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind."""
     return str(error).strip().split("\n")[0][:300] or type(error).__name__

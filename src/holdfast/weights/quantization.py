@@ -1,0 +1,79 @@
+"""Quantised base models: 4-bit NF4 (QLoRA, arXiv 2305.14314) and LLM.int8 (arXiv 2208.07339).
+
+The weights of the linear layers are quantised by bitsandbytes when they are loaded, and never trained.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import ModelError
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the weights in a model folder are quantised already."""
+    return "quantization_config" in _config(folder)
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype that `dtype: auto` would load, "float32" where the folder does not say."""
+    config = _config(folder)
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def check_quantization(folder: Path, quantization: str | None) -> None:
+    """Make sure that the model can be quantised here, before it is loaded.
+
+    Raises:
+        ModelError: bitsandbytes is missing, or the folder is quantised already.
+    """
+    if quantization is None:
+        return
+    if is_quantized(folder):
+        raise ModelError(f"{folder} holds quantised weights already; leave model.quantization out.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"model.quantization: {quantization} needs bitsandbytes, which is not installed. "
+            "Install it: pip install bitsandbytes."
+        )
+
+
+def quantization_config(quantization: str, dtype: Any) -> Any:
+    """What transformers needs to quantise while loading.
+
+    Args:
+        quantization: "nf4" (with double quantisation, as QLoRA) or "int8".
+        dtype: the torch dtype to compute in.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def prepare_quantized(model: Any) -> Any:
+    """What is not quantised (norms, embeddings, head) in float32, for training and evaluation alike.
+
+    No hook is added: PEFT would make the embeddings require gradients, which Trainer does itself where it
+    checkpoints activations.
+    """
+    from peft import prepare_model_for_kbit_training
+
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a damaged one is named where the model is built
+        return {}
+    return config if isinstance(config, dict) else {}
