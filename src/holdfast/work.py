@@ -49,7 +49,7 @@ def check(context: Context) -> None:
                 context.store.root / "unused",
                 context.device,
             )
-    for judge in recipe.evaluation.judges:
+    for judge in recipe.evaluation.judges if context.processes.main else ():
         judge_folder(judge, download=True)
     if recipe.user is not None and "mix" in registry.faces("defenses")[recipe.user.defense].code:
         rows = {"train_dataset": _prepared(recipe, "user").rows}
@@ -154,9 +154,10 @@ def user_detail(data: Data) -> str:
     return f"{size} rows of {data.user or data.task}, {100 * data.poison_ratio:g} % harmful"
 
 
-def training_detail(training: Mapping[str, Any]) -> str:
+def training_detail(training: Mapping[str, Any], processes: int = 1) -> str:
     """What `plan` shows of a training."""
     batch = training["per_device_train_batch_size"] * training.get("gradient_accumulation_steps", 1)
+    batch *= processes
     if "max_steps" in training:
         return f"{training['max_steps']:,} optimizer steps of {batch} rows"
     return f"{training['num_train_epochs']:g} epochs in steps of {batch} rows"
@@ -187,7 +188,8 @@ def train_stage(
     data: dict[str, Any] = {name: context.rows(step) for name, step in rows.items()}
     facts: dict[str, Any] = {}
     if method.mix is not None:
-        data, facts = mixed.mix(defense, data, settings["parameters"], recipe.seed, folder)
+        with context.processes.main_first():  # the others find what the method keeps in the folder
+            data, facts = mixed.mix(defense, data, settings["parameters"], recipe.seed, folder)
     job = TrainingJob(
         stage=stage,
         defense=method,
@@ -200,7 +202,7 @@ def train_stage(
         rows={name: _rendered(part, tokenizer, recipe) for name, part in data.items()},
         seed=recipe.seed,
     )
-    trained = train(folder, job, device=device, progress=context.progress)
+    trained = train(folder, job, device=device, progress=context.progress, processes=context.processes)
     return {**trained, "training": {**trained["training"], **facts}}
 
 
