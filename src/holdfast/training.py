@@ -124,8 +124,10 @@ def _check_processes(trainer: Any, processes: Processes) -> None:
 
 def over_processes(trainer: Any, value: float) -> torch.Tensor:
     """`value` of every process of a training, shape (processes,); all of them call this."""
-    here = torch.tensor([float(value)], dtype=torch.float64, device=trainer.args.device)
-    return trainer.accelerator.gather(here).cpu()
+    here = torch.tensor([float(value)], dtype=torch.float64)
+    if trainer.args.world_size == 1:
+        return here
+    return trainer.accelerator.gather(here.to(trainer.args.device)).cpu()
 
 
 def make_config(
