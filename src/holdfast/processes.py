@@ -35,7 +35,7 @@ class Processes:
     Attributes:
         rank, count: which process this is, of how many.
         local_rank: which one on its machine.
-        sharded: whether the launcher asked accelerate for FSDP or DeepSpeed, which place the model themselves.
+        sharded: whether the launcher asks for FSDP or DeepSpeed, which place the model themselves.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0, sharded: bool = False):
@@ -119,14 +119,19 @@ class Processes:
             return self.main
 
     def _wait(self, key: str) -> bytes:
-        pause = 0.01
-        while not self._store.check([key]):
-            if self._store.check(["failed"]):
-                who = int(self._store.get("failed"))
-                raise StepFailed(f"Process {who} of {self.count} failed; its own message says why.")
-            time.sleep(pause)
-            pause = min(2 * pause, 0.5)
-        return self._store.get(key)
+        pause, who = 0.01, 0
+        try:
+            while not self._store.check([key]):
+                if self._store.check(["failed"]):
+                    who = int(self._store.get("failed"))
+                    break
+                time.sleep(pause)
+                pause = min(2 * pause, 0.5)
+            else:
+                return self._store.get(key)
+        except RuntimeError:  # the store went with the process that held it, which is the main one
+            pass
+        raise StepFailed(f"Process {who} of {self.count} failed; its own message says why.")
 
     def _end_with_the_others(self) -> None:
         """In a thread: a process that another one left may wait for it in a collective for ever."""
@@ -135,6 +140,7 @@ class Processes:
                 time.sleep(1.0)
             if int(self._store.get("failed")) == self.rank:
                 return
+        time.sleep(GRACE)  # what waits for an order, or lost the others, ends by itself
         if self._state == "done":
             return
         if self._state == "at work":

@@ -112,8 +112,8 @@ def _check_processes(trainer: Any, processes: Processes) -> None:
     found, kind = trainer.args.world_size, trainer.accelerator.distributed_type
     if found != processes.count:
         raise RecipeError(
-            f"{processes.count} processes were started, but each would train alone (accelerate found {found}). "
-            "Give --device cpu, or start one process for each GPU."
+            f"{processes.count} processes were started, but each would train alone (accelerate found "
+            f"{found}). Give --device cpu, or start one process for each GPU."
         )
     if processes.sharded and kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise RecipeError(

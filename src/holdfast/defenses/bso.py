@@ -214,8 +214,9 @@ class BSOMixin(ResumableMixin):
         if "loss" in logs and self.anchor is not None:
             logs["state"] = self.phases.state(self.state.global_step - 1)
             for state in ("alignment", "user"):
-                if self._steps[state]:
-                    logs[f"{state}_loss"] = float(self._loss[state]) / self._steps[state]
+                if self._steps[state]:  # the mean over all processes, as that of `loss`
+                    total = self.accelerator.reduce(self._loss[state], reduction="mean")
+                    logs[f"{state}_loss"] = float(total) / self._steps[state]
             self._loss = {"alignment": 0.0, "user": 0.0}
             self._steps = {"alignment": 0, "user": 0}
             logs["drift"] = float(squared_norm(self.drift()).sqrt())
