@@ -17,6 +17,7 @@ import typer
 
 from holdfast import __version__
 from holdfast.errors import HoldfastError, RecipeError
+from holdfast.processes import launched
 
 app = typer.Typer(
     name="holdfast",
@@ -57,11 +58,13 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    if not launched().main and context.invoked_subcommand != "run":
+        raise typer.Exit  # only a run has work for several processes
 
 
 @app.command(epilog="Example: holdfast demo --out demo --seeds 3")
@@ -75,6 +78,8 @@ def demo(
 ) -> None:
     """The embedded world, every stage, a report: minutes on two CPU cores."""
     _quiet()
+    if launched().count > 1:
+        raise RecipeError("holdfast demo runs in one process. Under a launcher: holdfast run world.")
     from holdfast import console
     from holdfast.demo import demo as run_demo
 
@@ -106,7 +111,8 @@ def run(
     folder = out or Path("runs") / loaded.name.replace(" ", "-")
     with console.Bars() as bars:
         results = run_recipe(loaded, out=folder, store=store, device=device, progress=bars)
-    _done(bars, results["rows"], folder)
+    if launched().main:
+        _done(bars, results["rows"], folder)
 
 
 @app.command(epilog="Example: holdfast plan my-recipe.yaml user.rho=3")
@@ -218,6 +224,7 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore")
 
 
@@ -225,22 +232,45 @@ def main() -> None:
     """Entry point: errors of ours become a message on standard error and an exit code."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    processes = launched()
+    if not processes.main:
+        sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     try:
-        app()
-    except HoldfastError as error:
-        if debug:
-            raise
-        _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("Stopped. What is done is kept; run the same command again to go on.", 130)
+        if processes.count > 1:
+            _quiet()  # before the others are met, which imports torch
+            processes.start()
+        _app()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except Exception as error:
-        if debug:
+    except (Exception, KeyboardInterrupt) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        if not processes.speaks() or (stopped and not processes.main):
+            sys.exit(1)  # another process says why
+        if not processes.main:
+            sys.stderr = sys.__stderr__
+        if debug and not stopped:
             raise
-        first = str(error).strip().split("\n")[0]
-        _fail(f"{type(error).__name__}: {first}\nThis was not expected; --debug shows the traceback.", 1)
+        who = "" if processes.main else f"process {processes.rank} of {processes.count}: "
+        _fail(who + _message(error), 130 if stopped else getattr(error, "exit_code", 1))
+
+
+def _app() -> None:
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == 130:  # typer turns an interrupt into an exit without a word
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "Stopped. What is done is kept; run the same command again to go on."
+    if isinstance(error, HoldfastError):
+        return str(error)
+    first = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first}\nThis was not expected; --debug shows the traceback."
 
 
 def _fail(text: str, code: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from holdfast import data as datasets
 from holdfast.errors import RecipeError
+from holdfast.processes import Processes
 from holdfast.progress import Progress
 from holdfast.recipe import Recipe
 from holdfast.store import Store
@@ -26,13 +27,14 @@ class Context:
     device_asked: str
     progress: Progress
     model: Path
+    processes: Processes = field(default_factory=Processes)
     _device: str = field(default="", repr=False)
 
     @property
     def device(self) -> str:
         """The device to compute on, decided (and CPU threads set) at first use."""
         if not self._device:
-            self._device = _choose_device(self.device_asked, self.model)
+            self._device = _choose_device(self.device_asked, self.model, self.processes)
         return self._device
 
     @property
@@ -82,7 +84,7 @@ class State:
     score: str
 
 
-def _choose_device(asked: str, model: Path) -> str:
+def _choose_device(asked: str, model: Path, processes: Processes) -> str:
     import torch
 
     from holdfast.weights.model import parameter_count
@@ -96,6 +98,9 @@ def _choose_device(asked: str, model: Path) -> str:
         raise RecipeError("No MPS device was found. Use --device cpu, or leave it out.")
     if device not in ("cpu", "cuda", "mps"):
         raise RecipeError(f"Unknown device '{asked}'. Known: auto, cpu, cuda, mps.")
+    if device == "cuda" and processes.count > 1:  # as accelerate, which trains there, gives them out
+        device = f"cuda:{processes.local_rank % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
     if device == "cpu" and parameter_count(model) < SMALL:
         torch.set_num_threads(1)
     return device

@@ -7,39 +7,22 @@ does what is missing, and recipes that share a stage share its step.
 
 from __future__ import annotations
 
-import errno
-import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast import mixed, registry, work
+from holdfast import mixed, preflight, registry, work
 from holdfast.context import Context, State
-from holdfast.errors import HoldfastError, StepFailed
+from holdfast.errors import StepFailed
+from holdfast.processes import Processes, launched
 from holdfast.progress import Progress
 from holdfast.recipe import ALIGNMENT_TRAINING, USER_TRAINING, Recipe, StageRecipe
-from holdfast.store import Store, identity_hash, provenance, versions
+from holdfast.steps import Step, do, join
+from holdfast.store import Store, versions
 
 FORMAT = {"data": 1, "manifest": 1, "train": 1, "generate": 1, "moderate": 1, "score": 1}
 """Raise one where the content of that kind of step changes for the same identity."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step: `work(folder, context)` fills its folder and returns facts for `step.json`."""
-
-    kind: str
-    title: str
-    detail: str
-    identity: Mapping[str, Any]
-    work: Callable[[Path, Context], Mapping[str, Any] | None]
-
-    @property
-    def id(self) -> str:
-        """The name of its folder."""
-        return f"{self.kind}-{identity_hash({'kind': self.kind, **self.identity})}"
 
 
 @dataclass(frozen=True)
@@ -76,6 +59,7 @@ class _Planner:
 
         self.recipe = recipe
         self.download = download
+        self.processes = launched().count
         self.steps: dict[str, Step] = {}
         self.folder = find_model(str(work.model_path(recipe.model.path)), recipe.model.revision, download)
         self.base = {
@@ -111,8 +95,10 @@ class _Planner:
             states.append(self._evaluate(recipe.name, recipe.user.defense, trained, weights, data["test"]))
         return Plan(recipe, tuple(self.steps.values()), tuple(states), data["manifest"], self.folder)
 
-    def _add(self, kind: str, title: str, detail: str, identity: Mapping[str, Any], do: Any) -> str:
-        step = Step(kind, title, detail, identity, do)
+    def _add(
+        self, kind: str, title: str, detail: str, identity: Mapping[str, Any], do: Any, together: bool = False
+    ) -> str:
+        step = Step(kind, title, detail, identity, do, together)
         self.steps.setdefault(step.id, step)
         return step.id
 
@@ -172,6 +158,8 @@ class _Planner:
         }
         if trains != "new":
             identity["trains"] = trains
+        if self.processes > 1:  # as many times the rows of a step: another result
+            identity["processes"] = self.processes
         label = face.facts.get("label", part.defense)
         title = f"alignment with {label}" if stage == "alignment" else f"user fine-tuning with {label}"
 
@@ -179,8 +167,9 @@ class _Planner:
             settings = {"parameters": parameters, "training": training, "trains": trains, "lora": lora}
             return work.train_stage(folder, context, stage, part.defense, settings, rows, below)
 
-        detail = work.training_detail(training, trains) + mixed.detail(part.defense, parameters)
-        return self._add(stage, title, detail, identity, do)
+        detail = work.training_detail(training, trains, self.processes)
+        detail += mixed.detail(part.defense, parameters)
+        return self._add(stage, title, detail, identity, do, together=True)
 
     @staticmethod
     def _parameters(part: StageRecipe) -> dict[str, Any]:
@@ -273,63 +262,56 @@ def run(
         InputError: something given cannot be used; raised before training starts.
         StepFailed: a step stopped half-way. Running again goes on from there.
     """
+    out, progress, processes = Path(out), progress or Progress(), launched()
+    steps = Store(Path(store) if store else out / "steps")
+    processes.start()
+    try:
+        if processes.main:
+            done = _lead(recipe, out, steps, device, progress, processes)
+            processes.tell({"done": done})
+        else:
+            done = _follow(recipe, steps, device, processes)
+        processes.finish()
+        return done
+    except BaseException:
+        processes.speaks()
+        raise
+
+
+def _lead(
+    recipe: Recipe, out: Path, steps: Store, device: str, progress: Progress, processes: Processes
+) -> dict[str, Any]:
+    """What the main process does, which is everything; it tells the others when to join in."""
     from holdfast import results
 
-    out, progress = Path(out), progress or Progress()
-    steps = Store(Path(store) if store else out / "steps")
     results.claim(out, recipe, steps.root)
     planned = plan(recipe, download=True)
-    context = Context(recipe, steps, device, progress, planned.model)
+    context = Context(recipe, steps, device, progress, planned.model, processes)
     missing = [step for step in planned.steps if steps.record(step.id) is None]
     if any(step.kind != "score" for step in missing):
-        work.check(context)
+        processes.tell({"do": "check"})
+        preflight.check(context)
     cached = {step.id for step in planned.steps} - {step.id for step in missing}
     for step in planned.steps:
-        _do(step, context)
+        do(step, context)
     return results.write(out, planned, steps, cached)
 
 
-def _do(step: Step, context: Context) -> None:
-    """One step under its lock, unless it is complete; nothing else writes `step.json`."""
-    store, progress = context.store, context.progress
-    if store.record(step.id) is not None:
-        progress.end(step.title, True, None)
-        return
-    try:
-        with store.lock(step.id, lambda: progress.say(f"Waiting for another run that does: {step.title}")):
-            if store.record(step.id) is not None:
-                progress.end(step.title, True, None)
-                return
-            folder = store.path(step.id)
-            progress.begin(step.title, store.begun(step.id))
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "step.json").unlink(missing_ok=True)
-            record, began = provenance(), time.monotonic()
-            facts = dict(step.work(folder, context) or {})
-            seconds = facts.pop("seconds", time.monotonic() - began)
-            store.complete(
-                step.id,
-                {"kind": step.kind, "title": step.title, "identity": step.identity, "seconds": seconds,
-                 **facts, "provenance": record},
-            )  # fmt: skip
-            progress.end(step.title, False, seconds)
-    except (HoldfastError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        raise StepFailed(_why(step, store, error)) from error
-
-
-def _why(step: Step, store: Store, error: Exception) -> str:
-    text = str(error).strip().split("\n")[0] or type(error).__name__
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    # Some writers do not say why they failed.
-    if full or "No space left" in str(error) or shutil.disk_usage(store.root).free < 2**20:
-        return (
-            f"No space left on the disk that holds {store.root}, while doing: {step.title}. Free some space "
-            "and run the same command again: it goes on from what is there."
-        )
-    return (
-        f"{step.title} failed: {type(error).__name__}: {text}\n"
-        f"What is done is kept in {store.path(step.id)}; "
-        "run the same command again to go on (--debug shows where it failed)."
-    )
+def _follow(recipe: Recipe, steps: Store, device: str, processes: Processes) -> dict[str, Any]:
+    """What every other process does: wait, and join in the steps that are done together."""
+    context, known = None, {}
+    while "done" not in (order := processes.told()):
+        if context is None:
+            planned = plan(recipe)
+            context = Context(recipe, steps, device, Progress(), planned.model, processes)
+            known = {step.id: step for step in planned.steps}
+        if order["do"] == "check":
+            preflight.check(context)
+        elif order["do"] in known:
+            join(known[order["do"]], context)
+        else:
+            raise StepFailed(
+                f"The main process does {order['do']}, which is no step of the recipe as this process reads "
+                "it. Every process needs the same files, on a file system that all of them see."
+            )
+    return order["done"]

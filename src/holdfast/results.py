@@ -92,6 +92,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
         "peak_memory_bytes": trained.get("peak_memory_bytes"),
         "peak_memory_kind": trained.get("peak_memory_kind"),
         "seconds": trained.get("seconds"),
+        "processes": trained.get("training", {}).get("processes"),
         "tokens_per_second": trained.get("training", {}).get("tokens_per_second"),
         "steps": {
             "alignment": stages.get("alignment"),

@@ -3,6 +3,8 @@
 In the step's folder: `checkpoints/` while it runs, then `adapter/` (or `model/`, where all weights were
 trained) with a model card, and `trainer_state.json`. A checkpoint counts only with its `holdfast.json`,
 which is written last, so that a kill in the middle of saving costs one interval and nothing else.
+
+Several processes train together; the main one writes what is whole, after all have written their parts.
 """
 
 from __future__ import annotations
@@ -17,15 +19,18 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import PrinterCallback, TrainerCallback
 
 from holdfast.defenses import Defense
 from holdfast.defenses.base import planned_steps
 from holdfast.errors import ModelError, RecipeError
+from holdfast.processes import Processes
 from holdfast.progress import Progress
 from holdfast.seeds import derive_seed
 from holdfast.store import MARKER, SCRATCH, read_json, remove_tree, write_json, write_text
-from holdfast.weights.trained import load_trainable, save_trained
+from holdfast.weights.shards import finite, gather_trainable, trainable_numel
+from holdfast.weights.trained import MUTATING, load_trainable, save_trained
 
 CHECKPOINTS = 10
 """About how many checkpoints a training writes; only the last two are kept."""
@@ -60,16 +65,19 @@ class TrainingJob:
     seed: int
 
 
-def train(folder: Path, job: TrainingJob, *, device: str, progress: Progress) -> dict[str, Any]:
-    """Train, or go on training, in `folder`; returns facts for `step.json`.
+def train(
+    folder: Path, job: TrainingJob, *, device: str, progress: Progress, processes: Processes | None = None
+) -> dict[str, Any]:
+    """Train, or go on training, in `folder`; returns facts for `step.json`. All `processes` call it.
 
     Raises:
-        RecipeError: the method's configuration refuses a value.
+        RecipeError: the method's configuration refuses a value, or the processes cannot train together.
         ModelError: the model, or LoRA on it, cannot be had.
     """
     seed = derive_seed(job.seed, job.stage)
     checkpoints = folder / SCRATCH
     config = make_config(job.defense, job.parameters, job.training, seed, checkpoints, device)
+    processes = processes or Processes()
     model = load_trainable(
         job.model,
         job.adapters,
@@ -78,26 +86,63 @@ def train(folder: Path, job: TrainingJob, *, device: str, progress: Progress) ->
         base=job.model_name,
         seed=derive_seed(job.seed, job.stage, "lora"),
         initial=checkpoints / "initial",
-        device=device,
+        # FSDP and DeepSpeed place the model themselves: whole, it may not fit on the device.
+        device="cpu" if processes.sharded else device,
         **job.model_options,
     )
     assert job.defense.trainer is not None
     trainer = job.defense.trainer(model=model, args=config, processing_class=job.tokenizer, **job.rows)
+    _check_processes(trainer, processes)
     total = planned_steps(trainer)
     config.save_steps = config.logging_steps * math.ceil(total / CHECKPOINTS / config.logging_steps)
-    last = last_checkpoint(checkpoints)
+    # All go on from where the main process says: file systems may show them different things.
+    last = broadcast_object_list([last_checkpoint(checkpoints)])[0]
     watch = Watch(trainer, total, last, progress)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     facts = watch.facts()
-    if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    broken = not finite(p for p in trained.parameters() if p.requires_grad)
+    if over_processes(trainer, broken).any():
         raise ModelError(
             f"Training at the {job.stage} stage diverged: some weights are not finite. Lower learning_rate."
         )
-    _save(folder, model, job, facts)
-    trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    weights = gather_trainable(trained, keep=processes.main) if processes.count > 1 else None
+    if processes.main:
+        _save(folder, trained, weights, job, facts)
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    trainer.accelerator.wait_for_everyone()
     return facts
+
+
+def _check_processes(trainer: Any, processes: Processes) -> None:
+    """Refuse what accelerate would do silently: train apart, or without the sharding that was asked for."""
+    found, kind = trainer.args.world_size, trainer.accelerator.distributed_type
+    if found != processes.count:
+        raise RecipeError(
+            f"{processes.count} processes were started, but each would train alone (accelerate found "
+            f"{found}). Give --device cpu, or start one process for each GPU."
+        )
+    lora = getattr(trainer.model, "peft_config", {}).get("default")
+    if found > 1 and lora is not None and lora.init_lora_weights in MUTATING:
+        raise RecipeError(
+            f"lora.init_lora_weights {lora.init_lora_weights} changes the base weights, which only a "
+            "single process can put right when it saves. Train in one process, or leave it out."
+        )
+    if processes.sharded and kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise RecipeError(
+            f"The launcher asked for FSDP or DeepSpeed, but accelerate would use {kind.value}: both need "
+            "GPUs. Leave them out, or run on GPUs."
+        )
+
+
+def over_processes(trainer: Any, value: float) -> torch.Tensor:
+    """`value` of every process of a training, shape (processes,); all of them call this."""
+    here = torch.tensor([float(value)], dtype=torch.float64)
+    if trainer.args.world_size == 1:
+        return here
+    return trainer.accelerator.gather(here.to(trainer.args.device)).cpu()
 
 
 def make_config(
@@ -157,16 +202,19 @@ class Watch(TrainerCallback):
             torch.cuda.reset_peak_memory_stats()
 
     def facts(self) -> dict[str, Any]:
-        """What `step.json` records of a training."""
+        """What `step.json` records of a training; every process calls this."""
         used = torch.cuda.max_memory_allocated() if self.cuda else self.process.memory_info().rss
         self.peak = max(self.peak, used)
-        seconds = self.seconds + time.monotonic() - self.began
-        trainer, tokens = self.trainer, int(self.trainer.state.num_input_tokens_seen)
+        trainer, args, seconds = self.trainer, self.trainer.args, self._seconds()
+        tokens = int(trainer.state.num_input_tokens_seen)
         training = {
             "steps": trainer.state.global_step,
             "tokens": tokens,
             "tokens_per_second": tokens / max(seconds, 1e-9),
-            "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+            "trainable_parameters": trainable_numel(trainer.model),
+            "processes": args.world_size,
+            "distributed_type": trainer.accelerator.distributed_type.value,
+            "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         }
         if hasattr(trainer, "phases"):
             training["alignment_steps"] = trainer.phases.alignment_steps
@@ -174,10 +222,13 @@ class Watch(TrainerCallback):
             training["switch_points"] = trainer.phases.switch_points(self.total)
         return {
             "seconds": seconds,
-            "peak_memory_bytes": self.peak,
+            "peak_memory_bytes": int(over_processes(trainer, self.peak).max()),
             "peak_memory_kind": "cuda allocated" if self.cuda else "resident",
             "training": training,
         }
+
+    def _seconds(self) -> float:
+        return self.seconds + time.monotonic() - self.began
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the step, and look at the memory."""
@@ -190,20 +241,24 @@ class Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep what the progress bar shows beside the steps."""
         if logs and "loss" in logs:
-            speed = self.facts()["training"]["tokens_per_second"]
+            speed = state.num_input_tokens_seen / max(self._seconds(), 1e-9)
             self.latest = {"loss": logs["loss"], "tokens_per_second": speed}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint is whole: everything in it was written before this."""
-        write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, self.facts())
+        """The checkpoint is whole: every process has written its part of it before this."""
+        facts = self.facts()
+        if state.is_world_process_zero:
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, facts)
 
 
-def _save(folder: Path, model: Any, job: TrainingJob, facts: Mapping[str, Any]) -> None:
-    """Write what was trained beside, then rename."""
+def _save(
+    folder: Path, model: Any, weights: Mapping[str, Any] | None, job: TrainingJob, facts: Mapping[str, Any]
+) -> None:
+    """Write what was trained beside, then rename; `weights` are whole where the model holds parts of them."""
     name = "model" if job.trains == "full" else "adapter"
     beside, target = folder / f"{name}.partial", folder / name
     remove_tree(beside)
-    save_trained(model, job.tokenizer, beside, folder / SCRATCH / "initial")
+    save_trained(model, job.tokenizer, beside, folder / SCRATCH / "initial", weights)
     write_text(beside / "README.md", _card(job, facts))
     remove_tree(target)
     beside.rename(target)
@@ -236,7 +291,8 @@ tags: [holdfast, {job.defense.name}]
 - parameters: `{json.dumps(dict(job.parameters), sort_keys=True)}`
 - training arguments: `{json.dumps(dict(job.training), sort_keys=True)}`
 - rows: `{json.dumps(rows)}`, seed {job.seed}
-- optimizer steps: {facts["training"]["steps"]}
+- optimizer steps: {facts["training"]["steps"]}, of {facts["training"]["rows_per_step"]} rows each
+- processes: {facts["training"]["processes"]} ({facts["training"]["distributed_type"]})
 {serving}
 Harmful score and finetune accuracy are in the `results.json` of the run that made it. Anything that
 is not there was not measured. A low harmful score under one judge and one prompt set is not safety.

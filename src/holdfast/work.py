@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from holdfast import mixed, registry, tasks
 from holdfast.context import Context
 from holdfast.errors import ModelError, RecipeError
 from holdfast.evaluation.generate import read_jsonl
-from holdfast.recipe import Data, JudgeRecipe, Recipe, StageRecipe
+from holdfast.recipe import Data, JudgeRecipe, Recipe
 from holdfast.store import read_json, write_json
 
 ROLES = ("alignment", "user", "test")
@@ -25,48 +24,6 @@ def model_path(path: str) -> str | Path:
 
         return world.MODEL
     return path
-
-
-def check(context: Context) -> None:
-    """Find what would stop the run, before anything starts: tokenizer, template, methods, judges."""
-    from holdfast.data.prompts import resolve_template
-    from holdfast.weights.model import load_tokenizer
-    from holdfast.weights.quantization import check_quantization
-    from holdfast.weights.trained import check_trained
-
-    recipe = context.recipe
-    tokenizer = load_tokenizer(context.model, recipe.model.trust_remote_code)
-    resolve_template(tokenizer, recipe.model.template)
-    check_quantization(context.model, recipe.model.quantization)
-    for name in ("alignment", "user"):
-        stage: StageRecipe | None = getattr(recipe, name)
-        if stage is not None:
-            from holdfast.training import make_config
-
-            if recipe.trains(name) != "continue":
-                lora = recipe.lora(name)
-                check_trained(
-                    context.model,
-                    lora.identity() if lora else None,
-                    recipe.model.dtype,
-                    recipe.model.trust_remote_code,
-                )
-            make_config(
-                registry.get_defense(stage.defense),
-                stage.parameters(),
-                stage.training.given(),
-                recipe.seed,
-                context.store.root / "unused",
-                context.device,
-            )
-    for judge in recipe.evaluation.judges:
-        judge_folder(judge, download=True)
-    if recipe.user is not None and "mix" in registry.faces("defenses")[recipe.user.defense].code:
-        rows = {"train_dataset": _prepared(recipe, "user").rows}
-        if recipe.data.alignment is not None:
-            rows["alignment_dataset"] = _prepared(recipe, "alignment").rows
-        with tempfile.TemporaryDirectory() as beside:
-            mixed.mix(recipe.user.defense, rows, recipe.user.parameters(), recipe.seed, Path(beside))
 
 
 # Data
@@ -115,13 +72,14 @@ def data_identity(recipe: Recipe, role: str) -> dict[str, Any]:
 
 def prepare_data(folder: Path, context: Context, role: str) -> dict[str, Any]:
     """`rows.jsonl` and this role's part of the manifest."""
-    prepared = _prepared(context.recipe, role)
-    datasets.write_rows(folder / "rows.jsonl", prepared.rows)
-    write_json(folder / "manifest.json", prepared.manifest)
-    return {"rows": len(prepared.rows)}
+    part = prepared(context.recipe, role)
+    datasets.write_rows(folder / "rows.jsonl", part.rows)
+    write_json(folder / "manifest.json", part.manifest)
+    return {"rows": len(part.rows)}
 
 
-def _prepared(recipe: Recipe, role: str) -> datasets.Prepared:
+def prepared(recipe: Recipe, role: str) -> datasets.Prepared:
+    """The rows of "alignment", "user" or "test", with their part of the manifest."""
     data, evaluation = recipe.data, recipe.evaluation
     same: dict[str, Any] = {
         "user": data.user,
@@ -164,9 +122,10 @@ def user_detail(data: Data) -> str:
     return f"{size} rows of {data.user or data.task}, {100 * data.poison_ratio:g} % harmful"
 
 
-def training_detail(training: Mapping[str, Any], trains: str) -> str:
+def training_detail(training: Mapping[str, Any], trains: str, processes: int = 1) -> str:
     """What `plan` shows of a training."""
     batch = training["per_device_train_batch_size"] * training.get("gradient_accumulation_steps", 1)
+    batch *= processes
     what = {"continue": ", single LoRA", "full": ", all weights"}.get(trains, "")
     if "max_steps" in training:
         return f"{training['max_steps']:,} optimizer steps of {batch} rows{what}"
@@ -198,7 +157,8 @@ def train_stage(
     data: dict[str, Any] = {name: context.rows(step) for name, step in rows.items()}
     facts: dict[str, Any] = {}
     if method.mix is not None:
-        data, facts = mixed.mix(defense, data, settings["parameters"], recipe.seed, folder)
+        with context.processes.main_first():  # the others find what the method keeps in the folder
+            data, facts = mixed.mix(defense, data, settings["parameters"], recipe.seed, folder)
     base, adapters = context.weights(below)
     job = TrainingJob(
         stage=stage,
@@ -212,7 +172,7 @@ def train_stage(
         rows={name: _rendered(part, tokenizer, recipe) for name, part in data.items()},
         seed=recipe.seed,
     )
-    trained = train(folder, job, device=device, progress=context.progress)
+    trained = train(folder, job, device=device, progress=context.progress, processes=context.processes)
     return {**trained, "training": {**trained["training"], **facts}}
 
 

@@ -63,11 +63,14 @@ class ResumableMixin:
     def run_fingerprint(self: Any) -> dict[str, Any]:
         """What must be the same for a resumed run to equal one that was never cut."""
         args = self.args
+        # DDP, FSDP and DeepSpeed write different checkpoints.
+        kind = self.accelerator.distributed_type.value
         return {
             "trainer": type(self).__name__,
             "seed": args.seed,
             "data_seed": args.data_seed,
             "world_size": args.world_size,
+            **({"distributed_type": kind} if args.world_size > 1 else {}),
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "learning_rate": args.learning_rate,
@@ -141,6 +144,7 @@ class ResumableMixin:
             raise ModelError(f"{path.parent.parent} belongs to another run ({what}). Resume with the same.")
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._refuse_other_run(Path(resume_from_checkpoint) / METHOD_FOLDER / "run.json")
         target: Any = self.model if model is None else model
         adapters = list(getattr(target, "active_adapters", [])) if hasattr(target, "peft_config") else []
         trainable = {name for name, p in target.named_parameters() if p.requires_grad}

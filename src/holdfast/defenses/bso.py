@@ -195,9 +195,9 @@ class BSOMixin(AlignmentRows, AnchorMixin):
         if "loss" in logs:
             logs["state"] = self.phases.state(self.state.global_step - 1)
             for state in ("alignment", "user"):
-                if self._steps[state]:
-                    mean = self.accelerator.reduce(self._loss[state], "mean")
-                    logs[f"{state}_loss"] = float(mean) / self._steps[state]
+                if self._steps[state]:  # the mean over all processes, as that of `loss`
+                    total = self.accelerator.reduce(self._loss[state], reduction="mean")
+                    logs[f"{state}_loss"] = float(total) / self._steps[state]
             self._loss = {"alignment": 0.0, "user": 0.0}
             self._steps = {"alignment": 0, "user": 0}
         super().log(logs, *args, **kwargs)

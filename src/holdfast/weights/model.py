@@ -233,6 +233,7 @@ def add_lora(model: Any, settings: Mapping[str, Any], base: str) -> Any:
         frozen = list(stacked.peft_config)
         stacked.add_adapter("default", config)
         stacked.base_model.set_adapter([*frozen, "default"])
+        stacked.active_adapter = "default"  # the one that FSDP puts into its checkpoints
     else:
         stacked, frozen = get_peft_model(model, config), []
     # What a user loads the adapter on: PEFT itself would write the folder of the local cache.

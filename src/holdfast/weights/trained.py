@@ -62,20 +62,27 @@ def load_trainable(
     return model
 
 
-def save_trained(model: Any, tokenizer: Any, folder: Path, initial: Path) -> None:
+def save_trained(
+    model: Any, tokenizer: Any, folder: Path, initial: Path, weights: Mapping[str, Any] | None = None
+) -> None:
     """Write an adapter folder that fits the untouched base, or a whole model with its tokenizer.
+
+    `weights` are the trained ones, whole, by name, where `model` holds only parts of them.
 
     A LoRA that was taken out of the base weights (PiSSA, OLoRA) becomes a plain one of twice the rank:
     `B A - B0 A0`, where B0 and A0 are its initial values.
     """
     if not hasattr(model, "peft_config"):
-        model.save_pretrained(folder)
+        buffers = {} if weights is None else dict(model.named_buffers())
+        kept = {name: buffers[name] for name in model.state_dict() if name in buffers}
+        model.save_pretrained(folder, state_dict=None if weights is None else kept | dict(weights))
         tokenizer.save_pretrained(folder)
         return
     mutated = model.peft_config["default"].init_lora_weights in MUTATING
     model.save_pretrained(
         folder,
         selected_adapters=["default"],
+        state_dict=weights,
         path_initial_model_for_weight_conversion=str(initial) if mutated else None,
     )
 

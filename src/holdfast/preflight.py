@@ -1,0 +1,52 @@
+"""What would stop a run, found before anything starts."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from holdfast import mixed, registry, work
+from holdfast.context import Context
+from holdfast.recipe import StageRecipe
+
+
+def check(context: Context) -> None:
+    """Find what would stop the run, before anything starts: tokenizer, template, methods, judges."""
+    from holdfast.data.prompts import resolve_template
+    from holdfast.weights.model import load_tokenizer
+    from holdfast.weights.quantization import check_quantization
+    from holdfast.weights.trained import check_trained
+
+    recipe = context.recipe
+    tokenizer = load_tokenizer(context.model, recipe.model.trust_remote_code)
+    resolve_template(tokenizer, recipe.model.template)
+    check_quantization(context.model, recipe.model.quantization)
+    for name in ("alignment", "user"):
+        stage: StageRecipe | None = getattr(recipe, name)
+        if stage is not None:
+            from holdfast.training import make_config
+
+            if recipe.trains(name) != "continue":
+                lora = recipe.lora(name)
+                check_trained(
+                    context.model,
+                    lora.identity() if lora else None,
+                    recipe.model.dtype,
+                    recipe.model.trust_remote_code,
+                )
+            make_config(
+                registry.get_defense(stage.defense),
+                stage.parameters(),
+                stage.training.given(),
+                recipe.seed,
+                context.store.root / "unused",
+                context.device,
+            )
+    for judge in recipe.evaluation.judges if context.processes.main else ():
+        work.judge_folder(judge, download=True)
+    if recipe.user is not None and "mix" in registry.faces("defenses")[recipe.user.defense].code:
+        rows = {"train_dataset": work.prepared(recipe, "user").rows}
+        if recipe.data.alignment is not None:
+            rows["alignment_dataset"] = work.prepared(recipe, "alignment").rows
+        with tempfile.TemporaryDirectory() as beside:
+            mixed.mix(recipe.user.defense, rows, recipe.user.parameters(), recipe.seed, Path(beside))

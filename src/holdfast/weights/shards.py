@@ -1,0 +1,56 @@
+"""Parameters of which several processes hold parts: FSDP2 (DTensor) and DeepSpeed ZeRO-3 (`ds_id`)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+"""What activation checkpointing and torch.compile put into the names of parameters."""
+
+
+def finite(parameters: Iterable[Tensor]) -> bool:
+    """Whether this process's part of all `parameters` holds neither NaN nor infinity."""
+    return all(bool(torch.isfinite(_local(p.detach())).all()) for p in parameters)
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else getattr(tensor, "ds_tensor", tensor)
+
+
+def trainable_numel(model: nn.Module) -> int:
+    """How many numbers an optimizer step may move, over all processes."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+
+
+def gather_trainable(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The trainable parameters, whole, by name: on the CPU where `keep`, nothing elsewhere.
+
+    Every process calls this. One parameter after the other is whole in each process's memory.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with _whole(parameter) as tensor:
+                if keep:
+                    for wrapper in WRAPPERS:
+                        name = name.replace(wrapper, "")
+                    found[name] = tensor.detach().cpu().clone()
+    return found
+
+
+@contextlib.contextmanager
+def _whole(parameter: Any) -> Any:
+    if hasattr(parameter, "full_tensor"):
+        yield parameter.full_tensor()
+    elif hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield parameter
+    else:
+        yield parameter

@@ -1,0 +1,126 @@
+"""Two processes on this machine, as a launcher would start them, but forked: what they import is here once.
+
+accelerate does not shard on a CPU: it takes FSDP for DDP without a word. `sharding` changes its mind, and
+every test asserts what it got.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot  # noqa: F401
+import peft  # noqa: F401
+import torch
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+from transformers import LlamaForCausalLM  # noqa: F401
+
+import holdfast.evaluation.generate
+import holdfast.evaluation.moderate
+import holdfast.report
+import holdfast.training  # noqa: F401
+
+WORLD = 2
+
+
+def start(
+    folder: Path, work: Any, *arguments: Any, fsdp: str | None = None, timeout: float = 100
+) -> list[Any]:
+    """Exit codes of `work(*arguments)` in every process, which all end within `timeout` seconds.
+
+    Args:
+        folder: tracebacks go to `error-RANK.txt` there.
+        fsdp: FSDP2 with this state dict type instead of DDP.
+    """
+    torch.set_num_threads(1)  # a fork of a process with several threads of torch may hang
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_child, args=(rank, port, folder, fsdp, work, arguments))
+        for rank in range(WORLD)
+    ]
+    for process in processes:
+        process.start()
+    last = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0, last - time.monotonic()))
+    late = [process for process in processes if process.is_alive()]
+    for process in late:
+        process.kill()
+        process.join()
+    assert not late, f"{len(late)} processes did not end in {timeout} s"
+    return [process.exitcode for process in processes]
+
+
+def done(folder: Path, work: Any, *arguments: Any, **options: Any) -> None:
+    """`start`, and every process must end well."""
+    codes = start(folder, work, *arguments, **options)
+    errors = "\n".join(path.read_text() for path in sorted(folder.glob("error-*.txt")))
+    assert codes == [0] * WORLD, errors
+
+
+def _child(rank: int, port: int, folder: Path, fsdp: str | None, work: Any, arguments: Any) -> None:
+    from accelerate.state import AcceleratorState
+
+    from holdfast.processes import launched
+
+    gc.freeze()  # a collection would copy all that the parent has in memory
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }  # fmt: skip
+    launched.cache_clear()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if fsdp:
+        sharding(fsdp)
+    try:
+        work(*arguments)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    except BaseException:
+        (folder / f"error-{rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)
+    os._exit(0)
+
+
+def sharding(state_dict_type: str) -> None:
+    """FSDP2 as `accelerate launch` asks for it, on a CPU too."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": state_dict_type,
+    }
+    initialise = AcceleratorState.__init__
+
+    def with_sharding(self: Any, *args: Any, **kwargs: Any) -> None:
+        if PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        initialise(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = with_sharding  # type: ignore[method-assign]
+
+
+def rank() -> int:
+    """Which process this is."""
+    return int(os.environ["RANK"])
+
+
+def write(path: Path, value: Any) -> None:
+    """JSON from a process to its test."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))

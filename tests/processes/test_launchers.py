@@ -1,0 +1,137 @@
+"""The command in two processes, as a user types it: under torchrun itself where the launcher matters."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import launch
+import pytest
+import yaml
+
+import tiny
+
+FAILING = """
+import os
+from holdfast import training
+
+on_step_end = training.Watch.on_step_end
+
+def failing(self, args, state, control, **kwargs):
+    if state.global_step == 2 and os.environ["RANK"] == "1":
+        raise ValueError("made up")
+    on_step_end(self, args, state, control, **kwargs)
+
+training.Watch.on_step_end = failing
+from holdfast.cli import main
+main()
+"""
+
+
+def torchrun(folder, *arguments):
+    """Two processes; arguments as after `torchrun --nproc_per_node 2`."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments],
+        text=True, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=120,
+    )  # fmt: skip
+
+
+def command(folder, *arguments, before=lambda: None):
+    """The command in two forked processes: what each of them printed, and their exit codes."""
+    codes = launch.start(folder, _command, folder, arguments, before)
+    return [(folder / f"printed-{rank}.txt").read_text() for rank in range(launch.WORLD)], codes
+
+
+def _command(folder, arguments, before):
+    from holdfast.cli import main
+
+    os.chdir(folder)
+    printed = os.open(f"printed-{launch.rank()}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    sys.stdout = sys.__stdout__ = sys.stderr = sys.__stderr__ = os.fdopen(printed, "w", buffering=1)
+    sys.argv = ["holdfast", *arguments]
+    before()
+    try:
+        main()
+    except SystemExit as end:
+        sys.stdout.flush()
+        os._exit(end.code or 0)
+
+
+def ours(text):
+    """What the processes said, without the launcher's own lines and its closing traceback."""
+    lines = text.splitlines()
+    return [line for line in lines if re.match(r"(holdfast: |done |cached |\.\.\. )", line)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("launched")
+    evaluation = {"prompts": 2, "max_new_tokens": 2, "task_rows": 2}
+    (place / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(place / "in", evaluation=evaluation)))
+    (place / "failing.py").write_text(FAILING)
+    return place
+
+
+def test_a_run_speaks_with_one_voice(folder):
+    done = torchrun(folder, "-m", "holdfast", "run", "recipe.yaml", "--device", "cpu", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    said = ours(done.stderr)
+    assert len([line for line in said if line.startswith("done ")]) == 12
+    assert done.stdout.count("Report: out/report.html") == 1
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert [row["processes"] for row in results["rows"]] == [2, 2]
+
+
+def test_a_failure_in_one_process_ends_all_and_says_which(folder):
+    began = time.monotonic()
+    done = torchrun(folder, "failing.py", "run", "recipe.yaml", "--device", "cpu", "--out", "failed")
+    assert done.returncode == 1
+    assert time.monotonic() - began < 60
+    messages = [line for line in ours(done.stderr) if line.startswith("holdfast: ")]
+    assert messages == ["holdfast: process 1 of 2: alignment with SFT failed: ValueError: made up"]
+    assert "training.py" not in done.stderr, "no traceback of ours"
+
+
+def test_what_all_refuse_is_said_once(folder):
+    printed, codes = command(folder, "run", "recipe.yaml", "user.rho=much", "--device", "cpu")
+    assert codes == [2, 1]
+    assert "user.rho" in printed[0]
+    assert printed[1] == ""
+
+
+def interrupt():
+    from holdfast.training import Watch
+
+    def interrupted(self, args, state, control, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Watch.on_step_end = interrupted
+
+
+def test_an_interrupt_ends_all_with_one_word(folder):
+    printed, codes = command(
+        folder, "run", "recipe.yaml", "--device", "cpu", "--out", "stopped", before=interrupt
+    )
+    assert codes == [130, 1]
+    assert printed[0].splitlines()[-1] == (
+        "holdfast: Stopped. What is done is kept; run the same command again to go on."
+    )
+    assert "Traceback" not in printed[0]
+    assert printed[1] == ""
+
+
+def test_only_the_main_process_answers_what_needs_no_others(folder):
+    printed, codes = command(folder, "plan", "recipe.yaml")
+    assert codes == [0, 0]
+    assert printed[0].count("steps would run") == 1
+    assert printed[1] == ""
+    printed, codes = command(folder, "demo")
+    assert codes == [2, 0]
+    assert "holdfast demo runs in one process" in printed[0]
+    assert printed[1] == ""

@@ -1,0 +1,206 @@
+"""Whole runs in two processes: what is done once, what all do together, kills, failures."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import launch
+import pytest
+from safetensors.torch import load_file
+
+import tiny
+from holdfast import pipeline
+from holdfast.errors import RecipeError
+from holdfast.processes import Processes, launched
+from holdfast.recipe import Recipe
+from runs import Seen
+
+KINDS = {"ddp": (None, "MULTI_CPU"), "fsdp2": ("SHARDED_STATE_DICT", "FSDP")}
+
+
+def run(recipe, out, told, before=lambda: None):
+    """In every process: the run, and a note of what this process saw."""
+    before()
+    seen = Seen()
+    results = pipeline.run(Recipe.load(recipe), out=out, device="cpu", progress=seen)
+    note = {"ran": seen.ran, "cached": seen.cached, "resumed": seen.resumed, "results": results}
+    launch.write(told / f"{launch.rank()}.json", note)
+
+
+def notes(told):
+    return [json.loads((told / f"{rank}.json").read_text()) for rank in range(launch.WORLD)]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    evaluation = {"prompts": 2, "max_new_tokens": 2, "task_rows": 2}
+    return tiny.recipe(tmp_path_factory.mktemp("recipe") / "in", evaluation=evaluation)
+
+
+@pytest.fixture(scope="module")
+def never_cut(recipe, tmp_path_factory):
+    """By kind: the folder of a run of two processes, and what they noted."""
+
+    @functools.cache
+    def make(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        launch.done(folder, run, recipe, folder / "out", folder, fsdp=KINDS[kind][0])
+        return folder / "out", notes(folder)
+
+    return make
+
+
+@pytest.fixture(params=KINDS)
+def two(request, never_cut):
+    return request.param, *never_cut(request.param)
+
+
+def adapter(out, results, stage):
+    return Path(out) / "steps" / results["rows"][1]["steps"][stage] / "adapter"
+
+
+def test_the_main_process_does_the_steps_and_all_have_the_results(two):
+    kind, out, (main, other) = two
+    assert len(main["ran"]) == 12
+    assert other["ran"] == other["cached"] == []
+    assert main["results"] == other["results"] == json.loads((out / "results.json").read_text())
+    for row in main["results"]["rows"]:
+        assert row["processes"] == 2
+    for stage in ("alignment", "user"):
+        step = json.loads((adapter(out, main["results"], stage).parent / "step.json").read_text())
+        assert step["identity"]["processes"] == 2
+        assert step["training"]["processes"] == 2
+        assert step["training"]["distributed_type"] == KINDS[kind][1]
+        assert step["training"]["rows_per_step"] == 8
+        assert step["training"]["steps"] == 4
+        assert step["training"]["trainable_parameters"] == 448
+        assert not any("checkpoints" in name for name in step["files"])
+    card = (adapter(out, main["results"], "user") / "README.md").read_text()
+    assert f"processes: 2 ({KINDS[kind][1]})" in card
+    assert "4, of 8 rows each" in card
+
+
+def test_the_number_of_processes_names_only_what_is_trained(recipe, two):
+    """In one process every step has the name that it always had."""
+    _, _, (main, _) = two
+    alone = {step.id: step for step in pipeline.plan(Recipe.load(recipe))}
+    assert not any("processes" in step.identity for step in alone.values())
+    shared = [step["kind"] for step in main["results"]["steps"] if step["id"] in alone]
+    assert sorted(shared) == ["data", "data", "data", "manifest"]
+
+
+def test_ddp_and_fsdp2_train_the_same_adapters(never_cut):
+    for stage in ("alignment", "user"):
+        left, right = (
+            load_file(adapter(out, noted[0]["results"], stage) / "adapter_model.safetensors")
+            for out, noted in map(never_cut, KINDS)
+        )
+        assert left.keys() == right.keys()
+        assert max(float((left[k] - right[k]).abs().max()) for k in left) < 1e-6
+
+
+def test_the_same_again_does_nothing(two, recipe, tmp_path):
+    kind, out, (first, _) = two
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    launch.done(tmp_path, run, recipe, out, tmp_path, fsdp=KINDS[kind][0])
+    main, other = notes(tmp_path)
+    assert main["ran"] == []
+    assert len(main["cached"]) == 12
+    assert main["results"] == other["results"] == first["results"]
+    changed = {p for p in before if p.stat().st_mtime_ns != before[p]} - {out / "recipe.yaml"}
+    assert not changed
+
+
+def kill_in_training():
+    """The second process dies inside a phase, one step after a checkpoint."""
+    from holdfast.training import Watch
+
+    on_step_end = Watch.on_step_end
+
+    def dying(self, args, state, control, **kwargs):
+        if "user-" in args.output_dir and state.global_step == 3 and launch.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        on_step_end(self, args, state, control, **kwargs)
+
+    Watch.on_step_end = dying
+
+
+def kill_in_a_checkpoint():
+    """The second process dies before it has written its part of a checkpoint, which the main one has."""
+    from transformers import Trainer
+
+    save = Trainer._save_rng_state
+
+    def dying(self, folder):
+        if "user-" in folder and folder.endswith("checkpoint-4") and launch.rank() == 1:
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, folder)
+
+    Trainer._save_rng_state = dying
+
+
+@pytest.mark.parametrize(("kind", "where"), [("ddp", kill_in_a_checkpoint), ("fsdp2", kill_in_training)])
+def test_a_killed_process_changes_no_number(kind, where, never_cut, recipe, tmp_path):
+    whole, (first, _) = never_cut(kind)
+    fsdp = KINDS[kind][0]
+    codes = launch.start(tmp_path, run, recipe, tmp_path / "out", tmp_path, where, fsdp=fsdp)
+    assert codes == [1, -signal.SIGKILL]
+    left = sorted(p.parent.name for p in (tmp_path / "out").glob("steps/user-*/checkpoints/*/holdfast.json"))
+    assert left == ["checkpoint-2"], "a checkpoint is whole when all have written their parts"
+    (tmp_path / "error-0.txt").unlink()
+    launch.done(tmp_path, run, recipe, tmp_path / "out", tmp_path, fsdp=fsdp)
+    main, _ = notes(tmp_path)
+    assert main["resumed"] == ["user fine-tuning with Lisa"]
+    for stage in ("alignment", "user"):
+        files = [
+            adapter(out, first["results"], stage) / "adapter_model.safetensors"
+            for out in (whole, tmp_path / "out")
+        ]
+        assert files[0].read_bytes() == files[1].read_bytes(), "the weights, bit for bit"
+
+
+def fail_in_scores():
+    from holdfast import work
+
+    def failing(*_):
+        raise ValueError("made up")
+
+    work.score_answers = failing
+
+
+def test_a_failure_of_the_main_process_ends_the_others(recipe, tmp_path):
+    began = time.monotonic()
+    codes = launch.start(tmp_path, run, recipe, tmp_path / "out", tmp_path, fail_in_scores)
+    assert codes == [1, 1]
+    assert time.monotonic() - began < 60
+    assert "scores of the aligned model failed: ValueError: made up" in (tmp_path / "error-0.txt").read_text()
+    assert "Process 0 of 2 failed" in (tmp_path / "error-1.txt").read_text()
+
+
+def silently_unsharded():
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    launched.cache_clear()
+
+
+def test_sharding_that_would_silently_not_happen_is_refused(recipe, tmp_path):
+    assert launch.start(tmp_path, run, recipe, tmp_path / "out", tmp_path, silently_unsharded) == [1, 1]
+    assert "accelerate would use MULTI_CPU" in (tmp_path / "error-0.txt").read_text()
+
+
+def test_processes_that_would_train_apart_are_refused():
+    from accelerate.utils import DistributedType
+
+    from holdfast.training import _check_processes
+
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(world_size=1), accelerator=SimpleNamespace(distributed_type=DistributedType.NO)
+    )
+    with pytest.raises(RecipeError, match="2 processes were started, but each would train alone"):
+        _check_processes(trainer, Processes(0, 2))
