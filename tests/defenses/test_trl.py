@@ -12,6 +12,7 @@ from datasets import Dataset
 import tiny
 from holdfast.defenses.bso import BSOConfig, BSOMixin
 from holdfast.defenses.constrained_sft import ConstrainedSFTConfig, ConstrainedSFTMixin
+from holdfast.defenses.ewc import EWCConfig, EWCMixin
 from holdfast.defenses.lisa import LisaConfig, LisaMixin
 from holdfast.errors import DataError
 
@@ -33,6 +34,11 @@ class ConstrainedConfig(ConstrainedSFTConfig, trl.SFTConfig):
     """Constrained SFT's and TRL's options."""
 
 
+@dataclass
+class EWCSFTConfig(EWCConfig, trl.SFTConfig):
+    """EWC's and TRL's options."""
+
+
 class LisaSFTTrainer(LisaMixin, trl.SFTTrainer):
     """Lisa on TRL."""
 
@@ -45,15 +51,21 @@ class ConstrainedTRLTrainer(ConstrainedSFTMixin, trl.SFTTrainer):
     """Constrained SFT on TRL."""
 
 
+class EWCSFTTrainer(EWCMixin, trl.SFTTrainer):
+    """EWC on TRL."""
+
+
 METHODS = {
     "lisa": (LisaSFTConfig, LisaSFTTrainer),
     "bso": (BSOSFTConfig, BSOSFTTrainer),
     "constrained_sft": (ConstrainedConfig, ConstrainedTRLTrainer),
+    "ewc": (EWCSFTConfig, EWCSFTTrainer),
 }
 OPTIONS = {
     "lisa": {"alignment_steps": 2, "finetune_steps": 3, "rho": 3.0, "proximal_warmup_ratio": 0.0},
     "bso": {"alignment_steps": 2, "finetune_steps": 3},
     "constrained_sft": {"beta_first": 20.0, "beta_early": 40.0, "beta_later": 5.0},
+    "ewc": {"lambda_": 50.0},
 }
 
 
