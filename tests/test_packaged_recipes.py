@@ -19,7 +19,7 @@ TINY = [
     "data.size=20", "evaluation.prompts=4", "evaluation.task_rows=4", "evaluation.max_new_tokens=4",
     "alignment.training.max_steps=2", "user.training.max_steps=2",
 ]  # fmt: skip
-RUN = ("world", "lisa-sst2", "bso-agnews", "na-sft-gsm8k", "bea-sst2", "constrained-sft-agnews")
+RUN = ("world", "lisa-sst2", "bso-agnews", "na-sft-gsm8k", "ewc-sst2", "bea-sst2", "constrained-sft-agnews")
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,8 @@ def test_the_papers_settings_of_the_methods():
     assert Recipe.load("bso-sst2").user.parameters() == phases
     assert Recipe.load("sft-agnews").user.parameters() == {}
     assert Recipe.load("na-sft-sst2").alignment is None
+    ewc = Recipe.load("ewc-sst2")
+    assert (ewc.user.parameters(), ewc.trains("user")) == ({"lambda_": 0.001}, "continue")
     assert Recipe.load("vlguard-sst2").user.parameters() == {"alignment_size": 1000}
     from holdfast.recipe import ALIGNMENT_TRAINING, USER_TRAINING
 
