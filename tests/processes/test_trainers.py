@@ -21,7 +21,11 @@ TOLERANCE = 1e-6
 """Absolute, on weights that move by 0.01 to 0.05. Measured: 3e-8."""
 
 KINDS = {"ddp": (None, "MULTI_CPU"), "fsdp2": ("SHARDED_STATE_DICT", "FSDP")}
-PHASES = {"alignment_steps": 2, "finetune_steps": 3, "rho": 5.0, "proximal_warmup_ratio": 0.0}
+PHASES = {
+    "alignment_steps": 2, "finetune_steps": 3, "rho": 5.0, "proximal_warmup_ratio": 0.0, "lambda_": 500.0,
+    "fisher_rows": 8,
+}  # fmt: skip
+VARIANTS = {"lisa-fisher": {"proximal": "fisher"}, "lisa-delta_w": {"proximal": "delta_w"}}
 CUT = 4
 """Inside a phase: steps 3 to 5 are the user's."""
 APART = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
@@ -33,18 +37,21 @@ NAMES = [
     if getattr(registry.get_defense(name).trainer, "__module__", "").endswith(f".{name}")
 ]
 """Methods with a trainer of their own; the others bring rows, or text, to that of SFT."""
+CASES = [*NAMES, *VARIANTS]
 
 
 def options(name, **more):
-    known = registry.faces("defenses")[name].parameters
+    known = registry.faces("defenses")[name.partition("-")[0]].parameters
     own = {k: v for k, v in PHASES.items() if k in known}
-    return own | {"max_steps": 9, "include_num_input_tokens_seen": "non_padding"} | more
+    return (
+        own | VARIANTS.get(name, {}) | {"max_steps": 9, "include_num_input_tokens_seen": "non_padding"} | more
+    )
 
 
 def make(name, folder, dropout=0.0, **more):
     torch.manual_seed(0)
     net = trainers.model(dropout=dropout)
-    return trainers.trainer(name, folder, net=net, **options(name, **more))
+    return trainers.trainer(name.partition("-")[0], folder, net=net, **options(name, **more))
 
 
 def history(trainer):
@@ -63,7 +70,7 @@ def keep(trainer, folder):
 
 def work(folder, kind):
     """All trainings of a kind in one launch."""
-    for name in NAMES:
+    for name in CASES:
         for run, more in {
             "plain": APART,
             "dropout": {**APART, "dropout": 0.2, "save_strategy": "steps", "save_steps": CUT},
@@ -130,7 +137,7 @@ def distance(left, right):
     return max(float((left[k] - right[k]).abs().max()) for k in left)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_two_processes_end_with_the_weights_of_one(name, two, one):
     _, folder = two
     start, alone, log = one(name)
@@ -146,7 +153,7 @@ def test_two_processes_end_with_the_weights_of_one(name, two, one):
         )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_a_resumed_run_of_two_equals_one_never_cut(name, two):
     """Bit for bit, with dropout; cut inside a phase."""
     _, folder = two
