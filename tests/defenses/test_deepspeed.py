@@ -128,5 +128,7 @@ def test_zero_3_is_told_from_the_plugin():
 
 
 def test_fp16_is_refused(tmp_path, deepspeed):
+    made = deepspeed("lisa", tmp_path, **LISA)
+    made.args.fp16 = True  # a Config on a CPU would refuse it first
     with pytest.raises(InputError, match="fp16"):
-        deepspeed("lisa", tmp_path, **LISA, fp16=True)
+        made._refuse_what_cannot_be()
