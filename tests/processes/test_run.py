@@ -146,10 +146,16 @@ def kill_in_a_checkpoint():
     Trainer._save_rng_state = dying
 
 
-@pytest.mark.parametrize(("kind", "where"), [("ddp", kill_in_a_checkpoint), ("fsdp2", kill_in_training)])
-def test_a_killed_process_changes_no_number(kind, where, never_cut, recipe, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "fsdp", "where"),
+    [
+        ("ddp", None, kill_in_a_checkpoint),
+        ("fsdp2", "SHARDED_STATE_DICT", kill_in_training),
+        ("fsdp2", "FULL_STATE_DICT", kill_in_training),
+    ],
+)
+def test_a_killed_process_changes_no_number(kind, fsdp, where, never_cut, recipe, tmp_path):
     whole, (first, _) = never_cut(kind)
-    fsdp = KINDS[kind][0]
     codes = launch.start(tmp_path, run, recipe, tmp_path / "out", tmp_path, where, fsdp=fsdp)
     assert codes == [1, -signal.SIGKILL]
     left = sorted(p.parent.name for p in (tmp_path / "out").glob("steps/user-*/checkpoints/*/holdfast.json"))

@@ -99,7 +99,17 @@ def work(folder, kind):
 
 
 def controls(folder, kind):
-    """Half the batch; and gradients that are not averaged."""
+    """A checkpoint of another kind; half the batch; and gradients that are not averaged."""
+    checkpoint = folder / "sft" / "dropout" / f"checkpoint-{CUT}"
+    if launch.rank() == 0:
+        written = checkpoint / "method" / "run.json"
+        written.write_text(written.read_text().replace(KINDS[kind][1], "DEEPSPEED"))
+    other = make("sft", folder / "other", dropout=0.2, **APART)
+    other.accelerator.wait_for_everyone()
+    with pytest.raises(
+        ModelError, match=f"distributed_type: DEEPSPEED in the checkpoint, {KINDS[kind][1]} now"
+    ):
+        other.train(resume_from_checkpoint=str(checkpoint))
     half = make("sft", folder / "half", per_device_train_batch_size=1)
     half.train()
     keep(half, folder / "half")
