@@ -7,6 +7,7 @@ from pathlib import Path
 
 from holdfast import mixed, registry, work
 from holdfast.context import Context
+from holdfast.errors import RecipeError
 from holdfast.recipe import StageRecipe
 
 
@@ -15,7 +16,7 @@ def check(context: Context) -> None:
     from holdfast.data.prompts import resolve_template
     from holdfast.weights.model import load_tokenizer
     from holdfast.weights.quantization import check_quantization
-    from holdfast.weights.trained import check_trained
+    from holdfast.weights.trained import MUTATING, check_trained
 
     recipe = context.recipe
     tokenizer = load_tokenizer(context.model, recipe.model.trust_remote_code)
@@ -28,6 +29,12 @@ def check(context: Context) -> None:
 
             if recipe.trains(name) != "continue":
                 lora = recipe.lora(name)
+                if lora and context.processes.count > 1 and lora.init_lora_weights in MUTATING:
+                    raise RecipeError(
+                        f"{name}.lora.init_lora_weights: {lora.init_lora_weights} changes the base weights, "
+                        "which only a single process can put right when it saves. Train in one process, or "
+                        "leave it out."
+                    )
                 check_trained(
                     context.model,
                     lora.identity() if lora else None,

@@ -30,7 +30,7 @@ from holdfast.progress import Progress
 from holdfast.seeds import derive_seed
 from holdfast.store import MARKER, SCRATCH, read_json, remove_tree, write_json, write_text
 from holdfast.weights.shards import finite, gather_trainable, trainable_numel
-from holdfast.weights.trained import MUTATING, load_trainable, save_trained
+from holdfast.weights.trained import load_trainable, save_trained
 
 CHECKPOINTS = 10
 """About how many checkpoints a training writes; only the last two are kept."""
@@ -123,12 +123,6 @@ def _check_processes(trainer: Any, processes: Processes) -> None:
         raise RecipeError(
             f"{processes.count} processes were started, but each would train alone (accelerate found "
             f"{found}). Give --device cpu, or start one process for each GPU."
-        )
-    lora = getattr(trainer.model, "peft_config", {}).get("default")
-    if found > 1 and lora is not None and lora.init_lora_weights in MUTATING:
-        raise RecipeError(
-            f"lora.init_lora_weights {lora.init_lora_weights} changes the base weights, which only a "
-            "single process can put right when it saves. Train in one process, or leave it out."
         )
     if processes.sharded and kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise RecipeError(

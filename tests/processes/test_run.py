@@ -146,10 +146,16 @@ def kill_in_a_checkpoint():
     Trainer._save_rng_state = dying
 
 
-@pytest.mark.parametrize(("kind", "where"), [("ddp", kill_in_a_checkpoint), ("fsdp2", kill_in_training)])
-def test_a_killed_process_changes_no_number(kind, where, never_cut, recipe, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "fsdp", "where"),
+    [
+        ("ddp", None, kill_in_a_checkpoint),
+        ("fsdp2", "SHARDED_STATE_DICT", kill_in_training),
+        ("fsdp2", "FULL_STATE_DICT", kill_in_training),
+    ],
+)
+def test_a_killed_process_changes_no_number(kind, fsdp, where, never_cut, recipe, tmp_path):
     whole, (first, _) = never_cut(kind)
-    fsdp = KINDS[kind][0]
     codes = launch.start(tmp_path, run, recipe, tmp_path / "out", tmp_path, where, fsdp=fsdp)
     assert codes == [1, -signal.SIGKILL]
     left = sorted(p.parent.name for p in (tmp_path / "out").glob("steps/user-*/checkpoints/*/holdfast.json"))
@@ -182,6 +188,29 @@ def test_a_failure_of_the_main_process_ends_the_others(recipe, tmp_path):
     assert time.monotonic() - began < 60
     assert "scores of the aligned model failed: ValueError: made up" in (tmp_path / "error-0.txt").read_text()
     assert "Process 0 of 2 failed" in (tmp_path / "error-1.txt").read_text()
+
+
+def test_an_initialisation_that_several_processes_cannot_undo_is_refused(recipe, tmp_path):
+    recipe = {**recipe, "user": {**recipe["user"], "lora": {"init_lora_weights": "pissa"}}}
+    assert launch.start(tmp_path, run, recipe, tmp_path / "out", tmp_path) == [1, 1]
+    assert "user.lora.init_lora_weights: pissa" in (tmp_path / "error-0.txt").read_text()
+    assert not list((tmp_path / "out").glob("steps/data-*")), "before anything starts"
+
+
+def test_all_weights_on_top_of_an_adapter(recipe, tmp_path):
+    """Full fine-tuning: the same model from DDP and FSDP2, and one that a plain loader takes."""
+    from transformers import AutoModelForCausalLM
+
+    recipe = {**recipe, "user": {**recipe["user"], "lora": "none"}}
+    weights = {}
+    for kind, (fsdp, _) in KINDS.items():
+        launch.done(tmp_path / kind, run, recipe, tmp_path / kind / "out", tmp_path / kind, fsdp=fsdp)
+        folder = next((tmp_path / kind / "out").glob("steps/user-*/model"))
+        weights[kind] = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    before = AutoModelForCausalLM.from_pretrained(recipe["model"]["path"]).state_dict()
+    assert before.keys() == weights["ddp"].keys() == weights["fsdp2"].keys()
+    assert sum(float((weights["ddp"][k] - before[k]).abs().max()) > 1e-3 for k in before) > 10
+    assert max(float((weights["ddp"][k] - weights["fsdp2"][k]).abs().max()) for k in before) < 1e-5
 
 
 def silently_unsharded():
