@@ -180,3 +180,10 @@ def test_the_fingerprint_follows_the_content(tmp_path):
 @pytest.mark.parametrize("name", registry.recipes())
 def test_packaged_recipes_are_valid(name):
     assert Recipe.load(name).name
+
+
+def test_alpha_may_be_a_fraction_and_a_whole_one_stays_whole():
+    """T-Vaccine uses 0.5; a whole number keeps the name of a step that was made with it."""
+    half, whole = (Recipe.load("world", [f"model.lora.alpha={alpha}"]) for alpha in (0.5, 4))
+    assert half.model.lora.identity()["alpha"] == 0.5
+    assert repr(whole.model.lora.identity()["alpha"]) == "4"

@@ -41,20 +41,21 @@ def from_text(key: str) -> BeforeValidator:
 
 
 Rank = Annotated[int, Field(ge=1)]
+Alpha = Annotated[int | float, Field(gt=0)]
 
 
 class Lora(Part):
     """A PEFT LoRA; defaults of Lisa's user stage (rank 8, alpha 4, dropout 0.1, q and v)."""
 
     r: Rank = 8
-    alpha: Rank = 4
+    alpha: Alpha = 4
     dropout: float = Field(0.1, ge=0, lt=1)
     target_modules: list[str] | str = ["q_proj", "v_proj"]
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: Literal[True, "gaussian", "orthogonal", "pissa", "olora"] = True
     rank_pattern: dict[str, Rank] = {}
-    alpha_pattern: dict[str, Rank] = {}
+    alpha_pattern: dict[str, Alpha] = {}
     exclude_modules: list[str] | str | None = None
 
     @model_validator(mode="after")

@@ -42,3 +42,12 @@ def test_the_true_alignment_loss_is_logged_whatever_the_user_answers(tmp_path):
     first = [made.state.log_history[0]["alignment_loss"] for made in (short, long)]
     assert first[0] == first[1]
     assert 4 < first[0] < 8, "close to the log of the vocabulary for a random model"
+
+
+def test_without_max_length_no_row_is_cut(tmp_path):
+    long = [{"prompt": "How do I fold? " * 40, "completion": "First crease." + "</s>"}] * 4
+    made = trainers.trainer("bso", tmp_path, rows=long, alignment=long, max_length=None, max_steps=1)
+    assert {len(row["input_ids"]) for row in made.train_dataset} == {
+        len(made.alignment_dataset[0]["input_ids"])
+    }
+    assert len(made.train_dataset[0]["input_ids"]) > 200

@@ -35,11 +35,13 @@ METHOD_FOLDER = "method"
 class MethodConfig(TrainingArguments):
     """`transformers.TrainingArguments` plus the length to which rows are cut."""
 
-    max_length: int = field(default=2048, metadata={"help": "Tokens of prompt and completion together."})
+    max_length: int | None = field(
+        default=2048, metadata={"help": "Tokens of prompt and completion together; None cuts nothing."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_length < 2:
+        if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, found {self.max_length}")
         if self.fp16 and self.device.type == "cpu":
             # accelerate would go on without a word, and without a scaler: small gradients become zero.
@@ -182,7 +184,7 @@ class RowTrainer(ResumableMixin, Trainer):
         )
 
 
-def prepare_rows(rows: Any, tokenizer: Any, max_length: int) -> Any:
+def prepare_rows(rows: Any, tokenizer: Any, max_length: int | None) -> Any:
     """Rows of any accepted kind as tokenised rows; a dict of data sets stays a dict."""
     if rows is None:
         return None

@@ -13,9 +13,9 @@ IGNORED = -100
 
 
 def tokenise(
-    row: Mapping[str, Any], tokenizer: Any, max_length: int, position: int = 0
+    row: Mapping[str, Any], tokenizer: Any, max_length: int | None, position: int = 0
 ) -> dict[str, list[int]]:
-    """One row as `input_ids`, `attention_mask` and `labels` (lists of the same length <= max_length).
+    """One row as `input_ids`, `attention_mask` and `labels`, lists of one length (at most max_length, if given).
 
     Accepted rows, in this order: `input_ids` + `labels` (kept as they are, cut to max_length); `messages`
     (the tokenizer's chat template; the last assistant turn is the completion); `prompt` + `completion`
@@ -66,7 +66,7 @@ def _texts(row: Mapping[str, Any], tokenizer: Any, position: int) -> tuple[str, 
     )
 
 
-def tokenise_all(rows: Any, tokenizer: Any, max_length: int) -> Any:
+def tokenise_all(rows: Any, tokenizer: Any, max_length: int | None) -> Any:
     """`tokenise` over a data set: a `datasets.Dataset` stays one (in Arrow), anything else becomes a list."""
     if rows is None:
         return None
