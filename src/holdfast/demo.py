@@ -20,13 +20,13 @@ from holdfast.store import claim_folder, write_json
 RUNS = {
     "NA-SFT": ["alignment=none", "user.defense=sft"],
     "SFT": ["user.defense=sft"],
+    "EWC": ["user.defense=ewc", "user.lambda_=100000"],
+    # A fifth of the rows, as the 1000 of 5000 in the Lisa paper.
+    "VLGuard": ["user.defense=vlguard", "user.alignment_size=200"],
     "BSO": ["user.defense=bso", "user.alignment_steps=10", "user.finetune_steps=90"],
     "Lisa": ["user.defense=lisa", "user.alignment_steps=10", "user.finetune_steps=90"],
 }
 """Name of the row, and what it changes in the recipe."""
-
-SIZES = {"vlguard": ["user.alignment_size=200"]}
-"""A fifth of the rows, as the 1000 of 5000 in the Lisa paper; further changes of a defense's own row."""
 
 
 def demo_runs(full: bool = False) -> dict[str, list[str]]:
@@ -34,7 +34,7 @@ def demo_runs(full: bool = False) -> dict[str, list[str]]:
     if not full:
         return RUNS
     others = {
-        face.facts.get("label", name): [f"user.defense={name}", *SIZES.get(name, [])]
+        face.facts.get("label", name): [f"user.defense={name}"]
         for name, face in registry.faces("defenses").items()
         if "user" in face.facts["stages"] and face.facts.get("label", name) not in RUNS
     }

@@ -15,7 +15,7 @@ IGNORED = -100
 def tokenise(
     row: Mapping[str, Any], tokenizer: Any, max_length: int | None, position: int = 0
 ) -> dict[str, list[int]]:
-    """One row as `input_ids`, `attention_mask` and `labels`, lists of one length (at most max_length, if given).
+    """One row as `input_ids`, `attention_mask` and `labels`: lists of one length, at most max_length.
 
     Accepted rows, in this order: `input_ids` + `labels` (kept as they are, cut to max_length); `messages`
     (the tokenizer's chat template; the last assistant turn is the completion); `prompt` + `completion`
