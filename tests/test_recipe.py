@@ -187,3 +187,12 @@ def test_alpha_may_be_a_fraction_and_a_whole_one_stays_whole():
     half, whole = (Recipe.load("world", [f"model.lora.alpha={alpha}"]) for alpha in (0.5, 4))
     assert half.model.lora.identity()["alpha"] == 0.5
     assert repr(whole.model.lora.identity()["alpha"]) == "4"
+
+
+def test_a_number_with_an_exponent_is_a_number(tmp_path):
+    """PyYAML alone reads 1e-5 as a text."""
+    recipe = load(tmp_path, GOOD.replace("1.0e-5", "1e-5").replace("rho: 2", "rho: 2E+1"), "user.rho=1e5")
+    assert recipe.user.training.given() == {"learning_rate": 1e-5}
+    assert recipe.user.parameters() == {"rho": 1e5}
+    assert load(tmp_path, GOOD.replace("rho: 2", "rho: 2E+1")).user.parameters() == {"rho": 20.0}
+    assert load(tmp_path, GOOD, "name=e5").name == "e5"

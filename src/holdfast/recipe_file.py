@@ -4,6 +4,7 @@ key, file and line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,15 @@ BARE = {
 """The key that a bare string stands for."""
 
 STAGES = ("alignment", "user", "post_hoc")
+
+
+class Loader(yaml.SafeLoader):
+    """`yaml.SafeLoader` for which 1e-5 is a number, as in YAML 1.2 and everywhere else, and not a text."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,7 @@ def read(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
     """The mapping in a YAML file, and its nodes (for line numbers)."""
     try:
         text = path.read_text(encoding="utf-8")
-        node, raw = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+        node, raw = yaml.compose(text, Loader), yaml.load(text, Loader)
     except UnicodeDecodeError:
         raise RecipeError(f"{path} is not a text file; a recipe is YAML.") from None
     except OSError as error:
@@ -179,7 +189,7 @@ def override(raw: dict[str, Any], asked: str) -> None:
     if not equals or not key.strip():
         raise RecipeError(f"Expected key=value, found '{asked}'. For example: user.rho=3")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader)
     except yaml.YAMLError:
         raise RecipeError(f"{asked}: the value is not valid YAML.") from None
     *parents, last = key.strip().split(".")
