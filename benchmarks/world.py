@@ -15,7 +15,7 @@ from typing import Any
 from _record import save
 
 from holdfast import Recipe, run
-from holdfast.demo import RUNS
+from holdfast.demo import RUNS, demo_runs
 from holdfast.report.charts import save_png
 from holdfast.report.collect import collect
 
@@ -30,8 +30,13 @@ def runs() -> dict[str, list[str]]:
         for name in ("SFT", "Lisa")
         for p in (0, 0.05, 0.2)
     }
+    others = demo_runs(full=True)
+    others.pop("SFT without harmful rows")  # the same as SFT, p=0
     swept = {f"Lisa, rho={rho:g}": [*RUNS["Lisa"], f"user.rho={rho:g}"] for rho in (0.1, 0.3, 3)}
-    return {**RUNS, **ratios, **swept}
+    terms = {f"Lisa, {term}": [*RUNS["Lisa"], f"user.proximal={term}"] for term in ("fisher", "delta_w")}
+    weights = {f"EWC, lambda={x}": ["user.defense=ewc", f"user.lambda_={x}"] for x in ("1e4", "1e5")}
+    plain = {"EWC, l2": ["user.defense=ewc", "user.penalty=l2", "user.lambda_=1"]}
+    return {**others, **ratios, **swept, **terms, **weights, **plain}
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from holdfast.store import claim_folder, write_json
 RUNS = {
     "NA-SFT": ["alignment=none", "user.defense=sft"],
     "SFT": ["user.defense=sft"],
-    "EWC": ["user.defense=ewc", "user.lambda_=100000"],
+    "EWC": ["user.defense=ewc", "user.lambda_=1e6"],
     # A fifth of the rows, as the 1000 of 5000 in the Lisa paper.
     "VLGuard": ["user.defense=vlguard", "user.alignment_size=200"],
     "BSO": ["user.defense=bso", "user.alignment_steps=10", "user.finetune_steps=90"],
