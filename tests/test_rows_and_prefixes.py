@@ -267,4 +267,4 @@ def test_plan_says_what_is_mixed(sft):
     recipe["user"] = user("vlguard", alignment_size=6)
     step = next(s for s in pipeline.plan(Recipe.load(recipe)).steps if s.kind == "user")
     assert step.detail.endswith("of 4 rows, 6 alignment rows in place of benign ones")
-    assert work.training_detail(TRAINING) in step.detail
+    assert work.training_detail(TRAINING, "new") in step.detail
