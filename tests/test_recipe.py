@@ -196,3 +196,14 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path):
     assert recipe.user.parameters() == {"rho": 1e5}
     assert load(tmp_path, GOOD.replace("rho: 2", "rho: 2E+1")).user.parameters() == {"rho": 20.0}
     assert load(tmp_path, GOOD, "name=e5").name == "e5"
+
+
+def test_another_defense_on_the_command_line_keeps_the_training(tmp_path):
+    """A bare name changes the method alone; what the old one was told does not carry over."""
+    for asked in (["user=bso"], ["user.defense=bso"], ["user.finetune_steps=9", "user=bso"]):
+        user = load(tmp_path, GOOD, *asked).user
+        assert user.defense == "bso"
+        assert user.training.learning_rate == 1e-5
+        assert "rho" not in user.parameters()
+    assert user.parameters() == {"finetune_steps": 9}
+    assert load(tmp_path, GOOD, "user=none").user is None

@@ -305,8 +305,7 @@ class Recipe(Part):
         files = recipe_file.layers(source)
         stem = None if isinstance(source, Mapping) else Path(source).stem
         raw = recipe_file.merged(files, StageRecipe.model_fields, stem)
-        for override in overrides:
-            recipe_file.override(raw, override)
+        raw = recipe_file.overridden(raw, overrides, StageRecipe.model_fields)
         try:
             recipe = cls.model_validate(raw)
         except ValidationError as error:

@@ -183,8 +183,15 @@ def _kind(value: Any) -> str:
     )
 
 
-def override(raw: dict[str, Any], asked: str) -> None:
-    """Set `a.b.c=value` in place; the value is YAML."""
+def overridden(raw: Mapping[str, Any], asked: Sequence[str], stage_keys: Container[str]) -> dict[str, Any]:
+    """`raw` with `a.b.c=value` (the value is YAML) put on top, as the keys of a file that extends it."""
+    own: dict[str, Any] = {}
+    for override in asked:
+        _set(own, override)
+    return _on_top(raw, own, (), stage_keys)
+
+
+def _set(raw: dict[str, Any], asked: str) -> None:
     key, equals, text = asked.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"Expected key=value, found '{asked}'. For example: user.rho=3")
@@ -198,7 +205,11 @@ def override(raw: dict[str, Any], asked: str) -> None:
         below = _spelt_out(place.get(parent), parents[: depth + 1])
         place[parent] = dict(below) if isinstance(below, Mapping) else {}
         place = place[parent]
-    place[last] = value
+    # A name after a key of its block, in either order, is the block with both.
+    here = [*parents, last]
+    old, new = _spelt_out(place.get(last), here), _spelt_out(value, here)
+    both = isinstance(old, Mapping) and isinstance(new, Mapping)
+    place[last] = {**old, **new} if both else value
 
 
 def origin(files: Sequence[Layer], place: Sequence[str]) -> Layer:
