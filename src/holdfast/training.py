@@ -113,7 +113,15 @@ def train(
         _save(folder, trained, weights, job, facts)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
     trainer.accelerator.wait_for_everyone()
+    forget_sharding()
     return facts
+
+
+def forget_sharding() -> None:
+    """What is loaded from here on is whole: under ZeRO-3 it would wait for processes that load nothing."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 def _check_processes(trainer: Any, processes: Processes) -> None:

@@ -213,6 +213,33 @@ def test_all_weights_on_top_of_an_adapter(recipe, tmp_path):
     assert max(float((weights["ddp"][k] - weights["fsdp2"][k]).abs().max()) for k in before) < 1e-5
 
 
+def test_an_adapter_that_cannot_be_merged_under_zero_3_is_refused(tmp_path, monkeypatch):
+    import transformers.integrations
+
+    recipe = tiny.recipe(tmp_path / "in")
+    recipe["model"]["adapters"] = "merge"
+    monkeypatch.setattr(transformers.integrations, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(RecipeError, match="DeepSpeed ZeRO-3 cuts the weights up"):
+        pipeline.run(Recipe.load(recipe), out=tmp_path / "out", device="cpu")
+
+
+def test_what_is_loaded_after_a_training_is_whole():
+    """Under ZeRO-3 the main process would wait for others that load nothing."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, set_hf_deepspeed_config
+
+    from holdfast.training import forget_sharding
+
+    class Zero3:
+        def is_zero3(self):
+            return True
+
+    config = Zero3()  # a weak reference is kept of it
+    set_hf_deepspeed_config(config)
+    assert is_deepspeed_zero3_enabled()
+    forget_sharding()
+    assert not is_deepspeed_zero3_enabled()
+
+
 def silently_unsharded():
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     launched.cache_clear()
