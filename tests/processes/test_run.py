@@ -250,6 +250,13 @@ def test_sharding_that_would_silently_not_happen_is_refused(recipe, tmp_path):
     assert "accelerate would use MULTI_CPU" in (tmp_path / "error-0.txt").read_text()
 
 
+def test_a_precision_that_only_the_launcher_knows_is_refused(recipe, tmp_path, monkeypatch):
+    """accelerate would train in it, under the name of another result."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(RecipeError, match="launcher asks for mixed precision bf16, the recipe for no"):
+        pipeline.run(Recipe.load(recipe), out=tmp_path, device="cpu")
+
+
 def test_processes_that_would_train_apart_are_refused():
     from accelerate.utils import DistributedType
 
