@@ -16,39 +16,14 @@ def check(context: Context) -> None:
     from holdfast.data.prompts import resolve_template
     from holdfast.weights.model import load_tokenizer
     from holdfast.weights.quantization import check_quantization
-    from holdfast.weights.trained import MUTATING, check_trained
 
     recipe = context.recipe
     tokenizer = load_tokenizer(context.model, recipe.model.trust_remote_code)
     resolve_template(tokenizer, recipe.model.template)
     check_quantization(context.model, recipe.model.quantization)
     for name in ("alignment", "user"):
-        stage: StageRecipe | None = getattr(recipe, name)
-        if stage is not None:
-            from holdfast.training import make_config
-
-            if recipe.trains(name) != "continue":
-                lora = recipe.lora(name)
-                if lora and context.processes.count > 1 and lora.init_lora_weights in MUTATING:
-                    raise RecipeError(
-                        f"{name}.lora.init_lora_weights: {lora.init_lora_weights} changes the base weights, "
-                        "which only a single process can put right when it saves. Train in one process, or "
-                        "leave it out."
-                    )
-                check_trained(
-                    context.model,
-                    lora.identity() if lora else None,
-                    recipe.model.dtype,
-                    recipe.model.trust_remote_code,
-                )
-            make_config(
-                registry.get_defense(stage.defense),
-                stage.parameters(),
-                stage.training.given(),
-                recipe.seed,
-                context.store.root / "unused",
-                context.device,
-            )
+        if getattr(recipe, name) is not None:
+            _check_stage(context, name)
     for judge in recipe.evaluation.judges if context.processes.main else ():
         work.judge_folder(judge, download=True)
     if recipe.user is not None and "mix" in registry.faces("defenses")[recipe.user.defense].code:
@@ -57,3 +32,43 @@ def check(context: Context) -> None:
             rows["alignment_dataset"] = work.prepared(recipe, "alignment").rows
         with tempfile.TemporaryDirectory() as beside:
             mixed.mix(recipe.user.defense, rows, recipe.user.parameters(), recipe.seed, Path(beside))
+
+
+def _check_stage(context: Context, name: str) -> None:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    from holdfast.training import forget_sharding, make_config
+    from holdfast.weights.trained import MUTATING, check_trained
+
+    recipe = context.recipe
+    stage: StageRecipe = getattr(recipe, name)
+    if recipe.trains(name) != "continue":
+        lora = recipe.lora(name)
+        if lora and context.processes.count > 1 and lora.init_lora_weights in MUTATING:
+            raise RecipeError(
+                f"{name}.lora.init_lora_weights: {lora.init_lora_weights} changes the base weights, which "
+                "only a single process can put right when it saves. Train in one process, or leave it out."
+            )
+        check_trained(
+            context.model,
+            lora.identity() if lora else None,
+            recipe.model.dtype,
+            recipe.model.trust_remote_code,
+        )
+    config = make_config(
+        registry.get_defense(stage.defense),
+        stage.parameters(),
+        stage.training.given(),
+        recipe.seed,
+        context.store.root / "unused",
+        context.device,
+    )
+    merges = recipe.model.adapters == "merge" or recipe.trains(name) == "full"
+    below = name == "user" and recipe.alignment is not None and recipe.trains(name) != "continue"
+    if below and merges and is_deepspeed_zero3_enabled():
+        raise RecipeError(
+            "DeepSpeed ZeRO-3 cuts the weights up, so the alignment adapter cannot be added to them. Write "
+            "model.adapters: stack and train a LoRA, or use ZeRO-2 or FSDP2."
+        )
+    del config  # ZeRO-3 is known as long as it lives
+    forget_sharding()

@@ -113,7 +113,15 @@ def train(
         _save(folder, trained, weights, job, facts)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
     trainer.accelerator.wait_for_everyone()
+    forget_sharding()
     return facts
+
+
+def forget_sharding() -> None:
+    """What is loaded from here on is whole: under ZeRO-3 it would wait for processes that load nothing."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 def _check_processes(trainer: Any, processes: Processes) -> None:
@@ -155,7 +163,7 @@ def make_config(
     assert defense.config is not None
     settings = {"logging_steps": 10, "logging_nan_inf_filter": False, **training, **parameters}
     try:
-        return defense.config(
+        config: Any = defense.config(
             output_dir=str(output),
             seed=seed,
             use_cpu=device == "cpu",
@@ -169,6 +177,13 @@ def make_config(
     except (ValueError, TypeError, ImportError) as error:
         first = str(error).strip().split("\n")[0]
         raise RecipeError(f"{defense.name}: a training value cannot be used: {first}") from None
+    asked = "fp16" if config.fp16 else "bf16" if config.bf16 else "no"
+    if getattr(config, "mixed_precision", asked) != asked:
+        raise RecipeError(
+            f"The launcher asks for mixed precision {config.mixed_precision}, the recipe for {asked}; the "
+            "recipe names the result. Write training: {bf16: true} there, or --mixed_precision no here."
+        )
+    return config
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -213,6 +213,33 @@ def test_all_weights_on_top_of_an_adapter(recipe, tmp_path):
     assert max(float((weights["ddp"][k] - weights["fsdp2"][k]).abs().max()) for k in before) < 1e-5
 
 
+def test_an_adapter_that_cannot_be_merged_under_zero_3_is_refused(tmp_path, monkeypatch):
+    import transformers.integrations
+
+    recipe = tiny.recipe(tmp_path / "in")
+    recipe["model"]["adapters"] = "merge"
+    monkeypatch.setattr(transformers.integrations, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(RecipeError, match="DeepSpeed ZeRO-3 cuts the weights up"):
+        pipeline.run(Recipe.load(recipe), out=tmp_path / "out", device="cpu")
+
+
+def test_what_is_loaded_after_a_training_is_whole():
+    """Under ZeRO-3 the main process would wait for others that load nothing."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, set_hf_deepspeed_config
+
+    from holdfast.training import forget_sharding
+
+    class Zero3:
+        def is_zero3(self):
+            return True
+
+    config = Zero3()  # a weak reference is kept of it
+    set_hf_deepspeed_config(config)
+    assert is_deepspeed_zero3_enabled()
+    forget_sharding()
+    assert not is_deepspeed_zero3_enabled()
+
+
 def silently_unsharded():
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     launched.cache_clear()
@@ -221,6 +248,13 @@ def silently_unsharded():
 def test_sharding_that_would_silently_not_happen_is_refused(recipe, tmp_path):
     assert launch.start(tmp_path, run, recipe, tmp_path / "out", tmp_path, silently_unsharded) == [1, 1]
     assert "accelerate would use MULTI_CPU" in (tmp_path / "error-0.txt").read_text()
+
+
+def test_a_precision_that_only_the_launcher_knows_is_refused(recipe, tmp_path, monkeypatch):
+    """accelerate would train in it, under the name of another result."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(RecipeError, match="launcher asks for mixed precision bf16, the recipe for no"):
+        pipeline.run(Recipe.load(recipe), out=tmp_path, device="cpu")
 
 
 def test_processes_that_would_train_apart_are_refused():
