@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import tiny
 from holdfast import pipeline
-from holdfast.errors import RecipeError
+from holdfast.errors import ModelError, RecipeError
 from holdfast.recipe import Recipe
 from holdfast.store import Store
 from holdfast.weights.model import fingerprint, load_model
@@ -240,6 +240,26 @@ def test_what_cannot_be_right_is_refused_before_training(change, words, tmp_path
     for word in words:
         assert word in str(caught.value)
     assert not list((tmp_path / "out").glob("steps/alignment-*"))
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        {"lora": "none"},
+        {"lora": {"r": 2, "use_dora": True}},
+        {"adapter": "continue"},  # of an alignment stage that trains all weights
+    ],
+    ids=str,
+)
+def test_a_method_refuses_what_trains_before_the_alignment_stage(user, tmp_path):
+    made = recipe(tmp_path / "in", model={"adapters": "merge"}, defense="lisa", proximal="delta_w", **user)
+    if "adapter" in user:
+        made["alignment"]["lora"] = "none"
+    with pytest.raises(ModelError, match="delta_w"):
+        run(made, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("steps/alignment-*"))
+    made["user"]["rho"] = 0.0
+    assert run(made, tmp_path / "out")[0]["rows"]
 
 
 def test_what_is_kept_of_a_recipe_can_be_read_again(tmp_path):

@@ -38,10 +38,11 @@ def _check_stage(context: Context, name: str) -> None:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     from holdfast.training import forget_sharding, make_config
-    from holdfast.weights.trained import MUTATING, check_trained
+    from holdfast.weights.trained import MUTATING, blueprint, check_trained
 
     recipe = context.recipe
     stage: StageRecipe = getattr(recipe, name)
+    method = registry.get_defense(stage.defense)
     if recipe.trains(name) != "continue":
         lora = recipe.lora(name)
         if lora and context.processes.count > 1 and lora.init_lora_weights in MUTATING:
@@ -56,13 +57,20 @@ def _check_stage(context: Context, name: str) -> None:
             recipe.model.trust_remote_code,
         )
     config = make_config(
-        registry.get_defense(stage.defense),
+        method,
         stage.parameters(),
         stage.training.given(),
         recipe.seed,
         context.store.root / "unused",
         context.device,
     )
+    trains = recipe.trains(name)
+    # Single LoRA goes on with the alignment adapter.
+    lora = None if trains == "full" else recipe.lora("alignment" if trains == "continue" else name)
+    check_model = getattr(method.trainer, "check_model", None)
+    if check_model is not None:
+        plan = blueprint(context.model, lora.identity() if lora else None, recipe.model.trust_remote_code)
+        check_model(config, plan)
     merges = recipe.model.adapters == "merge" or recipe.trains(name) == "full"
     below = name == "user" and recipe.alignment is not None and recipe.trains(name) != "continue"
     if below and merges and is_deepspeed_zero3_enabled():

@@ -55,6 +55,13 @@ class ResumableMixin:
     stored. Tensors may be sharded (DTensor): `torch.distributed.checkpoint` writes and reads both kinds.
     """
 
+    @classmethod
+    def check_model(cls, config: Any, model: nn.Module) -> None:
+        """Raise ModelError where the method cannot have what trains in `model` (its tensors may be "meta").
+
+        A run calls this before anything starts; a trainer calls it for itself if it overrides it.
+        """
+
     def method_state(self: Any) -> dict[str, Tensor]:
         """Tensors to save, by name; on resume they are filled in place and `method_loaded` is called."""
         return {}

@@ -50,13 +50,15 @@ class EWCConfig(MethodConfig):
 class EWCMixin(PenaltyMixin, AlignmentRows):
     """Adds the penalty to a `Trainer`; w* and F are taken before the first step."""
 
-    def penalty_term(self: Any) -> str:
+    @staticmethod
+    def penalty_term(config: Any) -> str:
         """F of the alignment rows, or F = 1."""
-        return self.args.penalty
+        return config.penalty
 
-    def penalised(self: Any) -> bool:
+    @staticmethod
+    def penalised(config: Any) -> bool:
         """Without lambda, EWC is SFT."""
-        return self.args.lambda_ > 0
+        return config.lambda_ > 0
 
     def penalty_strength(self: Any, step: int) -> float:
         """lambda, at every step."""

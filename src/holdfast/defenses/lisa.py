@@ -68,13 +68,15 @@ class LisaMixin(PenaltyMixin, BSOMixin):
 
     fisher_has_mean_1 = True
 
-    def penalty_term(self: Any) -> str:
+    @staticmethod
+    def penalty_term(config: Any) -> str:
         """The proximal term."""
-        return self.args.proximal
+        return config.proximal
 
-    def penalised(self: Any) -> bool:
+    @staticmethod
+    def penalised(config: Any) -> bool:
         """Without rho, Lisa is BSO."""
-        return self.args.rho > 0
+        return config.rho > 0
 
     def penalty_strength(self: Any, step: int) -> float:
         """rho, after the warm-up."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from holdfast.defenses.base import ResumableMixin, gradient_scale, squared_norm, trainable_parameters
@@ -116,7 +116,8 @@ class PenaltyMixin(AnchorMixin):
     fisher_has_mean_1 = False
     """Whether F is divided by its mean over all trainable weights: then F = 1 is `l2`."""
 
-    def penalty_term(self: Any) -> str:
+    @staticmethod
+    def penalty_term(config: Any) -> str:
         """`l2`, `fisher` or `delta_w` (see `proximal.py`)."""
         raise NotImplementedError
 
@@ -124,7 +125,8 @@ class PenaltyMixin(AnchorMixin):
         """rho or lambda at optimizer step `step` (from 0), 0 where the term is left out."""
         raise NotImplementedError
 
-    def penalised(self: Any) -> bool:
+    @staticmethod
+    def penalised(config: Any) -> bool:
         """Whether the term acts at all."""
         raise NotImplementedError
 
@@ -133,15 +135,21 @@ class PenaltyMixin(AnchorMixin):
         self.term: Term = L2()
         self.fisher: list[Tensor] | None = None
         self._hooks: list[Any] = []
-        if self.penalised():
+        if self.penalised(self.args):
             self._refuse_what_cannot_be()
 
+    @classmethod
+    def check_model(cls, config: Any, model: nn.Module) -> None:
+        """Refuse `delta_w` where something else than plain LoRA trains."""
+        super().check_model(config, model)
+        if cls.penalised(config) and cls.penalty_term(config) == "delta_w":
+            lora_factors(model, trainable_parameters(model))
+
     def _refuse_what_cannot_be(self: Any) -> None:
-        term, name = self.penalty_term(), type(self).__name__
+        term, name = self.penalty_term(self.args), type(self).__name__
         if term == "fisher" and not self.alignment_dataset:
             raise DataError(f"{name} needs alignment_dataset: the rows whose Fisher information it takes.")
-        if term == "delta_w":
-            lora_factors(self.model, trainable_parameters(self.model))
+        self.check_model(self.args, self.model)
         if not self._deepspeed():
             return
         if term != "l2":
@@ -170,7 +178,7 @@ class PenaltyMixin(AnchorMixin):
     def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The plain step; after the last micro-batch, and before clipping, the penalty's gradient."""
         strength = self.penalty_strength(self.state.global_step)
-        if self._deepspeed() and self.penalised() and not self._hooks:
+        if self._deepspeed() and self.penalised(self.args) and not self._hooks:
             for i, weight in enumerate(trainable_parameters(self.model).values()):
                 self._hooks.append(weight.register_hook(self._adds_its_share(i)))
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -189,18 +197,18 @@ class PenaltyMixin(AnchorMixin):
 
     def anchor_taken(self: Any) -> None:
         """Build the term, with F taken at these weights."""
-        if self.penalty_term() == "fisher" and self.penalised():
+        if self.penalty_term(self.args) == "fisher" and self.penalised(self.args):
             self.fisher = trainer_fisher(self, self.model_wrapped, self.args.fisher_rows, self.anchor_step)
             if self.fisher_has_mean_1:
                 mean_1(self.fisher)
         self._build_term()
 
     def _build_term(self: Any) -> None:
-        if not self.penalised():
+        if not self.penalised(self.args):
             return
-        if self.penalty_term() == "fisher":
+        if self.penalty_term(self.args) == "fisher":
             self.term = Weighted(self.fisher)
-        elif self.penalty_term() == "delta_w":
+        elif self.penalty_term(self.args) == "delta_w":
             self.term = DeltaW(lora_factors(self.model, trainable_parameters(self.model)))
 
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -214,7 +222,7 @@ class PenaltyMixin(AnchorMixin):
     def method_state(self: Any) -> dict[str, Tensor]:
         """The anchor, and F where there is one."""
         state = super().method_state()
-        if self.penalty_term() != "fisher" or not self.penalised():
+        if self.penalty_term(self.args) != "fisher" or not self.penalised(self.args):
             return state
         parameters = trainable_parameters(self.model)
         fisher = self.fisher or [

@@ -117,16 +117,9 @@ def check_lora(folder: Path, lora: Mapping[str, Any], trust_remote_code: bool = 
     Raises:
         ModelError: the model cannot be built, or a name is not in it; its layers are listed.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a damaged or foreign config makes the library raise
-        raise ModelError(f"Cannot build the model in {folder}: {first_line(error)}") from None
+    model = _empty(folder, trust_remote_code)
     leaves = {name: module for name, module in model.named_modules() if name and not list(module.children())}
     targets = lora["target_modules"]
     if targets != "all-linear":
@@ -143,6 +136,29 @@ def check_lora(folder: Path, lora: Mapping[str, Any], trust_remote_code: bool = 
             f"lora.init_lora_weights: PEFT's olora takes the Conv1D layers of {folder} for transposed ones. "
             "Use pissa."
         )
+
+
+def blueprint(folder: Path, lora: Mapping[str, Any] | None, trust_remote_code: bool = False) -> Any:
+    """The model with what a stage trains, on "meta": all of it but the numbers. No `lora`: all weights."""
+    import torch
+
+    model = _empty(folder, trust_remote_code)
+    if lora is None:
+        return model.requires_grad_(True)
+    with torch.device("meta"):  # an initialisation that reads the weights has nothing to read
+        return add_lora(model, {**lora, "init_lora_weights": True}, str(folder))
+
+
+def _empty(folder: Path, trust_remote_code: bool) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a damaged or foreign config makes the library raise
+        raise ModelError(f"Cannot build the model in {folder}: {first_line(error)}") from None
 
 
 def _check_names(folder: Path, leaves: Mapping[str, Any], key: str, wanted: Sequence[str] | str) -> None:
