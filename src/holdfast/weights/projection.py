@@ -94,13 +94,15 @@ class Difference:
 
     def transpose_times(self, x: Matrix) -> tuple[Matrix, float]:
         """V^T x, and ||V||_F squared."""
-        return self._stored_times(self._order(x)) if self.transposed else self._stored_transpose_times(x)
+        product = self._stored_times if self.transposed else self._stored_transpose_times
+        squares: list[float] = []
+        return product(self._order(x) if self.transposed else x, squares), sum(squares)
 
     def times(self, y: Matrix) -> Matrix:
         """V y."""
         if self.transposed:
-            return self._restore(self._stored_transpose_times(y)[0])
-        return self._stored_times(y)[0]
+            return self._restore(self._stored_transpose_times(y))
+        return self._stored_times(y)
 
     def gram(self) -> NDArray[np.float64]:
         """V V^T or V^T V, whichever is smaller (V V^T for a square V)."""
@@ -118,26 +120,26 @@ class Difference:
             total += wide.T @ wide
         return self._restore(self._restore(total).T) if self.transposed else total
 
-    def _stored_times(self, y: Matrix) -> tuple[Matrix, float]:
-        """S y and ||S||^2, for the matrix S as it is stored."""
+    def _stored_times(self, y: Matrix, squares: list[float] | None = None) -> Matrix:
+        """S y for the matrix S as it is stored; `squares` takes ||block||^2 of each block."""
         product = np.empty((self.aligned.shape[0], y.shape[1]), self.workspace.dtype)
-        squares = 0.0
         for first, block in self._blocks():
             np.matmul(block, y, out=product[first : first + len(block)])
-            squares += _squares(block)
-        return product, squares
+            if squares is not None:
+                squares.append(_squares(block))
+        return product
 
-    def _stored_transpose_times(self, x: Matrix) -> tuple[Matrix, float]:
-        """S^T x and ||S||^2, for the matrix S as it is stored."""
+    def _stored_transpose_times(self, x: Matrix, squares: list[float] | None = None) -> Matrix:
+        """S^T x for the matrix S as it is stored; `squares` takes ||block||^2 of each block."""
         total = np.zeros((x.shape[1], self.aligned.shape[1]), self.workspace.dtype)
         part = np.empty_like(total)
         turned = np.ascontiguousarray(x.T)
-        squares = 0.0
         for first, block in self._blocks():
             np.matmul(turned[:, first : first + len(block)], block, out=part)
             np.add(total, part, out=total)
-            squares += _squares(block)
-        return np.ascontiguousarray(total.T), squares
+            if squares is not None:
+                squares.append(_squares(block))
+        return np.ascontiguousarray(total.T)
 
     def _blocks(self) -> Iterator[tuple[int, Matrix]]:
         """The first row of each block of S, and the block; it is overwritten by the next."""
