@@ -13,15 +13,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from holdfast.errors import ModelError
 from holdfast.weights.adapter import kind_of, layer_of, natural, read_adapter
-
-
-def gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
-    )  # fmt: skip
+from pairs import SEVEN, gpt2
 
 
 def mixture():
@@ -47,7 +39,6 @@ def save(folder, model=None, name="default", **options):
     return made
 
 
-SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
 CONFIGURATIONS = {
     "list": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
     "string": {"r": 4, "target_modules": r".*\.(q|down)_proj"},

@@ -53,11 +53,9 @@ def read_json(path: Path) -> Any:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ModelError(f"{path} is not a regular file. Fetch or save it again.")
-        with path.open("rb") as file:
-            text = file.read(JSON_LIMIT + 1)
-        if len(text) > JSON_LIMIT:
+        if path.stat().st_size > JSON_LIMIT:
             raise ModelError(f"{path} is larger than {JSON_LIMIT:,} bytes. Fetch or save it again.")
-        return json.loads(text)
+        return json.loads(path.read_bytes())
     except OSError as error:
         raise ModelError(f"Cannot read {path}: {error.strerror or error}.") from None
     except (ValueError, RecursionError) as error:
