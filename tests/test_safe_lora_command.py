@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from peft import PeftModel
@@ -84,8 +87,6 @@ def test_suggest_with_a_folder_projects(place, tmp_path):
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_in_a_sentence(place, arguments, words):
-    import re
-
     before = digest(place)
     done = command("adapter", *PAIR, *arguments, cwd=place, code=2)
     message = done.stderr[max(done.stderr.find("holdfast: "), 0) :]
@@ -99,6 +100,23 @@ def test_help_has_an_example():
     assert "Example: holdfast safe-lora" in " ".join(done.stdout.split())
     for option in ("--threshold", "--num-layers", "--projection", "--control", "--dry-run", "--suggest"):
         assert option in done.stdout
+
+
+def test_the_page_on_repairing_does_what_it_says(place, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "repair.md").read_text()
+    for name, folder in (("my-adapter", "adapter"), ("llama", "base"), ("llama-chat", "aligned")):
+        shutil.copytree(place / folder, tmp_path / name)
+    lines = re.search(r"```bash\n(.*?)```", page, re.S)[1].splitlines()
+    for line in lines:
+        words = line.replace("0.35", "0.7").split()
+        assert words[:2] == ["holdfast", "safe-lora"]
+        command(*words[2:], cwd=tmp_path)
+    assert {"cosines.png", "repaired"} <= {p.name for p in tmp_path.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    script = re.search(r"```python\n(.*?)```", page, re.S)[1].replace("0.35", "0.7")
+    names: dict = {}
+    exec(compile(script, "repair.md", "exec"), names)
+    assert 0 < names["result"].share < 1
 
 
 @pytest.mark.parametrize(
