@@ -138,16 +138,18 @@ def test_the_exact_projector(three, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_the_exact_projector_where_v_has_low_rank(tmp_path, make):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_exact_projector_where_v_has_low_rank(tmp_path, make, dtype):
+    """From zero to small whole numbers / 32, which bf16 holds too: V has rank 4 in either dtype."""
     base, aligned = tmp_path / "base", tmp_path / "aligned"
-    make().save_pretrained(base)
-    model = make()
     torch.manual_seed(3)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 2:
-                p.add_(torch.randn(p.shape[0], 4) @ torch.randn(4, p.shape[1]) * 0.02)
-    model.save_pretrained(aligned)
+    for folder, scale in ((base, 0), (aligned, 1 / 32)):
+        model = make()
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.ndim == 2:
+                    p.copy_((torch.randn(p.shape[0], 4).sign() @ torch.randn(4, p.shape[1]).sign()) * scale)
+        model.to(dtype).save_pretrained(folder)
     targets = SEVEN if make is llama else ["c_attn", "c_proj", "c_fc"]
     adapter = save_adapter(tmp_path / "a", make, target_modules=targets, fan_in_fan_out=make is gpt2)
     result = holdfast.safe_lora(
@@ -156,7 +158,7 @@ def test_the_exact_projector_where_v_has_low_rank(tmp_path, make):
     after, before, first, second = updates(tmp_path / "out", make), updates(adapter, make), weights_of(base), weights_of(aligned)  # fmt: skip
     for m in result.modules:
         assert m.direction_rank == 4
-        v = (second[f"{m.name}.weight"] - first[f"{m.name}.weight"]).double()
+        v = second[f"{m.name}.weight"].double() - first[f"{m.name}.weight"].double()
         u = torch.linalg.svd(v.T if make is gpt2 else v)[0][:, :4]
         assert close(after[m.name], u @ (u.T @ before[m.name]), 1e-3)
         assert m.norm_after < 0.9 * m.norm_before
@@ -194,6 +196,13 @@ def test_a_threshold_below_every_cosine_is_the_identity_and_says_so(three, tmp_p
     assert any("Nothing was projected" in note and "smallest cosine" in note for note in result.notes)
     name = "adapter_model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (three[2] / name).read_bytes()
+
+
+def test_the_gate_is_strict(three, tmp_path):
+    """cos < threshold in the paper; the authors' code has <=."""
+    values = sorted(m.cosine for m in run(three, dry_run=True).modules)
+    assert len(run(three, tmp_path / "at", threshold=values[3]).projected) == 3
+    assert len(run(three, tmp_path / "above", threshold=np.nextafter(values[3], 1)).projected) == 4
 
 
 def test_what_is_not_chosen_is_byte_identical_and_sources_are_untouched(three, tmp_path):
@@ -262,10 +271,10 @@ def test_zeros_are_said_and_not_projected(three, tmp_path):
     shutil.copytree(adapter, tmp_path / "adapter")
     tensors = load_file(adapter / "adapter_model.safetensors")
     tensors[f"base_model.model.{nothing}.lora_B.weight"].zero_()
-    for part in ("A", "B"):  # two ranks that cancel each other: B A is zero although neither is
-        t = tensors[f"base_model.model.{cancel}.lora_{part}.weight"]
-        rows = t if part == "A" else t.T
-        rows[:] = rows[0].clone() * (torch.tensor([1.0, -1] * 4)[:, None] if part == "B" else 1)
+    a = tensors[f"base_model.model.{cancel}.lora_A.weight"]  # ranks that cancel each other but for rounding
+    b = tensors[f"base_model.model.{cancel}.lora_B.weight"]
+    a[3:], b[:, 3:] = 0, 0
+    a[2], b[:] = a[0] + a[1], b[:, :1].clone() * torch.tensor([1.0, 1, -1, 0, 0, 0, 0, 0])
     save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
     pair = (base, tmp_path / "aligned", tmp_path / "adapter")
     result = run(pair, tmp_path / "out", threshold=1.0)
@@ -282,6 +291,21 @@ def test_zeros_are_said_and_not_projected(three, tmp_path):
     with pytest.raises(ModelError, match="Base and aligned are the same"):
         run((base, base, adapter), tmp_path / "more", threshold=1.0)
     assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize("scale", [1e-34, 1e34])
+def test_neither_small_nor_large_updates_leave_the_range_of_float32(three, tmp_path, scale):
+    adapter = shutil.copytree(three[2], tmp_path / "a")
+    path = adapter / "adapter_model.safetensors"
+    tensors = {k: t * scale if "lora_B" in k else t for k, t in load_file(path).items()}
+    save_file(tensors, path)
+    plain = {m.name: m for m in run(three, dry_run=True).modules}
+    result = run((*three[:2], adapter), tmp_path / "out", threshold=1.0)
+    for m in result.modules:
+        assert abs(m.cosine - plain[m.name].cosine) < 1e-4
+        assert np.isclose(m.norm_before, plain[m.name].norm_before * scale, rtol=1e-4)
+    after = updates(tmp_path / "out", llama)
+    assert all(close(after[n] / scale, e["approx"], 1e-3) for n, e in dense(*three).items())
 
 
 def test_a_fresh_adapter_is_the_identity(three, tmp_path):
@@ -550,6 +574,14 @@ def test_an_adapter_for_another_model_is_refused(three, tmp_path):
         with pytest.raises(ModelError, match=message):
             run((one, two, adapter), tmp_path / "out", threshold=1.0)
         assert not (tmp_path / "out").exists()
+
+
+def test_how_a_square_weight_is_stored_is_not_guessed(three, tmp_path):
+    adapter = shutil.copytree(three[2], tmp_path / "a")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": True}))
+    with pytest.raises(ModelError, match="fan_in_fan_out is set, but a model of type 'llama'"):
+        run((*three[:2], adapter), tmp_path / "out", threshold=1.0)
 
 
 def test_weights_that_are_not_finite_are_refused(three, tmp_path):

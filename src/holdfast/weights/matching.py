@@ -69,7 +69,7 @@ def is_transposed(module: LoraModule, weight: Tensor, model_type: object) -> boo
     """Whether `weight` is stored as (in, out): by its shape, for a square one by what the model is.
 
     Raises:
-        ModelError: the shape fits neither way.
+        ModelError: the shape fits neither way, or nothing tells which way a square one is stored.
     """
     out, into = module.shape
     straight, turned = weight.shape == (out, into), weight.shape == (into, out)
@@ -80,9 +80,13 @@ def is_transposed(module: LoraModule, weight: Tensor, model_type: object) -> boo
         )
     if straight != turned:
         return turned
-    return module.kind in CONV1D.get(str(model_type), ()) or (
-        module.fan_in_fan_out and str(model_type) not in CONV1D
-    )
+    if module.fan_in_fan_out and str(model_type) not in CONV1D:
+        raise ModelError(
+            f"fan_in_fan_out is set, but a model of type {str(model_type)[:80]!r} is not known to store "
+            f"weights as (in, out), and the square shape of '{module.name}' does not tell. Unset it in "
+            "adapter_config.json if its layers are torch.nn.Linear."
+        )
+    return module.kind in CONV1D.get(str(model_type), ())
 
 
 def check_pair(aligned: Tensor, base: Tensor) -> None:
