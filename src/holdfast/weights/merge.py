@@ -73,14 +73,18 @@ def merge(
         raise ModelError(f"Expected a dtype of {', '.join(DTYPES)}, found '{dtype}'.")
     with open_weights(base) as weights, open_chain(adapters) as chain:
         config = _config(weights.folder)
-        updates = _updates(weights, chain, config)
-        copies = {_find(weights, name, name).name: whole for name, whole in chain.whole.items()}
+        updates = _updates(weights, chain)
+        copies = {
+            _find(weights, name.replace(".base_layer.", "."), name).name: tensor
+            for name, tensor in chain.whole.items()
+        }
         _check_copies(weights, copies)
         entries = {
             name: _entry(tensor, updates.get(name, ()), copies.get(name), DTYPES.get(dtype or ""))
             for name, tensor in weights.items()
         }
-        tied = {name for name in {**updates, **copies} if _tied(weights, name, config)}
+        changed = {*updates, *copies}
+        tied = {name for name in changed if _tied(weights, name, config)}
         if tied:
             raise ModelError(
                 f"'{min(tied)}' is embedding and output head at once (tied weights); an update of one of "
@@ -93,7 +97,7 @@ def merge(
             size = _write(weights, entries, folder)
             note = f" (fingerprint `{fingerprint(weights.folder)}`)"
             write_card(folder, "merged", str(base), chain.folders, note)
-        return Merged(Path(out), len(updates) + len(copies), len(entries), size)
+        return Merged(Path(out), len(changed), len(entries), size)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -128,7 +132,7 @@ def _find(weights: Weights, name: str, what: str) -> Tensor:
     )
 
 
-def _updates(weights: Weights, chain: Chain, config: Mapping[str, Any]) -> dict[str, Sequence[LoraModule]]:
+def _updates(weights: Weights, chain: Chain) -> dict[str, Sequence[LoraModule]]:
     """The updates by the names that the weights have on disk, their shapes checked."""
     found: dict[str, Sequence[LoraModule]] = {}
     for module, parts in chain.updates.items():
