@@ -15,6 +15,7 @@ PACKAGE = Path(holdfast.__file__).parent
 ALLOWED = {
     "cli": {
         "processes",
+        "combine_command",
         "console",
         "demo",
         "pipeline",
@@ -29,6 +30,7 @@ ALLOWED = {
     "safe_lora_command": {"console", "defenses", "report"},
     "__main__": {"cli"},
     "console": {"progress"},
+    "combine_command": {"console", "weights"},
     "demo": {"pipeline", "recipe", "registry", "report", "store", "progress"},
     "steps": {"context", "store"},
     "pipeline": {
