@@ -18,8 +18,9 @@ from holdfast.errors import ModelError
 from holdfast.weights.adapter import LoraModule
 from holdfast.weights.card import write_card
 from holdfast.weights.combine import Chain, open_chain
-from holdfast.weights.files import read_json, safe_path
-from holdfast.weights.floats import FLOATS, Floats, from_float32
+from holdfast.weights.files import safe_path
+from holdfast.weights.floats import FLOATS, from_float32
+from holdfast.weights.matching import find_weight, is_transposed, model_config
 from holdfast.weights.model import fingerprint
 from holdfast.weights.reader import INDEX, SINGLE, Tensor, Weights, open_weights
 from holdfast.weights.writer import (
@@ -72,17 +73,14 @@ def merge(
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"Expected a dtype of {', '.join(DTYPES)}, found '{dtype}'.")
     with open_weights(base) as weights, open_chain(adapters) as chain:
-        config = _config(weights.folder)
+        config = _config(weights)
         updates = _updates(weights, chain)
-        copies = {
-            _find(weights, name.replace(".base_layer.", "."), name).name: tensor
-            for name, tensor in chain.whole.items()
-        }
+        copies = {_place(weights, name): tensor for name, tensor in chain.whole.items()}
         _check_copies(weights, copies)
-        entries = {
-            name: _entry(tensor, updates.get(name, ()), copies.get(name), DTYPES.get(dtype or ""))
-            for name, tensor in weights.items()
-        }
+        entries = {}
+        for name, tensor in weights.items():
+            turned = _turned(tensor, updates.get(name, ()), config)
+            entries[name] = _entry(tensor, turned, copies.get(name), DTYPES.get(dtype or ""))
         changed = {*updates, *copies}
         tied = {name for name in changed if _tied(weights, name, config)}
         if tied:
@@ -100,14 +98,12 @@ def merge(
         return Merged(Path(out), len(changed), len(entries), size)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    config = read_json(safe_path(folder, "config.json"))
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder / 'config.json'} is no table of settings. Fetch the model again.")
+def _config(weights: Weights) -> Mapping[str, Any]:
+    config = model_config(weights)
     if config.get("quantization_config"):
         raise ModelError(
-            f"{folder} is a quantised model; adding to its weights would lose them twice. Give the folder of "
-            "the unquantised model."
+            f"{weights.folder} is a quantised model; adding to its weights would lose them twice. Give the "
+            "folder of the unquantised model."
         )
     return config
 
@@ -121,28 +117,21 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
-def _find(weights: Weights, name: str, what: str) -> Tensor:
-    """A tensor by its name in the loaded model; a bare model lacks the first part ("transformer.")."""
-    for known in (name, name.partition(".")[2]):
-        if known in weights:
-            return weights[known]
-    raise ModelError(
-        f"{weights.folder} has no '{name}' for the adapter's '{what}': another architecture, a head tied to "
-        f"the embeddings, or weights that are fused or renamed when the model is loaded."
-    )
+def _place(weights: Weights, name: str) -> str:
+    """The name on disk of a tensor that an adapter has a copy of."""
+    module, _, part = name.replace(".base_layer.", ".").rpartition(".")
+    place = f"{find_weight(weights, module).name.removesuffix('.weight')}.{part}"
+    if place not in weights:
+        raise ModelError(f"{weights.folder} has no '{place}', of which an adapter holds a copy.")
+    return place
 
 
 def _updates(weights: Weights, chain: Chain) -> dict[str, Sequence[LoraModule]]:
-    """The updates by the names that the weights have on disk, their shapes checked."""
+    """The updates by the names that the weights have on disk."""
     found: dict[str, Sequence[LoraModule]] = {}
     for module, parts in chain.updates.items():
-        tensor = _find(weights, f"{module}.weight", module)
+        tensor = find_weight(weights, module)
         tensor.check_floats()
-        if tensor.shape not in (parts[0].shape, parts[0].shape[::-1]):
-            raise ModelError(
-                f"'{tensor.name}' in {weights.folder} has shape {list(tensor.shape)}, the adapter's update "
-                f"of it {list(parts[0].shape)}: an adapter of another model."
-            )
         found[tensor.name] = parts
     return found
 
@@ -166,7 +155,16 @@ def _tied(weights: Weights, name: str, config: Mapping[str, Any]) -> bool:
     return name in tables and (len(tables) < 2 or bool(settings.get("tie_word_embeddings")))
 
 
-def _entry(tensor: Tensor, parts: Sequence[LoraModule], whole: Tensor | None, dtype: str | None) -> Entry:
+def _turned(
+    tensor: Tensor, parts: Sequence[LoraModule], config: Mapping[str, Any]
+) -> list[tuple[LoraModule, bool]]:
+    """The updates of a weight, each with whether the weight is stored as (in, out)."""
+    return [(part, is_transposed(part, tensor, config.get("model_type"))) for part in parts]
+
+
+def _entry(
+    tensor: Tensor, parts: Sequence[tuple[LoraModule, bool]], whole: Tensor | None, dtype: str | None
+) -> Entry:
     """What is written for a tensor of the base model."""
     if tensor.dtype not in FLOATS or (not parts and whole is None and dtype in (None, tensor.dtype)):
         return raw_entry(tensor)
@@ -174,9 +172,12 @@ def _entry(tensor: Tensor, parts: Sequence[LoraModule], whole: Tensor | None, dt
     return float_entry(target, tensor.shape, _blocks(whole or tensor, parts, target))
 
 
-def _blocks(tensor: Tensor, parts: Sequence[LoraModule], dtype: str) -> Iterator[Any]:
-    """W + sum_i s_i B_i A_i by blocks of rows, rounded to `dtype`; a Conv1D's weight is stored transposed."""
-    factors = [_factors(part, tensor.shape) for part in parts]
+def _blocks(tensor: Tensor, parts: Sequence[tuple[LoraModule, bool]], dtype: str) -> Iterator[Any]:
+    """W + sum_i s_i B_i A_i by blocks of rows, rounded to `dtype`; of W^T where it is stored transposed."""
+    factors = []
+    for part, transposed in parts:
+        a, b = part.a.read(), part.b.read() * np.float32(part.scaling)
+        factors.append((a.T, b.T) if transposed else (b, a))
     for first, last in row_blocks(tensor):
         rows = tensor.read(first, last)
         for left, right in factors:
@@ -185,13 +186,6 @@ def _blocks(tensor: Tensor, parts: Sequence[LoraModule], dtype: str) -> Iterator
         if dtype == "F16" and np.isinf(written.view("<f2")).any() and np.isfinite(rows).all():
             raise ModelError(f"'{tensor.name}' does not fit into float16. Ask for bfloat16 or float32.")
         yield written
-
-
-def _factors(part: LoraModule, shape: tuple[int, ...]) -> tuple[Floats, Floats]:
-    """Two factors whose product has the weight's shape; where it is square, the configuration decides."""
-    a, b = part.a.read(), part.b.read() * np.float32(part.scaling)
-    square = part.shape == part.shape[::-1]
-    return (a.T, b.T) if (part.fan_in_fan_out if square else shape != part.shape) else (b, a)
 
 
 def _write(weights: Weights, entries: Mapping[str, Entry], folder: Path) -> int:
