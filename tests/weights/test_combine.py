@@ -414,3 +414,25 @@ def test_the_commands(copies):
     assert (folder / "full" / "model.safetensors").exists()
     refused(command("combine", *adapters, "--out", folder / "one"), "is not empty")
     refused(command("merge", base, folder / "gone", "--out", folder / "x"), "No such adapter folder")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_pages_commands_run(copies, monkeypatch):
+    from test_cli import command
+    from test_docs import DOCS, blocks
+
+    folder, base, (alignment, user) = copies
+    for source, name in ((base, "base-model"), (alignment, "alignment"), (user, "user")):
+        source.rename(folder / name)
+    page = DOCS / "deliver.md"
+    for line in "".join(blocks(page, "bash")).splitlines():
+        done = command(*line.split()[1:], cwd=folder)
+        assert done.returncode == 0, done.stderr
+    chained = logits(load_model(folder / "base-model", [folder / "alignment", folder / "user"]))
+    for name in ("adapter", "full-model"):
+        (folder / name).rename(folder / f"{name}-1")
+    monkeypatch.chdir(folder)
+    exec(blocks(page, "python")[0], {})
+    for name in ("full-model", "full-model-1"):
+        full = AutoModelForCausalLM.from_pretrained(folder / name)
+        assert (logits(full) - chained).abs().max() < 1e-5
