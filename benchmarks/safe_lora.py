@@ -245,6 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dense", nargs=2, metavar=("FOLDER", "MODULES"), help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="only 8 layers of the 7B pair; nothing is saved")
+    parser.add_argument("--note", help="what stands beside the numbers: other work on the machine")
     arguments = parser.parse_args()
     if arguments.dense:
         print(dense_seconds(Path(arguments.dense[0]), int(arguments.dense[1])))
@@ -262,6 +263,7 @@ def main() -> None:
             "claim": GOALS,
             "rank": RANK,
             "rounds": ROUNDS,
+            "note": arguments.note,
             "cases": {
                 "llama-2-7b, q and v": many,
                 "llama-2-7b, q and v, 8 of 32 layers": few,
