@@ -100,6 +100,8 @@ def test_one_adapter_gives_the_logits_of_the_stacked_chain(tmp_path, case):
     plain = AutoModelForCausalLM.from_pretrained(base)
     loaded = PeftModel.from_pretrained(plain, tmp_path / "one")
     assert (logits(loaded.eval()) - stacked).abs().max() < 1e-5
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(base)))
     for i in range(len(adapters)):  # every adapter counts
         fewer = logits(load_model(base, adapters[:i] + adapters[i + 1 :]))
         assert (fewer - stacked).abs().max() > 1e-3
