@@ -15,6 +15,7 @@ PACKAGE = Path(holdfast.__file__).parent
 ALLOWED = {
     "cli": {
         "processes",
+        "combine_command",
         "console",
         "demo",
         "pipeline",
@@ -22,11 +23,14 @@ ALLOWED = {
         "recipe",
         "recipe_file",
         "registry",
+        "safe_lora_command",
         "store",
         "data",
     },
+    "safe_lora_command": {"console", "defenses", "report"},
     "__main__": {"cli"},
     "console": {"progress"},
+    "combine_command": {"console", "weights"},
     "demo": {"pipeline", "recipe", "registry", "report", "store", "progress"},
     "steps": {"context", "store"},
     "pipeline": {
@@ -140,7 +144,7 @@ def test_light_parts_import_nothing_heavy(code):
 
 def test_the_public_names():
     assert holdfast.__all__ == [
-        "Defense", "Recipe", "__version__", "get_defense", "list_defenses", "mix", "plan", "report", "run",
+        "Defense", "Recipe", "__version__", "get_defense", "list_defenses", "mix", "plan", "report", "run", "safe_lora",
     ]  # fmt: skip
     for name in holdfast.__all__:
         assert getattr(holdfast, name) is not None

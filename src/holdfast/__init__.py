@@ -19,13 +19,26 @@ _HOME = {
     "Defense": "holdfast.defenses",
     "get_defense": "holdfast.registry",
     "list_defenses": "holdfast.registry",
+    "safe_lora": "holdfast.defenses.safe_lora",
 }
 
-__all__ = ["Defense", "Recipe", "__version__", "get_defense", "list_defenses", "mix", "plan", "report", "run"]
+__all__ = [
+    "Defense",
+    "Recipe",
+    "__version__",
+    "get_defense",
+    "list_defenses",
+    "mix",
+    "plan",
+    "report",
+    "run",
+    "safe_lora",
+]
 
 if TYPE_CHECKING:
     from holdfast.data import mix
     from holdfast.defenses import Defense
+    from holdfast.defenses.safe_lora import safe_lora
     from holdfast.pipeline import plan, run
     from holdfast.recipe import Recipe
     from holdfast.registry import get_defense, list_defenses

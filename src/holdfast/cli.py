@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from holdfast import __version__
+from holdfast import __version__, combine_command, safe_lora_command
 from holdfast.errors import HoldfastError, RecipeError
 from holdfast.processes import launched
 
@@ -178,6 +178,15 @@ def report(
     from holdfast.report import report as write_report
 
     console.out.print(f"Report: {write_report(runs, out, force=force)}", highlight=False, soft_wrap=True)
+
+
+app.command(
+    "safe-lora",
+    epilog="Example: holdfast safe-lora my-adapter --base llama --aligned llama-chat --out repaired "
+    "--threshold 0.35",
+)(safe_lora_command.safe_lora)
+app.command(epilog="Example: holdfast combine alignment user --out adapter")(combine_command.combine)
+app.command(epilog="Example: holdfast merge my-model adapter --out full-model")(combine_command.merge)
 
 
 @app.command("list", epilog="Example: holdfast list defenses")

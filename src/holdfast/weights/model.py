@@ -36,9 +36,9 @@ def find_model(path: str, revision: str | None = None, download: bool = True) ->
     """
     folder = Path(path)
     if not folder.exists():
-        if _looks_local(path):
+        if looks_local(path):
             raise ModelError(f"No such model folder: {path}.{_neighbour(folder)}")
-        folder = _from_hub(path, revision, download)
+        folder = from_hub(path, revision, download)
     if folder.is_file():
         raise ModelError(f"Expected a model folder, found a file: {path}.")
     if not (folder / "config.json").is_file():
@@ -54,7 +54,8 @@ def find_model(path: str, revision: str | None = None, download: bool = True) ->
     return folder
 
 
-def _looks_local(path: str) -> bool:
+def looks_local(path: str) -> bool:
+    """Whether `path` cannot be a Hub id."""
     return path.startswith((".", "/", "~")) or path.count("/") != 1 or path.endswith("/")
 
 
@@ -66,7 +67,12 @@ def _neighbour(folder: Path) -> str:
     return nearest(folder.name, names).replace("Known:", "There is:")
 
 
-def _from_hub(repo: str, revision: str | None, download: bool) -> Path:
+def from_hub(repo: str, revision: str | None, download: bool) -> Path:
+    """The folder of a Hub id in the local cache, fetched if it is not there and `download`.
+
+    Raises:
+        ModelError: it is gated, unknown, or neither cached nor to be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 

@@ -1,0 +1,170 @@
+"""Safe LoRA: projects the updates that leave the direction from base to aligned (arXiv 2405.16833).
+
+For each module with update dW, V = W_aligned - W_base and C = V V^T / ||V||_F (both out x in, C out x out):
+
+    dW <- C dW   if   <dW, C dW>_F / (||dW||_F ||C dW||_F) < threshold
+
+or for the `num_layers` modules of the smallest cosine. For LoRA, dW = scaling B A and only B changes:
+B' = V (V^T B) / ||V||_F. No training, no data, no GPU; see `weights/projection.py` for the arithmetic.
+
+`projection` is what replaces C for the update (the gate is the cosine with C in every case, so that a
+threshold means the same): "approx" is C; "exact" is V (V^T V)^-1 V^T, the orthogonal projector onto the
+column space of V, which is the identity for a V of full row rank; "normalised" is the direction of C dW with
+the norm of dW.
+
+Where we differ from the authors' code, and why: modules are matched by name, not by position; nothing of
+size out x out is built; cosines are not rounded, so that `num_layers` projects exactly as many; the gate is
+`<` as in the paper, not `<=`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from holdfast import __version__
+from holdfast.defenses import Defense
+from holdfast.defenses.safe_lora_result import RECORD, SafeLoraResult
+from holdfast.defenses.safe_lora_work import Work
+from holdfast.errors import RecipeError
+from holdfast.weights.rewrite import Rewrite, check_out
+from holdfast.weights.updates import open_sources
+
+PROJECTIONS = ("approx", "exact", "normalised")
+CONTROLS = ("drop", "random")
+
+
+@dataclass
+class SafeLoraConfig:
+    """Give `threshold` or `num_layers`. The paper has no default: tau is about 0.35 for Llama-2-7B-Chat."""
+
+    threshold: float | str | None = field(
+        default=None,
+        metadata={"help": "Project modules whose cosine is smaller; 'suggest' takes the largest gap."},
+    )
+    num_layers: int | None = field(
+        default=None, metadata={"help": "Project this many least similar modules."}
+    )
+    projection: str = field(default="approx", metadata={"help": "'approx' (C), 'exact' or 'normalised'."})
+    control: str | None = field(
+        default=None,
+        metadata={"help": "'drop': zero the chosen updates instead; 'random': choose as many at random."},
+    )
+    seed: int = field(default=42, metadata={"help": "Decides what the control 'random' chooses."})
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        if self.threshold not in (None, "suggest") and not (number and -1 <= float(self.threshold) <= 1):
+            raise ValueError(
+                f"threshold must be a cosine from -1 to 1 or 'suggest', found {self.threshold!r}"
+            )
+        if self.num_layers is not None and (type(self.num_layers) is not int or self.num_layers < 1):
+            raise ValueError(f"num_layers must be a whole number from 1, found {self.num_layers!r}")
+        if self.threshold is not None and self.num_layers is not None:
+            raise ValueError("give threshold or num_layers, not both")
+        if self.projection not in PROJECTIONS:
+            raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, found {self.projection!r}")
+        if self.control not in (None, *CONTROLS):
+            raise ValueError(f"control must be one of {', '.join(CONTROLS)} or none, found {self.control!r}")
+
+
+def safe_lora(
+    adapter: str | Path,
+    *,
+    base: str | Path,
+    aligned: str | Path,
+    out: str | Path | None,
+    threshold: float | str | None = None,
+    num_layers: int | None = None,
+    projection: str = "approx",
+    control: str | None = None,
+    seed: int = 42,
+    device: str = "cpu",
+    dtype: str = "float32",
+    dry_run: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> SafeLoraResult:
+    """Write a copy of `adapter` at `out` whose dissimilar updates are projected; sources stay as they are.
+
+    Args:
+        adapter: a PEFT LoRA folder or Hub id, or a folder of full fine-tuned weights (then the update is
+            W_finetuned - W_aligned).
+        base: the model before alignment, unquantised: a folder or Hub id.
+        aligned: the model that was fine-tuned, or the folder of an alignment adapter on `base`.
+        out: a new or empty folder, or an earlier result, which is replaced.
+        device: "cpu", or a torch device ("cuda") for the products with V.
+        dtype: of the products, "float32" or "float64".
+        dry_run: only measure; `out` may be None, and the gate may be left open.
+        workers: threads over modules. With more than one, let BLAS use one (OPENBLAS_NUM_THREADS=1).
+        progress: called with modules done and modules in all.
+
+    Raises:
+        RecipeError: an option that cannot be used.
+        ModelError: a source that cannot be used; see `weights/`.
+        OutputError: `out` cannot be written, or overlaps a source.
+    """
+    try:
+        config = SafeLoraConfig(threshold, num_layers, projection, control, seed)
+    except ValueError as error:
+        raise RecipeError(f"Safe LoRA: {error}.") from None
+    if dtype not in ("float32", "float64"):
+        raise RecipeError(f"Safe LoRA: dtype must be float32 or float64, found {dtype!r}.")
+    if not dry_run and threshold is None and num_layers is None:
+        raise RecipeError("Safe LoRA: give threshold or num_layers; a dry run shows what each would project.")
+    if not dry_run and out is None:
+        raise RecipeError("Safe LoRA: give out, the folder to write to, or ask for a dry run.")
+    with open_sources(adapter, base, aligned) as sources:
+        copy: Any = nullcontext()
+        if not dry_run:
+            check_out(Path(out or ""), sources.folders, RECORD)
+            copy = Rewrite(sources.folder, sources.files, Path(out or ""), RECORD)
+        options = {
+            "kind": "full weights" if sources.full else "adapter",
+            "threshold": threshold, "num_layers": num_layers, "projection": projection, "control": control,
+            "seed": seed, "device": device, "dtype": dtype,
+        }  # fmt: skip
+        given = {"adapter": adapter, "base": base, "aligned": aligned}
+        facts = {
+            role: {"path": str(path), "fingerprint": sources.fingerprints[role]}
+            for role, path in given.items()
+        }
+        with copy as rewrite:
+            work = Work(
+                sources, config, rewrite, device, dtype, workers, progress or (lambda done, total: None)
+            )
+            modules, chosen, notes = work.run()
+            result = SafeLoraResult(
+                None if dry_run else Path(out or ""), modules, options | chosen, facts, notes,
+                sources.left_alone, _versions(),
+            )  # fmt: skip
+            if rewrite is not None:
+                rewrite.text(RECORD, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+                rewrite.text("README.md", result.card())
+    return result
+
+
+def _versions() -> dict[str, str]:
+    return {"holdfast": __version__, "python": platform.python_version(), "numpy": np.__version__}
+
+
+def apply(adapter: Path, out: Path, *, base: Path, aligned: Path, **parameters: Any) -> SafeLoraResult:
+    """The post-hoc stage: adapter folder to adapter folder; `aligned` may be the alignment adapter."""
+    return safe_lora(adapter, base=base, aligned=aligned, out=out, **parameters)
+
+
+DEFENSE = Defense(
+    name="safe_lora",
+    label="Safe LoRA",
+    stages=("post_hoc",),
+    paper="arXiv 2405.16833",
+    config=SafeLoraConfig,
+    apply=apply,
+)

@@ -1,0 +1,182 @@
+"""What Safe LoRA found and did: per module, in sum, as JSON, and as a model card."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+RECORD = "safe_lora.json"
+"""The file that holds the result; it also tells a folder of ours from somebody's own."""
+
+
+@dataclass(frozen=True)
+class ModuleResult:
+    """One module.
+
+    Attributes:
+        cosine: of dW and C dW, 0 to 1; None where V or dW is zero.
+        projected: the update was replaced (under the control "drop": by zero).
+        norm_before: ||dW||_F with the scaling of LoRA.
+        norm_after: the same after projection.
+        direction_norm: ||V||_F.
+        lora_rank: r; None for full weights.
+        direction_rank: the numerical rank of V, where the exact projector was computed.
+        note: what was special about it.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    cosine: float | None
+    projected: bool
+    norm_before: float
+    norm_after: float
+    direction_norm: float
+    lora_rank: int | None
+    direction_rank: int | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A threshold in the middle of the largest gap between sorted cosines, and why."""
+
+    threshold: float
+    projected: int
+    below: float
+    above: float
+    why: str
+
+
+@dataclass(frozen=True)
+class SafeLoraResult:
+    """What `safe_lora` returns.
+
+    Attributes:
+        out: the folder that was written; None for a dry run.
+        modules: by layer.
+        options: of the call.
+        sources: by role ("adapter", "base", "aligned"): path as given, and fingerprint.
+        notes: sentences that a user should read.
+        left_alone: tensors that were copied without being looked at.
+    """
+
+    out: Path | None
+    modules: tuple[ModuleResult, ...]
+    options: Mapping[str, Any]
+    sources: Mapping[str, Mapping[str, str]]
+    notes: tuple[str, ...]
+    left_alone: tuple[str, ...]
+    versions: Mapping[str, str]
+
+    @property
+    def projected(self) -> tuple[ModuleResult, ...]:
+        """The modules whose update was replaced."""
+        return tuple(module for module in self.modules if module.projected)
+
+    @property
+    def share(self) -> float:
+        """The share of modules that were projected, 0 to 1."""
+        return len(self.projected) / len(self.modules)
+
+    def sweep(self) -> list[tuple[float, int]]:
+        """Thresholds over the range of the cosines, and how many modules each would project."""
+        return sweep(cosines(self.modules))
+
+    def suggest(self) -> Suggestion | None:
+        """See `suggest`."""
+        return suggest(cosines(self.modules))
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `safe_lora.json`."""
+        return {
+            "holdfast": self.versions["holdfast"],
+            "kind": "safe_lora",
+            "paper": "arXiv 2405.16833",
+            "options": dict(self.options),
+            "sources": {role: dict(source) for role, source in self.sources.items()},
+            "versions": dict(self.versions),
+            "projected": len(self.projected),
+            "share": self.share,
+            "notes": list(self.notes),
+            "left_alone": list(self.left_alone),
+            "modules": [asdict(module) for module in self.modules],
+        }
+
+    def card(self) -> str:
+        """A model card that says what was done, and that safety was not measured."""
+        options, adapter = self.options, self.options["kind"] == "adapter"
+        gate = (
+            f"the {options['num_layers']} least similar"
+            if options["num_layers"] is not None
+            else f"cosine < {options['threshold']}"
+        )
+        notes = "\n".join(f"- {note}" for note in self.notes) or "- none"
+        return f"""---
+library_name: {"peft" if adapter else "transformers"}
+base_model: {json.dumps(self.sources["aligned"]["path"])}
+tags: [holdfast, safe_lora]
+---
+# {"LoRA adapter" if adapter else "Fine-tuned model"} repaired by Safe LoRA
+
+The updates of {len(self.projected)} of {len(self.modules)} modules were projected onto the direction from the
+base to the aligned model (arXiv 2405.16833); everything else is byte for byte what it was.
+
+- {"adapter" if adapter else "fine-tuned model"}: `{self.sources["adapter"]["path"]}`
+- base: `{self.sources["base"]["path"]}`
+- aligned: `{self.sources["aligned"]["path"]}`
+- modules: {gate}; projection {options["projection"]}, control {options["control"] or "none"}
+- per module: `{RECORD}`
+
+Notes:
+
+{notes}
+
+Whether the result is safer, and what it costs in accuracy, was not measured by this step. Measure both
+before you rely on it.
+"""
+
+
+def cosines(modules: Sequence[ModuleResult]) -> list[float]:
+    """Those that are defined, sorted."""
+    return sorted(module.cosine for module in modules if module.cosine is not None)
+
+
+def sweep(found: Sequence[float], most: int = 14) -> list[tuple[float, int]]:
+    """Round thresholds from below the smallest cosine to above the largest, at most about `most`."""
+    if not found:
+        return []
+    span = max(found[-1] - found[0], 1e-6)
+    step = 10.0 ** math.floor(math.log10(span / most))
+    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= most)
+    first, last = math.floor(found[0] / step), math.floor(found[-1] / step) + 1
+    thresholds = [round(i * step, 9) for i in range(first, last + 1)]
+    return [(threshold, sum(cosine < threshold for cosine in found)) for threshold in thresholds]
+
+
+def suggest(found: Sequence[float]) -> Suggestion | None:
+    """The middle of the largest gap between neighbours among the sorted cosines; None where there is none."""
+    gaps = sorted(((b - a, i) for i, (a, b) in enumerate(pairwise(found))), reverse=True)
+    if not gaps or gaps[0][0] <= 0:
+        return None
+    gap, i = gaps[0]
+    below, above = found[i], found[i + 1]
+    threshold = next(
+        (round(t, d) for d in range(2, 17) if below < round(t := (below + above) / 2, d) <= above), above
+    )
+    second = gaps[1][0] if len(gaps) > 1 else 0.0
+    why = f"the largest gap between sorted cosines is {gap:.3g}, from {below:.4g} to {above:.4g}"
+    if second:
+        why += f"; the next largest is {second:.3g}"
+    if second > gap / 1.5:
+        why += (
+            ". That is hardly smaller: the cosines do not fall into two groups, so compare several thresholds"
+        )
+    if (i + 1) * 2 > len(found):
+        why += f". It would project {i + 1} of {len(found)} modules, most of the update"
+    return Suggestion(threshold, i + 1, below, above, why)

@@ -1,0 +1,258 @@
+"""A chain of adapters as one thing to hand out: one plain adapter, or a full model with all of them added.
+
+The updates of adapters that are stacked add up, and a sum of low-rank products is one product:
+
+    sum_i s_i B_i A_i = [s_1 B_1 | ... | s_n B_n] [A_1; ...; A_n]
+
+with s_i the scaling of adapter i. So `combine` is exact up to float32 rounding (of s_i B_i alone). It is not
+what the user trained where training ran on a model whose weights had been merged and rounded to bf16.
+
+The combined adapter has one rank r for every module, the largest that one of them needs, the others filled
+up with zeros, and alpha = r, a scaling of 1. PEFT would take a rank and an alpha per module; servers that
+read r and alpha alone would then scale those modules wrongly, without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from holdfast.errors import ModelError
+from holdfast.weights.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, LoraModule, natural, read_adapter
+from holdfast.weights.card import write_card
+from holdfast.weights.reader import Tensor
+from holdfast.weights.writer import (
+    Entry,
+    float_entry,
+    new_folder,
+    raw_entry,
+    same_bytes,
+    write_json,
+    write_tensors,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Adapters of one base model that add up.
+
+    Attributes:
+        updates: by module, the adapters' updates of it in order.
+        whole: copies of whole tensors that take the place of the base model's, by their names in it
+            (with `.base_layer` where the module has LoRA, too).
+    """
+
+    adapters: tuple[Adapter, ...]
+    updates: Mapping[str, Sequence[LoraModule]]
+    whole: Mapping[str, Tensor]
+
+    @property
+    def base(self) -> str | None:
+        """The base model's name, or None where no adapter says it."""
+        return self.setting("base_model_name_or_path")
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where the adapters are."""
+        return [adapter.folder for adapter in self.adapters]
+
+    @property
+    def rank(self) -> int:
+        """The largest sum of ranks in one module."""
+        return max(sum(part.rank for part in parts) for parts in self.updates.values())
+
+    def setting(self, key: str) -> Any:
+        """A setting of the first adapter that has it."""
+        return next((a.config[key] for a in self.adapters if a.config.get(key)), None)
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What `combine` wrote.
+
+    Attributes:
+        folder: the combined adapter.
+        rank: r of every module.
+        modules: how many modules it adapts.
+        padded: how many of them needed less than r.
+    """
+
+    folder: Path
+    rank: int
+    modules: int
+    padded: int
+
+
+def combine(adapters: Sequence[str | Path], out: str | Path) -> Combined:
+    """Write one plain PEFT adapter that does what `adapters`, stacked, do.
+
+    Args:
+        adapters: adapter folders or Hub ids, of any ranks, scalings and targets, on one base model.
+        out: a new folder.
+
+    Raises:
+        ModelError: an adapter is missing, torn or no plain LoRA; or they do not add up.
+        OutputError: `out` is not new, lies in an adapter, or cannot be written.
+    """
+    with open_chain(adapters) as chain:
+        rank = chain.rank
+        tensors: dict[str, Entry] = {}
+        for name in sorted(chain.updates, key=natural):
+            tensors |= _stacked(name, chain.updates[name], rank)
+        for name, tensor in chain.whole.items():
+            tensors[f"{PREFIX}{name}"] = raw_entry(tensor)
+        with new_folder(Path(out), chain.folders) as folder:
+            write_tensors(folder / WEIGHTS, tensors)
+            write_json(folder / CONFIG, _config(chain))
+            write_card(folder, "combined", chain.base, chain.folders)
+        needed = [sum(part.rank for part in parts) for parts in chain.updates.values()]
+        return Combined(Path(out), rank, len(needed), sum(n < rank for n in needed))
+
+
+@contextmanager
+def open_chain(adapters: Sequence[str | Path]) -> Iterator[Chain]:
+    """The adapters, checked to add up; leaving the block closes their files.
+
+    Raises:
+        ModelError: one cannot be read, or they do not add up: different base models, shapes or kinds of
+            layers, or two that bring their own copy of a module.
+    """
+    if not adapters:
+        raise ModelError("Expected at least one adapter, found none.")
+    with ExitStack() as files:
+        opened = tuple(files.enter_context(read_adapter(path)) for path in adapters)
+        for i, adapter in enumerate(opened):
+            _check_alone(adapter)
+            if any(adapter.folder.samefile(other.folder) for other in opened[:i]):
+                raise ModelError(f"{adapter.folder} is given twice; it would be added twice. Name it once.")
+        for key in ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out"):
+            _check_same(opened, key)
+        whole = _whole(opened)
+        yield Chain(opened, _updates(opened, whole), whole)
+
+
+def _check_alone(adapter: Adapter) -> None:
+    """Refuse what adds something else than B A to the model."""
+    for key in ("alora_invocation_tokens", "trainable_token_indices"):
+        if adapter.config.get(key):
+            raise ModelError(
+                f"{adapter.folder}: {key} is set, so its update does not hold for every token and cannot be "
+                "added to others."
+            )
+    if any(".lora_embedding_" in key for key in adapter.left_alone):
+        raise ModelError(
+            f"{adapter.folder} has LoRA on embeddings, which is not supported here. Train without it, or "
+            "merge it with PEFT (merge_and_unload)."
+        )
+
+
+def _check_same(adapters: Sequence[Adapter], key: str) -> None:
+    known = [a for a in adapters if a.config.get(key) is not None]
+    for adapter in known[1:]:
+        here, there = known[0].config[key], adapter.config[key]
+        if here != there and not (key == "base_model_name_or_path" and _one_place(here, there)):
+            raise ModelError(
+                f"The adapters differ in {key}: {str(here)[:200]!r} in {known[0].folder}, "
+                f"{str(there)[:200]!r} in {adapter.folder}. Only adapters of one base model add up; if it is "
+                f"the same, make {CONFIG} say so."
+            )
+
+
+def _one_place(here: Any, there: Any) -> bool:
+    try:
+        return Path(here).samefile(there)
+    except (OSError, TypeError, ValueError):
+        return False
+
+
+def _whole(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    """Copies of whole tensors, trained (`modules_to_save`) or saved along (a head with LoRA)."""
+    found: dict[str, Tensor] = {}
+    for adapter in adapters:
+        for key in adapter.left_alone:
+            tensor = adapter.file.tensors[key]
+            other = found.setdefault(key.removeprefix(PREFIX), tensor)
+            if other is not tensor and not same_bytes(other, tensor):
+                raise ModelError(
+                    f"'{key}' stands as a whole (modules_to_save, resized embeddings) in two adapters, "
+                    f"{other.file.path.parent} and {adapter.folder}, and differs; such copies do not add up. "
+                    "Leave one adapter out."
+                )
+    return found
+
+
+def _updates(adapters: Sequence[Adapter], whole: Mapping[str, Tensor]) -> dict[str, list[LoraModule]]:
+    updates: dict[str, list[LoraModule]] = {}
+    for adapter in adapters:
+        for module in adapter.modules:
+            parts = updates.setdefault(module.name, [])
+            if parts and parts[0].shape != module.shape:
+                raise ModelError(
+                    f"'{module.name}' is {list(parts[0].shape)} in {adapters[0].folder} and "
+                    f"{list(module.shape)} in {adapter.folder}: adapters of two architectures."
+                )
+            if f"{module.name}.weight" in whole:
+                raise ModelError(
+                    f"'{module.name}' has LoRA in {adapter.folder} and is trained as a whole "
+                    "(modules_to_save) in another adapter; the two do not add up. Leave one out."
+                )
+            parts.append(module)
+    if not updates:
+        raise ModelError("The adapters hold no LoRA at all; there is nothing to combine.")
+    return updates
+
+
+def _stacked(name: str, parts: Sequence[LoraModule], rank: int) -> dict[str, Entry]:
+    """A (rank x in) and B (out x rank) of one module, in float32, read when they are written."""
+    out, inner = parts[0].shape
+
+    def a() -> Iterator[Any]:
+        for part in parts:
+            yield part.a.read()
+        yield np.zeros((rank - sum(part.rank for part in parts), inner), np.float32)
+
+    def b() -> Iterator[Any]:
+        joined, column = np.zeros((out, rank), np.float32), 0
+        for part in parts:
+            np.multiply(part.b.read(), np.float32(part.scaling), out=joined[:, column : column + part.rank])
+            column += part.rank
+        yield joined
+
+    return {
+        f"{PREFIX}{name}.lora_A.weight": float_entry("F32", (rank, inner), a()),
+        f"{PREFIX}{name}.lora_B.weight": float_entry("F32", (out, rank), b()),
+    }
+
+
+def _config(chain: Chain) -> dict[str, Any]:
+    """A PEFT configuration; its targets are the modules' full names, which leave nothing to be matched."""
+    saved: list[str] = []
+    for adapter in chain.adapters:
+        names = adapter.config.get("modules_to_save") or []
+        saved += [names] if isinstance(names, str) else names
+    return {
+        "peft_type": "LORA",
+        "peft_version": chain.setting("peft_version"),
+        "task_type": chain.setting("task_type"),
+        "auto_mapping": chain.setting("auto_mapping"),
+        "base_model_name_or_path": chain.base,
+        "revision": chain.setting("revision"),
+        "inference_mode": True,
+        "r": chain.rank,
+        "lora_alpha": chain.rank,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": bool(chain.setting("fan_in_fan_out")),
+        "target_modules": sorted(chain.updates, key=natural),
+        "modules_to_save": sorted(set(saved)) or None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+    }

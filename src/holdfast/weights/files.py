@@ -1,0 +1,62 @@
+"""Files of a folder that somebody else made: never followed out of it, never believed to be small.
+
+A file may be a link within its folder, or into the `blobs` of the Hub cache that the folder belongs to; a
+link to anywhere else is refused, because a downloaded folder must not be able to name other files of the
+machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import ModelError
+
+JSON_LIMIT = 200_000_000
+"""Bytes of an index or a configuration that are read at most."""
+
+
+def safe_path(folder: Path, name: str) -> Path:
+    """The path of the file `name` in `folder`, not followed out of it.
+
+    Raises:
+        ModelError: it is missing, a broken link, no plain file name, or a link to somewhere else.
+    """
+    if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
+        raise ModelError(f"Expected a plain file name in {folder}, found {name[:200]!r}. Fetch it again.")
+    path, home = folder / name, Path(os.path.realpath(folder))
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        what = "is a broken link" if path.is_symlink() else "is missing"
+        raise ModelError(f"{path} {what}. Fetch or save the model again.") from None
+    allowed = [home]
+    if home.parent.name == "snapshots":  # <cache>/models--a--b/snapshots/<revision>, files in .../blobs
+        allowed.append(home.parent.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise ModelError(
+            f"{path} is a link to {target}, outside its folder; links out of a model folder are not "
+            "followed. Copy the file there, or give the folder that it lies in."
+        )
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file of a model folder.
+
+    Raises:
+        ModelError: it cannot be read, is too big, or is no JSON.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ModelError(f"{path} is not a regular file. Fetch or save it again.")
+        if path.stat().st_size > JSON_LIMIT:
+            raise ModelError(f"{path} is larger than {JSON_LIMIT:,} bytes. Fetch or save it again.")
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"Cannot read {path}: {error.strerror or error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is no JSON ({str(error)[:80]}). Fetch or save it again.") from None

@@ -1,0 +1,209 @@
+"""A full model with a chain of adapters added to its weights, W + sum_i s_i B_i A_i, streamed to a folder.
+
+File by file and tensor by tensor as the base model has them, a block of rows in memory. Sums are taken in
+float32 and rounded once, to the dtype that the weight has (PEFT rounds the update first, then the sum).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from holdfast.errors import ModelError
+from holdfast.weights.adapter import LoraModule
+from holdfast.weights.card import write_card
+from holdfast.weights.combine import Chain, open_chain
+from holdfast.weights.files import safe_path
+from holdfast.weights.floats import FLOATS, from_float32
+from holdfast.weights.matching import find_weight, is_transposed, model_config
+from holdfast.weights.model import fingerprint
+from holdfast.weights.reader import INDEX, SINGLE, Tensor, Weights, open_weights
+from holdfast.weights.writer import (
+    Entry,
+    float_entry,
+    new_folder,
+    raw_entry,
+    row_blocks,
+    write_json,
+    write_tensors,
+)
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
+"""What belongs to a model beside its weights."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge` wrote.
+
+    Attributes:
+        folder: the full model.
+        changed: how many tensors of the base model were changed.
+        tensors: how many it has.
+        nbytes: of all tensors.
+    """
+
+    folder: Path
+    changed: int
+    tensors: int
+    nbytes: int
+
+
+def merge(
+    base: str | Path, adapters: Sequence[str | Path], out: str | Path, *, dtype: str | None = None
+) -> Merged:
+    """Write the model `base` with `adapters` added to its weights.
+
+    Args:
+        base: a model folder or Hub id with plain weights (bf16, fp16, fp32), in any number of files.
+        adapters: as for `combine`.
+        out: a new folder.
+        dtype: of the floating-point weights: "bfloat16", "float16" or "float32". Default: as they are.
+
+    Raises:
+        ModelError: the model or an adapter is missing, torn or quantised, or they do not fit.
+        OutputError: `out` is not new, lies in a source, or cannot be written.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ModelError(f"Expected a dtype of {', '.join(DTYPES)}, found '{dtype}'.")
+    with open_weights(base) as weights, open_chain(adapters) as chain:
+        config = _config(weights)
+        updates = _updates(weights, chain)
+        copies = {_place(weights, name): tensor for name, tensor in chain.whole.items()}
+        _check_copies(weights, copies)
+        entries = {}
+        for name, tensor in weights.items():
+            turned = _turned(tensor, updates.get(name, ()), config)
+            entries[name] = _entry(tensor, turned, copies.get(name), DTYPES.get(dtype or ""))
+        changed = {*updates, *copies}
+        tied = {name for name in changed if _tied(weights, name, config)}
+        if tied:
+            raise ModelError(
+                f"'{min(tied)}' is embedding and output head at once (tied weights); an update of one of "
+                "them cannot be merged. Hand out the adapter instead."
+            )
+        with new_folder(Path(out), [weights.folder, *chain.folders]) as folder:
+            _copy_rest(weights.folder, folder)
+            if dtype:
+                write_json(folder / "config.json", _with_dtype(config, dtype))
+            size = _write(weights, entries, folder)
+            note = f" (fingerprint `{fingerprint(weights.folder)}`)"
+            write_card(folder, "merged", str(base), chain.folders, note)
+        return Merged(Path(out), len(changed), len(entries), size)
+
+
+def _config(weights: Weights) -> Mapping[str, Any]:
+    config = model_config(weights)
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"{weights.folder} is a quantised model; adding to its weights would lose them twice. Give the "
+            "folder of the unquantised model."
+        )
+    return config
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The configuration saying `dtype` wherever it says one."""
+    changed = {}
+    for key, value in config.items():
+        said = dtype if key in ("dtype", "torch_dtype") else value
+        changed[key] = _with_dtype(value, dtype) if isinstance(value, dict) else said
+    return changed
+
+
+def _place(weights: Weights, name: str) -> str:
+    """The name on disk of a tensor that an adapter has a copy of."""
+    module, _, part = name.replace(".base_layer.", ".").rpartition(".")
+    place = f"{find_weight(weights, module).name.removesuffix('.weight')}.{part}"
+    if place not in weights:
+        raise ModelError(f"{weights.folder} has no '{place}', of which an adapter holds a copy.")
+    return place
+
+
+def _updates(weights: Weights, chain: Chain) -> dict[str, Sequence[LoraModule]]:
+    """The updates by the names that the weights have on disk."""
+    found: dict[str, Sequence[LoraModule]] = {}
+    for module, parts in chain.updates.items():
+        tensor = find_weight(weights, module)
+        tensor.check_floats()
+        found[tensor.name] = parts
+    return found
+
+
+def _check_copies(weights: Weights, copies: Mapping[str, Tensor]) -> None:
+    for name, whole in copies.items():
+        whole.check_floats()
+        if whole.shape != weights[name].shape:
+            raise ModelError(
+                f"'{name}' has shape {list(weights[name].shape)} in {weights.folder}, the adapter's trained "
+                f"copy of it {list(whole.shape)}: an adapter of another model, or another vocabulary."
+            )
+
+
+def _tied(weights: Weights, name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a weight has a row for every token and there is no second one, or the two are tied."""
+    text = config.get("text_config")
+    settings = {**config, **(text if isinstance(text, dict) else {})}
+    rows = settings.get("vocab_size")
+    tables = [key for key, tensor in weights.items() if len(tensor.shape) == 2 and tensor.shape[0] == rows]
+    return name in tables and (len(tables) < 2 or bool(settings.get("tie_word_embeddings")))
+
+
+def _turned(
+    tensor: Tensor, parts: Sequence[LoraModule], config: Mapping[str, Any]
+) -> list[tuple[LoraModule, bool]]:
+    """The updates of a weight, each with whether the weight is stored as (in, out)."""
+    return [(part, is_transposed(part, tensor, config.get("model_type"))) for part in parts]
+
+
+def _entry(
+    tensor: Tensor, parts: Sequence[tuple[LoraModule, bool]], whole: Tensor | None, dtype: str | None
+) -> Entry:
+    """What is written for a tensor of the base model."""
+    if tensor.dtype not in FLOATS or (not parts and whole is None and dtype in (None, tensor.dtype)):
+        return raw_entry(tensor)
+    target = dtype or tensor.dtype
+    return float_entry(target, tensor.shape, _blocks(whole or tensor, parts, target))
+
+
+def _blocks(tensor: Tensor, parts: Sequence[tuple[LoraModule, bool]], dtype: str) -> Iterator[Any]:
+    """W + sum_i s_i B_i A_i by blocks of rows, rounded to `dtype`; of W^T where it is stored transposed."""
+    factors = []
+    for part, transposed in parts:
+        a, b = part.a.read(), part.b.read() * np.float32(part.scaling)
+        factors.append((a.T, b.T) if transposed else (b, a))
+    for first, last in row_blocks(tensor):
+        rows = tensor.read(first, last)
+        for left, right in factors:
+            rows += left[first:last] @ right
+        written = from_float32(rows, dtype)
+        if dtype == "F16" and np.isinf(written.view("<f2")).any() and np.isfinite(rows).all():
+            raise ModelError(f"'{tensor.name}' does not fit into float16. Ask for bfloat16 or float32.")
+        yield written
+
+
+def _write(weights: Weights, entries: Mapping[str, Entry], folder: Path) -> int:
+    """The base model's files with the new entries, and the index where there are several."""
+    total = 0
+    places: dict[str, str] = {}
+    for file in weights.files:
+        name = file.path.name if len(weights.files) > 1 else SINGLE
+        total += write_tensors(folder / name, {key: entries[key] for key in file.tensors})
+        places |= dict.fromkeys(file.tensors, name)
+    if len(weights.files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        write_json(folder / INDEX, index)
+    return total
+
+
+def _copy_rest(source: Path, folder: Path) -> None:
+    """Configuration, tokenizer, templates, licence; links out of the folder are refused."""
+    names = {path.name for pattern in COPIED for path in source.glob(pattern) if not path.is_dir()}
+    for name in sorted(names - {INDEX}):
+        shutil.copyfile(safe_path(source, name), folder / name)
