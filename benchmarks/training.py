@@ -195,7 +195,7 @@ def main() -> None:
         "llama-110m": (
             {"shape": "llama-110m", "device": "cpu", "batch": 5, "length": 64},
             arguments.rounds,
-            33,
+            18,
         ),
     }
     if arguments.gpu:
