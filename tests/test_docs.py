@@ -90,6 +90,7 @@ def test_the_recipe_page_names_every_key():
         recipes.Evaluation,
         recipes.Lora,
         recipes.StageRecipe,
+        recipes.PostHocRecipe,
         recipes.JudgeRecipe,
     ):
         for key in block.model_fields:

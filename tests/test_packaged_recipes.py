@@ -111,7 +111,7 @@ def test_the_papers_settings_of_the_methods():
     ewc = Recipe.load("ewc-sst2")
     assert (ewc.user.parameters(), ewc.trains("user")) == ({"lambda_": 0.001}, "continue")
     assert Recipe.load("vlguard-sst2").user.parameters() == {"alignment_size": 1000}
-    from holdfast.recipe import ALIGNMENT_TRAINING, USER_TRAINING
+    from holdfast.recipe_stages import ALIGNMENT_TRAINING, USER_TRAINING
 
     assert (ALIGNMENT_TRAINING["learning_rate"], ALIGNMENT_TRAINING["num_train_epochs"]) == (1e-3, 30)
     assert (USER_TRAINING["learning_rate"], USER_TRAINING["num_train_epochs"]) == (1e-5, 20)

@@ -150,10 +150,6 @@ def test_a_defense_at_the_wrong_stage(tmp_path):
     assert "sft" in message
 
 
-def test_a_stage_without_a_method_is_refused(tmp_path):
-    assert "no method acts after fine-tuning yet" in refused(tmp_path, GOOD, "post_hoc=safe_lora")
-
-
 def test_judges_are_checked(tmp_path):
     assert "'keyword'" in refused(tmp_path, GOOD, "evaluation.judges=[keywrd]")
     assert "once" in refused(tmp_path, GOOD, "evaluation.judges=[keyword, keyword]")

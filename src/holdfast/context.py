@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,17 @@ class Context:
         """
         folder = self.model
         adapters: list[Path] = []
-        for step in map(self.store.path, chain):
-            if (step / "model").is_dir():
-                folder, adapters = step / "model", []
+        for made in map(self.made, chain):
+            if made.name == "model":
+                folder, adapters = made, []
             else:
-                adapters.append(step / "adapter")
+                adapters.append(made)
         return folder, adapters
+
+    def made(self, step: str) -> Path:
+        """The weights that a step made: its `model` folder where it trained all of them, or its `adapter`."""
+        folder = self.store.path(step)
+        return folder / ("model" if (folder / "model").is_dir() else "adapter")
 
     def rows(self, step: str) -> list[dict[str, Any]]:
         """The rows of a data step."""
@@ -71,7 +76,8 @@ class Context:
 class State:
     """A state of the model that is evaluated: the defenses that ran, and the steps that tell of it.
 
-    `chain` holds the trainings that led to it, also one whose adapter a later one went on with.
+    `chain` holds the trainings that led to it, also one whose adapter a later one went on with, and the
+    repair after them, whose parameters are `post_hoc_parameters`.
     """
 
     name: str
@@ -82,6 +88,7 @@ class State:
     generate: str
     moderate: tuple[str, ...]
     score: str
+    post_hoc_parameters: Mapping[str, Any] | None = None
 
 
 def _choose_device(asked: str, model: Path, processes: Processes) -> str:

@@ -8,20 +8,21 @@ does what is missing, and recipes that share a stage share its step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast import mixed, preflight, registry, work
+from holdfast import mixed, post_hoc, preflight, registry, work
 from holdfast.context import Context, State
 from holdfast.errors import StepFailed
 from holdfast.processes import Processes, launched
 from holdfast.progress import Progress
-from holdfast.recipe import ALIGNMENT_TRAINING, USER_TRAINING, Recipe, StageRecipe
+from holdfast.recipe import Recipe
+from holdfast.recipe_stages import ALIGNMENT_TRAINING, USER_TRAINING, StageRecipe
 from holdfast.steps import Step, do, join
 from holdfast.store import Store, versions
 
-FORMAT = {"data": 1, "manifest": 1, "train": 1, "generate": 1, "moderate": 1, "score": 1}
+FORMAT = {"data": 1, "manifest": 1, "train": 1, "post_hoc": 1, "generate": 1, "moderate": 1, "score": 1}
 """Raise one where the content of that kind of step changes for the same identity."""
 
 
@@ -83,7 +84,7 @@ class _Planner:
             trained = (self._train("alignment", recipe.alignment, ALIGNMENT_TRAINING, rows, ()),)
             weights = trained
         name = "base" if recipe.alignment is None else "aligned"
-        states.append(self._evaluate(name, None, trained, weights, data["test"]))
+        states.append(self._evaluate(name, f"the {name} model", None, trained, weights, data["test"]))
         if recipe.user is not None:
             rows = {"train_dataset": data["user"]}
             if "alignment_dataset" in registry.faces("defenses")[recipe.user.defense].facts.get("needs", ()):
@@ -92,7 +93,10 @@ class _Planner:
             trained = (*trained, step)
             below = {"new": weights, "continue": weights[:-1], "full": ()}[recipe.trains("user")]
             weights = (*below, step)
-            states.append(self._evaluate(recipe.name, recipe.user.defense, trained, weights, data["test"]))
+            state = recipe.name, "the fine-tuned model", recipe.user.defense
+            states.append(self._evaluate(*state, trained, weights, data["test"]))
+            for repair in post_hoc.repairs(recipe):
+                states.append(self._repair(repair, trained, weights, data["test"]))
         return Plan(recipe, tuple(self.steps.values()), tuple(states), data["manifest"], self.folder)
 
     def _add(
@@ -171,6 +175,39 @@ class _Planner:
         detail += mixed.detail(part.defense, parameters)
         return self._add(stage, title, detail, identity, do, together=True)
 
+    def _repair(
+        self, repair: post_hoc.Repair, trained: tuple[str, ...], weights: tuple[str, ...], test_data: str
+    ) -> State:
+        """Repair what the user stage, the last of `weights`, trained, and evaluate it."""
+        from holdfast.weights.model import fingerprint
+
+        recipe = self.recipe
+        assert recipe.user is not None
+        assert recipe.post_hoc is not None
+        defense, tuned = recipe.post_hoc.defense, weights[-1]
+        aligned = trained[0] if recipe.alignment is not None else None
+        base = post_hoc.find_base(recipe, self.folder, self.download)
+        step = self._add(
+            "post_hoc",
+            f"repair with {post_hoc.label(recipe)}",
+            post_hoc.shown(repair.given),
+            {
+                "format": FORMAT["post_hoc"],
+                "defense": defense,
+                "parameters": repair.settings,
+                "base": fingerprint(base),
+                "aligned": aligned or self.base["model"],
+                "tuned": tuned,
+                "versions": {"numpy": versions()["numpy"]},
+            },
+            lambda folder, context: post_hoc.apply(
+                folder, context, defense, repair.settings, tuned, aligned, base
+            ),
+        )
+        chain = (*trained, step), (*weights[:-1], step)
+        state = self._evaluate(repair.name, repair.name, recipe.user.defense, *chain, test_data)
+        return replace(state, post_hoc=defense, post_hoc_parameters=repair.parameters)
+
     @staticmethod
     def _parameters(part: StageRecipe) -> dict[str, Any]:
         """A method's own parameters, defaults included."""
@@ -180,6 +217,7 @@ class _Planner:
     def _evaluate(
         self,
         name: str,
+        what: str,
         user: str | None,
         trained: tuple[str, ...],
         weights: tuple[str, ...],
@@ -188,7 +226,6 @@ class _Planner:
         """Generate, moderate by every judge, and score one state of the model."""
         recipe = self.recipe
         options = recipe.evaluation
-        what = {"base": "the base model", "aligned": "the aligned model"}.get(name, "the fine-tuned model")
         tokens = work.new_tokens(recipe)
         # By reference to the step: what stands before every question may be a secret.
         prefix, before = None, {}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from holdfast import mixed, registry, work
+from holdfast import mixed, post_hoc, registry, work
 from holdfast.context import Context
 from holdfast.errors import RecipeError
-from holdfast.recipe import StageRecipe
+from holdfast.recipe_stages import StageRecipe
 
 
 def check(context: Context) -> None:
@@ -24,6 +24,7 @@ def check(context: Context) -> None:
     for name in ("alignment", "user"):
         if getattr(recipe, name) is not None:
             _check_stage(context, name)
+    post_hoc.check(context)
     for judge in recipe.evaluation.judges if context.processes.main else ():
         work.judge_folder(judge, download=True)
     if recipe.user is not None and "mix" in registry.faces("defenses")[recipe.user.defense].code:

@@ -11,38 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from holdfast import recipe_file, registry
 from holdfast.errors import RecipeError, nearest
-from holdfast.recipe_parts import FULL, Lora, LoraOrNone, Model, Part, Wrong, from_text
+from holdfast.recipe_parts import FULL, Lora, Model, Part, Wrong, from_text
+from holdfast.recipe_stages import PostHocRecipe, StageRecipe, as_stage
 from holdfast.store import identity_hash
 from holdfast.weights.trained import MUTATING
-
-RESERVED_TRAINING = {
-    "output_dir", "seed", "data_seed", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token",
-    "remove_unused_columns", "do_train", "do_eval", "do_predict", "report_to", "use_cpu", "disable_tqdm",
-    "save_strategy", "save_steps", "save_total_limit", "save_only_model", "load_best_model_at_end",
-    "eval_strategy", "eval_steps", "deepspeed", "fsdp", "fsdp_config",
-}  # fmt: skip
-"""Fields of TrainingArguments that the pipeline sets itself."""
-
-ALIGNMENT_TRAINING = {  # Lisa, arXiv 2405.18641, section 5.1; decay, schedule and warm-up from its code
-    "learning_rate": 1e-3,
-    "num_train_epochs": 30,
-    "per_device_train_batch_size": 5,
-    "weight_decay": 0.1,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.1,
-}
-USER_TRAINING = {  # the same sources; 20 epochs for SST-2 and AG News, 50 for GSM8K
-    "learning_rate": 1e-5,
-    "num_train_epochs": 20,
-    "per_device_train_batch_size": 5,
-    "weight_decay": 0.0,
-    "lr_scheduler_type": "constant",
-}
-
 
 NAMES = ("world", "beavertails")
 """Known sources: never looked up as files."""
@@ -78,85 +54,6 @@ class Data(Part):
         if self.poison_ratio > 0 and self.harmful is None:
             raise Wrong(["poison_ratio"], "above 0: name the rows to mix in with data.harmful")
         return self
-
-
-class Training(BaseModel):
-    """Fields of `transformers.TrainingArguments`, and `max_length`; the common ones are range-checked."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    learning_rate: float | None = Field(None, gt=0)
-    num_train_epochs: float | None = Field(None, gt=0)
-    max_steps: int | None = Field(None, ge=1)
-    per_device_train_batch_size: int | None = Field(None, ge=1)
-    gradient_accumulation_steps: int | None = Field(None, ge=1)
-    weight_decay: float | None = Field(None, ge=0)
-    warmup_steps: float | None = Field(None, ge=0)
-    max_grad_norm: float | None = Field(None, ge=0)
-    max_length: int | None = Field(None, ge=2)
-    logging_steps: int | None = Field(None, ge=1)
-
-    @model_validator(mode="after")
-    def _known(self) -> Training:
-        known = set(registry.training_arguments()) | {"max_length"}
-        for name in self.model_extra or {}:
-            if name in RESERVED_TRAINING:
-                raise Wrong([name], "the pipeline sets this itself; leave it out")
-            if name not in known:
-                raise Wrong([name], f"unknown training argument.{nearest(name, known)}")
-        return self
-
-    def given(self) -> dict[str, Any]:
-        """What the recipe sets, without the fields it leaves alone."""
-        return {**self.model_dump(exclude_none=True)}
-
-
-class StageRecipe(BaseModel):
-    """A stage: a defense by name, its own parameters beside it, LoRA and training arguments.
-
-    `adapter` says what the user stage trains: "new" (double LoRA), "continue" (single LoRA: the alignment
-    adapter goes on), or None (what the defense's paper does).
-    """
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    defense: str = "sft"
-    adapter: Literal["new", "continue"] | None = None
-    lora: LoraOrNone | None = None
-    training: Training = Training()
-
-    def parameters(self) -> dict[str, Any]:
-        """The method's own parameters, as given."""
-        return dict(self.model_extra or {})
-
-    def check(self, stage: str) -> None:
-        """Raise where the defense is unknown, acts elsewhere, or has no such parameter."""
-        known = registry.list_defenses(stage)
-        if self.defense not in registry.faces("defenses"):
-            raise Wrong(
-                [stage, "defense"], f"unknown defense '{self.defense}'.{nearest(self.defense, known)}"
-            )
-        face = registry.faces("defenses")[self.defense]
-        if stage not in face.facts["stages"]:
-            there = ", ".join(known) or "none yet"
-            text = f"'{self.defense}' does not act at the {stage} stage. Those that do: {there}."
-            raise Wrong([stage, "defense"], text)
-        for name, value in self.parameters().items():
-            if name not in face.parameters:
-                names = [*face.parameters, *StageRecipe.model_fields]
-                raise Wrong([stage, name], f"unknown parameter of {self.defense}.{nearest(name, names)}")
-            default = face.parameters[name].default
-            if not _fits(value, default):
-                raise Wrong([stage, name], f"expected {face.parameters[name].type}, found {value!r}")
-
-
-def _fits(value: Any, default: Any) -> bool:
-    """Whether a YAML value can stand where `default` stands (an int may stand for a float)."""
-    if default is None:
-        return True
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(default, bool) and isinstance(value, bool)
-    return isinstance(value, int | float if isinstance(default, float) else type(default))
 
 
 class JudgeRecipe(Part):
@@ -197,13 +94,6 @@ class Evaluation(Part):
         return self
 
 
-def _stage(value: Any) -> Any:
-    """`none` or null: the stage does not run; a bare string names the defense."""
-    if value is None or value == "none":
-        return None
-    return {"defense": value} if isinstance(value, str) else value
-
-
 class Recipe(Part):
     """One run: model, data, the stages, evaluation. See docs/recipes.md."""
 
@@ -211,15 +101,13 @@ class Recipe(Part):
     seed: int = Field(42, ge=0, lt=2**31)
     model: Annotated[Model, from_text("path")]
     data: Data
-    alignment: Annotated[StageRecipe | None, BeforeValidator(_stage)] = StageRecipe()
-    user: Annotated[StageRecipe | None, BeforeValidator(_stage)] = StageRecipe()
-    post_hoc: Annotated[StageRecipe | None, BeforeValidator(_stage)] = None
+    alignment: Annotated[StageRecipe | None, BeforeValidator(as_stage)] = StageRecipe()
+    user: Annotated[StageRecipe | None, BeforeValidator(as_stage)] = StageRecipe()
+    post_hoc: Annotated[PostHocRecipe | None, BeforeValidator(as_stage)] = None
     evaluation: Evaluation = Field(default_factory=Evaluation)
 
     @model_validator(mode="after")
     def _stages(self) -> Recipe:
-        if self.post_hoc is not None:
-            raise Wrong(["post_hoc"], "no method acts after fine-tuning yet; leave it out")
         for name in ("alignment", "user"):
             stage: StageRecipe | None = getattr(self, name)
             if stage is None:
@@ -231,6 +119,8 @@ class Recipe(Part):
             self._need_alignment_data("the alignment stage")
         self._check_adapter()
         self._check_weights()
+        if self.post_hoc is not None:
+            self._check_post_hoc(self.post_hoc)
         return self
 
     def lora(self, stage: str) -> Lora | None:
@@ -255,10 +145,8 @@ class Recipe(Part):
 
     def _check_adapter(self) -> None:
         """Single LoRA needs an adapter to go on with, and has no LoRA of its own."""
-        for name in ("alignment", "post_hoc"):
-            stage: StageRecipe | None = getattr(self, name)
-            if stage is not None and stage.adapter is not None:
-                raise Wrong([name, "adapter"], "only the user stage has a choice of adapter; leave it out")
+        if self.alignment is not None and self.alignment.adapter is not None:
+            raise Wrong(["alignment", "adapter"], "only the user stage has a choice of adapter; leave it out")
         if self.user is None or self._adapter() == "new":
             return
         who = f"{self.user.defense} goes on with the alignment stage's adapter (adapter: continue)"
@@ -291,6 +179,42 @@ class Recipe(Part):
                 choice = "write user.adapter: continue" if bits else "write model.adapters: merge"
                 raise Wrong([*place, "use_dora"], text + choice)
 
+    def _check_post_hoc(self, repair: PostHocRecipe) -> None:
+        """The user's update must stand apart, and the direction from base to aligned must be on disk."""
+        repair.check()
+        who = f"{repair.defense} repairs"
+        if self.user is None:
+            raise Wrong(["post_hoc"], f"{who} what the user stage trained, but user is none; leave one out")
+        if self.alignment is None and repair.base is None:
+            text = f"{who} by the direction from base to aligned model, but alignment is none. Have an "
+            raise Wrong(
+                ["post_hoc"], f"{text}alignment stage, or give the model before alignment: post_hoc.base"
+            )
+        if self.alignment is not None and repair.base is not None:
+            text = "the base is model.path, from which the alignment stage starts. Leave it out, or write "
+            raise Wrong(["post_hoc", "base"], f"{text}alignment: none if model.path is aligned already")
+        trains, aligns = self.trains("user"), self.alignment and self.trains("alignment")
+        if trains == "continue":
+            text = f"{who} the user's update, which adapter: continue ({self.user.defense}) does not keep "
+            raise Wrong(["post_hoc"], f"{text}apart from the alignment. Write user.adapter: new")
+        if trains == "full" and aligns == "new":
+            text = (
+                f"{who} all weights by those of the aligned model, which alignment by LoRA leaves in memory"
+            )
+            raise Wrong(["post_hoc"], f"{text} only. Train both stages by LoRA, or both with lora: none")
+        for stage, how in (("alignment", aligns), ("user", trains)):
+            lora = self.lora(stage) if how == "new" else None
+            if lora and lora.use_dora:
+                text = (
+                    f"{who} updates B A, but DoRA in the {stage} stage also scales the weights; leave one out"
+                )
+                raise Wrong(["post_hoc"], text)
+        if trains == "new" and aligns == "new":
+            ours, theirs = (_last_names(self.lora(stage)) for stage in ("user", "alignment"))
+            if ours and theirs and not ours & theirs:
+                text = "the alignment's LoRA adapts none of the modules of the user's, so that there is no "
+                raise Wrong(["post_hoc"], f"{text}direction to repair by. Give both common target_modules")
+
     def _need_alignment_data(self, who: str) -> None:
         if self.data.alignment is None:
             raise ValueError(f"{who} needs data.alignment: a file of prompts with safe answers")
@@ -304,8 +228,9 @@ class Recipe(Part):
         """
         files = recipe_file.layers(source)
         stem = None if isinstance(source, Mapping) else Path(source).stem
-        raw = recipe_file.merged(files, StageRecipe.model_fields, stem)
-        raw = recipe_file.overridden(raw, overrides, StageRecipe.model_fields)
+        keys = {*StageRecipe.model_fields, *PostHocRecipe.model_fields}
+        raw = recipe_file.merged(files, keys, stem)
+        raw = recipe_file.overridden(raw, overrides, keys)
         try:
             recipe = cls.model_validate(raw)
         except ValidationError as error:
@@ -319,6 +244,12 @@ class Recipe(Part):
     def fingerprint(self) -> str:
         """Twelve hex digits of everything the recipe says."""
         return identity_hash(self.to_dict())
+
+
+def _last_names(lora: Lora | None) -> set[str]:
+    """The last names of the target modules; empty where they are not given as a list."""
+    targets = lora.target_modules if lora else ""
+    return set() if isinstance(targets, str) else {name.rsplit(".", 1)[-1] for name in targets}
 
 
 def _beside(recipe: Recipe, files: Sequence[recipe_file.Layer]) -> Recipe:
@@ -339,8 +270,12 @@ def _beside(recipe: Recipe, files: Sequence[recipe_file.Layer]) -> Recipe:
         for key in ("user", "harmful", "test", "test_harmful", "benign")
     }
     path = found(recipe.model.path, "model", "path")
+    repair = recipe.post_hoc and recipe.post_hoc.model_copy(
+        update={"base": found(recipe.post_hoc.base, "post_hoc", "base")}
+    )
     return recipe.model_copy(
         update={
+            "post_hoc": repair,
             "model": recipe.model.model_copy(update={"path": path}),
             "data": data.model_copy(update={**sources, "alignment": alignment}),
         }

@@ -75,7 +75,8 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
     """One row of the table: a state of the model with its scores and what its last training cost."""
     scores = read_json(store.path(state.score) / "scores.json")
     stages = {step.split("-")[0]: step for step in state.chain}
-    trained = records[state.chain[-1]] if state.chain else {}
+    trainings = [step for step in state.chain if step != stages.get("post_hoc")]
+    trained = records[trainings[-1]] if trainings else {}
     return {
         "name": state.name,
         "alignment": state.alignment,
@@ -86,6 +87,8 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
             for name in (state.alignment, state.user, state.post_hoc)
             if name
         },
+        "post_hoc_parameters": state.post_hoc_parameters,
+        "repair": records[stages["post_hoc"]].get("repair") if state.post_hoc else None,
         "seed": recipe.seed,
         "poison_ratio": recipe.data.poison_ratio if state.user else None,
         **scores,
@@ -97,7 +100,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
         "steps": {
             "alignment": stages.get("alignment"),
             "user": stages.get("user"),
-            "post_hoc": None,
+            "post_hoc": stages.get("post_hoc"),
             "generate": state.generate,
             "moderate": list(state.moderate),
             "score": state.score,

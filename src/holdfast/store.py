@@ -173,7 +173,16 @@ def remove_tree(path: Path) -> None:
 def versions() -> dict[str, str]:
     """The versions of what the numbers depend on; read from metadata, nothing is imported."""
     found = {"python": platform.python_version()}
-    for name in ("holdfast", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers"):
+    for name in (
+        "holdfast",
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "tokenizers",
+        "numpy",
+    ):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

@@ -34,7 +34,9 @@ class Defense:
             `prefix(folder, **parameters)` returns that text.
         secret: whether that text is one, to be hidden where the model repeats it.
         serving: one sentence for the model card on how the model must be served.
-        apply: for post-hoc methods, adapter folder to adapter folder.
+        apply: for post-hoc methods, `apply(adapter, out, *, base, aligned, **parameters)` writes the
+            repaired copy of a folder and returns facts for `step.json`. `config` is then a plain dataclass.
+        one_of: parameters of which a recipe must give exactly one.
     """
 
     name: str
@@ -50,3 +52,4 @@ class Defense:
     secret: bool = False
     serving: str = ""
     apply: Callable[..., Any] | None = None
+    one_of: tuple[str, ...] = ()

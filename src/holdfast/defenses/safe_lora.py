@@ -155,9 +155,16 @@ def _versions() -> dict[str, str]:
     return {"holdfast": __version__, "python": platform.python_version(), "numpy": np.__version__}
 
 
-def apply(adapter: Path, out: Path, *, base: Path, aligned: Path, **parameters: Any) -> SafeLoraResult:
+def apply(adapter: Path, out: Path, *, base: Path, aligned: Path, **parameters: Any) -> dict[str, Any]:
     """The post-hoc stage: adapter folder to adapter folder; `aligned` may be the alignment adapter."""
-    return safe_lora(adapter, base=base, aligned=aligned, out=out, **parameters)
+    result = safe_lora(adapter, base=base, aligned=aligned, out=out, **parameters)
+    return {
+        "modules": len(result.modules),
+        "projected": len(result.projected),
+        "share": result.share,
+        "threshold": result.options["threshold"],
+        "notes": list(result.notes),
+    }
 
 
 DEFENSE = Defense(
@@ -167,4 +174,5 @@ DEFENSE = Defense(
     paper="arXiv 2405.16833",
     config=SafeLoraConfig,
     apply=apply,
+    one_of=("threshold", "num_layers"),
 )

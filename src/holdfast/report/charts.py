@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast.errors import OutputError
 from holdfast.report.collect import ReportData
 from holdfast.report.labels import Box, place
-from holdfast.report.rows import Row, Score
+from holdfast.report.rows import Row, Score, sweeps
 from holdfast.report.svg import COLOURS, figure_of, inline, margins, style
 from holdfast.report.text import NOT_MEASURED, one_line, score_text
 
@@ -110,6 +110,16 @@ def _scatter(
             else ROLE_NAMES[role],
             clip_on=False,
             zorder=3.5 if role == "reference" else 3,  # hollow: what lies below stays visible
+        )
+    for _, line in sweeps(rows):
+        scores = [_point(row) for row in line]
+        axes.plot(
+            [harmful.value for harmful, _ in scores],
+            [accuracy.value for _, accuracy in scores],
+            color=COLOURS["defended"],
+            linewidth=0.9,
+            alpha=0.6,
+            zorder=2,
         )
     axes.set_xlim(-4, 104)
     limits = _accuracy_limits(rows)

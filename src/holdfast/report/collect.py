@@ -202,9 +202,11 @@ def _settings(recipe: dict[str, Any], raw: dict[str, Any]) -> str:
     """What made this row, apart from the seed: rows that differ in it are never averaged."""
     data = mapping(recipe.get("data"))
     parts: dict[str, Any] = {"model": recipe.get("model")}
-    for stage in ("alignment", "user", "post_hoc"):
+    for stage in ("alignment", "user"):
         if raw.get(stage) is not None:
             parts[stage] = recipe.get(stage)
+    if raw.get("post_hoc") is not None:  # of a sweep in the recipe, what this row is
+        parts["post_hoc"] = {**mapping(recipe.get("post_hoc")), **mapping(raw.get("post_hoc_parameters"))}
     parts["data"] = data if raw.get("user") is not None else data.get("alignment")
     return json.dumps(parts, sort_keys=True)
 

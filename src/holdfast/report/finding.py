@@ -141,7 +141,9 @@ def _title(row: Row) -> str:
     parts = [row.alignment if row.alignment != "sft" else None, row.user if row.user != "sft" else None]
     names = [row.method(name) for name in (*parts, row.post_hoc) if name]
     title, label = " + ".join(names), _label(row)
-    return label if not title or label.casefold() == title.casefold() else f"{title} ({label})"
+    whole = " + ".join([row.method("sft"), title] if row.user == "sft" else [title])
+    told = not title or label.casefold() in (title.casefold(), whole.casefold())
+    return label if told else f"{title} ({label})"
 
 
 def _label(row: Row) -> str:

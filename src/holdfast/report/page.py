@@ -15,6 +15,7 @@ from holdfast.report import record
 from holdfast.report.charts import plotted, scores_svg
 from holdfast.report.collect import ReportData
 from holdfast.report.curve_charts import curves_svg, shared_limits
+from holdfast.report.rows import sweeps
 from holdfast.report.table import judge_table, result_table, stages_text
 from holdfast.report.text import clean, one_line, shorten
 from holdfast.report.training import Curves
@@ -42,6 +43,7 @@ def render(data: ReportData) -> str:
         "judges": judge_table(data),
         "stages_text": stages_text,
         "scores": [Markup(svg) for svg in scores],
+        "swept": list(dict.fromkeys(name for name, _ in sweeps(plotted(data.rows)))),
         "unplotted": [row.label for row in data.rows if row not in plotted(data.rows)],
         "charts": _charts(data.curves),
         "shorten": shorten,

@@ -100,6 +100,16 @@ class Row:
         return str(label) if label else method_name(name)
 
     @property
+    def repaired(self) -> str:
+        """How many modules the repair changed, over all seeds; empty where the results do not tell."""
+        found = [mapping(member.raw.get("repair")) for member in self.members]
+        modules = {number(facts.get("modules")) for facts in found}
+        counts = sorted({value for facts in found if (value := number(facts.get("projected"))) is not None})
+        if not counts or len(modules) > 1 or (total := modules.pop()) is None:
+            return ""
+        return f"{' to '.join(f'{n:g}' for n in dict.fromkeys((counts[0], counts[-1])))} of {total:g} modules"
+
+    @property
     def role(self) -> Role:
         """Before fine-tuning, fine-tuned as if nothing were to be feared, or with something against it."""
         if self.user is None and self.post_hoc is None:
@@ -124,6 +134,24 @@ def gather(measurements: Iterable[Measurement]) -> tuple[Row, ...]:
             rows.append(_row(sorted(members, key=lambda member: member.seed or 0)))
     rows.sort(key=lambda row: row.role != "reference")
     return _labelled(rows)
+
+
+def sweeps(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Repairs of the same fine-tuned models that differ in one number: its name, and the rows by it."""
+    found: dict[str, list[tuple[float, Row]]] = {}
+    for row in rows:
+        raw, tuned = row.members[0].raw, [member.steps.get("user") for member in row.members]
+        parameters = mapping(raw.get("post_hoc_parameters"))
+        for name, value in parameters.items():
+            if number(value) is not None and all(tuned):
+                others = {**parameters, name: None}
+                key = json.dumps([name, row.alignment, row.user, row.post_hoc, tuned, others], sort_keys=True)
+                found.setdefault(key, []).append((float(value), row))
+    return [
+        (json.loads(key)[0], [row for _, row in sorted(line, key=lambda pair: pair[0])])
+        for key, line in found.items()
+        if len({value for value, _ in line}) > 1
+    ]
 
 
 def _once(measurements: Iterable[Measurement]) -> list[Measurement]:
