@@ -36,7 +36,11 @@ def runs() -> dict[str, list[str]]:
     terms = {f"Lisa, {term}": [*RUNS["Lisa"], f"user.proximal={term}"] for term in ("fisher", "delta_w")}
     weights = {f"EWC, lambda={x}": ["user.defense=ewc", f"user.lambda_={x}"] for x in ("1e4", "1e5")}
     plain = {"EWC, l2": ["user.defense=ewc", "user.penalty=l2", "user.lambda_=1"]}
-    return {**others, **ratios, **swept, **terms, **weights, **plain}
+    controls = {
+        f"SFT + Safe LoRA, {control}": [*RUNS["SFT + Safe LoRA"], f"post_hoc.control={control}"]
+        for control in ("drop", "random")
+    }
+    return {**others, **controls, **ratios, **swept, **terms, **weights, **plain}
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def main() -> None:
                 named = [f"name={name}"] if name in RUNS else []
                 recipe = Recipe.load("world", [f"seed={seed}", *named, *changes])
                 results = run(recipe, out=out / f"{name}-{seed}", store=out / "steps")
-                before, after = results["rows"]
+                before, *_, after = results["rows"]
                 rows.setdefault(name, []).append(after)
                 known = rows.setdefault(before["name"], [])
                 if all(row["steps"]["score"] != before["steps"]["score"] for row in known):

@@ -25,7 +25,7 @@ RUNS = {
     "VLGuard": ["user.defense=vlguard", "user.alignment_size=200"],
     "BSO": ["user.defense=bso", "user.alignment_steps=10", "user.finetune_steps=90"],
     "Lisa": ["user.defense=lisa", "user.alignment_steps=10", "user.finetune_steps=90"],
-    # A repair of the row SFT: a quarter of its 8 modules. More of them is safer, but costs accuracy at some seeds.
+    # A repair of the row SFT: a quarter of its 8 modules. More is safer, but costs accuracy at some seeds.
     "SFT + Safe LoRA": ["name=SFT", "user.defense=sft", "post_hoc={defense: safe_lora, num_layers: 2}"],
 }
 """Name of the last row of a run, and what it changes in the recipe."""
