@@ -139,9 +139,11 @@ def test_the_repaired_adapter_loads_with_peft(swept):
     recipe, out, rows, _ = swept
     row = rows["tiny, threshold=1, control=none"]
     model = AutoModelForCausalLM.from_pretrained(recipe["model"]["path"])
+    before = {name: p.clone() for name, p in model.named_parameters()}
     for stage in ("alignment", "post_hoc"):
         model = PeftModel.from_pretrained(model, out / "steps" / row["steps"][stage] / "adapter")
         model = model.merge_and_unload()
+    assert any(not p.equal(before[name]) for name, p in model.named_parameters())
 
 
 def test_the_report_joins_a_sweep(swept):
