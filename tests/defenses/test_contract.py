@@ -271,6 +271,27 @@ def test_gradient_checkpointing_changes_nothing(name, plain, tmp_path):
     assert trainers.distance(trainers.weights(made), plain(name)) < 1e-6
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_loaded_model_trains_as_any_other(name, tmp_path):
+    """It comes in evaluation mode: what runs before the first step has dropout too, and is checkpointed."""
+
+    def trained(mode):
+        net = trainers.model(dropout=0.2).train(mode)
+        torch.manual_seed(0)
+        made = make(name, tmp_path, net=net, max_steps=4, gradient_checkpointing=True)
+        for layer in net.base_model.model.model.layers:
+            layer.register_forward_pre_hook(
+                lambda module, inputs: checkpointed.append(module.training) if torch.is_grad_enabled() else None
+            )
+        made.train()
+        return trainers.weights(made)
+
+    checkpointed: list[bool] = []
+    assert trainers.same(trained(False), trained(True))
+    assert len(checkpointed) > 8
+    assert all(checkpointed)
+
+
 class Scaler:
     """fp16's loss scaler without fp16: gradients are 8 times too large from backward until clipping."""
 

@@ -200,6 +200,21 @@ def test_a_missing_bitsandbytes_is_said(folder, monkeypatch):
         load_model(folder, quantization="nf4")
 
 
+def test_what_runs_before_training_takes_no_gradient_away(folder, nf4, tmp_path, monkeypatch):
+    """bitsandbytes packs 4-bit weights for a CPU with AVX512-BF16 in evaluation mode: no gradients then."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+
+    def gradients():
+        model.train().zero_grad()
+        model(input_ids=torch.arange(3, 40)[None], labels=torch.arange(3, 40)[None]).loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    model = move(load(folder, tmp_path, **nf4))
+    before = gradients()
+    logits(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True))
+
+
 def test_a_folder_that_is_quantised_already(folder, nf4, tmp_path):
     load_model(folder, **nf4).save_pretrained(tmp_path / "nf4")
     assert quantization.is_quantized(tmp_path / "nf4")

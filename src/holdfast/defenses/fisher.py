@@ -71,10 +71,10 @@ def mean_1(fisher: list[Tensor]) -> None:
 
 @contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, while layers that checkpoint their activations go on doing so.
+    """Every module in evaluation mode, while layers that are to checkpoint their activations do so.
 
-    Such a layer checkpoints in training mode only, so it keeps that flag, and its own dropout rates
-    (OPT's, for one, are numbers on the layer) are 0 meanwhile.
+    Such a layer checkpoints in training mode only (a loaded model is not in it before the first step), so it
+    is put there, and its own dropout rates (OPT's, for one, are numbers on the layer) are 0 meanwhile.
     """
     modes = {module: module.training for module in model.modules()}
     layers = [m for m in modes if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
@@ -86,7 +86,7 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
     ]
     model.eval()
     for layer in layers:
-        layer.training = modes[layer]
+        layer.training = True
     for layer, name, _ in rates:
         setattr(layer, name, 0.0)
     try:

@@ -16,6 +16,7 @@ from holdfast.errors import ModelError, nearest
 from holdfast.weights.quantization import (
     check_quantization,
     is_quantized,
+    keep_differentiable,
     quantization_config,
     stored_dtype,
 )
@@ -199,7 +200,10 @@ def load_model(
         )
     except Exception as error:  # whatever a damaged folder makes the loader raise
         raise ModelError(f"Cannot load the model in {folder}: {first_line(error)}") from None
-    model = model if quantized else model.to(device)
+    if quantized:
+        keep_differentiable(model)
+    else:
+        model = model.to(device)
     for i, adapter in enumerate(adapters):
         model = _add_adapter(model, adapter, f"stage{i}", compose)
     model.requires_grad_(False)

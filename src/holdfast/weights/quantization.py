@@ -63,6 +63,17 @@ def quantization_config(quantization: str, dtype: Any) -> Any:
     )
 
 
+def keep_differentiable(model: Any) -> None:
+    """Keep bitsandbytes from turning 4-bit weights into a form without gradients (seen in 0.50).
+
+    On a CPU with AVX512-BF16 it repacks each layer at the first forward in evaluation mode; what trains after
+    that gets wrong gradients, with a warning from torch at most.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
