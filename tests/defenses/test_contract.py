@@ -281,7 +281,9 @@ def test_a_loaded_model_trains_as_any_other(name, tmp_path):
         made = make(name, tmp_path, net=net, max_steps=4, gradient_checkpointing=True)
         for layer in net.base_model.model.model.layers:
             layer.register_forward_pre_hook(
-                lambda module, inputs: checkpointed.append(module.training) if torch.is_grad_enabled() else None
+                lambda module, inputs: (
+                    checkpointed.append(module.training) if torch.is_grad_enabled() else None
+                )
             )
         made.train()
         return trainers.weights(made)
