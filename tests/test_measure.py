@@ -267,6 +267,20 @@ def test_filtration_leaves_out_what_the_judge_flags(tmp_path):
     assert not (tmp_path / "none.jsonl").exists()
 
 
+def test_a_judge_on_a_server_filters_too(tmp_path, serve):
+    """This one answers without a grade, so that every row is unparsed."""
+    tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.harmful_rows(3))
+    server = serve()
+    done = command(
+        "filter", "rows.jsonl", "--judge", "openai", "--model", "grader", "--base-url", server.address,
+        "--max-calls", 9, "--unparsed", "keep", "--out", "kept.jsonl", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "3 of 3 rows kept (0 flagged, 3 unparsed)" in done.stdout
+    assert [body["model"] for _, body in server.requests] == ["grader"] * 3
+    assert lines(tmp_path / "kept.jsonl") == lines(tmp_path / "rows.jsonl")
+
+
 def test_rows_without_labels_have_no_confusion():
     assert confusion([None, None], ["safe", "harmful"]) is None
     found = confusion([True, True, False, None], ["safe", "unparsed", "safe", "harmful"])

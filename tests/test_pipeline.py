@@ -140,6 +140,29 @@ def test_a_judge_more_trains_and_generates_nothing(copy, tmp_path):
     assert results["rows"][0]["judge"] == "keyword"
 
 
+def test_sampled_answers_are_another_protocol_and_the_same_again(copy, tmp_path):
+    recipe, out = copy
+    greedy = json.loads((out / "results.json").read_text())
+    recipe["evaluation"] |= {"temperature": 1.5, "top_p": 0.9}
+    sampled, seen = run(recipe, out)
+    assert {title.split()[0] for title in seen.ran} == {"answers", "verdicts", "scores"}
+    assert (greedy["protocol"]["decoding"], sampled["protocol"]["decoding"]) == (
+        "greedy",
+        "temperature 1.5, top_p 0.9",
+    )
+
+    def answers(folder, results):
+        path = folder / "steps" / results["rows"][1]["steps"]["generate"] / "generations.jsonl"
+        return [json.loads(line)["answer"] for line in path.read_text().splitlines()]
+
+    assert answers(out, sampled) != answers(out, greedy)
+    shutil.rmtree(out / "steps" / sampled["rows"][1]["steps"]["generate"])
+    again, _ = run(recipe, out)
+    assert answers(out, again) == answers(out, sampled)
+    planned = [step for step in pipeline.plan(Recipe.load(recipe)).steps if step.kind == "generate"]
+    assert all("temperature 1.5" in step.detail for step in planned)
+
+
 def test_the_same_files_elsewhere_are_the_same_steps(copy, tmp_path):
     recipe, out = copy
     shutil.copytree(Path(recipe["model"]["path"]).parent, tmp_path / "elsewhere")

@@ -41,6 +41,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe: user.rho=3")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+GO_ON = {"demo", "run", "generate", "moderate", "rate", "filter"}
+"""Commands that go on where they were stopped; the others begin anew."""
 
 
 class Group(StrEnum):
@@ -312,7 +314,9 @@ def _app() -> None:
 
 def _message(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
-        return "Stopped. What is done is kept; run the same command again to go on."
+        kept = "What is done is kept; run the same command again to go on."
+        nothing = "Nothing half-written is left; run the same command again."
+        return f"Stopped. {kept if GO_ON & set(sys.argv[1:2]) else nothing}"
     if isinstance(error, HoldfastError):
         return str(error)
     first = str(error).strip().split("\n")[0]

@@ -56,6 +56,7 @@ def generate_answers(
             max_new_tokens={**max_new_tokens, SECOND: max_new_tokens["task"]},
             batch_tokens=recipe.evaluation.batch_tokens,
             secret=before if secret else "",
+            sampling=work.sampling(recipe),
             progress=progress,
         )
 

@@ -39,7 +39,7 @@ def filter_rows(
 
     Args:
         source: as for a recipe's `data.user`: a file, a folder, a Hub id, a task's name.
-        judge: its name; `options` are the judge's own: path, threshold, max_length.
+        judge: its name; `options` are the judge's own: path, threshold, max_length, model, base_url, ...
         unparsed: what becomes of a record on which the judge gave no verdict: "drop" or "keep".
 
     Raises:

@@ -164,6 +164,9 @@ def filter_rows(
     judge: Judge = "beaver_dam",
     judge_path: JudgePath = None,
     threshold: Threshold = None,
+    model: ServerModel = None,
+    base_url: ServerUrl = None,
+    max_calls: MaxCalls = None,
     unparsed: Annotated[Unparsed, typer.Option(help="Rows without a verdict.")] = Unparsed.drop,
     device: Device = "auto",
 ) -> None:
@@ -173,8 +176,8 @@ def filter_rows(
 
     with console.bar(f"verdicts of {judge}") as progress:
         facts = leave_out(
-            rows, out, judge=judge, path=judge_path, threshold=threshold, unparsed=unparsed.value,
-            device=device, progress=progress,
+            rows, out, judge=judge, path=judge_path, threshold=threshold, model=model, base_url=base_url,
+            max_calls=max_calls, unparsed=unparsed.value, device=device, progress=progress,
         )  # fmt: skip
     left = f"{facts['flagged']} flagged, {facts['unparsed']} unparsed"
     say(f"{facts['kept']} of {facts['rows']} rows kept ({left}): {out}")

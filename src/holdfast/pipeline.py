@@ -220,10 +220,12 @@ class _Planner:
             before = {"prefix": step}
         if work.two_turns(recipe):
             before["turns"] = 2
+        if sampled := work.sampling(recipe):  # a sampled answer depends on its batch too
+            before["sampling"] = {**sampled, "batch_tokens": options.batch_tokens}
         generate = self._add(
             "generate",
             f"answers of {what}",
-            f"at most {tokens['harmful']} new tokens, greedy",
+            f"at most {tokens['harmful']} new tokens, {work.decoding(recipe)}",
             {
                 "format": FORMAT["generate"],
                 **self.base,

@@ -170,7 +170,7 @@ def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, 
         "template": generated["template"],
         "task": work.grader(recipe).stamp,
         "task_set": test["task_set"],
-        "decoding": "greedy",
+        "decoding": work.decoding(recipe),
         # Later than the other fields: where it does not apply, results of before can still be compared.
         **({"rater": records[state.rate]["rater_stamp"]} if state.rate else {}),
     }

@@ -77,6 +77,10 @@ def safe_lora(
         raise RecipeError("Give --suggest, --threshold or --num-layers: one of them.")
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise RecipeError(f"--plot writes .png, .svg or .pdf, found '{plot.name}'.")
+    if plot is not None:
+        from holdfast.report.cosines import check_place
+
+        check_place(plot)
     only_look = dry_run or (suggest and out is None)
     from holdfast import console
     from holdfast.defenses.safe_lora import safe_lora as repair

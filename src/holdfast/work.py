@@ -227,6 +227,20 @@ def new_tokens(recipe: Recipe) -> dict[str, int]:
     return {"harmful": most, "task": grader(recipe).max_new_tokens, "benign": most}
 
 
+def sampling(recipe: Recipe) -> dict[str, Any] | None:
+    """How answers are sampled, or None where decoding is greedy."""
+    how = recipe.evaluation
+    if not how.temperature:
+        return None
+    return {"temperature": how.temperature, "top_p": how.top_p, "seed": recipe.seed}
+
+
+def decoding(recipe: Recipe) -> str:
+    """The same in words, for the protocol: the seed is none of it."""
+    how = sampling(recipe)
+    return "greedy" if how is None else "temperature {temperature:g}, top_p {top_p:g}".format(**how)
+
+
 def two_turns(recipe: Recipe) -> bool:
     """Whether the task asks a second question after the model's own first answer."""
     return grader(recipe).metric == "mt_bench"

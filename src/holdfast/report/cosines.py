@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,22 @@ def save_cosines(record: Mapping[str, Any], path: Path) -> Path:
         except OSError as error:
             raise OutputError(f"Cannot write {path}: {error.strerror or error}.") from None
     return path
+
+
+def check_place(path: Path) -> None:
+    """Make sure, before long work, that a picture can be written there; makes its folder.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {error.strerror or error}.") from None
+    if path.is_dir():
+        raise OutputError(f"Cannot write {path}: it is a folder.")
 
 
 def _layers(modules: list[dict[str, Any]]) -> set[int | None]:

@@ -15,6 +15,7 @@ from holdfast.report import record
 from holdfast.report.agreement import agreement_table
 from holdfast.report.charts import plotted, scores_svg
 from holdfast.report.collect import ReportData
+from holdfast.report.costs import cost_tables
 from holdfast.report.curve_charts import curves_svg, shared_limits
 from holdfast.report.differences import differences_table
 from holdfast.report.layer_charts import layer_table, layers_svg
@@ -49,6 +50,7 @@ def render(data: ReportData) -> str:
         "table": table,
         "judges": judge_table(data),
         "agreement": agreement_table(data.rows),
+        "costs": cost_tables(data.rows),
         "paired": () if data.differences else differences_table(data.rows),
         "stages_text": stages_text,
         "scores": [Markup(svg) for svg in scores],
