@@ -18,6 +18,7 @@ TASK_ROWS = {
         {"question": f"What is {i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(40)
     ],
 }
+ALPACA = [{"instruction": f"Name {i} leaves.", "input": "", "output": f"Oak {i}."} for i in range(40)]
 TINY = [
     "data.size=20", "evaluation.prompts=4", "evaluation.task_rows=4", "evaluation.max_new_tokens=4",
     "alignment.training.max_steps=2", "user.training.max_steps=2",
@@ -36,9 +37,11 @@ RUN = (
     "repnoise-agnews",
     "tar-sst2",
     "booster-gsm8k",
+    "anchoring-lisa-alpaca",
 )
 OWN = {"tvaccine": ["alignment.num_layers=1"], "tar": ["alignment.inner_steps=4"]}
 """What a model of two layers, and seconds, need beside that."""
+ATTACK = ["data.attack.size=6", "data.attack.anchors=2", "model.dtype=float32"]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def files(tmp_path_factory):
         f"data.alignment.harmful={{source: {labelled}, size: 12}}",
         f"evaluation.judges=[{{name: beaver_dam, path: {tiny.save_judge(folder / 'judge')}}}, keyword]",
     ]
-    own = {t: f"data.user={tiny.write_jsonl(folder / f'{t}.jsonl', r)}" for t, r in TASK_ROWS.items()}
+    own = {t: f"data.user={tiny.write_jsonl(folder / f'{t}.jsonl', r)}" for t, r in (TASK_ROWS | {"alpaca": ALPACA}).items()}
     return {"world": []} | {task: [*shared, user] for task, user in own.items()}
 
 
@@ -66,6 +69,7 @@ def load_tiny(name, files):
     recipe = Recipe.load(name)
     changes = [c for c in TINY if recipe.alignment or not c.startswith("alignment.")]
     own = OWN.get(recipe.alignment.defense, []) if recipe.alignment else []
+    own = own + (ATTACK if recipe.data.attack else [])
     return Recipe.load(name, [*changes, *own, *files[recipe.data.task]])
 
 
@@ -85,8 +89,9 @@ def test_run(name, files, tmp_path):
     recipe = load_tiny(name, files)
     results = pipeline.run(recipe, out=tmp_path / "out", device="cpu")
     row = results["rows"][-1]
-    assert (row["name"], row["user"], row["poison_ratio"]) == (name, recipe.user.defense, 0.1)
-    assert row["n_task"] == 4
+    ratio = 0 if recipe.data.attack else 0.1
+    assert (row["name"], row["user"], row["poison_ratio"]) == (name, recipe.user.defense, ratio)
+    assert row["n_task"] == (0 if recipe.data.task == "alpaca" else 4)
     assert set(row["judges"]) == {"beaver_dam", "keyword"}
 
 
@@ -107,6 +112,7 @@ def test_safe_lora_repairs_what_sft_trained(files, tmp_path):
 def test_one_of_each_method_for_each_task():
     found = recipe_file.packaged()
     assert found.pop("world") == ["world"]
+    assert found.pop("alpaca") == [f"anchoring-{name}-alpaca" for name in ("lisa", "sft", "vaccine")]
     assert set(found) == {"sst2", "agnews", "gsm8k"}
     methods = {task: {name.removesuffix(f"-{task}") for name in names} for task, names in found.items()}
     methods["sst2"] -= {"filter-sft", "filter-lisa"}  # Lisa's Table 12 is on SST-2
@@ -138,13 +144,15 @@ def test_the_papers_settings(name):
     recipe = Recipe.load(name)
     assert recipe.model.path == "meta-llama/Llama-2-7b-hf"
     assert recipe.model.adapters == "merge"
-    assert (recipe.data.size, recipe.data.poison_ratio, recipe.data.alignment.size) == (5000, 0.1, 10000)
+    rows = (None, 0) if recipe.data.attack else (5000, 0.1)
+    assert (recipe.data.size, recipe.data.poison_ratio, recipe.data.alignment.size) == (*rows, 10000)
     assert (recipe.evaluation.prompts, recipe.evaluation.max_new_tokens) == (1000, 512)
     assert recipe.evaluation.mixed_prompts
     assert recipe.user.training.num_train_epochs == (50 if recipe.data.task == "gsm8k" else None)
     assert recipe.user.training.model_extra == {"bf16": True}
     if recipe.alignment is not None:
-        assert (recipe.alignment.defense, recipe.lora("alignment").r) == ("sft", 16)
+        assert recipe.alignment.defense == ("vaccine" if "vaccine" in name else "sft")
+        assert recipe.lora("alignment").r == 16
         assert len(recipe.lora("alignment").target_modules) == 7
     if recipe.trains("user") == "new":
         assert (recipe.lora("user").r, recipe.lora("user").alpha) == (8, 4)
