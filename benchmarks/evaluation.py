@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "world": {"harmful": 150, "task": 100, "new_tokens": {"harmful": 48, "task": 16}, "rounds": 3},
     "llama-100m": {"harmful": 48, "task": 0, "new_tokens": {"harmful": 32}, "rounds": 2},
 }
-PROBE = {"steps": 500, "rounds": 2}
+PROBE = {"steps": 500, "rounds": 5}
 LORA = {"r": 8, "alpha": 16, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 
 Answers = dict[str, tuple[str, str | None]]
