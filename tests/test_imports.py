@@ -30,7 +30,7 @@ ALLOWED = {
     },
     "measure_commands": {"comparing", "console", "filtering", "measure"},
     "filtering": {"answer_files", "data", "evaluation", "judging", "measure", "store"},
-    "answer_files": {"data", "store"},
+    "answer_files": {"data", "evaluation", "store"},
     "safe_lora_command": {"console", "defenses", "report"},
     "__main__": {"cli"},
     "console": {"progress"},

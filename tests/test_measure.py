@@ -229,6 +229,13 @@ def test_a_reply_that_cannot_be_read_is_a_failed_row(place, tmp_path, serve):
     scores = score(tmp_path / "a.jsonl", [tmp_path / "v.jsonl"])
     assert scores["failed"] == 2
     assert scores["unparsed"] + scores["n_harmful"] == 7
+    again = asked(place, tmp_path / "a.jsonl", endpoint=server.address, requests=1)
+    assert len(server.requests) == 13 + 2
+    assert len(again) == len({row["id"] for row in again}) == 13
+    assert not any("error" in row for row in again)
+    assert again == lines(tmp_path / "a.jsonl")
+    with pytest.raises(OutputError, match="other settings"):
+        moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl")
 
 
 def test_a_wrong_address_name_or_key_is_one_error(place, tmp_path, serve, monkeypatch):

@@ -61,7 +61,10 @@ def files(tmp_path_factory):
         f"data.alignment.harmful={{source: {labelled}, size: 12}}",
         f"evaluation.judges=[{{name: beaver_dam, path: {tiny.save_judge(folder / 'judge')}}}, keyword]",
     ]
-    own = {t: f"data.user={tiny.write_jsonl(folder / f'{t}.jsonl', r)}" for t, r in (TASK_ROWS | {"alpaca": ALPACA}).items()}
+    own = {
+        t: f"data.user={tiny.write_jsonl(folder / f'{t}.jsonl', r)}"
+        for t, r in (TASK_ROWS | {"alpaca": ALPACA}).items()
+    }
     return {"world": []} | {task: [*shared, user] for task, user in own.items()}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from holdfast import data as datasets
 from holdfast.errors import DataError, OutputError
+from holdfast.evaluation.generate import read_jsonl
 from holdfast.store import provenance, read_json, write_json
 
 Rows = list[dict[str, Any]]
@@ -48,6 +49,14 @@ def beside(out: Path) -> Path:
 def made_by(path: Path) -> dict[str, Any] | None:
     """What made a file, if that is known."""
     return read_json(beside(path))["made"] if beside(path).is_file() else None
+
+
+def forget_failed(out: Path) -> None:
+    """Take the rows with an `error` out of a file of answers, so that they are asked for again."""
+    rows = read_jsonl(out)
+    answered = [row for row in rows if "error" not in row]
+    if len(answered) < len(rows):
+        datasets.write_rows(out, answered)
 
 
 def read_answers(path: Path) -> Rows:

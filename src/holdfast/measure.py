@@ -18,7 +18,7 @@ from typing import Any
 
 from holdfast import data as datasets
 from holdfast import registry, tasks
-from holdfast.answer_files import Rows, claim, made_by, read_answers, read_whole
+from holdfast.answer_files import Rows, claim, forget_failed, made_by, read_answers, read_whole
 from holdfast.data.prompts import alpaca
 from holdfast.data.sources import Source
 from holdfast.errors import DataError, RecipeError, nearest
@@ -77,7 +77,7 @@ def generate(
         max_new_tokens: tokens of an answer to harmful and benign prompts; a task has its own.
         temperature, top_p, seed: 0 decodes greedily; above it samples, with this seed.
         batch_tokens: prompt and new tokens, padding included, of one batch.
-        requests: how many requests an endpoint gets at once.
+        requests: how many requests an endpoint gets at once. What it failed on before is asked again.
 
     Raises:
         RecipeError: nothing to ask, or an option out of its range.
@@ -108,6 +108,7 @@ def generate(
 
         check_template(rows, template)
         claim(Path(out), {**asked, "endpoint": endpoint, "model": str(model)})
+        forget_failed(Path(out))
 
         def ask(part: Sequence[Mapping[str, Any]], watch: Watch) -> Rows:
             return answer_all(

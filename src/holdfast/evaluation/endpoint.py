@@ -1,8 +1,8 @@
 """Answers from an OpenAI-compatible server (vLLM, SGLang, TGI, `transformers serve`), several at a time.
 
 The `openai` client waits and tries again where the server is busy (429), broken (5xx) or slow. An answer
-that still cannot be had is written down as a failed row and counted, and the file can be gone on with
-after its failed rows were removed.
+that still cannot be had is written down as a failed row and counted; the file can be gone on with after
+its failed rows were removed.
 """
 
 from __future__ import annotations
