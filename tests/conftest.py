@@ -51,3 +51,12 @@ def copy(done, tmp_path):
     recipe, out, _, _ = done
     shutil.copytree(out, tmp_path / "out")
     return json.loads(json.dumps(recipe)), tmp_path / "out"
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory):
+    """base, aligned, adapter with seven targets in three layers."""
+    from pairs import SEVEN, save_adapter, save_pair
+
+    folder = tmp_path_factory.mktemp("three")
+    return *save_pair(folder), save_adapter(folder / "adapter", target_modules=SEVEN)
