@@ -3,7 +3,8 @@
 With the same answers and verdicts, on the embedded world model and on a Llama of some 100 million parameters
 made on the spot, on the CPU and, where there is one, on a GPU; both ways take turns in one run. Beside it,
 the judge alone (no goal), and what a SafetyProbe at its defaults adds to a training of the packaged recipe's
-length (goal: at most 5 %), which it must leave as it was.
+length (goal: at most 5 %), which it must leave as it was: with and without in turns, which other work on the
+machine disturbs, and the seconds of the probe itself over those of the rest, which it hardly does.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CORES = torch.get_num_threads()
 GOAL, PROBE_GOAL = 8, 1.05
 CASES: dict[str, dict[str, Any]] = {
     "world": {"harmful": 150, "task": 100, "new_tokens": {"harmful": 48, "task": 16}, "rounds": 3},
-    "llama-100m": {"harmful": 48, "task": 0, "new_tokens": {"harmful": 32}, "rounds": 2},
+    "llama-100m": {"harmful": 48, "task": 0, "new_tokens": {"harmful": 32}, "rounds": 3},
 }
 PROBE = {"steps": 500, "rounds": 5}
 LORA = {"r": 8, "alpha": 16, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
@@ -137,6 +138,17 @@ def judging(prompts: int, rounds: int) -> dict[str, Any]:
     return judge_speed(world_judge(), [r["instruction"] for r in rows], [r["output"] for r in rows], rounds)
 
 
+class TimedProbe(SafetyProbe):
+    """Knows the seconds that it took."""
+
+    seconds = 0.0
+
+    def _measure(self, *args: Any, **kwargs: Any) -> None:
+        began = time.perf_counter()
+        super()._measure(*args, **kwargs)
+        self.seconds += time.perf_counter() - began
+
+
 def probe(steps: int, rounds: int) -> dict[str, Any]:
     """The same training of the world model with and without a SafetyProbe at its defaults, in turns."""
     torch.set_num_threads(1)
@@ -164,18 +176,21 @@ def probe(steps: int, rounds: int) -> dict[str, Any]:
             seconds = time.perf_counter() - began
         return seconds, [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
-    pairs, same, measured = [], True, 0
+    pairs, own, same, measured = [], [], True, 0
     for turn in range(rounds):
-        watcher = SafetyProbe(prompts)
+        watcher = TimedProbe(prompts)
         first, second = ([], [watcher]) if turn % 2 == 0 else ([watcher], [])
         times = {bool(callbacks): timed(callbacks) for callbacks in (first, second)}
         pairs.append((times[True][0], times[False][0]))
+        own.append(watcher.seconds / (times[True][0] - watcher.seconds))
         same &= all(torch.equal(a, b) for a, b in zip(times[True][1], times[False][1], strict=True))
         measured = len(watcher.history)
     return {
         "steps": steps,
         "measurements": measured,
         "same_weights": same,
+        "own_time_over_the_rest_median": statistics.median(own),
+        "own_times_over_the_rest": own,
         "ratio_median": statistics.median(a / b for a, b in pairs),
         "ratios": [a / b for a, b in pairs],
         "goal": PROBE_GOAL,
