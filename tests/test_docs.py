@@ -199,10 +199,24 @@ def test_the_readmes_numbers_are_those_measured(monkeypatch):
     readme = (ROOT / "README.md").read_text()
     for line in importlib.import_module("world").markdown(measured["rows"]):
         assert line in readme
-    generation = json.loads((ROOT / "benchmarks" / "results" / "generation.json").read_text())
-    assert f"{generation['ratio_median']:.1f} times as fast" in readme
-    assert generation["ratio_median"] >= 8
-    assert generation["same_answers"] == generation["prompts"]
+    evaluation = json.loads((ROOT / "benchmarks" / "results" / "evaluation.json").read_text())
+    world, larger = (evaluation["evaluation"][f"{name}, cpu"] for name in ("world", "llama-100m"))
+    assert f"{world['ratio_median']:.1f} times as fast" in readme
+    assert f"{larger['ratio_median']:.1f} times on a Llama" in readme
+    for case in (world, larger):
+        assert case["ratio_median"] >= case["goal"]
+        assert case["same_answers"] == case["same_verdicts"] == case["prompts"]
+    probe = evaluation["probe"]
+    assert f"adds {100 * probe['own_time_over_the_rest_median']:.1f} %" in readme
+    assert probe["own_time_over_the_rest_median"] < probe["goal"] - 1
+    assert probe["same_weights"]
+
+
+def test_the_memory_of_the_alignment_stage_keeps_its_goal():
+    result = json.loads((ROOT / "benchmarks" / "results" / "alignment.json").read_text())
+    measured, most = result["cpu"], result["claim"]["peak over SFT's"]["tvaccine"]
+    assert measured["methods"]["tvaccine"]["peak_over_sft"] <= most
+    assert measured["nf4"]["tvaccine"]["peak_bytes"] <= most * measured["nf4"]["sft"]["peak_bytes"]
 
 
 def test_the_effects_in_the_world_are_there():
