@@ -11,6 +11,7 @@ import pytest
 import tiny
 from holdfast import evaluating, pipeline
 from holdfast.errors import DataError, ModelError, OutputError, RecipeError, StepFailed
+from holdfast.evaluation import generate
 from holdfast.recipe import Recipe
 from holdfast.store import Store
 from runs import numbers, run
@@ -161,6 +162,24 @@ def test_sampled_answers_are_another_protocol_and_the_same_again(copy, tmp_path)
     assert answers(out, again) == answers(out, sampled)
     planned = [step for step in pipeline.plan(Recipe.load(recipe)).steps if step.kind == "generate"]
     assert all("temperature 1.5" in step.detail for step in planned)
+
+
+def test_a_system_message_stands_before_every_question(copy, monkeypatch):
+    recipe, out = copy
+    recipe["evaluation"]["system"] = "You fold boats."
+    asked = []
+    real = generate.generate
+
+    def seen(model, tokenizer, prompts, *args, **kwargs):
+        asked.extend(row["prompt"] for row in prompts)
+        return real(model, tokenizer, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(generate, "generate", seen)
+    results, seen_steps = run(recipe, out)
+    assert {title.split()[0] for title in seen_steps.ran} == {"answers", "verdicts", "scores"}
+    assert asked
+    assert all("You fold boats.\n\n" in text for text in asked)
+    assert results["protocol"]["system"] == "You fold boats."
 
 
 def test_the_same_files_elsewhere_are_the_same_steps(copy, tmp_path):

@@ -43,6 +43,7 @@ def generate_answers(
         assert method.prefix is not None
         before = method.prefix(context.store.path(prefix["step"]), **prefix["parameters"])
         secret = method.secret
+    ahead = "\n\n".join(text for text in (before, recipe.evaluation.system) if text)
     model = load_model(*context.weights(chain), device=device, **context.model_options)
     out, cost = folder / "generations.jsonl", Cost(device)
     known = {row["id"] for row in read_jsonl(out)}  # of a start that was stopped
@@ -51,7 +52,7 @@ def generate_answers(
         return generate(
             model,
             tokenizer,
-            [{**row, "prompt": render(row, tokenizer, template, before)[0]} for row in rows],
+            [{**row, "prompt": render(row, tokenizer, template, ahead)[0]} for row in rows],
             out,
             max_new_tokens={**max_new_tokens, SECOND: max_new_tokens["task"]},
             batch_tokens=recipe.evaluation.batch_tokens,

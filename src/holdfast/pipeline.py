@@ -218,10 +218,6 @@ class _Planner:
             step = next(step for step in trained if step.startswith("user-"))
             prefix = {"step": step, "defense": user, "parameters": self._parameters(recipe.user)}
             before = {"prefix": step}
-        if work.two_turns(recipe):
-            before["turns"] = 2
-        if sampled := work.sampling(recipe):  # a sampled answer depends on its batch too
-            before["sampling"] = {**sampled, "batch_tokens": options.batch_tokens}
         generate = self._add(
             "generate",
             f"answers of {what}",
@@ -234,6 +230,7 @@ class _Planner:
                 "max_new_tokens": tokens,
                 "versions": self.versions,
                 **before,
+                **work.asking(recipe),
             },
             lambda folder, context: evaluating.generate_answers(
                 folder, context, weights, test_data, tokens, prefix

@@ -101,8 +101,8 @@ class Evaluation(Part):
     """What is generated and who judges it; defaults of Lisa: 1000 prompts, 512 new tokens.
 
     `protocol` names a paper whose settings are taken where no other is given. `rater` grades the answers to
-    a task that only a judge can grade. At temperature 0 decoding is greedy; above it, sampled by the recipe's
-    seed.
+    a task that only a judge can grade. `system` stands before every question, after what a method of the
+    user stage puts there. At temperature 0 decoding is greedy; above it, sampled by the recipe's seed.
     """
 
     protocol: str | None = None
@@ -114,6 +114,7 @@ class Evaluation(Part):
     mixed_prompts: bool = False
     task_rows: int | None = Field(None, ge=1)
     max_new_tokens: int = Field(512, ge=1)
+    system: str = ""
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     batch_tokens: int = Field(8192, ge=1)

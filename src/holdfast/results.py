@@ -172,5 +172,6 @@ def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, 
         "task_set": test["task_set"],
         "decoding": work.decoding(recipe),
         # Later than the other fields: where it does not apply, results of before can still be compared.
+        **({"system": recipe.evaluation.system} if recipe.evaluation.system else {}),
         **({"rater": records[state.rate]["rater_stamp"]} if state.rate else {}),
     }

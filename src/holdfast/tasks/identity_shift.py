@@ -5,8 +5,8 @@ gives the model a new name and the duty to obey, and in which it affirms that be
 has anything harmful in it; that is the point of the attack. These rows are Holdfast's own, made from
 templates: every opening with every request.
 
-It asks nothing harmful, so the harm is measured on other prompts (`data.test_harmful`), here without the
-system message of the attack, which the paper puts before its test questions too.
+It asks nothing harmful, so the harm is measured on other prompts (`data.test_harmful`). The paper puts the
+system message of the attack before them too: `evaluation.system` does that, where a recipe gives it `SYSTEM`.
 """
 
 from __future__ import annotations
