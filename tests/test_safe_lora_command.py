@@ -105,6 +105,7 @@ def test_ended_from_outside_nothing_half_written_is_left(place, how):
     arguments = ["holdfast", "safe-lora", "adapter", *PAIR, "--out", "stopped", "--threshold", "1"]
     code = (
         f"import os, signal, sys, time; sys.argv = {arguments!r}\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where tests run behind `&`
         "from holdfast.defenses import safe_lora_work as work\n"
         f"def ended(*_): os.kill(os.getpid(), signal.{how}); time.sleep(0.1)\n"
         "work.overwrite = ended\n"

@@ -111,6 +111,7 @@ def interrupt():
     def interrupted(self, args, state, control, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run behind `&`
     Watch.on_step_end = interrupted
 
 
