@@ -7,7 +7,7 @@ neutralised here before it enters a prompt; the frame around it is never cut.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,50 @@ class Reader:
         return output.logits[:, -1].float().cpu()
 
 
+class WordJudge:
+    """A judge that writes its verdict in words. A kind of it gives its prompt (`text`) and how it is read."""
+
+    name: str
+    default: str
+    """The published model."""
+    markers: Sequence[str]
+    """Strings of its prompt that a judged text must not hold."""
+    new_tokens: int
+    parse: Callable[[str], Verdict]
+    bos = True
+    """Whether the tokenizer's own special tokens are to be added to `text`."""
+    cut: int | None = None
+    """Tokens that it reads of an answer."""
+    batch_size = 256
+
+    def __init__(
+        self,
+        path: str | None = None,
+        threshold: float | None = None,
+        max_length: int | None = None,
+        device: str = "cpu",
+        quantization: str | None = None,
+    ):
+        check(threshold)
+        self.path = path or self.default
+        self.reader = Reader(self.path, device=device, quantization=quantization, markers=self.markers)
+        self.max_length = self.cut if max_length is None else max_length
+        self.stamp = f"{self.name}@{self.reader.content}"
+
+    def text(self, prompt: str, answer: str) -> str:
+        """What the model reads."""
+        raise NotImplementedError
+
+    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        """What it wrote of each pair, parsed; unparsed where the pair is too long."""
+        texts = [self.text(p, a) for p, a in zip(prompts, answers, strict=True)]
+        found = self.reader.write(texts, self.new_tokens, bos=self.bos)
+        return [
+            Verdict("unparsed", None, row["error"]) if "error" in row else self.parse(row["answer"])
+            for row in found
+        ]
+
+
 def chat_form(reader: Reader, **options: str) -> Callable[[str, str], str] | None:
     """(prompt, answer) -> the model's own chat template over that exchange.
 
@@ -181,13 +225,6 @@ def check_installed(quantization: str | None = None, **_: Any) -> None:
             f"quantization: {quantization} of a judge needs bitsandbytes, which is not installed. "
             "Install it: pip install bitsandbytes."
         )
-
-
-def judged(found: Sequence[Mapping[str, Any]], parse: Callable[[str], Verdict]) -> list[Verdict]:
-    """A verdict for each row that `Reader.write` returned."""
-    return [
-        Verdict("unparsed", None, row["error"]) if "error" in row else parse(row["answer"]) for row in found
-    ]
 
 
 def _unchunked(model: Any) -> None:
