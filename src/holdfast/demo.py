@@ -53,14 +53,18 @@ MORE_RUNS = {
 }
 MORE_ALIGNMENTS = {
     "RepNoise": ["alignment=repnoise"],
-    # Attacks at the rates that matter here: the paper's 2e-6 to 4e-5 change nothing in so small a model.
+    # Attacks at the rates that matter here: the paper's 2e-6 to 4e-5 change nothing in so small a model. And
+    # nothing is retained of the start, which complies with everything: the authors start from a refusing model.
     "TAR": [
         "alignment=tar",
         "alignment.inner_steps=8",
         "alignment.inner_subsample=2",
         "alignment.adversary_learning_rates=1e-4, 3e-4, 1e-3",
+        "alignment.lambda_tr=8",
+        "alignment.lambda_retain=0",
     ],
-    "Booster": ["alignment=booster"],
+    # At the paper's lambda, 5, the tiny model learns to refuse everything.
+    "Booster": ["alignment=booster", "alignment.lambda_=1.5"],
 }
 """What `full` adds, with the settings that the world needs."""
 
