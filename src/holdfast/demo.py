@@ -54,7 +54,7 @@ MORE_RUNS = {
 MORE_ALIGNMENTS = {
     "RepNoise": ["alignment=repnoise"],
     # Attacks at the rates that matter here: the paper's 2e-6 to 4e-5 change nothing in so small a model. And
-    # nothing is retained of the start, which complies with everything: the authors start from a refusing model.
+    # nothing is retained of the start, which complies with everything: the authors' start refuses.
     "TAR": [
         "alignment=tar",
         "alignment.inner_steps=8",
