@@ -212,6 +212,19 @@ def test_the_readmes_numbers_are_those_measured(monkeypatch):
     assert probe["same_weights"]
 
 
+def test_the_page_on_aligning_shows_what_was_measured():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "world_alignment.json").read_text())["rows"]
+    page, readme = (DOCS / "align.md").read_text(), (ROOT / "README.md").read_text()
+    for name in ("SFT", "Vaccine", "T-Vaccine", "RepNoise", "TAR", "Booster", "T-Vaccine + Lisa + Safe LoRA"):
+        [line] = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
+        shown = [f"{rows[name][key]:.1f} ± {rows[name][f'{key}_stderr']:.1f}" for key in SHOWN]
+        assert all(text in line for text in shown), name
+        assert "Lisa" in name or shown[0] in readme
+
+
+SHOWN = ("harmful_score", "benign_compliance", "finetune_accuracy")
+
+
 def test_the_memory_of_the_alignment_stage_keeps_its_goal():
     result = json.loads((ROOT / "benchmarks" / "results" / "alignment.json").read_text())
     measured, most = result["cpu"], result["claim"]["peak over SFT's"]["tvaccine"]
