@@ -64,10 +64,11 @@ def quantization_config(quantization: str, dtype: Any) -> Any:
 
 
 def keep_differentiable(model: Any) -> None:
-    """Keep bitsandbytes from turning 4-bit weights into a form without gradients (seen in 0.50).
+    """Keep bitsandbytes from turning 4-bit weights into a form without gradients (0.50).
 
-    On a CPU with AVX512-BF16 it repacks each layer at the first forward in evaluation mode; what trains after
-    that gets wrong gradients, with a warning from torch at most.
+    On a CPU with AVX512-BF16 it repacks each layer at the first forward in evaluation mode, for an operation
+    that has no gradient: what trains after that lacks what flows through these layers, and torch only warns.
+    Seen by forcing that path on another CPU.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
