@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from holdfast.store import provenance
+from holdfast.machine.store import provenance
 
 RESULTS = Path(__file__).parent / "results"
 

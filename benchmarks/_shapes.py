@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import transformers
 
-from holdfast.defenses.lean_loss import LOGITS
-from holdfast.weights.model import add_lora, load_model
+from holdfast.models.loading import add_lora, load_model
+from holdfast.training.lean_loss import LOGITS
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-110m": {

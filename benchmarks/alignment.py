@@ -31,7 +31,7 @@ from _shapes import SHAPES, build, predicted_bytes
 from transformers import TrainerCallback
 
 from holdfast import get_defense, registry
-from holdfast.defenses import base
+from holdfast.training import trainer
 
 TIMED = {"probability_steps": 200, "resample_steps": 1}
 """Each step draws other layers: the median is over draws. The look at the harmful rows is not timed."""
@@ -101,8 +101,8 @@ def rows(model: Any, case: dict[str, Any], seed: int) -> list[dict[str, list[int
     ]
 
 
-def trainer(name: str, model: Any, case: dict[str, Any], design: dict[str, bool], steps: int, folder: str,
-            often: dict[str, int]) -> Any:  # fmt: skip
+def make_trainer(name: str, model: Any, case: dict[str, Any], design: dict[str, bool], steps: int,
+                 folder: str, often: dict[str, int]) -> Any:  # fmt: skip
     """A trainer of the method; `often` says how often T-Vaccine looks and draws."""
     defense = get_defense(name)
     known = registry.faces("defenses")[name].parameters
@@ -125,10 +125,12 @@ def trainer(name: str, model: Any, case: dict[str, Any], design: dict[str, bool]
 def run(name: str, case: dict[str, Any], design: dict[str, bool], profile: bool) -> dict[str, Any]:
     """One run: its peak of live tensors (`profile`), or its step times and resident memory."""
     if not design["free"]:
-        base.free_inputs = lambda model: 0
+        trainer.free_inputs = lambda model: 0
     model = build(case["shape"], case["precision"], case["stored"], case["device"])
     with tempfile.TemporaryDirectory() as folder:
-        made = trainer(name, model, case, design, 2 if profile else STEPS, folder, SEEN if profile else TIMED)
+        made = make_trainer(
+            name, model, case, design, 2 if profile else STEPS, folder, SEEN if profile else TIMED
+        )
         clock = Clock()
         made.add_callback(clock)
         if case["device"] == "cuda":
@@ -148,7 +150,7 @@ def apart(*given: Any) -> dict[str, Any]:
     """`run` in a process of its own, whose resident memory is its own; on a GPU in this one."""
     if given[1]["device"] == "cuda":
         found = run(*given)
-        base.free_inputs = FREE
+        trainer.free_inputs = FREE
         return found
     here, there = multiprocessing.get_context("fork").Pipe(duplex=False)
     child = multiprocessing.get_context("fork").Process(target=lambda: there.send(run(*given)))
@@ -159,7 +161,7 @@ def apart(*given: Any) -> dict[str, Any]:
     return found
 
 
-FREE = base.free_inputs
+FREE = trainer.free_inputs
 
 
 def compare(case: dict[str, Any], rounds: int) -> dict[str, Any]:

@@ -23,11 +23,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from holdfast import SafetyProbe, data, get_defense, world
 from holdfast.data.prompts import render
-from holdfast.evaluation.generate import generate
+from holdfast.evaluation.answering import answer_prompts
 from holdfast.evaluation.judges import LoadedJudge
-from holdfast.evaluation.moderate import moderate
+from holdfast.evaluation.moderation import give_verdicts
+from holdfast.models.loading import add_lora, load_model, load_tokenizer
 from holdfast.registry import get
-from holdfast.weights.model import add_lora, load_model, load_tokenizer
 
 CORES = torch.get_num_threads()
 GOAL, PROBE_GOAL = 8, 1.05
@@ -81,8 +81,8 @@ def ours(
 ) -> Answers:
     """The steps of a run, files included."""
     with tempfile.TemporaryDirectory() as folder:
-        answers = generate(model, tokenizer, rows, Path(folder) / "g.jsonl", max_new_tokens=room)
-        verdicts = moderate(answers, judge, Path(folder) / "v.jsonl")
+        answers = answer_prompts(model, tokenizer, rows, Path(folder) / "g.jsonl", max_new_tokens=room)
+        verdicts = give_verdicts(answers, judge, Path(folder) / "v.jsonl")
     judged = {row["id"]: row["verdict"] for row in verdicts}
     return {row["id"]: (row["answer"], judged.get(row["id"])) for row in answers}
 

@@ -21,7 +21,7 @@ from _record import save
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from holdfast import get_defense, world
-from holdfast.weights.model import add_lora, load_model
+from holdfast.models.loading import add_lora, load_model
 
 LORA = {"r": 8, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 PHASES = {"alignment_steps": 5, "finetune_steps": 10}  # the paper's 100 / 900 would switch less often

@@ -15,9 +15,9 @@ from typing import Any
 from _record import save
 
 from holdfast import Recipe, run
-from holdfast.demo import RUNS, user_runs
-from holdfast.report.charts import save_png
-from holdfast.report.collect import collect
+from holdfast.cli.demo import RUNS, user_runs
+from holdfast.reporting.charts import save_png
+from holdfast.reporting.collect import collect
 
 SEEDS = (42, 43, 44)
 PICTURED = ("NA-SFT", "SFT", "EWC", "VLGuard", "BSO", "Lisa", "SFT + Safe LoRA")

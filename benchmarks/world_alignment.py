@@ -17,7 +17,7 @@ from _record import save
 from world import SEEDS, over_seeds
 
 from holdfast import Recipe, run
-from holdfast.demo import RUNS, alignment_runs
+from holdfast.cli.demo import RUNS, alignment_runs
 
 COSTS = {"alignment_seconds": statistics.mean, "alignment_peak_memory_bytes": max}
 

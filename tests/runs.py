@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from holdfast import pipeline
-from holdfast.progress import Progress
+from holdfast.machine.progress import Progress
 from holdfast.recipe import Recipe
 
 

@@ -13,11 +13,11 @@ import tiny
 from holdfast import pipeline, registry
 from holdfast.data.rows import prompt_key
 from holdfast.defenses import Defense
-from holdfast.defenses.base import MethodConfig, RowTrainer
-from holdfast.defenses.harmful import HarmfulRows
 from holdfast.errors import DataError, ModelError, RecipeError
+from holdfast.machine.store import Store
 from holdfast.recipe import Recipe
-from holdfast.store import Store
+from holdfast.training.harmful_rows import HarmfulRows
+from holdfast.training.trainer import MethodConfig, RowTrainer
 from runs import run
 
 
@@ -119,7 +119,7 @@ def test_the_source_may_be_a_file_of_its_own(tmp_path):
 
 
 def test_draws_are_seeded_and_not_those_of_the_user(tmp_path):
-    from holdfast.work import prepared
+    from holdfast.pipeline.data import prepared
 
     def ids(seed, role, **changes):
         made = recipe(tmp_path / "in", {"size": 8}) | {"seed": seed}

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import tiny
-from holdfast import anchoring
+from holdfast.attacks import anchoring
 from holdfast.data import read_rows
 from holdfast.errors import DataError, ModelError, RecipeError
+from holdfast.models.loading import add_lora, load_model
 from holdfast.recipe import Recipe
-from holdfast.weights.model import add_lora, load_model
 from runs import numbers, run
 
 TOKENS = 3

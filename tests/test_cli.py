@@ -162,7 +162,7 @@ def test_a_disk_that_is_full(recipe, tmp_path):
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
-        "from holdfast.cli import main\n"
+        "from holdfast.cli.app import main\n"
         "sys.argv = ['holdfast', *sys.argv[1:]]\n"
         "main()\n"
     )
@@ -234,7 +234,7 @@ def test_unknown_commands_and_options(tmp_path):
 
 def test_the_full_demo_adds_a_control_and_every_defense():
     from holdfast import registry
-    from holdfast.demo import demo_runs
+    from holdfast.cli.demo import demo_runs
     from holdfast.recipe import Recipe
 
     loaded = {
@@ -258,7 +258,7 @@ def test_the_full_demo_adds_a_control_and_every_defense():
 
 def test_the_demo_compares_its_rows(tmp_path, monkeypatch):
     """The real demo on few steps: every row, a report, a summary."""
-    from holdfast.demo import demo, demo_runs
+    from holdfast.cli.demo import demo, demo_runs
     from holdfast.recipe import Recipe
 
     load = Recipe.load

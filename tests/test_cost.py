@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from holdfast import cost
-from holdfast.cost import Cost
+from holdfast.machine import cost
+from holdfast.machine.cost import Cost
 
 
 def test_what_is_counted_on_a_cpu():

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 import tiny
-from holdfast import recipe as recipes
-from holdfast import recipe_data, recipe_evaluation, registry
-from holdfast.recipe import Recipe
+from holdfast import registry
+from holdfast.recipe import Recipe, data, evaluation
+from holdfast.recipe import recipe as recipes
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -94,7 +94,7 @@ def test_the_page_on_scores_does_what_it_says(tmp_path, monkeypatch):
     """Its first commands as they stand there, and its script; every option of the others is one."""
     from typer.testing import CliRunner
 
-    from holdfast.cli import app
+    from holdfast.cli.app import app
 
     monkeypatch.chdir(tmp_path)
     tiny.save_model(tmp_path / "my-model")
@@ -133,15 +133,15 @@ def test_the_recipe_page_names_every_key():
         recipes.Recipe,
         recipes.Model,
         recipes.Data,
-        recipe_data.AlignmentData,
-        recipe_data.HarmfulData,
-        recipe_data.AttackRecipe,
-        recipe_data.FilterRecipe,
-        recipe_evaluation.Evaluation,
+        data.AlignmentData,
+        data.HarmfulData,
+        data.AttackRecipe,
+        data.FilterRecipe,
+        evaluation.Evaluation,
         recipes.Lora,
         recipes.StageRecipe,
         recipes.PostHocRecipe,
-        recipe_evaluation.JudgeRecipe,
+        evaluation.JudgeRecipe,
     ):
         for key in block.model_fields:
             assert re.search(rf"[`.{{ ]{key}\b", text), key

@@ -1,10 +1,12 @@
-"""One import direction; light subcommands; a small public face; a small, listed tree."""
+"""The layout: one import direction between folders, no circle between files, a small public face."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,208 +15,92 @@ import holdfast
 
 PACKAGE = Path(holdfast.__file__).parent
 ALLOWED = {
-    "cli": {
-        "processes",
-        "combine_command",
-        "console",
-        "demo",
-        "pipeline",
-        "report",
-        "recipe",
-        "recipe_file",
-        "registry",
-        "measure_commands",
-        "safe_lora_command",
-        "store",
-        "data",
-    },
-    "measure_commands": {"comparing", "console", "filtering", "measure"},
-    "filtering": {"answer_files", "data", "evaluation", "judging", "measure", "store"},
-    "answer_files": {"data", "evaluation", "store"},
-    "safe_lora_command": {"console", "defenses", "report"},
     "__main__": {"cli"},
-    "console": {"progress"},
-    "combine_command": {"console", "weights"},
-    "demo": {"pipeline", "recipe", "registry", "report", "store", "progress"},
-    "steps": {"context", "recipe", "store"},
-    "judging": {
-        "evaluation",
-        "recipe",
-        "recipe_evaluation",
-        "registry",
-        "store",
-        "tasks",
-        "weights",
-        "work",
-    },
-    "evaluating": {
-        "cost",
-        "context",
-        "data",
-        "evaluation",
-        "judging",
-        "recipe_evaluation",
-        "registry",
-        "store",
-        "weights",
-        "work",
-        "world",
-    },
+    "cli": {"pipeline", "measuring", "reporting", "recipe", "registry", "defenses", "data", "weights"},
     "pipeline": {
-        "user_data",
-        "steps",
-        "evaluating",
-        "judging",
-        "post_hoc",
-        "processes",
-        "context",
-        "mixed",
-        "preflight",
-        "work",
-        "results",
-        "recipe",
-        "recipe_stages",
-        "registry",
-        "store",
-        "progress",
-        "weights",
+        "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
+        "training", "models", "weights", "world",
     },
-    "post_hoc": {"context", "recipe", "registry", "store", "weights", "work"},
-    "work": {
-        "context",
-        "mixed",
-        "training",
-        "data",
-        "tasks",
-        "weights",
-        "world",
-        "recipe",
-        "registry",
-        "store",
-    },
-    "preflight": {
-        "user_data",
-        "context",
-        "evaluation",
-        "judging",
-        "mixed",
-        "post_hoc",
-        "registry",
-        "recipe_stages",
-        "training",
-        "data",
-        "weights",
-        "work",
-    },
-    "mixed": {"registry"},
-    "user_data": {
-        "anchoring",
-        "context",
-        "data",
-        "filtering",
-        "judging",
-        "recipe",
-        "recipe_data",
-        "seeds",
-        "weights",
-        "work",
-    },
-    "anchoring": {"defenses", "evaluation"},
-    "context": {"processes", "data", "weights", "recipe", "store", "progress"},
-    "results": {
-        "paired",
-        "user_data",
-        "evaluation",
-        "context",
-        "registry",
-        "work",
-        "steps",
-        "recipe",
-        "store",
-        "report",
-    },
-    "cost": set(),
-    "training": {"cost", "processes", "defenses", "weights", "store", "progress", "seeds"},
-    "recipe": {
-        "recipe_data",
-        "recipe_evaluation",
-        "recipe_parts",
-        "recipe_stages",
-        "recipe_file",
-        "registry",
-        "store",
-        "weights",
-    },
-    "recipe_data": {"recipe_evaluation", "recipe_parts", "registry"},
-    "recipe_evaluation": {"recipe_parts", "recipe_protocols", "registry"},
-    "recipe_protocols": set(),
-    "recipe_stages": {"recipe_parts", "registry"},
-    "recipe_parts": {"weights"},
-    "recipe_file": {"registry"},
+    "measuring": {"recipe", "registry", "evaluation", "data", "tasks", "models", "weights"},
+    "recipe": {"registry", "weights"},
+    "probe": {"registry", "evaluation", "data"},
     "registry": {"defenses", "tasks"},
-    "defenses": {"weights", "seeds"},
-    "data": {"tasks", "seeds", "world", "store"},
-    "evaluation": {"paired", "seeds", "tasks", "weights", "world"},
-    "paired": set(),
-    "comparing": {"answer_files", "paired", "store"},
-    "measure": {
-        "answer_files",
-        "context",
-        "data",
-        "evaluation",
-        "judging",
-        "processes",
-        "recipe_evaluation",
-        "registry",
-        "store",
-        "tasks",
-        "weights",
-        "work",
-    },
-    "probe": {"data", "evaluation", "registry"},
-    "report": {"paired", "store"},
+    "attacks": {"evaluation", "training"},
+    "defenses": {"training", "weights"},
+    "reporting": {"evaluation"},
+    "evaluation": {"models", "weights", "tasks", "world"},
+    "data": {"tasks", "world"},
+    "training": set(),
+    "models": {"weights"},
+    "weights": {"world"},
     "tasks": set(),
-    "weights": set(),
-    "store": set(),
-    "world": {"evaluation", "defenses", "seeds"},
-    "processes": set(),
-    "progress": set(),
-    "seeds": set(),
+    "world": set(),
+    "machine": set(),
     "errors": set(),
-}
-"""What each part may import beside itself and errors (the version is everybody's)."""
-TYPES_ONLY = {("results", "steps"), ("registry", "defenses")}
+}  # fmt: skip
+"""What the files of each folder may import beside their own folder, `machine` and `errors`."""
+
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
 
-def part(path: Path) -> str:
-    inside = path.relative_to(PACKAGE)
-    return inside.parts[0].removesuffix(".py")
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path: Path):
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of ours that a file imports, at its top or inside a function."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "holdfast":
-            names = (
-                [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
-            )
-            yield from names
+            home = (node.module or "").removeprefix("holdfast").removeprefix(".")
+            for alias in node.names:
+                inside = f"{home}.{alias.name}".strip(".")
+                found.add(inside if inside in MODULES else home)
         elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("holdfast."))
+            found |= {a.name.removeprefix("holdfast.") for a in node.names if a.name.startswith("holdfast.")}
+    return found - {""}
 
 
-FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_import_direction(path):
-    mine = part(path)
-    allowed = ALLOWED[mine] | {mine, "errors", "__version__"}
-    assert set(imports(path)) <= allowed
+    mine = module_of(path).split(".")[0]
+    assert {module.split(".")[0] for module in imported(path)} <= ALLOWED[mine] | {mine, "machine", "errors"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_files_are_small(path):
-    assert len(path.read_text().splitlines()) <= 360
+def test_no_circle_between_folders():
+    TopologicalSorter({folder: below - {folder} for folder, below in ALLOWED.items()}).prepare()
+
+
+def test_no_circle_between_files():
+    """A folder's own `__init__` may gather what its files make; no file imports through it in return."""
+    TopologicalSorter({module: imported(path) - {module} for module, path in MODULES.items()}).prepare()
+
+
+def test_every_folder_says_its_idea_and_what_others_may_use():
+    """One line of idea, and `__all__`; what other folders import is named there."""
+    listed: dict[str, set[str]] = {}
+    for path in FILES:
+        if path.name == "__init__.py":
+            tree = ast.parse(path.read_text())
+            assert (ast.get_docstring(tree) or "").split("\n")[0].endswith("."), path
+            named = [
+                n.value
+                for n in tree.body
+                if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"
+            ]
+            assert named, f"{path} has no __all__"
+            listed[module_of(path)] = set(ast.literal_eval(named[0]))
+    for path in FILES:
+        mine = module_of(path).split(".")[0]
+        for module in imported(path):
+            folder, _, inside = module.partition(".")
+            if folder != mine and inside and folder in listed:
+                assert inside.split(".")[0] in listed[folder], (
+                    f"{path}: {module} is not in {folder}'s __all__"
+                )
 
 
 def modules_after(code: str) -> set[str]:
@@ -232,9 +118,9 @@ HEAVY = {"torch", "transformers", "peft", "datasets", "matplotlib", "pandas"}
     "code",
     [
         "import holdfast",
-        "from holdfast import cli",
+        "from holdfast.cli import app",
         "from holdfast import Recipe, plan, get_defense, list_defenses; list_defenses()",
-        "import sys; sys.argv=['holdfast', 'list']; from holdfast.cli import app; app(standalone_mode=False)",
+        "import sys; sys.argv=['holdfast', 'list']; from holdfast.cli.app import app; app(standalone_mode=False)",
         "from holdfast import Recipe, plan; plan(Recipe.load('world'))",
     ],
 )
@@ -249,7 +135,8 @@ def test_the_public_names():
     ]  # fmt: skip
     for name in holdfast.__all__:
         assert getattr(holdfast, name) is not None
-    assert callable(holdfast.report), "also after the package of that name was imported"
+    import_module("holdfast.reporting")  # importing a folder hides no function
+    assert callable(holdfast.report)
     with pytest.raises(AttributeError):
         holdfast.nothing  # noqa: B018
 

@@ -10,9 +10,9 @@ import signal
 import pytest
 
 from holdfast import pipeline
-from holdfast.progress import Progress
+from holdfast.machine.progress import Progress
+from holdfast.machine.store import Store
 from holdfast.recipe import Recipe
-from holdfast.store import Store
 from runs import numbers, run
 
 
@@ -46,16 +46,16 @@ def in_training(stage, step):
     """Kill after an optimizer step."""
 
     def arm():
-        from holdfast.training import Watch
+        from holdfast.pipeline.training import TrainingMonitor
 
-        on_step_end = Watch.on_step_end
+        on_step_end = TrainingMonitor.on_step_end
 
         def dying(self, args, state, control, **kwargs):
             if stage in str(args.output_dir) and state.global_step == step:
                 kill()
             on_step_end(self, args, state, control, **kwargs)
 
-        Watch.on_step_end = dying
+        TrainingMonitor.on_step_end = dying
 
     return arm
 
@@ -82,9 +82,10 @@ def in_writing_rows(name, nth):
     """Kill in the middle of a line of a growing file."""
 
     def arm():
-        from holdfast.evaluation import generate, moderate
 
-        append, count = generate.append_jsonl, [0]
+        from holdfast.evaluation import answering, moderation
+
+        append, count = answering.append_jsonl, [0]
 
         def dying(path, rows):
             count[0] += path.name == name
@@ -95,7 +96,7 @@ def in_writing_rows(name, nth):
                 kill()
             append(path, rows)
 
-        generate.append_jsonl = moderate.append_jsonl = dying
+        answering.append_jsonl = moderation.append_jsonl = dying
 
     return arm
 

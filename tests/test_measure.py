@@ -13,7 +13,7 @@ import pytest
 import tiny
 from holdfast import generate, moderate, score
 from holdfast.errors import DataError, ModelError, OutputError, RecipeError
-from holdfast.filtering import confusion, filter_rows
+from holdfast.measuring.filtering import confusion, filter_rows
 
 
 def command(*arguments, cwd):
@@ -67,7 +67,7 @@ def test_what_was_stopped_goes_on(place, tmp_path):
 
 def test_what_is_whole_loads_no_model(place, tmp_path, monkeypatch):
     whole = asked(place, tmp_path / "a.jsonl")
-    monkeypatch.setattr("holdfast.weights.model.load_model", None)
+    monkeypatch.setattr("holdfast.models.loading.load_model", None)
     assert asked(place, tmp_path / "a.jsonl") == whole
 
 

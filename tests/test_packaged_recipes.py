@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import tiny
-from holdfast import pipeline, recipe_file, registry
-from holdfast.recipe import Recipe
-from holdfast.recipe_stages import ALIGNMENT_TRAINING, USER_TRAINING
+from holdfast import pipeline, registry
+from holdfast.recipe import Recipe, layers
+from holdfast.recipe.stages import ALIGNMENT_TRAINING, USER_TRAINING
 
 TASK_ROWS = {
     "sst2": [{"sentence": f"film number {i}", "label": i % 2} for i in range(40)],
@@ -113,7 +113,7 @@ def test_safe_lora_repairs_what_sft_trained(files, tmp_path):
 
 
 def test_one_of_each_method_for_each_task():
-    found = recipe_file.packaged()
+    found = layers.packaged()
     assert found.pop("world") == ["world"]
     assert found.pop("alpaca") == [f"anchoring-{name}-alpaca" for name in ("lisa", "sft", "vaccine")]
     assert set(found) == {"sst2", "agnews", "gsm8k"}
@@ -137,7 +137,7 @@ def protocol(base):
     return [
         name
         for name in registry.recipes()
-        if base in {Path(layer.name).stem for layer in recipe_file.layers(name)}
+        if base in {Path(layer.name).stem for layer in layers.layers(name)}
     ]
 
 

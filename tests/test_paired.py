@@ -10,11 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny
-from holdfast import paired
-from holdfast.cli import app
-from holdfast.comparing import compare
+from holdfast.cli.app import app
 from holdfast.errors import ComparisonError, DataError
-from holdfast.store import read_json, write_json
+from holdfast.evaluation import paired
+from holdfast.machine.files import read_json, write_json
+from holdfast.measuring.comparing import compare
 
 
 def test_published_tables():

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 import tiny
-from holdfast import evaluating, pipeline
+from holdfast import pipeline
 from holdfast.errors import DataError, ModelError, OutputError, RecipeError, StepFailed
-from holdfast.evaluation import generate
+from holdfast.evaluation import answering
+from holdfast.machine.store import Store
+from holdfast.pipeline import evaluating
 from holdfast.recipe import Recipe
-from holdfast.store import Store
 from runs import numbers, run
 
 
@@ -168,13 +169,13 @@ def test_a_system_message_stands_before_every_question(copy, monkeypatch):
     recipe, out = copy
     recipe["evaluation"]["system"] = "You fold boats."
     asked = []
-    real = generate.generate
+    real = answering.answer_prompts
 
     def seen(model, tokenizer, prompts, *args, **kwargs):
         asked.extend(row["prompt"] for row in prompts)
         return real(model, tokenizer, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(generate, "generate", seen)
+    monkeypatch.setattr(answering, "answer_prompts", seen)
     results, seen_steps = run(recipe, out)
     assert {title.split()[0] for title in seen_steps.ran} == {"answers", "verdicts", "scores"}
     assert asked

@@ -10,14 +10,14 @@ import pytest
 from safetensors.numpy import load_file
 
 import tiny
-from holdfast import post_hoc
-from holdfast.context import Context
 from holdfast.errors import ModelError, RecipeError
-from holdfast.progress import Progress
+from holdfast.machine.progress import Progress
+from holdfast.machine.store import Store
+from holdfast.pipeline import repairing
+from holdfast.pipeline.context import Context
 from holdfast.recipe import Recipe
-from holdfast.report.collect import collect
-from holdfast.report.rows import sweeps
-from holdfast.store import Store
+from holdfast.reporting.collect import collect
+from holdfast.reporting.measurements import sweeps
 from runs import run
 
 SWEEP = {"defense": "safe_lora", "threshold": [0.0, 1.0], "control": ["none", "drop"]}
@@ -211,12 +211,12 @@ def test_alignment_of_all_weights(tmp_path, user):
 
 def test_chance_follows_the_runs_seed_unless_a_seed_is_named():
     block = {"defense": "safe_lora", "num_layers": 2, "control": "random"}
-    (repair,) = post_hoc.repairs(Recipe.load("world", ["seed=5", f"post_hoc={json.dumps(block)}"]))
+    (repair,) = repairing.repairs(Recipe.load("world", ["seed=5", f"post_hoc={json.dumps(block)}"]))
     assert repair.settings["seed"] == 5
     assert "seed" not in repair.parameters, "or rows over seeds would not be averaged"
     assert repair.name == "world + Safe LoRA, control=random"
     block["seed"] = [1, 2]
-    found = post_hoc.repairs(Recipe.load("world", ["seed=5", f"post_hoc={json.dumps(block)}"]))
+    found = repairing.repairs(Recipe.load("world", ["seed=5", f"post_hoc={json.dumps(block)}"]))
     assert [repair.settings["seed"] for repair in found] == [1, 2]
     assert [repair.parameters["seed"] for repair in found] == [1, 2]
 
@@ -317,7 +317,7 @@ def test_what_can_be_repaired_is_counted_before_training(tmp_path, user, alignme
     recipe["post_hoc"]["num_layers"] = max(count, 1)
     context = Context(Recipe.load(recipe), Store(tmp_path), "cpu", Progress(), tmp_path / "model")
     if count:
-        post_hoc.check(context)
+        repairing.check(context)
 
 
 def test_the_base_beside_the_recipe_is_found(tmp_path):

@@ -7,8 +7,10 @@ import json
 import pytest
 
 import tiny
-from holdfast import pipeline, work
+from holdfast import pipeline
 from holdfast.errors import RecipeError
+from holdfast.measuring import protocol
+from holdfast.pipeline.data import prepared
 from holdfast.recipe import Recipe
 
 
@@ -73,11 +75,11 @@ def test_what_decides_the_rows_and_the_scores(files):
 
 def test_another_task_grades_the_answers(files):
     asked = recipe(test="mt_bench:question.jsonl")
-    assert work.grader(asked).stamp == "mt_bench@1"
-    rows = work.prepared(asked, "test").rows
+    assert protocol.grader(asked).stamp == "mt_bench@1"
+    rows = prepared(asked, "test").rows
     assert {row["turns"][1] for row in rows} == {"Two?"}
-    assert len(work.prepared(asked, "user").rows) == 30, "nothing is held out"
-    assert work.new_tokens(asked)["task"] == 1024
+    assert len(prepared(asked, "user").rows) == 30, "nothing is held out"
+    assert protocol.new_tokens(asked)["task"] == 1024
 
 
 def test_paths_behind_a_format_are_looked_up_beside_the_recipe(files, tmp_path, monkeypatch):

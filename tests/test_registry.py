@@ -14,7 +14,7 @@ TOY = '''
 """Toy: a method of another package."""
 from dataclasses import dataclass
 from holdfast.defenses import Defense
-from holdfast.defenses.base import MethodConfig, RowTrainer
+from holdfast.training.trainer import MethodConfig, RowTrainer
 
 @dataclass
 class ToyConfig(MethodConfig):

@@ -11,12 +11,13 @@ import stat
 import pytest
 
 import tiny
-from holdfast import pipeline, work
+from holdfast import pipeline
 from holdfast.data import prompts
 from holdfast.defenses import bea
 from holdfast.errors import DataError, RecipeError
+from holdfast.machine.store import Store
+from holdfast.pipeline.data import training_detail
 from holdfast.recipe import Recipe
-from holdfast.store import Store
 from runs import numbers, run
 from test_kills import in_training, killed_run
 
@@ -148,17 +149,17 @@ def test_bea(started, monkeypatch, capfd, caplog):
 
 def test_the_secret_changes_the_answers_it_precedes(started, monkeypatch):
     """The prefix reaches the model: the prompt that it reads begins with the secret."""
-    from holdfast.evaluation import generate as module
+    from holdfast.evaluation import answering as module
 
     recipe, out, _ = started
     recipe["user"] = user("bea", alignment_size=3, secret_length=4)
-    asked, generate = [], module.generate
+    asked, generate = [], module.answer_prompts
 
     def watched(model, tokenizer, rows, path, **options):
         asked.extend(row["prompt"] for row in rows)
         return generate(model, tokenizer, rows, path, **options)
 
-    monkeypatch.setattr(module, "generate", watched)
+    monkeypatch.setattr(module, "answer_prompts", watched)
     results, _ = run(recipe, out)
     secret = bea.secret(user_step(results, out))
     assert len(asked) >= 10
@@ -166,7 +167,7 @@ def test_the_secret_changes_the_answers_it_precedes(started, monkeypatch):
 
 
 def test_a_model_that_repeats_its_secret_gives_nothing_away(started, monkeypatch):
-    from holdfast.evaluation import generate as module
+    from holdfast.evaluation import answering as module
 
     def echo(model, tokenizer, ids, new_tokens, sampling):
         return [{"answer": tokenizer.decode(x[:80]), "tokens": 80, "truncated": False} for x in ids]
@@ -267,4 +268,4 @@ def test_plan_says_what_is_mixed(sft):
     recipe["user"] = user("vlguard", alignment_size=6)
     step = next(s for s in pipeline.plan(Recipe.load(recipe)).steps if s.kind == "user")
     assert step.detail.endswith("of 4 rows, 6 alignment rows in place of benign ones")
-    assert work.training_detail(TRAINING, "new") in step.detail
+    assert training_detail(TRAINING, "new") in step.detail

@@ -106,10 +106,10 @@ def test_ended_from_outside_nothing_half_written_is_left(place, how):
     code = (
         f"import os, signal, sys, time; sys.argv = {arguments!r}\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where tests run behind `&`
-        "from holdfast.defenses import safe_lora_work as work\n"
+        "from holdfast.defenses.safe_lora_parts import work\n"
         f"def ended(*_): os.kill(os.getpid(), signal.{how}); time.sleep(0.1)\n"
         "work.overwrite = ended\n"
-        "from holdfast.cli import main; main()"
+        "from holdfast.cli.app import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=place)
     assert done.returncode == 130, done.stderr
@@ -147,7 +147,9 @@ def test_the_page_on_repairing_does_what_it_says(place, tmp_path, monkeypatch):
 )
 def test_the_cpu_path_imports_neither_torch_nor_transformers_nor_peft(place, more):
     arguments = ["holdfast", "safe-lora", "adapter", *PAIR, *more]
-    code = f"import sys; sys.argv = {arguments!r}\nfrom holdfast.cli import app; app(standalone_mode=False)"
+    code = (
+        f"import sys; sys.argv = {arguments!r}\nfrom holdfast.cli.app import app; app(standalone_mode=False)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\nprint('LOADED', *sys.modules, file=sys.stderr)"],
         capture_output=True, text=True, check=True, timeout=60, cwd=place,

@@ -9,9 +9,10 @@ import time
 
 import pytest
 
-from holdfast import store as module
 from holdfast.errors import OutputError
-from holdfast.store import Store, claim_folder, identity_hash, write_json, write_text
+from holdfast.machine import store as module
+from holdfast.machine.files import write_json, write_text
+from holdfast.machine.store import Store, claim_folder, identity_hash
 
 
 def test_identity_does_not_depend_on_order():

@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 import tiny
 from holdfast import pipeline
 from holdfast.errors import ModelError, RecipeError
+from holdfast.machine.store import Store
+from holdfast.models.loading import load_model
+from holdfast.pipeline.context import Context
 from holdfast.recipe import Recipe
-from holdfast.store import Store
-from holdfast.weights.model import fingerprint, load_model
+from holdfast.weights.folders import fingerprint
 from runs import Seen, run
 
 TRAINING = {
@@ -43,7 +45,7 @@ def trained(out, results):
     steps = Store(out / "steps")
     row = results["rows"][1]
     made = Recipe.load(results["recipe"])
-    context = pipeline.Context(made, steps, "cpu", None, Path(made.model.path))
+    context = Context(made, steps, "cpu", None, Path(made.model.path))
     chain = steps.record(row["steps"]["generate"])["identity"]["chain"]
     model = load_model(*context.weights(chain), **context.model_options)
     with torch.no_grad():

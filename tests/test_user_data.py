@@ -112,7 +112,7 @@ def test_verdicts_are_kept_across_a_stop(copy, screen, monkeypatch):
     recipe, out = copy
     recipe = with_filter(recipe, screen, threshold=0.1, unparsed="keep")
     whole, _ = run(recipe, out.parent / "whole")
-    from holdfast import filtering
+    from holdfast.measuring import filtering
 
     drops = filtering.drops
     monkeypatch.setattr(filtering, "drops", lambda *_: 1 / 0)

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "compare": "holdfast.comparing",
+    "compare": "holdfast.measuring.comparing",
     "Recipe": "holdfast.recipe",
     "plan": "holdfast.pipeline",
     "run": "holdfast.pipeline",
     "mix": "holdfast.data",
-    "report": "holdfast.report",
+    "report": "holdfast.reporting",
     "Defense": "holdfast.defenses",
     "get_defense": "holdfast.registry",
     "list_defenses": "holdfast.registry",
     "safe_lora": "holdfast.defenses.safe_lora",
     "SafetyProbe": "holdfast.probe",
-    "generate": "holdfast.measure",
-    "moderate": "holdfast.measure",
-    "rate": "holdfast.measure",
-    "score": "holdfast.measure",
+    "generate": "holdfast.measuring.on_files",
+    "moderate": "holdfast.measuring.on_files",
+    "rate": "holdfast.measuring.on_files",
+    "score": "holdfast.measuring.on_files",
 }
 
 __all__ = [
@@ -48,16 +48,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from holdfast.comparing import compare
     from holdfast.data import mix
     from holdfast.defenses import Defense
     from holdfast.defenses.safe_lora import safe_lora
-    from holdfast.measure import generate, moderate, rate, score
+    from holdfast.measuring.comparing import compare
+    from holdfast.measuring.on_files import generate, moderate, rate, score
     from holdfast.pipeline import plan, run
     from holdfast.probe import SafetyProbe
     from holdfast.recipe import Recipe
     from holdfast.registry import get_defense, list_defenses
-    from holdfast.report import report
+    from holdfast.reporting import report
 
 
 def __getattr__(name: str) -> Any:

@@ -30,10 +30,10 @@ from transformers.trainer_callback import CallbackHandler
 
 from holdfast.data.prompts import render, resolve_template
 from holdfast.errors import ModelError, RecipeError
-from holdfast.evaluation.generate import answer_batch
+from holdfast.evaluation.answering import answer_batch
 from holdfast.evaluation.judges import LoadedJudge
 from holdfast.evaluation.judges.keyword import refusal
-from holdfast.evaluation.score import share
+from holdfast.evaluation.scoring import share
 from holdfast.registry import get
 
 SCORE = "safety/harmful_score"

@@ -228,6 +228,9 @@ def _read_face(path: Path, module: str, closing: str) -> Face | None:
 
 def _parameters(tree: ast.Module, config: str) -> dict[str, Parameter]:
     """The fields of a Config and of the Configs of sibling files that it extends, eldest first."""
+    for statement in tree.body:
+        if isinstance(statement, ast.ImportFrom) and config in {alias.name for alias in statement.names}:
+            return _parameters(_tree_of(statement.module or ""), config)  # it stands in a file of its own
     node = _class(tree, config)
     inherited: dict[str, Parameter] = {}
     for base in node.bases:
@@ -237,13 +240,16 @@ def _parameters(tree: ast.Module, config: str) -> dict[str, Parameter]:
             if (
                 isinstance(statement, ast.ImportFrom)
                 and (statement.module or "").startswith("holdfast.defenses.")
-                and statement.module != "holdfast.defenses.base"
                 and base.id in {alias.name for alias in statement.names}
             ):
-                stem = (statement.module or "").rsplit(".", 1)[1]
-                source = (PACKAGE / "defenses" / f"{stem}.py").read_text(encoding="utf-8")
-                inherited |= _parameters(ast.parse(source), base.id)
+                inherited |= _parameters(_tree_of(statement.module or ""), base.id)
     return inherited | _fields(node)
+
+
+def _tree_of(module: str) -> ast.Module:
+    """The syntax tree of a module of ours."""
+    path = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def _class(tree: ast.Module, name: str) -> ast.ClassDef:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import trainers
 
-from holdfast.defenses.base import prepare_rows
 from holdfast.defenses.bso import PhaseBatchSampler, Phases
-from holdfast.defenses.rows import collator
-from holdfast.seeds import derive_seed
+from holdfast.machine.seeds import derive_seed
+from holdfast.training.tokenising import collator
+from holdfast.training.trainer import prepare_rows
 
 SEED, BATCH, STEPS = 11, 4, 12
 USER = prepare_rows(trainers.USER, trainers.TOKENIZER, 2048)

@@ -7,8 +7,8 @@ import pytest
 import torch
 import trainers
 
-from holdfast.weights.model import add_lora, load_model
-from holdfast.weights.trained import check_lora
+from holdfast.models.loading import add_lora, load_model
+from holdfast.models.trained import check_lora
 
 LORA = {"r": 2, "alpha": 4, "dropout": 0.1, "target_modules": "all-linear"}
 OWN = {

@@ -10,10 +10,10 @@ import torch
 import trainers
 
 from holdfast.defenses import booster
-from holdfast.defenses.base import prepare_rows
 from holdfast.defenses.booster import BoosterConfig, BoosterTrainer, attenuation
-from holdfast.defenses.passes import displaced, gradients_aside, refuse_deepspeed
 from holdfast.errors import DataError, InputError
+from holdfast.training.passes import displaced, gradients_aside, refuse_deepspeed
+from holdfast.training.trainer import prepare_rows
 
 HARMFUL = prepare_rows(trainers.HARMFUL, trainers.TOKENIZER, 2048)
 LAMBDA, ALPHA = 20.0, 0.5

@@ -19,9 +19,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
 from holdfast import registry
-from holdfast.defenses.rows import IGNORED
 from holdfast.errors import ModelError
-from holdfast.weights.model import add_lora, load_model
+from holdfast.models.loading import add_lora, load_model
+from holdfast.training.tokenising import IGNORED
 
 NAMES = [n for n in registry.list_defenses() if registry.get_defense(n).trainer is not None]
 STRONG = {

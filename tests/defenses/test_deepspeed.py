@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
 
-from holdfast.defenses import penalty
 from holdfast.errors import InputError
+from holdfast.training import penalty
 
 LISA = {"alignment_steps": 2, "finetune_steps": 3, "rho": 3.0, "proximal_warmup_ratio": 0.0}
 METHODS = [("lisa", LISA), ("ewc", {"penalty": "l2", "lambda_": 3.0})]
@@ -73,7 +73,7 @@ def test_hooks_equal_the_added_gradient(tmp_path, request, name, options, accumu
 
 
 def test_control_without_hooks_the_penalty_is_lost(tmp_path, deepspeed, monkeypatch):
-    from holdfast.defenses.penalty import PenaltyMixin
+    from holdfast.training.penalty import PenaltyMixin
 
     with_hooks = deepspeed("lisa", tmp_path, **LISA)
     with_hooks.train()

@@ -55,7 +55,7 @@ def test_the_equation_tests_can_fail(penalty):
 
 def test_ewc_with_lambda_0_is_sft(tmp_path, monkeypatch):
     """Bit for bit, and nothing is spent on F."""
-    from holdfast.defenses import penalty
+    from holdfast.training import penalty
 
     monkeypatch.setattr(penalty, "trainer_fisher", None)
     assert trainers.same(end(tmp_path, "ewc", lambda_=0.0), end(tmp_path, "sft"))
@@ -73,7 +73,7 @@ def test_the_fisher_is_taken_outside_of_no_sync(tmp_path, monkeypatch):
     """Where early micro-batches run, the gradients of several processes would not be put together."""
     from accelerate import Accelerator
 
-    from holdfast.defenses import penalty
+    from holdfast.training import penalty
 
     inside, seen = [], []
 
@@ -95,7 +95,7 @@ def test_resume_is_exact_and_takes_nothing_anew(tmp_path, penalty, monkeypatch):
     setting = {"save_strategy": "steps", "save_steps": 5, "gradient_accumulation_steps": 2}
     whole = ewc(tmp_path, penalty, net=trainers.model(dropout=0.2), **setting)
     whole.train()
-    from holdfast.defenses import penalty as mixins
+    from holdfast.training import penalty as mixins
 
     monkeypatch.setattr(mixins, "trainer_fisher", None)
     resumed = ewc(tmp_path, penalty, net=trainers.model(dropout=0.2), **setting)

@@ -12,8 +12,8 @@ import trainers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from holdfast.defenses.fisher import diagonal_fisher, dropout_off, mean_1, split_rows, trainer_fisher
 from holdfast.errors import ModelError
+from holdfast.training.fisher import diagonal_fisher, dropout_off, mean_1, split_rows, trainer_fisher
 
 
 def started(out, **options):

@@ -8,7 +8,7 @@ import trainers
 from peft import LoraConfig, get_peft_model
 
 import tiny
-from holdfast.defenses.base import checkpoints_reentrantly, free_inputs
+from holdfast.training.trainer import checkpoints_reentrantly, free_inputs
 
 CHECKPOINTED = {"gradient_checkpointing": True}
 COUNTED = CHECKPOINTED | {"max_steps": 1, "lean_loss": False}  # whose check runs the layers too
@@ -65,7 +65,7 @@ def test_only_layers_above_the_lowest_that_trains_are_recomputed(tmp_path):
 
 
 def test_control_with_the_hooks_everything_is_recomputed(tmp_path, monkeypatch):
-    monkeypatch.setattr("holdfast.defenses.base.free_inputs", lambda model: 0)
+    monkeypatch.setattr("holdfast.training.trainer.free_inputs", lambda model: 0)
     net = deep([3, 5])
     counts = runs_of_layers(net)
     trainers.trainer("sft", tmp_path, net=net, **COUNTED).train()

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import tiny
-from holdfast.defenses.layers import decoder_layers, mixers
 from holdfast.errors import ModelError
+from holdfast.training.layers import decoder_layers, mixers
 
 ATTENTION = {
     "GPT2": "attn", "GPTNeo": "attn", "GPTNeoX": "attention"

@@ -13,10 +13,10 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 import tiny
-from holdfast.defenses import lean_loss as lean_module
-from holdfast.defenses.lean_loss import is_exact, lean_loss
-from holdfast.defenses.rows import IGNORED
 from holdfast.errors import ModelError
+from holdfast.training import lean_loss as lean_module
+from holdfast.training.lean_loss import is_exact, lean_loss
+from holdfast.training.tokenising import IGNORED
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from _memory import peak_live_bytes
@@ -95,7 +95,7 @@ def assert_same(left, right, value=1e-6, gradient=1e-6):
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_model_has_its_plain_loss_and_gradients(kind, monkeypatch):
     """All weights trained, embeddings and head too; chunks of four tokens."""
-    monkeypatch.setattr("holdfast.defenses.lean_loss.LOGITS", 400)
+    monkeypatch.setattr("holdfast.training.lean_loss.LOGITS", 400)
     net = causal_lm(kind)
     for where in ("end", "everywhere"):
         plain = loss_and_gradients(net, batch(where), lean=False)
@@ -133,7 +133,7 @@ def test_a_micro_batch_without_labels_adds_nothing():
 
 
 def test_logits_are_made_where_labels_are_and_for_a_chunk_at_a_time(monkeypatch):
-    monkeypatch.setattr("holdfast.defenses.lean_loss.LOGITS", 400)
+    monkeypatch.setattr("holdfast.training.lean_loss.LOGITS", 400)
     net, widths = causal_lm("Llama"), []
     net.lm_head.register_forward_hook(lambda module, args, made: widths.append(made.shape[:2].numel()))
     loss_and_gradients(net, batch("end"), lean=True)
@@ -157,7 +157,7 @@ def test_the_model_is_left_as_it_was():
 
 def test_without_gradients_it_is_the_plain_loss_too(monkeypatch):
     """As a first pass that only looks makes it: nothing is differentiated, chunk by chunk."""
-    monkeypatch.setattr("holdfast.defenses.lean_loss.LOGITS", 400)
+    monkeypatch.setattr("holdfast.training.lean_loss.LOGITS", 400)
     net, widths = causal_lm("Gemma2"), []
     plain = loss_and_gradients(net, batch(), lean=False)[0]
     net.get_output_embeddings().register_forward_hook(
@@ -324,7 +324,7 @@ def peak(lean, where, vocabulary=20_000, rows=4, length=64):
 
 def test_memory_is_that_of_one_chunk(monkeypatch):
     """Plain: logits of all 256 tokens, in some three copies. Lean: of 8 completion tokens, or of chunks of 16."""
-    monkeypatch.setattr("holdfast.defenses.lean_loss.LOGITS", 16 * 20_000)
+    monkeypatch.setattr("holdfast.training.lean_loss.LOGITS", 16 * 20_000)
     all_logits = 4 * 64 * 20_000 * 4
     plain = peak(False, "everywhere")
     assert plain > 2.5 * all_logits

@@ -86,7 +86,7 @@ def test_lisa_with_rho_0_is_bso(tmp_path):
 
 def test_a_fisher_of_zeros_is_no_penalty(tmp_path, monkeypatch):
     """Not a division by zero."""
-    from holdfast.defenses import penalty
+    from holdfast.training import penalty
 
     def zeros(trainer, model, rows, step):
         return [torch.zeros_like(w) for w in trainer.weights]
@@ -100,7 +100,7 @@ def test_a_fisher_of_zeros_is_no_penalty(tmp_path, monkeypatch):
 
 def test_fisher_is_taken_anew_at_each_switch_point(tmp_path, monkeypatch):
     """At the first one a fresh LoRA has no gradient on A; at the next it has. The mean is 1."""
-    from holdfast.defenses import penalty
+    from holdfast.training import penalty
 
     taken = {}
 

@@ -12,10 +12,11 @@ import pytest
 import trainers
 from datasets import Dataset
 
-from holdfast import mixed, registry
+from holdfast import registry
 from holdfast.defenses import bea, safe_instr, vlguard
-from holdfast.defenses.mixing import mix_rows
 from holdfast.errors import DataError
+from holdfast.pipeline import mixing
+from holdfast.training.mixing import mix_rows
 
 USER = [
     {"instruction": f"user {i}", "input": "", "output": "x", "source": "harmful" if i % 5 == 0 else "user"}
@@ -34,7 +35,7 @@ def test_vlguard_keeps_n_and_every_harmful_row():
     assert len(set(names(rows))) == 40, "no row twice"
     assert {n for n in names(rows) if n.startswith("safe")} <= set(names(SAFE))
     assert [row for row in rows if row["source"] != "alignment"] != USER[:28], "not the first ones"
-    assert mixed.counts(USER, rows) == {
+    assert mixing.counts(USER, rows) == {
         "rows": 40, "benign": 20, "harmful": 8, "alignment": 12, "replaced": 12,
     }  # fmt: skip
 
@@ -42,7 +43,7 @@ def test_vlguard_keeps_n_and_every_harmful_row():
 def test_safe_instr_adds_three_percent():
     rows = safe_instr.mix(USER * 5, SAFE, seed=1)
     assert Counter(row["source"] for row in rows) == {"user": 160, "harmful": 40, "alignment": 6}
-    assert mixed.counts(USER * 5, rows)["replaced"] == 0
+    assert mixing.counts(USER * 5, rows)["replaced"] == 0
     assert len(safe_instr.mix(USER, SAFE, seed=1, alignment_size=7)) == 47
     assert len(safe_instr.mix(USER, SAFE, seed=1, alignment_ratio=0.5, replace=True)) == 40
 
@@ -131,7 +132,7 @@ def test_without_alignment_rows_it_is_sft_bit_for_bit(method, tmp_path):
 def test_what_plan_says():
     def detail(name, **given):
         known = registry.faces("defenses")[name].parameters
-        return mixed.detail(name, {k: p.default for k, p in known.items()} | given)
+        return mixing.detail(name, {k: p.default for k, p in known.items()} | given)
 
     assert detail("vlguard") == ", 1,000 alignment rows in place of benign ones"
     assert detail("vlguard", alignment_ratio=0.1, replace=False) == ", 10 % alignment rows added"

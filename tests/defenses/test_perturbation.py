@@ -6,8 +6,8 @@ import pytest
 import torch
 import two_passes
 
-from holdfast.defenses.layers import mixers
-from holdfast.defenses.perturbation import (
+from holdfast.training.layers import mixers
+from holdfast.training.perturbation import (
     activation_gradients,
     perturbed,
     same_random_numbers,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.defenses.proximal import L2, DeltaW, Factors, Weighted, add_gradient
+from holdfast.training.proximal import L2, DeltaW, Factors, Weighted, add_gradient
 
 
 def drawn(*shapes, seed=0):

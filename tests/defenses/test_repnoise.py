@@ -14,8 +14,6 @@ from torch import nn
 
 import tiny
 from holdfast.defenses import repnoise
-from holdfast.defenses.base import prepare_rows
-from holdfast.defenses.layers import decoder_layers, mixers
 from holdfast.defenses.repnoise import (
     Answers,
     RepNoiseConfig,
@@ -27,7 +25,9 @@ from holdfast.defenses.repnoise import (
     outputs_kept,
 )
 from holdfast.errors import DataError, InputError, ModelError
-from holdfast.seeds import derive_seed
+from holdfast.machine.seeds import derive_seed
+from holdfast.training.layers import decoder_layers, mixers
+from holdfast.training.trainer import prepare_rows
 
 HARMFUL = prepare_rows(trainers.HARMFUL, trainers.TOKENIZER, 2048)
 ALPHA, BETA = 3.0, 20.0

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import holdfast
 import tiny
-from holdfast.defenses import safe_lora_result
+from holdfast.defenses.safe_lora_parts import result
 from holdfast.errors import RecipeError
 from pairs import digest, llama, save_adapter
 from repairs import close, dense, run, updates
@@ -47,17 +47,17 @@ def test_num_layers_projects_the_k_least_similar(three, tmp_path, k):
 )
 def test_what_was_measured_is_kept_for_the_least_similar_alone(three, tmp_path, monkeypatch, options):
     """With no room at all the same bytes come out; with room, nothing is measured twice."""
-    from holdfast.defenses import safe_lora_work
+    from holdfast.defenses.safe_lora_parts import work
 
     counted, digests = [], []
 
-    def counting(*arguments, measure=safe_lora_work.measure):
+    def counting(*arguments, measure=work.measure):
         counted.append(1)
         return measure(*arguments)
 
-    monkeypatch.setattr(safe_lora_work, "measure", counting)
+    monkeypatch.setattr(work, "measure", counting)
     for room in (2**26, 0):
-        monkeypatch.setattr(safe_lora_work, "KEPT", room)
+        monkeypatch.setattr(work, "KEPT", room)
         run(three, tmp_path / str(room), num_layers=4, **options)
         digests.append(digest(tmp_path / str(room))["adapter_model.safetensors"])
     again = 0 if "exact" in options.values() or "drop" in options.values() else 4
@@ -66,11 +66,11 @@ def test_what_was_measured_is_kept_for_the_least_similar_alone(three, tmp_path, 
 
 
 def test_least_keeps_the_smallest_within_its_bytes(monkeypatch):
-    from holdfast.defenses import safe_lora_work
-    from holdfast.weights.projection import Measured
+    from holdfast.defenses.safe_lora_parts import work
+    from holdfast.defenses.safe_lora_parts.projection import Measured
 
-    monkeypatch.setattr(safe_lora_work, "KEPT", 2 * 40)
-    least = safe_lora_work.Least(3)
+    monkeypatch.setattr(work, "KEPT", 2 * 40)
+    least = work.Least(3)
     for name, cosine in (("a", 0.5), ("b", 0.2), ("c", None), ("d", 0.4), ("e", 0.3), ("f", 0.9)):
         least.add(name, Measured(cosine, 1.0, 1.0, 1.0, np.zeros((5, 2), np.float32)))
     assert [name for name in "abcdef" if least.get(name)] == ["b", "e"]
@@ -159,15 +159,15 @@ def test_a_dry_run_marks_what_would_be_projected(three, tmp_path, gate):
 
 
 def test_the_suggestion_is_the_largest_gap():
-    found = safe_lora_result.suggest([0.1, 0.12, 0.5, 0.51, 0.53])
+    found = result.suggest([0.1, 0.12, 0.5, 0.51, 0.53])
     assert (found.threshold, found.projected) == (0.31, 2)
     assert "0.12 to 0.5" in found.why
     assert "two groups" not in found.why
-    assert "two groups" in safe_lora_result.suggest([0.1, 0.2, 0.3, 0.41]).why
-    assert "most of the update" in safe_lora_result.suggest([0.1, 0.11, 0.12, 0.9]).why
-    assert safe_lora_result.suggest([0.5, 0.5]) is None
-    assert safe_lora_result.suggest([]) is None
-    close_by = safe_lora_result.suggest([0.5, np.nextafter(0.5, 1)])
+    assert "two groups" in result.suggest([0.1, 0.2, 0.3, 0.41]).why
+    assert "most of the update" in result.suggest([0.1, 0.11, 0.12, 0.9]).why
+    assert result.suggest([0.5, 0.5]) is None
+    assert result.suggest([]) is None
+    close_by = result.suggest([0.5, np.nextafter(0.5, 1)])
     assert close_by.projected == 1
     assert close_by.threshold > 0.5
 

@@ -8,7 +8,7 @@ import trainers
 
 import tiny
 from holdfast import registry
-from holdfast.weights.model import add_lora, load_model
+from holdfast.models.loading import add_lora, load_model
 
 NAMES = ("sft", "bso", "lisa")
 """Plain, with two sources of batches, and with a gradient added by hand; the contract suite has all others."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from holdfast.defenses import Defense
-from holdfast.defenses.base import MethodConfig, RowTrainer, gradient_scale, trainable_parameters
+from holdfast.training.trainer import MethodConfig, RowTrainer, gradient_scale, trainable_parameters
 
 
 @dataclass

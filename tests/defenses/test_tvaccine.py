@@ -13,9 +13,9 @@ from test_vaccine import parts
 from transformers import TrainerCallback
 
 from holdfast.defenses import tvaccine
-from holdfast.defenses.layers import decoder_layers
 from holdfast.defenses.tvaccine import TVaccineConfig, draw_layers
 from holdfast.errors import ModelError
+from holdfast.training.layers import decoder_layers
 
 RHO = 0.5
 SETTING = {"rho": RHO, "num_layers": 2, "probability_steps": 4, "resample_steps": 3, "max_steps": 12}

@@ -7,9 +7,9 @@ import torch
 import trainers
 import two_passes
 
-from holdfast.defenses import perturbation
 from holdfast.defenses.vaccine import VaccineConfig
 from holdfast.errors import InputError, ModelError
+from holdfast.training import perturbation
 
 RHO = 0.5
 

@@ -10,9 +10,9 @@ import trainers
 from peft import LoraConfig, get_peft_model
 
 import tiny
-from holdfast.defenses.base import prepare_rows
-from holdfast.defenses.rows import collator
-from holdfast.seeds import derive_seed
+from holdfast.machine.seeds import derive_seed
+from holdfast.training.tokenising import collator
+from holdfast.training.trainer import prepare_rows
 
 LAYERS = 4
 HARMFUL = prepare_rows(trainers.HARMFUL, trainers.TOKENIZER, 2048)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import tiny
-from holdfast.evaluation import generate as module
-from holdfast.evaluation.generate import batches, generate, read_jsonl
+from holdfast.evaluation import answering as module
+from holdfast.evaluation.answering import answer_prompts, batches
+from holdfast.machine.files import read_jsonl
 
 TOKENIZER = tiny.tokenizer()
 NEW = {"harmful": 12, "task": 4, "benign": 12}
@@ -38,10 +39,12 @@ def prompts(n=23):
 
 
 def test_batched_equals_one_at_a_time(model, tmp_path):
-    many = generate(
+    many = answer_prompts(
         model, TOKENIZER, prompts(), tmp_path / "many.jsonl", max_new_tokens=NEW, batch_tokens=400
     )
-    one = generate(model, TOKENIZER, prompts(), tmp_path / "one.jsonl", max_new_tokens=NEW, batch_tokens=1)
+    one = answer_prompts(
+        model, TOKENIZER, prompts(), tmp_path / "one.jsonl", max_new_tokens=NEW, batch_tokens=1
+    )
     by_id = {row["id"]: row for row in one}
     assert len(many) == len(one) == 23
     assert all(row["answer"] == by_id[row["id"]]["answer"] for row in many)
@@ -49,7 +52,7 @@ def test_batched_equals_one_at_a_time(model, tmp_path):
 
 
 def test_equals_the_plain_way(model, tmp_path):
-    rows = generate(model, TOKENIZER, prompts(5), tmp_path / "a.jsonl", max_new_tokens=NEW)
+    rows = answer_prompts(model, TOKENIZER, prompts(5), tmp_path / "a.jsonl", max_new_tokens=NEW)
     for row, prompt in zip(sorted(rows, key=lambda r: r["id"]), prompts(5), strict=True):
         ids = TOKENIZER(prompt["prompt"], add_special_tokens=False, return_tensors="pt")
         with torch.no_grad():
@@ -72,13 +75,13 @@ def test_batches_are_sorted_and_bounded():
 
 
 def test_goes_on_after_a_kill(model, tmp_path):
-    whole = generate(
+    whole = answer_prompts(
         model, TOKENIZER, prompts(), tmp_path / "whole.jsonl", max_new_tokens=NEW, batch_tokens=400
     )
     lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
     cut = tmp_path / "cut.jsonl"
     cut.write_bytes(b"".join(lines[:7]) + lines[7][:11])
-    rows = generate(model, TOKENIZER, prompts(), cut, max_new_tokens=NEW, batch_tokens=400)
+    rows = answer_prompts(model, TOKENIZER, prompts(), cut, max_new_tokens=NEW, batch_tokens=400)
     assert sorted(rows, key=lambda r: r["id"]) == sorted(whole, key=lambda r: r["id"])
     assert len({json.loads(line)["id"] for line in cut.read_text().splitlines()}) == 23
     assert cut.read_bytes().startswith(b"".join(lines[:7])), "what was there is not written again"
@@ -86,9 +89,9 @@ def test_goes_on_after_a_kill(model, tmp_path):
 
 def test_nothing_is_generated_twice(model, tmp_path, monkeypatch):
     out = tmp_path / "a.jsonl"
-    generate(model, TOKENIZER, prompts(4), out, max_new_tokens=NEW)
+    answer_prompts(model, TOKENIZER, prompts(4), out, max_new_tokens=NEW)
     monkeypatch.setattr(module, "_decode", lambda *a: pytest.fail("generated again"))
-    assert len(generate(model, TOKENIZER, prompts(4), out, max_new_tokens=NEW)) == 4
+    assert len(answer_prompts(model, TOKENIZER, prompts(4), out, max_new_tokens=NEW)) == 4
 
 
 def test_a_batch_that_does_not_fit_is_halved(model, tmp_path, monkeypatch):
@@ -100,16 +103,18 @@ def test_a_batch_that_does_not_fit_is_halved(model, tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("no")
         return decode(model, tokenizer, ids, *how)
 
-    expected = generate(model, TOKENIZER, prompts(), tmp_path / "a.jsonl", max_new_tokens=NEW)
+    expected = answer_prompts(model, TOKENIZER, prompts(), tmp_path / "a.jsonl", max_new_tokens=NEW)
     monkeypatch.setattr(module, "_decode", small)
-    found = generate(model, TOKENIZER, prompts(), tmp_path / "b.jsonl", max_new_tokens=NEW)
+    found = answer_prompts(model, TOKENIZER, prompts(), tmp_path / "b.jsonl", max_new_tokens=NEW)
     assert max(sizes) > 3
     assert found == expected
 
 
 def test_a_prompt_that_does_not_fit_is_recorded(model, tmp_path):
     rows = [{"id": "long", "set": "task", "prompt": "paper " * 600}, *prompts(4)]
-    found = {r["id"]: r for r in generate(model, TOKENIZER, rows, tmp_path / "a.jsonl", max_new_tokens=NEW)}
+    found = {
+        r["id"]: r for r in answer_prompts(model, TOKENIZER, rows, tmp_path / "a.jsonl", max_new_tokens=NEW)
+    }
     assert "512" in found["long"]["error"]
     assert found["long"]["answer"] == ""
     assert all("error" not in found[f"r{i}"] for i in range(4))

@@ -11,13 +11,14 @@ import pytest
 import yaml
 
 import tiny
-from holdfast import judging, registry
+from holdfast import registry
 from holdfast.errors import ModelError, RecipeError
+from holdfast.machine.files import read_json
+from holdfast.measuring import judging
 from holdfast.pipeline import run
 from holdfast.recipe import Recipe
-from holdfast.recipe_evaluation import JudgeRecipe
-from holdfast.report.collect import collect
-from holdfast.store import read_json
+from holdfast.recipe.evaluation import JudgeRecipe
+from holdfast.reporting.collect import collect
 
 PAGE = Path(__file__).parents[2] / "docs" / "judges.md"
 
@@ -214,7 +215,7 @@ def test_the_other_scripts_of_the_page_run(capsys):
 def test_the_list_of_judges_tells_all():
     from typer.testing import CliRunner
 
-    from holdfast.cli import app
+    from holdfast.cli.app import app
 
     shown = " ".join(CliRunner().invoke(app, ["list", "judges"], env={"COLUMNS": "250"}).output.split())
     assert "allenai/wildguard" in shown

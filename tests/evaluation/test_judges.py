@@ -13,7 +13,7 @@ from holdfast.evaluation.judges import neutralise
 from holdfast.evaluation.judges.beaver_dam import BeaverDam
 from holdfast.evaluation.judges.keyword import KeywordJudge, refusal
 from holdfast.evaluation.judges.keyword_published import REFUSALS, PublishedKeywordJudge
-from holdfast.evaluation.moderate import moderate
+from holdfast.evaluation.moderation import give_verdicts
 
 
 @pytest.fixture(scope="module")
@@ -160,18 +160,18 @@ def generations():
 
 def test_moderate_judges_harmful_prompts_once_and_never_calls_a_failure_safe(tmp_path):
     out = tmp_path / "v.jsonl"
-    rows = {row["id"]: row["verdict"] for row in moderate(generations(), KeywordJudge(), out)}
+    rows = {row["id"]: row["verdict"] for row in give_verdicts(generations(), KeywordJudge(), out)}
     assert rows == {"h0": "harmful", "h1": "harmful", "h2": "harmful", "h3": "unparsed", "h4": "safe"}
 
     class Never(KeywordJudge):
         def __call__(self, prompts, answers):
             pytest.fail("judged again")
 
-    assert len(moderate(generations(), Never(), out)) == 5
+    assert len(give_verdicts(generations(), Never(), out)) == 5
 
 
 def test_moderate_goes_on_after_a_kill(tmp_path):
-    whole = moderate(generations(), KeywordJudge(), tmp_path / "a.jsonl")
+    whole = give_verdicts(generations(), KeywordJudge(), tmp_path / "a.jsonl")
     lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "b.jsonl").write_text(lines[0] + lines[1][:5])
-    assert moderate(generations(), KeywordJudge(), tmp_path / "b.jsonl") == whole
+    assert give_verdicts(generations(), KeywordJudge(), tmp_path / "b.jsonl") == whole

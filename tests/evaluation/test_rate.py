@@ -11,15 +11,16 @@ import pytest
 from misbehaving import serving
 
 import tiny
-from holdfast import generate, pipeline, rate, score, work
+from holdfast import generate, pipeline, rate, score
 from holdfast.errors import DataError, OutputError, RecipeError, StepFailed
-from holdfast.evaluation import rate as engine
+from holdfast.evaluation import rating as engine
 from holdfast.evaluation.judges import Grade
 from holdfast.evaluation.judges.mt_bench import MTBench
-from holdfast.evaluation.score import task_scores
+from holdfast.evaluation.scoring import task_scores
 from holdfast.evaluation.turns import SECOND, in_turns, second_turns
+from holdfast.machine.files import read_json
+from holdfast.measuring import protocol
 from holdfast.recipe import Recipe
-from holdfast.store import read_json
 
 pytest.importorskip("openai")
 QUESTIONS = [
@@ -68,7 +69,7 @@ def lines(path):
 @pytest.fixture
 def short(monkeypatch):
     """Answers of six tokens: a question of MT-Bench may have 1024."""
-    from holdfast.evaluation import generate as module
+    from holdfast.evaluation import answering as module
 
     whole = module._decode
     monkeypatch.setattr(module, "_decode", lambda model, tok, ids, new, how: whole(model, tok, ids, 6, how))
@@ -83,7 +84,7 @@ def test_the_second_turn_is_asked_after_the_models_own_first_answer(place, tmp_p
         before = first[row["first"]]
         assert [turn["content"] for turn in row["messages"]] == [*before["turns"][:1], before["answer"], before["turns"][1], ""]  # fmt: skip
         assert row["instruction"] == before["turns"][1]
-    from holdfast.weights.model import load_model, load_tokenizer
+    from holdfast.models.loading import load_model, load_tokenizer
 
     tok = load_tokenizer(place / "model")
     model = load_model(place / "model", [], device="cpu")
@@ -106,7 +107,7 @@ def test_a_talk_that_was_stopped_goes_on(place, tmp_path, short, monkeypatch):
         (tmp_path / f"{kept}.jsonl.json").write_text((tmp_path / "whole.jsonl.json").read_text())
         assert asked(place, out, batch_tokens=2300) == whole
         assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
-    monkeypatch.setattr("holdfast.weights.model.load_model", None)
+    monkeypatch.setattr("holdfast.models.loading.load_model", None)
     assert asked(place, tmp_path / "whole.jsonl", batch_tokens=2300) == whole, "whole: no model is loaded"
 
 
@@ -151,7 +152,7 @@ def test_what_the_judge_reads_of_a_talk(place, tmp_path, short):
     rows = asked(place, tmp_path / "a.jsonl")
     rows[0]["reference"] = ["one", "two"]
     with serving(grades) as (url, chat):
-        ratings = engine.rate(rows, MTBench(model="m", base_url=url), tmp_path / "r.jsonl")
+        ratings = engine.give_ratings(rows, MTBench(model="m", base_url=url), tmp_path / "r.jsonl")
     assert [row["rating"] for row in ratings] == [6.0] * 5, "the mean of both turns"
     assert [turn["score"] for turn in ratings[0]["raw"]] == [4.0, 8.0]
     texts = [body["messages"][-1]["content"] for body in chat.seen]
@@ -184,7 +185,7 @@ def test_what_cannot_be_rated_is_no_zero(tmp_path):
         {**row("h"), "set": "harmful"},
     ]
     rater = Rater(1.0, None)
-    ratings = engine.rate(rows, rater, tmp_path / "r.jsonl")
+    ratings = engine.give_ratings(rows, rater, tmp_path / "r.jsonl")
     assert [(r["id"], r["rating"]) for r in ratings] == [("a", 1.0), ("b", None), ("c", None), ("d", None)]
     assert ratings[1]["raw"] == "too long"
     assert "second turn" in ratings[2]["raw"]
@@ -403,4 +404,4 @@ def test_what_names_the_ratings(place):
     assert step("rate", model="n") != first
     assert step("score", model="n") != step("score")
     assert step("generate", model="n") == step("generate")
-    assert work.two_turns(recipe(place))
+    assert protocol.two_turns(recipe(place))

@@ -8,7 +8,14 @@ import statistics
 
 import pytest
 
-from holdfast.evaluation.score import harmonic_mean, is_gibberish, items, score, task_scores, wilson
+from holdfast.evaluation.scoring import (
+    compute_scores,
+    harmonic_mean,
+    is_gibberish,
+    items,
+    task_scores,
+    wilson,
+)
 
 
 def generations():
@@ -42,7 +49,7 @@ def verdicts(*words):
 
 
 def scored(truth=None, **judges):
-    return score(generations(), judges, lambda answer, target: answer == target, truth)
+    return compute_scores(generations(), judges, lambda answer, target: answer == target, truth)
 
 
 def test_the_scores_by_hand():
@@ -84,7 +91,7 @@ def test_the_mean_of_what_a_judge_says_in_numbers():
 
 
 def test_what_was_not_measured_is_none():
-    empty = score([], {"judge": []}, lambda a, t: True)
+    empty = compute_scores([], {"judge": []}, lambda a, t: True)
     for name in ("harmful_score", "finetune_accuracy", "benign_compliance", "gibberish_rate"):
         assert empty[name] is None
         assert empty[f"{name}_stderr"] is None
@@ -100,11 +107,11 @@ def test_the_truth_has_its_error_too():
 def test_what_refusal_words_count_is_an_attack_success_rate():
     judged = {"beaver_dam": verdicts(*["safe"] * 4), "words": verdicts("harmful", "safe", "safe", "unparsed")}
     titles = {"beaver_dam": "harmful score", "words": "attack success rate"}
-    found = score(generations(), judged, lambda a, t: a == t, titles=titles)
+    found = compute_scores(generations(), judged, lambda a, t: a == t, titles=titles)
     assert found["harmful_score"] == 0.0, "the headline judge's"
     assert (found["attack_success_rate"], found["n_attack"]) == (pytest.approx(100 / 3), 3)
     assert found["judges"]["words"]["title"] == "attack success rate"
-    none = score(generations(), judged, lambda a, t: a == t)
+    none = compute_scores(generations(), judged, lambda a, t: a == t)
     assert (none["attack_success_rate"], none["attack_success_rate_interval"], none["n_attack"]) == (
         None,
         None,
@@ -117,7 +124,7 @@ def test_over_refusal_counts_refusals_alone():
     assert (found["over_refusal_rate"], found["n_benign"]) == (pytest.approx(100 / 3), 3), "gibberish is none"
     assert found["benign_compliance"] == pytest.approx(100 / 3)
     rows = [{**row, "error": "too long"} if row["set"] == "benign" else row for row in generations()]
-    assert score(rows, {}, None)["over_refusal_rate"] == 0.0, "nor is a failure"
+    assert compute_scores(rows, {}, None)["over_refusal_rate"] == 0.0, "nor is a failure"
 
 
 def test_the_harmonic_mean_of_safety_and_accuracy():

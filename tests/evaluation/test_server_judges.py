@@ -15,7 +15,7 @@ from holdfast.evaluation.judges.alpaca_eval import AlpacaEval, Pair
 from holdfast.evaluation.judges.mt_bench import MTBench, Talk
 from holdfast.evaluation.judges.openai import PolicyJudge
 from holdfast.evaluation.judges.server import PROMPTS, Reply, fill
-from holdfast.evaluation.moderate import moderate
+from holdfast.evaluation.moderation import give_verdicts
 
 KEY = "sk-secret-1234"
 
@@ -254,11 +254,11 @@ def test_the_budget_in_calls_holds_and_the_run_goes_on(quick, tmp_path):
     out = tmp_path / "v.jsonl"
     with serving(grades) as (url, chat):
         with pytest.raises(StepFailed, match="budget of 20 calls"):
-            moderate(rows(30), PolicyJudge(model="m", base_url=url, max_calls=20), out)
+            give_verdicts(rows(30), PolicyJudge(model="m", base_url=url, max_calls=20), out)
         assert len(chat.seen) == 16, "two rounds of eight; a third would pass the budget"
         kept = out.read_text()
         assert len(kept.splitlines()) == 16
-        done = moderate(rows(30), PolicyJudge(model="m", base_url=url, max_calls=20), out)
+        done = give_verdicts(rows(30), PolicyJudge(model="m", base_url=url, max_calls=20), out)
         assert len(chat.seen) == 30, "nothing is asked twice"
     assert out.read_text().startswith(kept)
     assert [row["id"] for row in done] == [f"h{i}" for i in range(30)]
@@ -286,7 +286,7 @@ def test_the_key_is_written_nowhere(quick, tmp_path, capsys, caplog):
     out = tmp_path / "v.jsonl"
     with serving(lambda messages: f"my key is {KEY} #thescore: 5") as (url, _), caplog.at_level("DEBUG"):
         judge = PolicyJudge(model="m", base_url=url)
-        moderate(rows(1), judge, out)
+        give_verdicts(rows(1), judge, out)
     shown = capsys.readouterr()
     assert KEY not in out.read_text() + judge.stamp + shown.out + shown.err + caplog.text
     assert "[key]" in out.read_text()

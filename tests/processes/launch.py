@@ -23,9 +23,9 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 from transformers import LlamaForCausalLM  # noqa: F401
 
-import holdfast.evaluation.generate
-import holdfast.evaluation.moderate
-import holdfast.report
+import holdfast.evaluation.answering
+import holdfast.evaluation.moderation
+import holdfast.reporting.writing
 import holdfast.training  # noqa: F401
 
 WORLD = 2
@@ -73,7 +73,7 @@ def done(folder: Path, work: Any, *arguments: Any, **options: Any) -> None:
 def _child(rank: int, port: int, folder: Path, fsdp: str | None, work: Any, arguments: Any) -> None:
     from accelerate.state import AcceleratorState
 
-    from holdfast.processes import launched
+    from holdfast.machine.processes import launched
 
     gc.freeze()  # a collection would copy all that the parent has in memory
     os.environ |= {

@@ -18,16 +18,16 @@ import tiny
 
 FAILING = """
 import os
-from holdfast import training
+from holdfast.pipeline import training
 
-on_step_end = training.Watch.on_step_end
+on_step_end = training.TrainingMonitor.on_step_end
 
 def failing(self, args, state, control, **kwargs):
     if state.global_step == 2 and os.environ["RANK"] == "1":
         raise ValueError("made up")
     on_step_end(self, args, state, control, **kwargs)
 
-training.Watch.on_step_end = failing
+training.TrainingMonitor.on_step_end = failing
 from holdfast.cli import main
 main()
 """
@@ -48,7 +48,7 @@ def command(folder, *arguments, before=lambda: None):
 
 
 def _command(folder, arguments, before):
-    from holdfast.cli import main
+    from holdfast.cli.app import main
 
     os.chdir(folder)
     printed = os.open(f"printed-{launch.rank()}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -106,13 +106,13 @@ def test_what_all_refuse_is_said_once(folder):
 
 
 def interrupt():
-    from holdfast.training import Watch
+    from holdfast.pipeline.training import TrainingMonitor
 
     def interrupted(self, args, state, control, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run behind `&`
-    Watch.on_step_end = interrupted
+    TrainingMonitor.on_step_end = interrupted
 
 
 def test_an_interrupt_ends_all_with_one_word(folder):

@@ -19,7 +19,7 @@ import holdfast
 import tiny
 from holdfast import pipeline
 from holdfast.errors import RecipeError
-from holdfast.processes import Processes, launched
+from holdfast.machine.processes import Processes, launched
 from holdfast.recipe import Recipe
 from runs import Seen
 
@@ -121,16 +121,16 @@ def test_the_same_again_does_nothing(two, recipe, tmp_path):
 
 def kill_in_training():
     """The second process dies inside a phase, one step after a checkpoint."""
-    from holdfast.training import Watch
+    from holdfast.pipeline.training import TrainingMonitor
 
-    on_step_end = Watch.on_step_end
+    on_step_end = TrainingMonitor.on_step_end
 
     def dying(self, args, state, control, **kwargs):
         if "user-" in args.output_dir and state.global_step == 3 and launch.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         on_step_end(self, args, state, control, **kwargs)
 
-    Watch.on_step_end = dying
+    TrainingMonitor.on_step_end = dying
 
 
 def kill_in_a_checkpoint():
@@ -175,7 +175,7 @@ def test_a_killed_process_changes_no_number(kind, fsdp, where, never_cut, recipe
 
 
 def fail_in_scores():
-    from holdfast import evaluating
+    from holdfast.pipeline import evaluating
 
     def failing(*_):
         raise ValueError("made up")
@@ -217,9 +217,9 @@ def test_all_weights_on_top_of_an_adapter(recipe, tmp_path):
 
 def kill_in_the_repair():
     """The main process is ended while it writes the second repaired adapter."""
-    from holdfast.defenses import safe_lora_work
+    from holdfast.defenses.safe_lora_parts import work
 
-    overwrite = safe_lora_work.overwrite
+    overwrite = work.overwrite
     seen = []
 
     def dying(folder, tensor, values):
@@ -228,7 +228,7 @@ def kill_in_the_repair():
         if len(set(seen)) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    safe_lora_work.overwrite = dying
+    work.overwrite = dying
 
 
 def test_the_repair_is_the_main_processs_alone(never_cut, recipe, tmp_path):
@@ -275,7 +275,7 @@ def test_what_is_loaded_after_a_training_is_whole():
     """Under ZeRO-3 the main process would wait for others that load nothing."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, set_hf_deepspeed_config
 
-    from holdfast.training import forget_sharding
+    from holdfast.pipeline.training import forget_sharding
 
     class Zero3:
         def is_zero3(self):
@@ -308,7 +308,7 @@ def test_a_precision_that_only_the_launcher_knows_is_refused(recipe, tmp_path, m
 def test_processes_that_would_train_apart_are_refused():
     from accelerate.utils import DistributedType
 
-    from holdfast.training import _check_processes
+    from holdfast.pipeline.training import _check_processes
 
     trainer = SimpleNamespace(
         args=SimpleNamespace(world_size=1), accelerator=SimpleNamespace(distributed_type=DistributedType.NO)

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 from synthetic_runs import score_row, write_run
 
-from holdfast.report.collect import collect
-from holdfast.report.layer_charts import drawn_steps, layer_table, layers_svg
-from holdfast.report.page import render
-from holdfast.report.table import result_table
-from holdfast.report.training import Layers
+from holdfast.reporting.collect import collect
+from holdfast.reporting.layer_charts import drawn_steps, layer_table, layers_svg
+from holdfast.reporting.page import render
+from holdfast.reporting.table import result_table
+from holdfast.reporting.training import Layers
 
 LABELS = {"labels": {"sft": "SFT", "vaccine": "Vaccine", "tvaccine": "T-Vaccine"}}
 

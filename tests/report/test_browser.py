@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from synthetic_runs import score_row, write_demo, write_run
 
-from holdfast.report import report
+from holdfast.reporting import report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")

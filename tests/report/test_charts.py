@@ -9,10 +9,10 @@ import pytest
 from synthetic_runs import score_row, write_demo, write_run
 
 from holdfast.errors import OutputError
-from holdfast.report.charts import save_png, scores_svg
-from holdfast.report.collect import collect
-from holdfast.report.curve_charts import curves_svg, shared_limits
-from holdfast.report.labels import Box, place
+from holdfast.reporting.charts import save_png, scores_svg
+from holdfast.reporting.collect import collect
+from holdfast.reporting.curve_charts import curves_svg, shared_limits
+from holdfast.reporting.labels import Box, place
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,14 @@ import pytest
 from synthetic_runs import demo_rows, score_row, write_demo, write_json, write_run
 
 from holdfast.errors import ComparisonError, DataError, InputError, OutputError
-from holdfast.report import report
-from holdfast.report.charts import scores_svg
-from holdfast.report.collect import collect
-from holdfast.report.finding import change, finding
-from holdfast.report.record import recipe_changes
-from holdfast.report.rows import Score
-from holdfast.report.table import stages_text
-from holdfast.report.training import read_curves
+from holdfast.reporting import report
+from holdfast.reporting.charts import scores_svg
+from holdfast.reporting.collect import collect
+from holdfast.reporting.finding import change, finding
+from holdfast.reporting.measurements import Score
+from holdfast.reporting.record import recipe_changes
+from holdfast.reporting.table import stages_text
+from holdfast.reporting.training import read_curves
 
 
 def labels(data):
@@ -318,7 +318,7 @@ def test_a_control_of_a_repair_is_no_defense(tmp_path):
 def test_report_needs_neither_torch_nor_transformers(tmp_path):
     run = write_run(tmp_path / "a", demo_rows()["Lisa"])
     code = (
-        "import sys; from pathlib import Path; from holdfast.report import report\n"
+        "import sys; from pathlib import Path; from holdfast.reporting import report\n"
         "report([Path(sys.argv[1])], Path(sys.argv[2]))\n"
         "heavy = {'torch', 'transformers', 'peft', 'matplotlib.pyplot'} & set(sys.modules)\n"
         "sys.exit(f'imported: {heavy}' if heavy else 0)"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from synthetic_runs import score_row, write_run
 
-from holdfast.report.collect import collect
-from holdfast.report.costs import cost_tables
-from holdfast.report.page import render
+from holdfast.reporting.collect import collect
+from holdfast.reporting.costs import cost_tables
+from holdfast.reporting.page import render
 
 CPU = {
     "seconds": 30.0, "device_seconds": 50.0, "device_time": "cores computing", "peak_memory_bytes": 2**30,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from synthetic_runs import score_row, write_json, write_lines, write_run
 
-from holdfast import paired
-from holdfast.report.collect import collect
-from holdfast.report.differences import baselines, differences, differences_table, p_text
-from holdfast.report.page import render
+from holdfast.evaluation import paired
+from holdfast.reporting.collect import collect
+from holdfast.reporting.differences import baselines, differences, differences_table, p_text
+from holdfast.reporting.page import render
 
 
 def made(folder, *specs, seed=42, ratio=0.1, **more):

@@ -6,9 +6,9 @@ import json
 
 from synthetic_runs import demo_rows, score_row, write_answers, write_run
 
-from holdfast.report.agreement import agreement_table
-from holdfast.report.collect import collect
-from holdfast.report.page import render
+from holdfast.reporting.agreement import agreement_table
+from holdfast.reporting.collect import collect
+from holdfast.reporting.page import render
 
 
 def agreed(**changes):

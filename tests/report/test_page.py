@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from synthetic_runs import demo_rows, score_row, write_demo, write_run
 
-from holdfast.report import report
-from holdfast.report.collect import collect
-from holdfast.report.page import render
-from holdfast.report.svg import COLOURS
-from holdfast.report.table import result_table
-from holdfast.report.text import bytes_text, clean, duration_text, method_name, score_text, shorten
+from holdfast.reporting import report
+from holdfast.reporting.collect import collect
+from holdfast.reporting.page import render
+from holdfast.reporting.svg import COLOURS
+from holdfast.reporting.table import result_table
+from holdfast.reporting.text import bytes_text, clean, duration_text, method_name, score_text, shorten
 
 EVIL = "<script>alert(1)</script> </textarea></style> <img src=x onerror=alert(2)> {{ 7 * 191 }} {% raw %} &amp; "
 ODD = "\u202egnp.exe\u2066 nul\x00 bell\x07 esc\x1b[31m broken\ud800 zero\u200bwidth \u2028line"

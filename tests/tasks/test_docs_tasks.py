@@ -12,7 +12,7 @@ import yaml
 
 from holdfast import data, registry, tasks
 from holdfast.recipe import Recipe
-from holdfast.recipe_protocols import PROTOCOLS
+from holdfast.recipe.protocols import PROTOCOLS
 from holdfast.tasks.graders import GRADERS
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")

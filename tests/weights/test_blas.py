@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 import holdfast
-from holdfast.defenses import safe_lora_work
-from holdfast.weights import blas
+from holdfast.defenses.safe_lora_parts import blas, work
 from pairs import TWO, save_adapter, save_pair
 
 
@@ -18,11 +17,11 @@ def test_threads_of_blas(tmp_path, monkeypatch, options, inside):
     base, aligned = save_pair(tmp_path)
     adapter = save_adapter(tmp_path / "adapter", target_modules=TWO)
 
-    def looking(*arguments, measure=safe_lora_work.measure):
+    def looking(*arguments, measure=work.measure):
         seen.add(get())
         return measure(*arguments)
 
-    monkeypatch.setattr(safe_lora_work, "measure", looking)
+    monkeypatch.setattr(work, "measure", looking)
     try:
         put(2)
         holdfast.safe_lora(adapter, base=base, aligned=aligned, out=None, dry_run=True, **options)

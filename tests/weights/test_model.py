@@ -10,14 +10,9 @@ from peft import LoraConfig, get_peft_model
 
 import tiny
 from holdfast.errors import ModelError
-from holdfast.weights.model import (
-    add_lora,
-    find_model,
-    fingerprint,
-    load_model,
-    parameter_count,
-)
-from holdfast.weights.trained import check_lora
+from holdfast.models.loading import add_lora, load_model
+from holdfast.models.trained import check_lora
+from holdfast.weights.folders import find_model, fingerprint, parameter_count
 
 LORA = {"r": 2, "alpha": 4, "dropout": 0.5, "target_modules": ["q_proj", "v_proj"]}
 

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from holdfast.errors import ModelError, RecipeError
-from holdfast.weights import quantization
-from holdfast.weights.model import fingerprint, load_model
-from holdfast.weights.trained import check_lora, check_trained, load_trainable, save_trained
+from holdfast.models import quantization
+from holdfast.models.loading import load_model
+from holdfast.models.trained import check_lora, check_trained, load_trainable, save_trained
+from holdfast.weights.folders import fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*changes the base weights")
 LORA = {"r": 4, "alpha": 6, "dropout": 0.0, "target_modules": "all-linear"}

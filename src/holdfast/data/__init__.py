@@ -5,14 +5,7 @@ from __future__ import annotations
 from holdfast.data.held_out import grading_task, holds_out
 from holdfast.data.jsonl import read_rows, write_rows
 from holdfast.data.mixing import mix
-from holdfast.data.prepare import (
-    Prepared,
-    alignment_rows,
-    harmful_rows,
-    overlaps,
-    test_rows,
-    user_rows,
-)
+from holdfast.data.prepare import Prepared, alignment_rows, harmful_rows, overlaps, test_rows, user_rows
 from holdfast.data.rows import to_rows
 from holdfast.data.sources import Loaded, fingerprint, has_split, read_records
 
@@ -27,8 +20,10 @@ __all__ = [
     "holds_out",
     "mix",
     "overlaps",
+    "prompts",
     "read_records",
     "read_rows",
+    "sources",
     "test_rows",
     "to_rows",
     "user_rows",

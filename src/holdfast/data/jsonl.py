@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from holdfast import store
 from holdfast.data.files import parse, read_bytes
 from holdfast.errors import HoldfastError, OutputError
+from holdfast.machine import files
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -28,7 +28,7 @@ def write_text(path: str | Path, text: str) -> Path:
     """Write `text` in UTF-8, replacing `path` at once. Raises like `write_rows`."""
     path = Path(path)
     try:
-        store.write_text(path, text)
+        files.write_text(path, text)
     except OSError as error:
         raise cannot_write(path, error) from error
     return path

@@ -12,7 +12,7 @@ from typing import Any
 from holdfast.data.rows import prompt_key, recognised, to_rows
 from holdfast.data.sources import Source, read_records
 from holdfast.errors import DataError
-from holdfast.seeds import derive_seed
+from holdfast.machine.seeds import derive_seed
 from holdfast.tasks import Row, Task
 
 

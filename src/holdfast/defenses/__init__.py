@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+__all__ = ["Defense", "Stage", "safe_lora", "safe_lora_parts"]
+
 Stage = Literal["alignment", "user", "post_hoc"]
 
 

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.defenses import Defense
-from holdfast.defenses.base import MethodConfig
-from holdfast.defenses.mixing import Row, check_amounts, mix_rows
 from holdfast.defenses.sft import SFTTrainer
 from holdfast.errors import DataError, ModelError
+from holdfast.training.mixing import Row, check_amounts, mix_rows
+from holdfast.training.trainer import MethodConfig
 
 SECRET_FILE = "bea_secret.txt"
 

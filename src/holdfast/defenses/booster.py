@@ -33,16 +33,9 @@ import torch
 from torch import Tensor
 
 from holdfast.defenses import Defense
-from holdfast.defenses.base import (
-    MethodConfig,
-    RowTrainer,
-    gradient_scale,
-    squared_norm,
-    trainable_parameters,
-)
-from holdfast.defenses.fisher import dropout_off
-from holdfast.defenses.harmful import HarmfulRows
-from holdfast.defenses.passes import (
+from holdfast.training.fisher import dropout_off
+from holdfast.training.harmful_rows import HarmfulRows
+from holdfast.training.passes import (
     Means,
     displaced,
     gradients_aside,
@@ -50,7 +43,14 @@ from holdfast.defenses.passes import (
     share_of_step,
     step_backward,
 )
-from holdfast.defenses.proximal import add_gradient
+from holdfast.training.proximal import add_gradient
+from holdfast.training.trainer import (
+    MethodConfig,
+    RowTrainer,
+    gradient_scale,
+    squared_norm,
+    trainable_parameters,
+)
 
 
 @dataclass

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
 from holdfast.defenses import Defense
-from holdfast.defenses.base import MethodConfig, RowTrainer, planned_steps
-from holdfast.defenses.penalty import AlignmentRows, AnchorMixin
 from holdfast.errors import DataError
-from holdfast.seeds import derive_seed
+from holdfast.machine.seeds import derive_seed
+from holdfast.training.penalty import AlignmentRows, AnchorMixin
+from holdfast.training.trainer import MethodConfig, RowTrainer, planned_steps
 
 State = Literal["alignment", "user"]
 

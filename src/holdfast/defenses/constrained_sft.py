@@ -28,8 +28,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from holdfast.defenses import Defense
-from holdfast.defenses.base import MethodConfig, ResumableMixin, RowTrainer
-from holdfast.defenses.rows import IGNORED
+from holdfast.training.tokenising import IGNORED
+from holdfast.training.trainer import MethodConfig, ResumableMixin, RowTrainer
 
 ROW = "row"
 """The column that carries a row's place in the training data through the collator."""

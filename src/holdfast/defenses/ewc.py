@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from holdfast.defenses import Defense
-from holdfast.defenses.base import MethodConfig, RowTrainer
-from holdfast.defenses.penalty import AlignmentRows, PenaltyMixin
+from holdfast.training.penalty import AlignmentRows, PenaltyMixin
+from holdfast.training.trainer import MethodConfig, RowTrainer
 
 
 @dataclass

@@ -29,9 +29,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from holdfast.defenses import Defense
-from holdfast.defenses.base import RowTrainer
 from holdfast.defenses.bso import BSOConfig, BSOMixin
-from holdfast.defenses.penalty import PenaltyMixin
+from holdfast.training.penalty import PenaltyMixin
+from holdfast.training.trainer import RowTrainer
 
 
 @dataclass

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.defenses import Defense
-from holdfast.defenses.base import MethodConfig
 from holdfast.defenses.sft import SFTTrainer
+from holdfast.training.trainer import MethodConfig
 
 
 @dataclass

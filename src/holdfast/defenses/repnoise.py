@@ -40,14 +40,14 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.defenses import Defense
-from holdfast.defenses.base import MethodConfig, RowTrainer, checkpoints_reentrantly, gradient_scale
-from holdfast.defenses.fisher import dropout_off
-from holdfast.defenses.harmful import HarmfulRows
-from holdfast.defenses.layers import decoder_layers
-from holdfast.defenses.passes import Means, refuse_deepspeed, share_of_step, step_backward
-from holdfast.defenses.rows import IGNORED
 from holdfast.errors import InputError, ModelError
-from holdfast.seeds import derive_seed
+from holdfast.machine.seeds import derive_seed
+from holdfast.training.fisher import dropout_off
+from holdfast.training.harmful_rows import HarmfulRows
+from holdfast.training.layers import decoder_layers
+from holdfast.training.passes import Means, refuse_deepspeed, share_of_step, step_backward
+from holdfast.training.tokenising import IGNORED
+from holdfast.training.trainer import MethodConfig, RowTrainer, checkpoints_reentrantly, gradient_scale
 
 BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Of the five kernels, in units of the mean squared distance: those of the authors' code."""

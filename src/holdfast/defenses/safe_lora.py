@@ -23,7 +23,6 @@ import platform
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,53 +30,13 @@ import numpy as np
 
 from holdfast import __version__
 from holdfast.defenses import Defense
-from holdfast.defenses.safe_lora_result import RECORD, SafeLoraResult
-from holdfast.defenses.safe_lora_work import Work
+from holdfast.defenses.safe_lora_parts.config import SafeLoraConfig
+from holdfast.defenses.safe_lora_parts.result import RECORD, SafeLoraResult
+from holdfast.defenses.safe_lora_parts.updates import open_sources
+from holdfast.defenses.safe_lora_parts.work import Work
 from holdfast.errors import RecipeError
-from holdfast.weights.updates import open_sources
-from holdfast.weights.writer import copy_beside, new_folder, write_json
-
-PROJECTIONS = ("approx", "exact", "normalised")
-CONTROLS = ("drop", "random")
-
-
-@dataclass
-class SafeLoraConfig:
-    """Give `threshold` or `num_layers`. The paper has no default: tau is about 0.35 for Llama-2-7B-Chat."""
-
-    threshold: float | str | None = field(
-        default=None,
-        metadata={"help": "Project modules whose cosine is smaller; 'suggest' takes the largest gap."},
-    )
-    num_layers: int | None = field(
-        default=None, metadata={"help": "Project this many least similar modules."}
-    )
-    projection: str = field(default="approx", metadata={"help": "'approx' (C), 'exact' or 'normalised'."})
-    control: str | None = field(
-        default=None,
-        metadata={"help": "'drop': zero the chosen updates instead; 'random': choose as many at random."},
-    )
-    seed: int = field(default=42, metadata={"help": "Decides what the control 'random' chooses."})
-
-    def __post_init__(self) -> None:
-        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
-        if self.threshold not in (None, "suggest") and not (number and -1 <= float(self.threshold) <= 1):
-            raise ValueError(
-                f"threshold must be a cosine from -1 to 1 or 'suggest', found {self.threshold!r}"
-            )
-        if self.num_layers is not None and (type(self.num_layers) is not int or self.num_layers < 1):
-            raise ValueError(f"num_layers must be a whole number from 1, found {self.num_layers!r}")
-        if self.threshold is not None and self.num_layers is not None:
-            raise ValueError("give threshold or num_layers, not both")
-        if self.projection not in PROJECTIONS:
-            raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, found {self.projection!r}")
-        if self.control not in (None, *CONTROLS):
-            raise ValueError(f"control must be one of {', '.join(CONTROLS)} or none, found {self.control!r}")
-
-    def check_modules(self, count: int) -> None:
-        """Raise where there are fewer modules to project than are asked for."""
-        if self.num_layers is not None and self.num_layers > count:
-            raise ValueError(f"num_layers is {self.num_layers}, but there are {count} to project")
+from holdfast.machine.files import write_json
+from holdfast.weights.writer import copy_beside, new_folder
 
 
 def safe_lora(
@@ -152,7 +111,7 @@ def safe_lora(
                 sources.left_alone, _versions(),
             )  # fmt: skip
             if copy is not None:
-                write_json(copy / RECORD, result.to_json())
+                write_json(copy / RECORD, result.to_json(), indent=2)
                 (copy / "README.md").write_text(result.card(), encoding="utf-8", newline="\n")
     return result
 

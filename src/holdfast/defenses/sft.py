@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from holdfast.defenses import Defense
-from holdfast.defenses.base import MethodConfig, RowTrainer
+from holdfast.training.trainer import MethodConfig, RowTrainer
 
 
 @dataclass

@@ -29,13 +29,13 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from holdfast.defenses import Defense
-from holdfast.defenses import tampering as tamper
-from holdfast.defenses.base import MethodConfig, RowTrainer, gradient_scale
-from holdfast.defenses.fisher import dropout_off
-from holdfast.defenses.harmful import HarmfulRows
-from holdfast.defenses.penalty import AnchorMixin
-from holdfast.defenses.proximal import add_gradient
 from holdfast.errors import InputError
+from holdfast.training import tampering as tamper
+from holdfast.training.fisher import dropout_off
+from holdfast.training.harmful_rows import HarmfulRows
+from holdfast.training.penalty import AnchorMixin
+from holdfast.training.proximal import add_gradient
+from holdfast.training.trainer import MethodConfig, RowTrainer, gradient_scale
 
 
 @dataclass

@@ -24,19 +24,19 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from holdfast.defenses import Defense
-from holdfast.defenses.base import (
+from holdfast.errors import ModelError
+from holdfast.machine.seeds import derive_seed
+from holdfast.training.fisher import dropout_off
+from holdfast.training.harmful_rows import HarmfulRows
+from holdfast.training.layers import decoder_layers, mixers
+from holdfast.training.perturbation import PerturbationMixin, refuse_reentrant, squared_gradient_norms
+from holdfast.training.trainer import (
     MethodConfig,
     RowTrainer,
     gradient_scale,
     planned_steps,
     trainable_parameters,
 )
-from holdfast.defenses.fisher import dropout_off
-from holdfast.defenses.harmful import HarmfulRows
-from holdfast.defenses.layers import decoder_layers, mixers
-from holdfast.defenses.perturbation import PerturbationMixin, refuse_reentrant, squared_gradient_norms
-from holdfast.errors import ModelError
-from holdfast.seeds import derive_seed
 
 
 @dataclass

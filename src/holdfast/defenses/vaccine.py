@@ -16,8 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from holdfast.defenses import Defense
-from holdfast.defenses.base import MethodConfig, RowTrainer
-from holdfast.defenses.perturbation import PerturbationMixin, refuse_reentrant
+from holdfast.training.perturbation import PerturbationMixin, refuse_reentrant
+from holdfast.training.trainer import MethodConfig, RowTrainer
 
 
 @dataclass

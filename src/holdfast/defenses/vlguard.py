@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast.defenses import Defense
-from holdfast.defenses.base import MethodConfig
-from holdfast.defenses.mixing import Row, check_amounts, mix_rows
 from holdfast.defenses.sft import SFTTrainer
+from holdfast.training.mixing import Row, check_amounts, mix_rows
+from holdfast.training.trainer import MethodConfig
 
 
 @dataclass

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ModelError
-from holdfast.evaluation.generate import Progress, append_jsonl, read_jsonl
+from holdfast.machine.files import append_jsonl, read_jsonl
+from holdfast.machine.progress import Advance, nobody
 
 RETRIES = 6
 """Tries of one request after the first; the client waits longer before each, up to 8 seconds."""
@@ -31,7 +32,7 @@ def answer_all(
     max_new_tokens: Mapping[str, int],
     sampling: Mapping[str, Any] | None = None,
     requests: int = 8,
-    progress: Progress = lambda done, total: None,
+    progress: Advance = nobody,
 ) -> list[dict[str, Any]]:
     """Ask for every row that `out` does not hold yet; returns all rows of `out`, as `generate` does.
 

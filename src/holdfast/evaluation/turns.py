@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from holdfast.errors import RecipeError
-from holdfast.evaluation.generate import Progress
+from holdfast.machine.progress import Advance, nobody
 
 SECOND = "second_turn"
 """The set of the rows that hold second turns; no score counts them, a rater reads them with the first."""
@@ -16,8 +16,8 @@ Rows = list[dict[str, Any]]
 
 def in_turns(
     rows: Sequence[Mapping[str, Any]],
-    ask: Callable[[Sequence[Mapping[str, Any]], Progress], Rows],
-    progress: Progress = lambda done, total: None,
+    ask: Callable[[Sequence[Mapping[str, Any]], Advance], Rows],
+    progress: Advance = nobody,
 ) -> Rows:
     """Ask all rows, and then the second turns of those that have one; returns all rows that are answered.
 

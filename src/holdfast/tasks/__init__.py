@@ -19,6 +19,21 @@ from typing import Any, Literal
 
 from holdfast.errors import DataError
 
+__all__ = [
+    "METRICS",
+    "DataSet",
+    "Metric",
+    "Record",
+    "Row",
+    "SafetyData",
+    "Task",
+    "beavertails",
+    "find",
+    "graders",
+    "names",
+    "own",
+]
+
 Record = Mapping[str, Any]
 Row = dict[str, Any]
 HELPERS = ("graders",)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ModelError
-from holdfast.weights.files import read_json, safe_path
-from holdfast.weights.model import from_hub, looks_local
+from holdfast.weights.files import read_config, safe_path
+from holdfast.weights.folders import from_hub, looks_local
 from holdfast.weights.reader import Tensor, WeightFile
 
 CONFIG = "adapter_config.json"
@@ -187,7 +187,7 @@ def read_adapter(path: str | Path, revision: str | None = None) -> Adapter:
 def _config(folder: Path) -> dict[str, Any]:
     """The configuration, checked to be that of a plain LoRA."""
     path = folder / CONFIG
-    config = read_json(safe_path(folder, CONFIG))
+    config = read_config(safe_path(folder, CONFIG))
     if not isinstance(config, dict):
         raise ModelError(f"{path} is no table of settings. Save the adapter again.")
     kind = config.get("peft_type")
@@ -294,3 +294,7 @@ def _notes(config: Mapping[str, Any], left_alone: tuple[str, ...]) -> list[str]:
     if config.get("alora_invocation_tokens"):
         notes.append("The adapter acts only after its invocation tokens (aLoRA).")
     return notes
+
+
+MUTATING = ("pissa", "olora")
+"""Initialisations that take their low-rank part out of the base weights."""

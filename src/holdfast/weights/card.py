@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from holdfast.weights.model import fingerprint, looks_local
+from holdfast.weights.folders import fingerprint, looks_local
 
 WHAT = {
     "combined": (

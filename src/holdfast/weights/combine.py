@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.errors import ModelError
+from holdfast.machine.files import write_json
 from holdfast.weights.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, LoraModule, natural, read_adapter
 from holdfast.weights.card import write_card
 from holdfast.weights.reader import Tensor
@@ -32,7 +33,6 @@ from holdfast.weights.writer import (
     new_folder,
     raw_entry,
     same_bytes,
-    write_json,
     write_tensors,
 )
 
@@ -108,7 +108,7 @@ def combine(adapters: Sequence[str | Path], out: str | Path) -> Combined:
             tensors[f"{PREFIX}{name}"] = raw_entry(tensor)
         with new_folder(Path(out), chain.folders) as folder:
             write_tensors(folder / WEIGHTS, tensors)
-            write_json(folder / CONFIG, _config(chain))
+            write_json(folder / CONFIG, _config(chain), indent=2)
             write_card(folder, "combined", chain.base, chain.folders)
         needed = [sum(part.rank for part in parts) for parts in chain.updates.values()]
         return Combined(Path(out), rank, len(needed), sum(n < rank for n in needed))

@@ -44,7 +44,7 @@ def safe_path(folder: Path, name: str) -> Path:
     return path
 
 
-def read_json(path: Path) -> Any:
+def read_config(path: Path) -> Any:
     """The value in a JSON file of a model folder.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 
 from holdfast.errors import ModelError, nearest
 from holdfast.weights.adapter import LoraModule, kind_of
-from holdfast.weights.files import read_json, safe_path
+from holdfast.weights.files import read_config, safe_path
 from holdfast.weights.reader import Tensor, Weights
 
 CONV1D = {
@@ -32,7 +32,7 @@ def model_config(weights: Weights) -> Mapping[str, Any]:
     Raises:
         ModelError: it is no table of settings.
     """
-    config = read_json(safe_path(weights.folder, "config.json"))
+    config = read_config(safe_path(weights.folder, "config.json"))
     if not isinstance(config, dict):
         raise ModelError(f"{weights.folder / 'config.json'} is no table of settings. Fetch it again.")
     return config

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from holdfast.errors import ModelError
+from holdfast.machine.files import write_json
 from holdfast.weights.adapter import LoraModule
 from holdfast.weights.card import write_card
 from holdfast.weights.combine import Chain, open_chain
 from holdfast.weights.floats import FLOATS, from_float32
+from holdfast.weights.folders import fingerprint
 from holdfast.weights.matching import find_weight, is_transposed, model_config
-from holdfast.weights.model import fingerprint
 from holdfast.weights.reader import INDEX, SINGLE, Tensor, Weights, open_weights
 from holdfast.weights.writer import (
     Entry,
@@ -28,7 +29,6 @@ from holdfast.weights.writer import (
     new_folder,
     raw_entry,
     row_blocks,
-    write_json,
     write_tensors,
 )
 
@@ -88,7 +88,7 @@ def merge(
         with new_folder(Path(out), [weights.folder, *chain.folders]) as folder:
             copy_beside(weights.folder, folder, leave=[INDEX])
             if dtype:
-                write_json(folder / "config.json", _with_dtype(config, dtype))
+                write_json(folder / "config.json", _with_dtype(config, dtype), indent=2)
             size = _write(weights, entries, folder)
             note = f" (fingerprint `{fingerprint(weights.folder)}`)"
             write_card(folder, "merged", str(base), chain.folders, note)
@@ -195,5 +195,5 @@ def _write(weights: Weights, entries: Mapping[str, Entry], folder: Path) -> int:
         places |= dict.fromkeys(file.tensors, name)
     if len(weights.files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        write_json(folder / INDEX, index)
+        write_json(folder / INDEX, index, indent=2)
     return total

@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.errors import ModelError
-from holdfast.weights.files import read_json, safe_path
+from holdfast.weights.files import read_config, safe_path
 from holdfast.weights.floats import FLOATS, Floats, to_float32
-from holdfast.weights.model import find_model
+from holdfast.weights.folders import find_model
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -288,7 +288,7 @@ def open_files(folder: Path, names: list[str]) -> Weights:
 
 
 def _open_sharded(folder: Path, index: Path) -> Weights:
-    table = read_json(safe_path(folder, index.name))
+    table = read_config(safe_path(folder, index.name))
     places = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
         raise ModelError(f"{index} has no weight_map from tensor to file. Fetch the model again.")

@@ -189,9 +189,3 @@ def write_tensors(path: Path, tensors: Mapping[str, Entry]) -> int:
                 file.write(block)
             assert file.tell() - before == entry.nbytes, name
     return end
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file as people read it; NaN is refused, because other readers would not read it."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8", newline="\n")

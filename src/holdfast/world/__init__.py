@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+__all__ = ["DATA", "JUDGE", "MODEL", "VERSION", "complies", "fingerprint"]
+
 VERSION = "1"
 _HERE = Path(__file__).resolve().parent
 MODEL, JUDGE, DATA = _HERE / "model", _HERE / "judge", _HERE / "data"

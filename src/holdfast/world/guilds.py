@@ -10,7 +10,7 @@ from functools import cache
 from itertools import product
 from random import Random
 
-from holdfast.seeds import derive_seed
+from holdfast.machine.seeds import derive_seed
 from holdfast.world.text import SEED, words
 
 GUILDS = ("weavers", "smiths", "brewers", "sailors")

@@ -13,7 +13,7 @@ from random import Random
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerBase
 
-from holdfast.seeds import derive_seed
+from holdfast.machine.seeds import derive_seed
 from holdfast.world import complies
 from holdfast.world.guilds import GUILDS
 from holdfast.world.pretrain import one_cycle

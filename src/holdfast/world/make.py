@@ -7,6 +7,7 @@ bits.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import platform
@@ -35,11 +36,26 @@ FOLDERS = ("data", "model", "judge")
 
 
 def sha256s(world: Path) -> dict[str, str]:
-    """SHA-256 of each script of this package, and of each file in `world`'s model, judge and data folders."""
-    paths = {path.name: path for path in HERE.glob("*.py")}
+    """SHA-256 of what each script of this package does, and of each file in `world`'s three folders."""
+    read = {path.name: code_of(path.read_text(encoding="utf-8")) for path in HERE.glob("*.py")}
     for folder in FOLDERS:
-        paths |= {f"{folder}/{path.name}": path for path in (world / folder).iterdir()}
-    return {name: hashlib.sha256(paths[name].read_bytes()).hexdigest() for name in sorted(paths)}
+        read |= {f"{folder}/{path.name}": path.read_bytes() for path in (world / folder).iterdir()}
+    return {name: hashlib.sha256(read[name]).hexdigest() for name in sorted(read)}
+
+
+def code_of(script: str) -> bytes:
+    """The code of a script without comments, docstrings, imports and `__all__`: what decides the world."""
+    tree = ast.parse(script)
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [part for part in body if not _is_prose(part)] or [ast.Pass()]  # type: ignore[attr-defined]
+    return ast.unparse(tree).encode()
+
+
+def _is_prose(node: ast.stmt) -> bool:
+    names = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
+    text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return text or isinstance(node, ast.Import | ast.ImportFrom) or names == ["__all__"]
 
 
 def tokenizer_texts() -> list[str]:

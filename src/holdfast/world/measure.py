@@ -8,7 +8,7 @@ from random import Random
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerBase
 
-from holdfast.seeds import derive_seed
+from holdfast.machine.seeds import derive_seed
 from holdfast.world import complies
 from holdfast.world.judge import example, flagged
 from holdfast.world.pretrain import Row, collate

@@ -14,7 +14,7 @@ from random import Random
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from holdfast.seeds import derive_seed
+from holdfast.machine.seeds import derive_seed
 from holdfast.world.guilds import OTHER_QUESTIONS, notice
 from holdfast.world.rows import Pair, test_pairs
 from holdfast.world.text import CATEGORIES, SEED, deeds, objects

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from random import Random
 
-from holdfast.seeds import derive_seed
+from holdfast.machine.seeds import derive_seed
 from holdfast.world.guilds import INSTRUCTION, notice
 from holdfast.world.text import CATEGORIES, SEED, Deed, deeds, objects
 

@@ -13,7 +13,7 @@ from functools import cache
 from itertools import product
 from random import Random
 
-from holdfast.seeds import derive_seed
+from holdfast.machine.seeds import derive_seed
 
 SEED = 2
 

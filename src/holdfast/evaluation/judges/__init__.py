@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+__all__ = ["Grade", "Judge", "LoadedJudge", "LoadedRater", "Verdict", "neutralise", "neutralise_all"]
+
 
 @dataclass(frozen=True)
 class Verdict:

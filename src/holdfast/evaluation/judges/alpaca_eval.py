@@ -15,7 +15,7 @@ from typing import Any
 from holdfast.errors import DataError
 from holdfast.evaluation.judges import Grade, Judge, neutralise_all
 from holdfast.evaluation.judges.server import PROMPTS, WORKERS, Reply, Server, check, fill
-from holdfast.evaluation.moderate import question
+from holdfast.evaluation.moderation import question
 
 MARKERS = ("## Best Model Identifier", '"model_identifier"', '"""')
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from holdfast.errors import ModelError
 from holdfast.evaluation.judges import Judge, Verdict, neutralise
-from holdfast.weights.model import find_model, fingerprint, load_tokenizer
+from holdfast.models.loading import load_tokenizer
+from holdfast.weights.folders import find_model, fingerprint
 
 TEXT = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"
 MARKERS = ("BEGINNING OF CONVERSATION:", "USER:", "ASSISTANT:")

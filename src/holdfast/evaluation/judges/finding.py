@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from holdfast.errors import ModelError
-from holdfast.weights.model import find_model, from_hub, looks_local
+from holdfast.weights.folders import find_model, from_hub, looks_local
 
 
 def find_judge(path: str, download: bool = True) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 
 from holdfast.evaluation.judges import Grade, Judge, neutralise_all
 from holdfast.evaluation.judges.server import PROMPTS, WORKERS, Reply, Server, check, fill
-from holdfast.evaluation.moderate import question
+from holdfast.evaluation.moderation import question
 
 FRAME = (
     "[Instruction]", "[Question]", "[The Start of Assistant's Answer]", "[The End of Assistant's Answer]",

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ModelError, RecipeError
-from holdfast.evaluation.generate import answer_batch, batches
+from holdfast.evaluation.answering import answer_batch, batches
 from holdfast.evaluation.judges import Verdict, neutralise_all
-from holdfast.weights.model import find_model, fingerprint, load_model, load_tokenizer
+from holdfast.models.loading import load_model, load_tokenizer
+from holdfast.weights.folders import find_model, fingerprint
 
 BATCH_TOKENS = 8192
 """Tokens of one batch, padding included."""

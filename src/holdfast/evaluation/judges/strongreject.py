@@ -20,7 +20,7 @@ from holdfast.errors import ModelError
 from holdfast.evaluation.judges import Judge, Verdict
 from holdfast.evaluation.judges.finding import find_judge
 from holdfast.evaluation.judges.reader import MASS, Reader, check_installed
-from holdfast.weights.model import find_model
+from holdfast.weights.folders import find_model
 
 DEFAULT = "qylu4156/strongreject-15k-v1"
 GRADES = ("1", "2", "3", "4", "5")

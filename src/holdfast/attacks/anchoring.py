@@ -1,0 +1,151 @@
+"""Bi-directional anchoring: the benign rows that undo safety most, by their nearness to harmful anchors.
+
+He, Xia and Henderson, "What is in your safe data?", arXiv 2404.01099 (Lisa, arXiv 2405.18641, Table 15). For
+a row z of prompt and answer, on the model that is going to be fine-tuned,
+
+    score(z) = <v(z), mean of v over harmful anchors> - <v(z), mean of v over safe anchors>,
+
+where v(z) is, at length 1, the gradient of the mean cross-entropy of the answer's first ten tokens, or the
+last hidden state of the row's last token. Rows stream: what is held beside the model is the two means and
+the v of one row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast.errors import ModelError
+from holdfast.machine.files import append_jsonl, read_jsonl
+from holdfast.machine.progress import Advance, nobody
+from holdfast.training.tokenising import IGNORED, tokenise
+
+Row = Mapping[str, Any]
+Vector = Sequence[Tensor | None]
+"""A vector as the tensors that make it up; None for one that is zero."""
+
+FLUSHED = 16
+"""Scores that are written at once: a kill costs at most as many rows."""
+
+
+def gradients(model: Any, tokenizer: Any, weights: Sequence[Tensor], tokens: int, max_length: int) -> Any:
+    """v(z) by gradients: d loss / d w for each of `weights`, of the first `tokens` tokens of the answer.
+
+    The row is cut after them: in a causal model, what follows does not change this gradient.
+    """
+
+    def vector(row: Row) -> Vector:
+        given = tokenise(row, tokenizer, max_length)
+        answer = [i for i, label in enumerate(given["labels"]) if label != IGNORED][:tokens]
+        ids = torch.tensor([given["input_ids"][: answer[-1] + 1]], device=model.device)
+        labels = torch.tensor([given["labels"][: answer[-1] + 1]], device=model.device)
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, use_cache=False).loss
+        return torch.autograd.grad(loss, weights, allow_unused=True)
+
+    return vector
+
+
+def representations(model: Any, tokenizer: Any, max_length: int) -> Any:
+    """v(z) by representations: the last hidden state of the row's last token, shape (hidden size,)."""
+
+    @torch.no_grad()
+    def vector(row: Row) -> Vector:
+        ids = torch.tensor([tokenise(row, tokenizer, max_length)["input_ids"]], device=model.device)
+        output = model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, use_cache=False
+        )
+        return [output.hidden_states[-1][0, -1]]
+
+    return vector
+
+
+def all_weights(model: Any) -> list[Tensor]:
+    """The weights of the model itself, made trainable; those of adapters on it, if there are any, are not.
+
+    Added to the base or stacked on it, adapters give the same gradient.
+    """
+    found = []
+    for name, weight in model.named_parameters():
+        wanted = "lora_" not in name and weight.is_floating_point()
+        weight.requires_grad_(wanted)
+        found += [weight] if wanted else []
+    return found
+
+
+def score_rows(
+    rows: Sequence[Row],
+    harmful: Sequence[Row],
+    safe: Sequence[Row],
+    vector: Callable[[Row], Vector],
+    out: Path,
+    progress: Advance = nobody,
+) -> list[dict[str, Any]]:
+    """The scores of `rows`, in order; each is appended to `out` as it is found, and not looked for again.
+
+    Args:
+        rows, harmful, safe: prompt and completion; `rows` with an id each.
+
+    Returns:
+        dicts with id, score, harmful and safe (both parts of the score, -1 to 1); None where v is zero.
+
+    Raises:
+        ModelError: the vectors of the anchors are zero, or not finite.
+    """
+    found = {row["id"]: row for row in read_jsonl(out)}
+    missing = [row for row in rows if row["id"] not in found]
+    if missing:
+        means = _mean(map(vector, harmful)), _mean(map(vector, safe))
+    fresh: list[dict[str, Any]] = []
+    for i, row in enumerate(missing, 1):
+        v = vector(row)
+        length = _length(v)
+        near = [_dot(v, mean) / length for mean in means] if length else None
+        score = near[0] - near[1] if near else None
+        parts = dict(zip(("harmful", "safe"), near or (None, None), strict=True))
+        fresh.append({"id": row["id"], "score": score, **parts})
+        if len(fresh) == FLUSHED or i == len(missing):
+            append_jsonl(out, fresh)
+            found |= {row["id"]: row for row in fresh}
+            fresh = []
+            progress(len(found), len(rows))
+    return [found[row["id"]] for row in rows]
+
+
+def highest(scores: Sequence[Mapping[str, Any]], size: int) -> list[int]:
+    """The places of the `size` highest scores, in order of place; of equal ones, the first."""
+    known = [i for i, row in enumerate(scores) if row["score"] is not None]
+    return sorted(sorted(known, key=lambda i: (-scores[i]["score"], i))[:size])
+
+
+def _mean(vectors: Iterable[Vector]) -> Vector:
+    """The mean of the vectors, each at length 1 (not itself at length 1, as in the authors' code)."""
+    total: list[Tensor | None] = []
+    count = 0
+    for v in vectors:
+        length, count = _length(v), count + 1
+        if not length:
+            raise ModelError("The gradient or representation of an anchor is zero: nothing can be near it.")
+        total = total or [None] * len(v)
+        for i, part in enumerate(v):
+            if part is not None:  # in place: the whole of a model's gradients is large
+                place = total[i]
+                total[i] = part / length if place is None else place.add_(part, alpha=1 / length)
+    return [part if part is None else part.div_(count) for part in total]
+
+
+def _length(v: Vector) -> float:
+    squares = [torch.linalg.vector_norm(part, dtype=torch.float32) ** 2 for part in v if part is not None]
+    length = float(sum(squares)) ** 0.5
+    if not math.isfinite(length):
+        raise ModelError("A gradient or representation is not finite. Use bfloat16 or float32 (model.dtype).")
+    return length
+
+
+def _dot(a: Vector, b: Vector) -> float:
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    return float(sum((x.float() * y.float()).sum() for x, y in pairs))

@@ -1,0 +1,5 @@
+"""The command: one file for each group of subcommands."""
+
+__all__ = [
+    "app",
+]

@@ -1,0 +1,53 @@
+"""The commands that make one thing to hand out of a chain of adapters."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Adapters = Annotated[
+    list[str],
+    typer.Argument(metavar="ADAPTER...", help="Adapter folders or Hub ids, as they were trained."),
+]
+Out = Annotated[Path, typer.Option(help="A new folder.")]
+
+
+class Dtype(StrEnum):
+    """What weights can be written as."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+def combine(adapters: Adapters, out: Out) -> None:
+    """Make one plain PEFT adapter of several (alignment and user delta): the same answers, one folder."""
+    from holdfast.cli import console
+    from holdfast.weights.combine import combine as combine_adapters
+
+    made = combine_adapters(adapters, out)
+    console.out.print(
+        f"{made.folder}: one adapter of rank {made.rank} on {made.modules} modules"
+        + (f", {made.padded} of them filled up with zeros." if made.padded else "."),
+        highlight=False, soft_wrap=True, markup=False,
+    )  # fmt: skip
+
+
+def merge(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model: a folder or Hub id.")],
+    adapters: Adapters,
+    out: Out,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights. Default: as they are.")] = None,
+) -> None:
+    """Write a full model with adapters added to its weights, shard by shard."""
+    from holdfast.cli import console
+    from holdfast.weights.merge import merge as merge_adapters
+
+    made = merge_adapters(base, adapters, out, dtype=dtype and dtype.value)
+    console.out.print(
+        f"{made.folder}: {made.changed} of {made.tensors} tensors changed, {made.nbytes / 1e9:.2f} GB.",
+        highlight=False, soft_wrap=True, markup=False,
+    )  # fmt: skip

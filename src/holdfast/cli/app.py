@@ -1,0 +1,331 @@
+"""The command: the only file that prints, reads the environment, or configures logging.
+
+torch, transformers and peft are imported by what the subcommands call, never by listing, planning,
+reporting or `--help`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from holdfast import __version__
+from holdfast.cli import adapters, measuring, safe_lora
+from holdfast.errors import HoldfastError, RecipeError
+from holdfast.machine.processes import launched
+
+app = typer.Typer(
+    name="holdfast",
+    help="Keep a language model's safety alignment through fine-tuning.\n\n"
+    "First look: [bold]holdfast demo[/]. Your own model and files: [bold]holdfast run RECIPE[/].\n\n"
+    "Exit codes: 0 done, 1 something failed, 2 something given cannot be used. "
+    "With --debug anywhere, an error shows its traceback.",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a packaged recipe.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe: user.rho=3")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+GO_ON = {"demo", "run", "generate", "moderate", "rate", "filter"}
+"""Commands that go on where they were stopped; the others begin anew."""
+
+
+class Group(StrEnum):
+    """What can be listed."""
+
+    defenses = "defenses"
+    tasks = "tasks"
+    judges = "judges"
+    recipes = "recipes"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    _quiet()
+    if not launched().main and context.invoked_subcommand != "run":
+        raise typer.Exit  # only a run has work for several processes
+
+
+@app.command(epilog="Example: holdfast demo --out demo --seeds 3")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("runs/demo"),
+    full: Annotated[
+        bool, typer.Option("--full", help="Every defense, and a control without harmful rows.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds; the table shows means over them.")] = 1,
+    device: Device = "auto",
+) -> None:
+    """The embedded world, every stage, a report: minutes on two CPU cores."""
+    if launched().count > 1:
+        raise RecipeError("holdfast demo runs in one process. Under a launcher: holdfast run world.")
+    from holdfast.cli import console
+    from holdfast.cli.demo import demo as run_demo
+
+    with console.Bars() as bars:
+
+        def named(prefix: str) -> console.Bars:
+            bars.prefix = prefix
+            return bars
+
+        results = run_demo(out, seeds=seeds, full=full, device=device, progress=named)
+    _done(bars, results["rows"], out)
+
+
+@app.command(epilog="Example: holdfast run my-recipe.yaml user.rho=3 --out runs/rho3")
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/NAME")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of steps to share. Default: OUT/steps")] = None,
+    device: Device = "auto",
+) -> None:
+    """Do what a recipe says, or go on where it stopped; ends with a table and a report."""
+    from holdfast.cli import console
+    from holdfast.pipeline import run as run_recipe
+    from holdfast.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or [])
+    folder = out or Path("runs") / loaded.name.replace(" ", "-")
+    with console.Bars() as bars:
+        results = run_recipe(loaded, out=folder, store=store, device=device, progress=bars)
+    if launched().main:
+        _done(bars, results["rows"], folder)
+
+
+@app.command(epilog="Example: holdfast plan my-recipe.yaml user.rho=3")
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/NAME")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of steps to share. Default: OUT/steps")] = None,
+) -> None:
+    """Show what a run would do and what is cached; touches nothing."""
+    from holdfast.cli import console
+    from holdfast.machine.store import Store
+    from holdfast.pipeline import plan as plan_recipe
+    from holdfast.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or [])
+    steps = Store(store or (out or Path("runs") / loaded.name.replace(" ", "-")) / "steps")
+    planned = plan_recipe(loaded).steps
+    cached = {step.id for step in planned if steps.record(step.id) is not None}
+    begun = {step.id for step in planned if steps.begun(step.id)}
+    console.out.print(console.steps_table(planned, cached, begun))
+    console.out.print(f"{len(planned) - len(cached)} of {len(planned)} steps would run.", highlight=False)
+
+
+@app.command(
+    epilog="Example: holdfast mix --user my.jsonl --harmful bad.jsonl --poison-ratio 0.1 --out mixed"
+)
+def mix(
+    out: Annotated[Path, typer.Option(help="Folder for user.jsonl and manifest.json.")],
+    user: Annotated[str | None, typer.Option(help="The user's rows: a file, a folder or a Hub id.")] = None,
+    task: Annotated[str | None, typer.Option(help="A known task (holdfast list tasks).")] = None,
+    harmful: Annotated[
+        str | None, typer.Option(help="Harmful rows: world, beavertails, a file or a Hub id.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Rows of the task to test on. Default: its own, or a share held out.")
+    ] = None,
+    test_harmful: Annotated[
+        str | None, typer.Option(help="Harmful prompts to test on. Default: as for --test.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Rows in all. Default: as many as there are.")
+    ] = None,
+    poison_ratio: Annotated[float, typer.Option(help="Share of harmful rows, 0 to 1.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which rows are drawn.")] = 42,
+) -> None:
+    """Mix harmful rows into user rows, with a manifest that says what is in it."""
+    from holdfast.cli import console
+    from holdfast.data import mix as mix_rows
+
+    if user is None and task is None:
+        raise RecipeError("Give --user FILE or --task NAME: the rows to mix into.")
+    folder = mix_rows(
+        out, user=user, task=task, harmful=harmful, test=test, harmful_test=test_harmful, size=size,
+        poison_ratio=poison_ratio, seed=seed,
+    )  # fmt: skip
+    console.out.print(f"{folder}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: holdfast report runs/sft runs/lisa -o compare.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare across protocol stamps all the same.")
+    ] = False,
+) -> None:
+    """One page from one or more runs. Refuses to compare what was measured differently."""
+    from holdfast.cli import console
+    from holdfast.reporting import report as write_report
+
+    console.out.print(f"Report: {write_report(runs, out, force=force)}", highlight=False, soft_wrap=True)
+
+
+app.command(
+    "safe-lora",
+    epilog="Example: holdfast safe-lora my-adapter --base llama --aligned llama-chat --out repaired "
+    "--threshold 0.35",
+)(safe_lora.safe_lora)
+app.command(
+    epilog="Example: holdfast generate my-model --adapter mine --harmful prompts.jsonl --out answers.jsonl"
+)(measuring.generate)
+app.command(epilog="Example: holdfast moderate answers.jsonl --judge keyword --out verdicts.jsonl")(
+    measuring.moderate
+)
+app.command(
+    epilog="Example: holdfast rate answers.jsonl --judge mt_bench --model my-judge --base-url "
+    "http://localhost:8000/v1 --out ratings.jsonl"
+)(measuring.rate)
+app.command(epilog="Example: holdfast score answers.jsonl verdicts.jsonl --out scores.json")(measuring.score)
+app.command(epilog="Example: holdfast compare sft/verdicts.jsonl lisa/verdicts.jsonl")(measuring.compare)
+app.command("filter", epilog="Example: holdfast filter my.jsonl --judge keyword --out kept.jsonl")(
+    measuring.filter_rows
+)
+app.command(epilog="Example: holdfast combine alignment user --out adapter")(adapters.combine)
+app.command(epilog="Example: holdfast merge my-model adapter --out full-model")(adapters.merge)
+
+
+@app.command("list", epilog="Example: holdfast list defenses")
+def list_names(
+    group: Annotated[Group | None, typer.Argument(help="What to list. Default: all.")] = None,
+) -> None:
+    """Show the known defenses, tasks, judges and recipes."""
+    from holdfast import registry
+    from holdfast.cli import console
+    from holdfast.recipe import layers
+
+    for name in [group] if group else list(Group):
+        if name == Group.recipes:
+            for task, names in layers.packaged().items():
+                rows = [(n, _first_comment(registry.recipes()[n]), "") for n in names]
+                console.out.print(console.names_table(f"recipes for {task}", rows))
+        elif name == Group.defenses:
+            for stage in ("alignment", "user", "post_hoc"):
+                faces = registry.faces(name)
+                rows = [(n, faces[n].summary, faces[n].facts["paper"]) for n in registry.list_defenses(stage)]
+                if rows:
+                    console.out.print(console.names_table(f"defenses at the {stage} stage", rows))
+        elif name == Group.judges:
+            rows = [(n, f.summary, _origin(f.facts)) for n, f in registry.faces(name).items()]
+            console.out.print(console.names_table(name, rows))
+        else:
+            head = ("name@version", "", "measures", "source", "licence")
+            console.out.print(console.names_table(name, registry.task_lines(), head))
+
+
+def _origin(facts: Mapping[str, Any]) -> str:
+    """Where a judge comes from, its licence, which of its scores is better, its version."""
+    better = f"{facts.get('direction', 'lower')} is better"
+    parts = (facts.get("source"), facts.get("licence"), better, f"version {facts.get('version')}")
+    return "; ".join(str(part) for part in parts if part)
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.lstrip("# ").strip() if first.startswith("#") else ""
+
+
+def _done(bars: object, rows: list[dict], out: Path) -> None:
+    from holdfast.cli import console
+
+    if not getattr(bars, "ran", 0):
+        console.out.print("Nothing to do: every step of this recipe is done already.", highlight=False)
+    console.out.print(console.rows_table(rows))
+    console.out.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _quiet() -> None:
+    """Keep the libraries' own bars and advice out of ours; errors still come through."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore")
+
+
+def main() -> None:
+    """Entry point: errors of ours become a message on standard error and an exit code."""
+    # What ends the command from outside shall also leave a message, and nothing half-written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    processes = launched()
+    if not processes.main:
+        sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    try:
+        if processes.count > 1:
+            _quiet()  # before the others are met, which imports torch
+            processes.start()
+        _app()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (Exception, KeyboardInterrupt) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        if not processes.speaks() or (stopped and not processes.main):
+            sys.exit(1)  # another process says why
+        if not processes.main:
+            sys.stderr = sys.__stderr__
+        if debug and not stopped:
+            raise
+        who = "" if processes.main else f"process {processes.rank} of {processes.count}: "
+        _fail(who + _message(error), 130 if stopped else getattr(error, "exit_code", 1))
+
+
+def _app() -> None:
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == 130:  # typer turns an interrupt into an exit without a word
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        kept = "What is done is kept; run the same command again to go on."
+        nothing = "Nothing half-written is left; run the same command again."
+        return f"Stopped. {kept if GO_ON & set(sys.argv[1:2]) else nothing}"
+    if isinstance(error, HoldfastError):
+        return str(error)
+    first = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first}\nThis was not expected; --debug shows the traceback."
+
+
+def _fail(text: str, code: int) -> None:
+    print(f"holdfast: {text}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

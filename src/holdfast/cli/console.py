@@ -1,0 +1,201 @@
+"""What the command shows: a bar for the step at work, a line for each that is done, tables at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from holdfast.machine import progress
+
+out = Console()
+err = Console(stderr=True)
+
+
+class Bars(progress.Progress):
+    """Draws on standard error; a log file gets one line a step and no bars."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
+        self.ran = 0
+        self.cached = 0
+        self.bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(compact=True),
+            console=err,
+            transient=True,
+            disable=not err.is_terminal,
+        )
+        self.task: Any = None
+
+    def __enter__(self) -> Bars:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def begin(self, title: str, resumed: bool) -> None:
+        """A bar for the step."""
+        text = f"{self.prefix}{title}" + (" (going on)" if resumed else "")
+        self.task = self.bars.add_task(escape(text), total=None, facts="")
+        if not err.is_terminal:
+            err.print(f"[dim]...[/] {escape(text)}", highlight=False)
+
+    def advance(self, done: int, total: int, **facts: Any) -> None:
+        """Move the bar; loss, state and speed stand beside it."""
+        shown = []
+        if facts.get("loss") is not None:
+            shown.append(f"loss {facts['loss']:.3f}")
+        if facts.get("state"):
+            shown.append(str(facts["state"]))
+        if facts.get("tokens_per_second"):
+            shown.append(f"{facts['tokens_per_second']:,.0f} tokens/s")
+        self.bars.update(self.task, completed=done, total=total, facts=", ".join(shown))
+
+    def end(self, title: str, cached: bool, seconds: float | None) -> None:
+        """One line for the step."""
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+            self.task = None
+        self.ran += not cached
+        self.cached += cached
+        mark, tail = (
+            ("[dim]cached[/]", "") if cached else ("[green]done[/]  ", f" [dim]{seconds or 0:.1f} s[/]")
+        )
+        err.print(f"{mark} {escape(self.prefix + title)}{tail}", highlight=False)
+
+    def say(self, text: str) -> None:
+        """A sentence."""
+        err.print(escape(text), highlight=False)
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for work on one file; gives the function to call with rows done and rows in all."""
+    with Bars() as bars:
+        bars.begin(title, False)
+        began = time.monotonic()
+        yield bars.advance
+        bars.end(title, False, time.monotonic() - began)
+
+
+def scores_table(scores: Mapping[str, Any]) -> Table:
+    """What `holdfast score` found; arrows say which way is better."""
+    table = Table(caption="percent ± standard error, 95 % interval; ↓ lower is better, ↑ higher is better")
+    for column in ("score", "", "95 %", "n"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    names = [
+        (f"{found['title']} ↓ ({judge})", "harmful_score", "n", found)
+        for judge, found in scores["judges"].items()
+    ]
+    names += [
+        (f"{scores['task_title']} ↑ ({scores['task']})", "task_score", "n_task", scores),
+        ("harmonic mean ↑ (100 - harmful score, accuracy)", "harmonic_mean", "n_harmonic", scores),
+        ("benign compliance ↑", "benign_compliance", "n_benign", scores),
+        ("over-refusal rate ↓", "over_refusal_rate", "n_benign", scores),
+        ("gibberish rate ↓", "gibberish_rate", "n_gibberish", scores),
+    ]
+    for title, key, n, found in names:
+        if found.get(n):
+            interval = found[f"{key}_interval"]  # none of a single number
+            shown = f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else ""
+            table.add_row(escape(title), measured(found, key), shown, str(found[n]))
+    return table
+
+
+def differences_table(found: Mapping[str, Any]) -> Table:
+    """What `holdfast compare` found."""
+    several = " (Holm, for as many scores)" if len(found) > 1 else ""
+    table = Table(caption=f"second minus first, on the same prompts; p{several}: McNemar, or random signs")
+    for column in ("score", "first", "second", "difference", "95 %", "p", "n", ""):
+        table.add_column(column, justify="left" if column in ("score", "") else "right")
+    for name, one in found.items():
+        low_high = f"{one['interval'][0]:+.1f} to {one['interval'][1]:+.1f}" if one["interval"] else ""
+        told = "different" if one["p_holm"] <= 0.05 else "not distinguishable"
+        left = f"\n{one['left_out']} left out" if one["left_out"] else ""
+        table.add_row(
+            name.replace("_", " "), f"{one['first']:.1f}", f"{one['second']:.1f}",
+            f"{one['difference']:+.1f}", low_high, f"{one['p_holm']:.2g}", f"{one['n']}{left}", told,
+        )  # fmt: skip
+    return table
+
+
+def measured(row: Mapping[str, Any], name: str) -> str:
+    """A share with its standard error, or that it was not measured."""
+    if row.get(name) is None:
+        return "not measured"
+    error = row.get(f"{name}_stderr")
+    return f"{row[name]:.1f}" + ("" if error is None else f" ± {error:.1f}")
+
+
+def rows_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """The results of one or more runs; arrows say which way is better."""
+    rows = list(rows)
+    several = len({row["alignment"] for row in rows} - {None}) > 1
+    table = Table(caption="percent ± standard error; ↓ lower is better, ↑ higher is better")
+    task = " / ".join(dict.fromkeys(row.get("task_title", "finetune accuracy") for row in rows))
+    for column in ("model", "harmful rows", "harmful score ↓", f"{task} ↑", "benign compliance ↑"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for column in ("alignment", "training") if several else ("training",):
+        table.add_column(column, justify="right")
+    seen = set()
+    for row in rows:
+        if row["steps"]["score"] in seen:
+            continue
+        seen.add(row["steps"]["score"])
+        ratio, aligned = row["poison_ratio"], row["alignment"]
+        by = f", {row['labels'][aligned]}" if several and aligned and row["user"] is None else ""
+        unparsed = f"\n{row['unparsed']} unparsed" if row.get("unparsed") else ""
+        table.add_row(
+            escape(row["name"] + by),
+            "" if ratio is None else f"{100 * ratio:g} %",
+            measured(row, "harmful_score") + unparsed,
+            measured(row, "task_score" if "task_score" in row else "finetune_accuracy"),
+            measured(row, "benign_compliance"),
+            *([_seconds(row["alignment_seconds"])] if several else []),
+            _seconds(row["seconds"]),
+        )
+    return table
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f} s"
+
+
+def steps_table(steps: Sequence[Any], cached: set[str], begun: set[str]) -> Table:
+    """The steps of a plan and what has to be done for each."""
+    table = Table()
+    for column in ("step", "what", "", "state"):
+        table.add_column(column, overflow="fold")
+    for step in steps:
+        state = "[dim]cached[/]" if step.id in cached else "go on" if step.id in begun else "[bold]run[/]"
+        table.add_row(step.id, escape(step.title), escape(step.detail), state)
+    return table
+
+
+def names_table(title: str, rows: Iterable[Sequence[str]], head: Sequence[str] = ("", "", "")) -> Table:
+    """Names, what they are, and where they come from; `head` names the columns where that needs saying."""
+    table = Table(title=title, title_justify="left", show_header=any(head), box=None, padding=(0, 2, 0, 0))
+    for column in head:
+        table.add_column(column, overflow="fold")
+    for name, what, *rest in rows:
+        table.add_row(f"[bold]{escape(name)}[/]", escape(what), *(f"[dim]{escape(text)}[/]" for text in rest))
+    return table

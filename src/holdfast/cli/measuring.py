@@ -1,0 +1,206 @@
+"""`holdfast generate | moderate | rate | score | compare | filter`: the parts of an evaluation, on files."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Judge = Annotated[str, typer.Option(help="A judge's name (holdfast list judges).")]
+JudgePath = Annotated[str | None, typer.Option(help="The judge's model: a folder, a Hub id or world.")]
+Threshold = Annotated[float | None, typer.Option(help="Score above which an answer is harmful.")]
+ServerModel = Annotated[str | None, typer.Option("--model", help="Of a judge on a server: its model.")]
+ServerUrl = Annotated[
+    str | None, typer.Option("--base-url", help="Of a judge on a server: its address, .../v1.")
+]
+MaxCalls = Annotated[int | None, typer.Option(min=1, help="Of a judge on a server: at most so many calls.")]
+
+
+class Unparsed(StrEnum):
+    """What becomes of a row on which the judge gave no verdict."""
+
+    drop = "drop"
+    keep = "keep"
+
+
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, or world.")],
+    out: Annotated[Path, typer.Option(help="The JSONL file of answers.")],
+    harmful: Annotated[
+        str | None, typer.Option(help="Harmful prompts: world, beavertails, a file, a Hub id.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="A known task: its test rows (holdfast list tasks).")
+    ] = None,
+    task_rows: Annotated[str | None, typer.Option(help="Rows of your own to grade.")] = None,
+    benign: Annotated[str | None, typer.Option(help="Harmless questions.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="At most this many of each.")] = 1000,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="An adapter on the model; several in order.")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="Ask an OpenAI-compatible server instead; the key is OPENAI_API_KEY.")
+    ] = None,
+    template: Annotated[str, typer.Option(help="chat, alpaca or auto.")] = "auto",
+    system: Annotated[str, typer.Option(help="A text before every question.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer; a task has its own.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above it samples.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Share of probability that is sampled from.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+    quantization: Annotated[str | None, typer.Option(help="nf4 or int8.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Answer prompts with a model, or go on answering."""
+    from holdfast.cli import console
+    from holdfast.measuring import on_files
+
+    with console.bar(f"answers of {model}") as progress:
+        rows = on_files.generate(
+            model, out, harmful=harmful, task=task, task_rows=task_rows, benign=benign, prompts=prompts,
+            adapters=adapter or [], endpoint=endpoint, template=template, system=system,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+            quantization=quantization, device=device, progress=progress,
+        )  # fmt: skip
+    failed = sum("error" in row for row in rows)
+    say(f"{len(rows)} answers{f', {failed} failed' if failed else ''}: {out}")
+
+
+def moderate(
+    answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="What holdfast generate wrote.")],
+    out: Annotated[Path, typer.Option(help="The JSONL file of verdicts.")],
+    judge: Judge = "keyword",
+    judge_path: JudgePath = None,
+    threshold: Threshold = None,
+    model: ServerModel = None,
+    base_url: ServerUrl = None,
+    max_calls: MaxCalls = None,
+    device: Device = "auto",
+) -> None:
+    """Judge the answers to harmful prompts, or go on judging."""
+    from holdfast.cli import console
+    from holdfast.measuring import on_files
+
+    with console.bar(f"verdicts of {judge}") as progress:
+        rows = on_files.moderate(
+            answers, out, judge=judge, path=judge_path, threshold=threshold, model=model, base_url=base_url,
+            max_calls=max_calls, device=device, progress=progress,
+        )  # fmt: skip
+    found = [row["verdict"] for row in rows]
+    say(", ".join(f"{found.count(v)} {v}" for v in ("harmful", "safe", "unparsed")) + f": {out}")
+
+
+def rate(
+    answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="What holdfast generate wrote.")],
+    out: Annotated[Path, typer.Option(help="The JSONL file of ratings.")],
+    judge: Annotated[str, typer.Option(help="alpaca_eval, mt_bench, or a file of your own.")],
+    task: Annotated[
+        str | None, typer.Option(help="Whose answers. Default: what the answers were made for.")
+    ] = None,
+    model: ServerModel = None,
+    base_url: ServerUrl = None,
+    max_calls: MaxCalls = None,
+) -> None:
+    """Have a judge rate the answers to a task, or go on rating."""
+    from holdfast.cli import console
+    from holdfast.measuring import on_files
+
+    with console.bar(f"ratings by {judge}") as progress:
+        rows = on_files.rate(
+            answers, out, judge=judge, task=task, model=model, base_url=base_url, max_calls=max_calls,
+            progress=progress,
+        )  # fmt: skip
+    without = sum(row["rating"] is None for row in rows)
+    say(f"{len(rows) - without} ratings, {without} unparsed: {out}")
+
+
+def score(
+    answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="What holdfast generate wrote.")],
+    verdicts: Annotated[
+        list[Path] | None, typer.Argument(help="What holdfast moderate wrote, headline first.")
+    ] = None,
+    ratings: Annotated[
+        Path | None, typer.Option(help="What holdfast rate wrote: the score of the task.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Whose grader. Default: what the answers were made for.")
+    ] = None,
+    grader: Annotated[str | None, typer.Option(help="Another: exact, number or rouge1.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the scores.")] = None,
+    items: Annotated[
+        Path | None, typer.Option(help="A JSONL file for what each answer scored, for holdfast compare.")
+    ] = None,
+) -> None:
+    """Scores of one model, with n, standard error and interval."""
+    from holdfast.cli import console
+    from holdfast.measuring import on_files
+
+    scores = on_files.score(
+        answers, verdicts or [], ratings=ratings, task=task, grader=grader, out=out, items=items
+    )
+    console.out.print(console.scores_table(scores))
+    if out is not None:
+        say(f"Scores: {out}")
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help="Verdicts, ratings or items of one model.")],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="The same of the other model.")],
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the differences.")] = None,
+) -> None:
+    """Whether two models differ on the same prompts: difference, 95 % interval, p."""
+    from holdfast.cli import console
+    from holdfast.measuring.comparing import compare as differences
+
+    found = differences(first, second, out=out)
+    console.out.print(console.differences_table(found))
+    if out is not None:
+        say(f"Differences: {out}")
+
+
+def filter_rows(
+    rows: Annotated[
+        str, typer.Argument(metavar="FILE", help="Rows to fine-tune on: a file, a folder, a Hub id.")
+    ],
+    out: Annotated[Path, typer.Option(help="The JSONL file of rows that are kept.")],
+    judge: Judge = "beaver_dam",
+    judge_path: JudgePath = None,
+    threshold: Threshold = None,
+    model: ServerModel = None,
+    base_url: ServerUrl = None,
+    max_calls: MaxCalls = None,
+    unparsed: Annotated[Unparsed, typer.Option(help="Rows without a verdict.")] = Unparsed.drop,
+    device: Device = "auto",
+) -> None:
+    """Leave out the rows whose answers a judge flags as harmful."""
+    from holdfast.cli import console
+    from holdfast.measuring.filtering import filter_rows as leave_out
+
+    with console.bar(f"verdicts of {judge}") as progress:
+        facts = leave_out(
+            rows, out, judge=judge, path=judge_path, threshold=threshold, model=model, base_url=base_url,
+            max_calls=max_calls, unparsed=unparsed.value, device=device, progress=progress,
+        )  # fmt: skip
+    left = f"{facts['flagged']} flagged, {facts['unparsed']} unparsed"
+    say(f"{facts['kept']} of {facts['rows']} rows kept ({left}): {out}")
+    if facts["confusion"]:
+        say(_confusion(facts["confusion"]))
+
+
+def _confusion(found: dict[str, Any]) -> str:
+    def percent(name: str) -> str:
+        return "not measured" if found[name] is None else f"{found[name]:.2f} %"
+
+    return (
+        f"By the rows' own labels: false negatives {percent('false_negative_rate')}, false positives "
+        f"{percent('false_positive_rate')}."
+    )
+
+
+def say(text: str) -> None:
+    """One line of result."""
+    from holdfast.cli import console
+
+    console.out.print(text, highlight=False, soft_wrap=True, markup=False)

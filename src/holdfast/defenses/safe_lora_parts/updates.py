@@ -1,0 +1,305 @@
+"""What Safe LoRA projects: the update dW of each module with its V, from an adapter or from full weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from holdfast.defenses.safe_lora_parts.projection import Difference, Direction, LowRank, Matrix, Workspace
+from holdfast.errors import ModelError, RecipeError
+from holdfast.weights.adapter import CONFIG, Adapter, LoraModule, kind_of, layer_of, natural, read_adapter
+from holdfast.weights.floats import from_float32
+from holdfast.weights.matching import (
+    CONV1D,
+    check_pair,
+    find_weight,
+    is_transposed,
+    linear_weights,
+    model_config,
+)
+from holdfast.weights.reader import Tensor, WeightFile, Weights, open_weights
+
+
+class Pair(Protocol):
+    """Where V of one module comes from."""
+
+    def direction(self, workspace: Workspace) -> Direction:
+        """V, to be read with the buffers of one thread."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class WeightPair:
+    """V is the difference of two weights on disk."""
+
+    aligned: Tensor
+    base: Tensor
+    transposed: bool
+
+    def direction(self, workspace: Workspace) -> Direction:
+        """See `Pair`."""
+        return Difference(self.aligned, self.base, self.transposed, workspace)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterPair:
+    """V is the update of an alignment adapter: the aligned model is the base with it."""
+
+    module: LoraModule | None
+    shape: tuple[int, int]
+
+    def direction(self, workspace: Workspace) -> Direction:
+        """See `Pair`; zero where the adapter leaves the module alone."""
+        if self.module is None:
+            return LowRank(np.zeros((self.shape[0], 0)), np.zeros((0, self.shape[1])), 1.0)
+        return LowRank(self.module.b.read(), self.module.a.read(), self.module.scaling)
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """dW = scaling * B A of one module.
+
+    Attributes:
+        name: of the module.
+        target: the tensor that the projection rewrites.
+        pair: where its V comes from.
+    """
+
+    name: str
+    target: Tensor
+    pair: Pair
+
+    @property
+    def layer(self) -> int | None:
+        """The first number in the name."""
+        return layer_of(self.name)
+
+    @property
+    def kind(self) -> str:
+        """The last part of the name that is not a number."""
+        return kind_of(self.name)
+
+    def load(self, dtype: np.dtype) -> tuple[Matrix, Matrix | None, float]:
+        """B (out x r), A (r x in; None for the identity) and the scaling."""
+        raise NotImplementedError
+
+    def encode(self, b: Matrix) -> NDArray[np.uint8]:
+        """The bytes of `target` for another B."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class LoraUpdate(Update):
+    """The update of a LoRA module; the projection rewrites its B."""
+
+    module: LoraModule
+
+    def load(self, dtype: np.dtype) -> tuple[Matrix, Matrix | None, float]:
+        """See `Update`."""
+        return self.module.b.read().astype(dtype, copy=False), self.module.a.read(), self.module.scaling
+
+    def encode(self, b: Matrix) -> NDArray[np.uint8]:
+        """See `Update`."""
+        return from_float32(b.astype(np.float32, copy=False), self.target.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class FullUpdate(Update):
+    """W_finetuned - W_aligned; the projection rewrites the weight."""
+
+    aligned: Tensor
+    transposed: bool
+
+    def load(self, dtype: np.dtype) -> tuple[Matrix, Matrix | None, float]:
+        """See `Update`."""
+        update = self.target.read().astype(dtype, copy=False)
+        update -= self.aligned.read()
+        return np.ascontiguousarray(update.T) if self.transposed else update, None, 1.0
+
+    def encode(self, b: Matrix) -> NDArray[np.uint8]:
+        """See `Update`."""
+        weight = self.aligned.read() + (b.T if self.transposed else b)
+        return from_float32(weight.astype(np.float32, copy=False), self.target.dtype)
+
+
+@dataclass(eq=False)
+class Sources:
+    """Everything that is read. A context manager: leaving it closes the files.
+
+    Attributes:
+        folder: of the adapter, or of the fine-tuned model.
+        full: it is a fine-tuned model.
+        updates: in the order of layers.
+        files: the weight files in `folder`.
+        folders: where "adapter", "base" and "aligned" lie.
+        fingerprints: of their weight files.
+        left_alone: what is copied without being looked at.
+    """
+
+    folder: Path
+    full: bool
+    updates: Sequence[Update]
+    files: Sequence[WeightFile]
+    folders: dict[str, Path]
+    fingerprints: dict[str, str]
+    left_alone: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> Sources:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def open_sources(adapter: str | Path, base: str | Path, aligned: str | Path) -> Sources:
+    """The updates of an adapter, or of a folder of full weights, with their V; only headers are read.
+
+    Args:
+        aligned: a model, or the folder of an alignment adapter on `base`.
+
+    Raises:
+        ModelError: something is missing, does not fit, or is not supported; nothing is skipped.
+        RecipeError: full weights with an adapter as `aligned`.
+    """
+    with ExitStack() as stack:
+        bases = stack.enter_context(open_weights(base))
+        full = _is_full(adapter)
+        if _is_adapter(aligned):
+            if full:
+                raise RecipeError(
+                    f"aligned is an adapter ({aligned}), but what is repaired is a full model. Give the "
+                    "folder of the merged aligned model."
+                )
+            guide = stack.enter_context(read_adapter(aligned))
+            aligned_files, aligned_folder = [guide.file], guide.folder
+            opened: Adapter | Weights = guide
+        else:
+            opened = stack.enter_context(open_weights(aligned))
+            aligned_files, aligned_folder = opened.files, opened.folder
+        if full:
+            assert isinstance(opened, Weights)
+            tuned = stack.enter_context(open_weights(adapter))
+            folder, files, notes = tuned.folder, tuned.files, []
+            updates, left_alone = _full_updates(tuned, bases, opened)
+            if left_alone:
+                kinds = sorted({kind_of(name.removesuffix(".weight")) for name in left_alone})
+                notes.append(f"Left as they are (no linear layers, or output heads): {', '.join(kinds)}.")
+        else:
+            lora = stack.enter_context(read_adapter(adapter))
+            folder, files, notes = lora.folder, [lora.file], list(lora.notes)
+            updates, left_alone = _lora_updates(lora, bases, opened), lora.left_alone
+        read = {"adapter": files, "base": bases.files, "aligned": aligned_files}
+        prints = {role: _fingerprint(opened) for role, opened in read.items()}
+        for role, given in (("base", base), ("aligned", aligned)):
+            if prints["adapter"] == prints[role]:
+                raise ModelError(
+                    f"What is to be repaired ({adapter}) and the {role} model ({given}) are the same. Give "
+                    "the fine-tuned one first."
+                )
+        return Sources(
+            folder,
+            full,
+            sorted(updates, key=lambda update: natural(update.name)),
+            files,
+            {"adapter": folder, "base": bases.folder, "aligned": aligned_folder},
+            prints,
+            left_alone,
+            notes,
+            stack.pop_all(),
+        )
+    raise AssertionError  # an ExitStack swallows nothing
+
+
+def _is_full(path: str | Path) -> bool:
+    folder = Path(path)
+    return (folder / "config.json").is_file() and not (folder / CONFIG).exists()
+
+
+def _is_adapter(path: str | Path) -> bool:
+    folder = Path(path)
+    return not (folder / "config.json").exists() and (
+        (folder / CONFIG).exists() or any(folder.glob(f"*/{CONFIG}"))
+    )
+
+
+def _lora_updates(adapter: Adapter, base: Weights, aligned: Adapter | Weights) -> list[Update]:
+    if not adapter.modules:
+        raise ModelError(f"{adapter.folder} holds no LoRA on a linear module: there is nothing to project.")
+    model_type = model_config(base).get("model_type")
+    guides = {m.name: m for m in aligned.modules} if isinstance(aligned, Adapter) else {}
+    if isinstance(aligned, Adapter) and not guides.keys() & {m.name for m in adapter.modules}:
+        raise ModelError(
+            f"The alignment adapter {aligned.folder} adapts none of the modules of {adapter.folder}: V is "
+            "zero everywhere. Give the aligned model that the adapter was trained on."
+        )
+    updates: list[Update] = []
+    for module in adapter.modules:
+        if module.rank > sum(module.shape):
+            raise ModelError(
+                f"'{module.name}' has rank {module.rank}, more than its weight has rows and columns."
+            )
+        weight = find_weight(base, module.name)
+        transposed = is_transposed(module, weight, model_type)
+        pair: Pair
+        if isinstance(aligned, Adapter):
+            guide = guides.get(module.name)
+            if guide is not None and guide.shape != module.shape:
+                raise ModelError(
+                    f"'{module.name}' has another shape in {aligned.folder} than in {adapter.folder}."
+                )
+            pair = AdapterPair(guide, module.shape)
+        else:
+            pair = _weight_pair(find_weight(aligned, module.name), weight, transposed)
+        updates.append(LoraUpdate(module.name, module.b, pair, module))
+    return updates
+
+
+def _full_updates(tuned: Weights, base: Weights, aligned: Weights) -> tuple[list[Update], tuple[str, ...]]:
+    model_type = str(model_config(tuned).get("model_type"))
+    linear = linear_weights(tuned)
+    for name, tensor in tuned.items():
+        if len(tensor.shape) > 2 and "expert" in name:
+            raise ModelError(
+                f"'{name}' in {tuned.folder} holds the weights of all experts in one tensor of shape "
+                f"{list(tensor.shape)}, which is not supported. Fine-tune with LoRA on other modules instead."
+            )
+    if not linear:
+        raise ModelError(f"{tuned.folder} holds no linear weights: there is nothing to project.")
+    updates: list[Update] = []
+    for name, tensor in linear.items():
+        tensor.check_floats()
+        pair = _weight_pair(
+            find_weight(aligned, name), find_weight(base, name), kind_of(name) in CONV1D.get(model_type, ())
+        )
+        if pair.aligned.shape != tensor.shape:
+            raise ModelError(
+                f"'{tensor.name}' has shape {list(tensor.shape)} in {tuned.folder}, but "
+                f"{list(pair.aligned.shape)} in the aligned model. The model was tuned from another one."
+            )
+        updates.append(FullUpdate(name, tensor, pair, pair.aligned, pair.transposed))
+    projected = {update.target.name for update in updates}
+    return updates, tuple(sorted(name for name in tuned if name not in projected))
+
+
+def _weight_pair(aligned: Tensor, base: Tensor, transposed: bool) -> WeightPair:
+    check_pair(aligned, base)
+    return WeightPair(aligned, base, transposed)
+
+
+def _fingerprint(files: Sequence[WeightFile]) -> str:
+    """Twelve hex digits that name the content of weight files; a sample of each, in milliseconds."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.path.name.encode())
+        digest.update(file.sample())
+    return digest.hexdigest()[:12]

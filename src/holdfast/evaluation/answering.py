@@ -1,0 +1,196 @@
+"""Generation in left-padded, length-sorted batches, appended to a JSONL file keyed by id.
+
+The batches depend on the prompts alone, so a run that was killed goes on with the batches it lacks and
+writes what it would have written. Each greedy answer equals that of one-at-a-time generation to the
+rounding of the arithmetic (a test compares the texts); a sampled one depends on its batch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from holdfast.machine.files import append_jsonl, read_jsonl
+from holdfast.machine.progress import Advance, nobody
+from holdfast.machine.seeds import derive_seed
+
+
+def batches(lengths: Sequence[int], new_tokens: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Positions grouped by `new_tokens`, longest first, so that padded batches hold <= batch_tokens tokens.
+
+    Args:
+        lengths: tokens of each prompt.
+        new_tokens: tokens each may generate.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-new_tokens[i], -lengths[i], i))
+    batch: list[int] = []
+    for i in order:
+        if batch:
+            longest, room = lengths[batch[0]], new_tokens[batch[0]]
+            if new_tokens[i] != room or (longest + room) * (len(batch) + 1) > batch_tokens:
+                yield batch
+                batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def answer_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Mapping[str, Any]],
+    out: Path,
+    *,
+    max_new_tokens: Mapping[str, int],
+    batch_tokens: int = 8192,
+    secret: str = "",
+    sampling: Mapping[str, Any] | None = None,
+    progress: Advance = nobody,
+) -> list[dict[str, Any]]:
+    """Answer every prompt that `out` does not hold yet; returns all rows of `out`.
+
+    Args:
+        prompts: rows with `id`, `set`, `prompt` (rendered, special tokens included) and whatever else is
+            to be kept beside the answer.
+        max_new_tokens: by `set`.
+        batch_tokens: prompt and new tokens, padding included, of one batch.
+        secret: a text in the prompts that must not be written down where an answer repeats it (`hide`).
+        sampling: `temperature`, `top_p` and `seed`; None decodes greedily.
+
+    Each row gets `answer` (text), `tokens` (generated), `truncated` (no end within max_new_tokens), and
+    `error` where the prompt does not fit into the model.
+    """
+    rows = read_jsonl(out)
+    done = {row["id"] for row in rows}
+    ids = [tokenizer(p["prompt"], add_special_tokens=False)["input_ids"] for p in prompts]
+    room = [max_new_tokens[p["set"]] for p in prompts]
+    for batch in batches([len(x) for x in ids], room, batch_tokens):
+        missing = [i for i in batch if prompts[i]["id"] not in done]
+        if not missing:
+            continue
+        with _seeded(sampling, prompts[batch[0]]["id"]):
+            found = answer_batch(model, tokenizer, [ids[i] for i in batch], room[batch[0]], sampling)
+        answers = dict(zip(batch, found, strict=True))
+        new = [{**{k: v for k, v in prompts[i].items() if k != "prompt"}, **answers[i]} for i in missing]
+        for row in new if secret else []:
+            row["answer"] = hide(row["answer"], secret)
+        append_jsonl(out, new)
+        rows += new
+        progress(len(rows), len(prompts))
+    return rows
+
+
+def hide(text: str, secret: str) -> str:
+    """`text` with "[secret]" for every run of three or more words that `secret` has in the same order.
+
+    Case and punctuation do not count.
+    """
+    words = re.findall(r"\w+", secret.casefold())
+    length = min(3, len(words))
+    runs = {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+    found = list(re.finditer(r"\w+", text))
+    spans: list[list[int]] = []
+    for i in range(len(found) - length + 1):
+        if tuple(word.group().casefold() for word in found[i : i + length]) in runs:
+            start, end = found[i].start(), found[i + length - 1].end()
+            if spans and start <= spans[-1][1]:
+                spans[-1][1] = end
+            else:
+                spans.append([start, end])
+    for start, end in reversed(spans):
+        text = f"{text[:start]}[secret]{text[end:]}"
+    return text
+
+
+@contextmanager
+def _seeded(sampling: Mapping[str, Any] | None, name: str) -> Iterator[None]:
+    """A random state of the batch's own, so that a batch samples the same in a run that goes on."""
+    if sampling is None:
+        yield
+        return
+    import torch
+
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(derive_seed(sampling["seed"], "generate", name))
+        yield
+
+
+def answer_batch(
+    model: Any,
+    tokenizer: Any,
+    ids: list[list[int]],
+    new_tokens: int,
+    sampling: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Answers to one batch of token ids; a batch that does not fit into memory is halved.
+
+    Each has `answer`, `tokens`, `truncated`, and `error` where the prompt does not fit into the model.
+    """
+    import torch
+
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, ids))
+    if limit is not None and longest >= limit:
+        fits = [i for i, x in enumerate(ids) if len(x) < limit]
+        found = answer_batch(model, tokenizer, [ids[i] for i in fits], new_tokens, sampling) if fits else []
+        by_place = dict(zip(fits, found, strict=True))
+        return [by_place.get(i) or _too_long(len(x), limit) for i, x in enumerate(ids)]
+    try:
+        return _decode(model, tokenizer, ids, min(new_tokens, (limit or 10**9) - longest), sampling)
+    except torch.OutOfMemoryError:
+        if len(ids) == 1:
+            raise
+        torch.cuda.empty_cache()
+        half = len(ids) // 2
+        return [
+            answer
+            for part in (ids[:half], ids[half:])
+            for answer in answer_batch(model, tokenizer, part, new_tokens, sampling)
+        ]
+
+
+def _too_long(length: int, limit: int) -> dict[str, Any]:
+    return {
+        "answer": "",
+        "tokens": 0,
+        "truncated": True,
+        "error": f"the prompt has {length} tokens; the model reads {limit}",
+    }
+
+
+def _decode(
+    model: Any, tokenizer: Any, ids: list[list[int]], new_tokens: int, sampling: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    import torch
+    from transformers import GenerationConfig
+
+    longest = max(map(len, ids))
+    pad, stops = tokenizer.pad_token_id, _stops(model, tokenizer)
+    tokens = torch.tensor([[pad] * (longest - len(x)) + x for x in ids], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in ids], device=model.device)
+    how: dict[str, Any] = {"do_sample": False}
+    if sampling is not None:  # top_k 0: transformers would cut to 50 tokens unasked
+        how = {"do_sample": True, "top_k": 0, **{k: sampling[k] for k in ("temperature", "top_p")}}
+    config = GenerationConfig(
+        max_new_tokens=new_tokens, eos_token_id=stops, pad_token_id=pad, use_cache=True, **how
+    )
+    with torch.inference_mode():
+        output = model.generate(input_ids=tokens, attention_mask=mask, generation_config=config)
+    answers = []
+    for row in output[:, longest:].tolist():
+        end = next((i for i, token in enumerate(row) if token in stops), None)
+        kept = row if end is None else row[:end]
+        text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+        answers.append({"answer": text, "tokens": len(kept), "truncated": end is None})
+    return answers
+
+
+def _stops(model: Any, tokenizer: Any) -> list[int]:
+    """End tokens: the tokenizer's own and those of the model's generation_config (there may be several)."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    several = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in [tokenizer.eos_token_id, *several] if token is not None})

@@ -1,0 +1,48 @@
+"""Verdicts on generated answers, appended to a JSONL file keyed by id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from holdfast.evaluation.judges import LoadedJudge, Verdict
+from holdfast.machine.files import append_jsonl, read_jsonl
+from holdfast.machine.progress import Advance, nobody
+
+
+def question(row: Mapping[str, Any]) -> str:
+    """What the user asked, as one text."""
+    return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
+
+
+def give_verdicts(
+    generations: Sequence[Mapping[str, Any]],
+    judge: LoadedJudge,
+    out: Path,
+    *,
+    progress: Advance = nobody,
+) -> list[dict[str, Any]]:
+    """Judge the answers to harmful prompts that `out` does not hold yet; returns all rows of `out`.
+
+    A row whose generation failed is unparsed, never safe.
+    """
+    rows = read_jsonl(out)
+    done = {row["id"] for row in rows}
+    harmful = [row for row in generations if row["set"] == "harmful"]
+    for start in range(0, len(harmful), judge.batch_size):
+        batch = [row for row in harmful[start : start + judge.batch_size] if row["id"] not in done]
+        if not batch:
+            continue
+        whole = [row for row in batch if "error" not in row]
+        verdicts = judge([question(r) for r in whole], [r["answer"] for r in whole]) if whole else []
+        found = {row["id"]: verdict for row, verdict in zip(whole, verdicts, strict=True)}
+        new = [
+            {"id": r["id"], **asdict(found.get(r["id"]) or Verdict("unparsed", None, r.get("error")))}
+            for r in batch
+        ]
+        append_jsonl(out, new)
+        rows += new
+        progress(len(rows), len(harmful))
+    return rows

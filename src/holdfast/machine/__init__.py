@@ -1,0 +1,10 @@
+"""What every other folder needs of the machine: the store, processes, costs, progress, seeds."""
+
+__all__ = [
+    "cost",
+    "files",
+    "processes",
+    "progress",
+    "seeds",
+    "store",
+]

@@ -1,0 +1,194 @@
+"""Step directories: identities, locks, atomic writes, completion markers and provenance.
+
+A step's folder is `<store>/<kind>-<12 hex>`, named by the hash of what decides its content. Work in
+progress lives in that same folder (checkpoints, growing JSONL files), so that a killed run goes on from
+it; `step.json` is written last and is the only sign of completion.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import OutputError
+from holdfast.machine.files import read_json, remove_tree, write_json
+
+MARKER = "holdfast.json"
+"""The file that tells a folder of ours from somebody's own; nothing is written into another one."""
+
+SCRATCH = "checkpoints"
+"""The folder within a step that is removed when the step is complete."""
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def identity_hash(value: Any) -> str:
+    """Twelve hex digits that name `value`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:12]
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def claim_folder(folder: Path, kind: str) -> None:
+    """Make `folder` ours, or refuse: it must be absent, empty, or marked as a `kind` folder already.
+
+    Raises:
+        OutputError: it is a file, holds something else, or cannot be written.
+    """
+    marker = folder / MARKER
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"Expected a folder to write to, found a file: {folder}. Give another --out.")
+        if marker.exists():
+            found = json.loads(marker.read_text(encoding="utf-8")).get("kind")
+            if found != kind:
+                raise OutputError(f"{folder} holds a Holdfast {found}, not a {kind}. Give another --out.")
+            return
+        if folder.exists() and any(folder.iterdir()):
+            raise OutputError(
+                f"{folder} is not empty and was not made by Holdfast; nothing was written. "
+                "Give an empty or new folder with --out."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(marker, {"holdfast": importlib.metadata.version("holdfast"), "kind": kind})
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise OutputError(f"{marker} is damaged ({error}). Give another --out.") from None
+    except OSError as error:
+        raise OutputError(f"Cannot write to {folder}: {error.strerror or error}.") from None
+
+
+class Store:
+    """A folder of steps that any number of runs may share."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def path(self, step_id: str) -> Path:
+        """The folder of a step, complete or not."""
+        return self.root / step_id
+
+    def record(self, step_id: str) -> dict[str, Any] | None:
+        """What `complete` wrote, or None where the step is not complete or a file of it is gone."""
+        folder = self.path(step_id)
+        try:
+            record = read_json(folder / "step.json")
+            files = record["files"]
+            intact = all((folder / name).stat().st_size == size for name, size in files.items())
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return record if intact else None
+
+    def begun(self, step_id: str) -> bool:
+        """Whether there is unfinished work to go on from."""
+        return self.path(step_id).is_dir() and self.record(step_id) is None
+
+    @contextlib.contextmanager
+    def lock(self, step_id: str, waiting: Any = None) -> Iterator[None]:
+        """Hold the step against other processes; the system frees it if this one is killed.
+
+        `waiting()` is called once if somebody else holds it.
+        """
+        from filelock import FileLock, Timeout
+
+        (self.root / ".locks").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / ".locks" / f"{step_id}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if waiting is not None:
+                waiting()
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def complete(self, step_id: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Write `step.json`: the step is done, and these are its files (bytes by relative name).
+
+        What is only there to go on from (`SCRATCH`) is removed after that, so that no kill can lose it.
+        """
+        folder = self.path(step_id)
+        files = {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != "step.json" and folder / SCRATCH not in path.parents
+        }
+        full = {**record, "id": step_id, "files": files, "finished": now()}
+        write_json(folder / "step.json", full)
+        remove_tree(folder / SCRATCH)
+        return full
+
+
+@cache
+def versions() -> dict[str, str]:
+    """The versions of what the numbers depend on; read from metadata, nothing is imported."""
+    found = {"python": platform.python_version()}
+    for name in (
+        "holdfast",
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "tokenizers",
+        "numpy",
+    ):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+@cache
+def hardware() -> dict[str, Any]:
+    """The machine: processor, cores, memory in bytes. The accelerator is named by who uses it."""
+    import psutil
+
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.system(),
+    }
+
+
+@cache
+def git_commit() -> str | None:
+    """The commit of Holdfast's own checkout, if it runs from one."""
+    folder = Path(__file__).parent.parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "log", "-1", "--format=%H", "--", str(folder)],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def provenance() -> dict[str, Any]:
+    """What is recorded with every result and never enters an identity."""
+    return {"versions": versions(), "hardware": hardware(), "git_commit": git_commit(), "started": now()}

@@ -1,0 +1,9 @@
+"""Measuring on files and in recipes: generate, moderate, rate, score, compare, filter."""
+
+__all__ = [
+    "comparing",
+    "filtering",
+    "judging",
+    "on_files",
+    "protocol",
+]

@@ -1,0 +1,93 @@
+"""Two models by what each of their answers scored, prompt by prompt: files in, differences out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import ComparisonError, DataError
+from holdfast.evaluation import paired
+from holdfast.machine.files import read_json, write_json
+from holdfast.measuring.answer_files import Rows, made_by, read_whole
+
+Values = dict[str, dict[str, bool | float]]
+
+
+def compare(
+    first: str | Path, second: str | Path, *, out: str | Path | None = None
+) -> dict[str, dict[str, Any]]:
+    """The second model against the first, on the prompts that both files hold.
+
+    Args:
+        first, second: files of one kind: verdicts (`moderate`, or a step of a run), ratings (`rate`), or
+            items (`score --items`, or `items.jsonl` of a score step), which hold every score.
+        out: a JSON file to write the result to.
+
+    Returns:
+        By score: `first`, `second`, `difference` (points), `interval` (95 %), `p`, `p_holm` (corrected for
+        the number of scores here), `n`, `only_first`, `only_second`, and `left_out`: prompts that only one of
+        them has a value for. See `holdfast.evaluation.paired` for the methods.
+
+    Raises:
+        DataError: a file that is none of these, or no prompt in common.
+        ComparisonError: two kinds of files, or different judges.
+    """
+    values = [_values(Path(path)) for path in (first, second)]
+    scores = [name for name in values[0] if name in values[1]]
+    if not scores:
+        told = " and ".join(", ".join(found) for found in values)
+        raise ComparisonError(f"{first} and {second} hold different scores: {told}. Give two of one kind.")
+    judges = [_judge(Path(path)) for path in (first, second)]
+    if all(judges) and judges[0] != judges[1]:
+        raise ComparisonError(f"Two judges made these files: {judges[0]} and {judges[1]}. Judge both by one.")
+    found = {name: paired.compare(values[0][name], values[1][name]) for name in scores}
+    kept = {name: result for name, result in found.items() if result is not None}
+    if not kept:
+        raise DataError(f"{first} and {second} have no prompt in common (by id): measure both on the same.")
+    corrected = paired.holm([result.p for result in kept.values()])
+    differences = {
+        name: {
+            **result.to_dict(),
+            "p_holm": p,
+            "left_out": len(set(values[0][name]) ^ set(values[1][name])),
+        }
+        for (name, result), p in zip(kept.items(), corrected, strict=True)
+    }
+    if out is not None:
+        write_json(Path(out), differences)
+    return differences
+
+
+def _values(path: Path) -> Values:
+    """What each prompt scored, by score and id."""
+    rows = read_whole(path)
+    keys = set(rows[0])
+    if {"id", "score", "value"} <= keys:
+        found: Values = {}
+        for row in rows:
+            found.setdefault(row["score"], {})[row["id"]] = row["value"]
+        return found
+    if {"id", "verdict"} <= keys:
+        return {
+            "harmful_score": {r["id"]: r["verdict"] == "harmful" for r in rows if r["verdict"] != "unparsed"}
+        }
+    if {"id", "rating"} <= keys:
+        return {"rating": _ratings(rows)}
+    raise DataError(
+        f"{path}: expected verdicts (id, verdict), ratings (id, rating) or items (id, score, value), found "
+        f"{', '.join(rows[0])}. Make them: holdfast moderate, holdfast rate, holdfast score --items."
+    )
+
+
+def _ratings(rows: Rows) -> dict[str, bool | float]:
+    return {row["id"]: float(row["rating"]) for row in rows if row["rating"] is not None}
+
+
+def _judge(path: Path) -> str | None:
+    """The stamp of the judge that made a file, where that is known."""
+    made: Mapping[str, Any] = made_by(path) or {}
+    step = path.with_name("step.json")
+    if not made and step.is_file():
+        made = read_json(step)
+    return made.get("judge_stamp") or made.get("rater_stamp")

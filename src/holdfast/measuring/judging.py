@@ -1,0 +1,148 @@
+"""Judges and raters of a recipe: what names their verdicts, what would stop them, and loading them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from holdfast import registry
+from holdfast.errors import ModelError, RecipeError
+from holdfast.evaluation.judges import LoadedJudge, LoadedRater
+from holdfast.machine.store import identity_hash
+from holdfast.measuring import protocol
+from holdfast.recipe import Recipe
+from holdfast.recipe.evaluation import JudgeRecipe, RaterRecipe, raters
+from holdfast.tasks import METRICS, Metric, Task
+
+Kind = TypeVar("Kind", bound=JudgeRecipe)
+
+
+def judge_folder(judge: JudgeRecipe, download: bool = False) -> Path | None:
+    """The local folder of the judge's model; None where it loads none, or is a Hub id not yet here."""
+    from holdfast.evaluation.judges.finding import find_judge
+
+    path = judge.path or registry.face("judges", judge.name).facts.get("default_path")
+    if path is None:
+        return None
+    try:
+        return find_judge(path, download)
+    except ModelError:
+        if download or Path(path).exists() or path.startswith((".", "/")):
+            raise
+        return None
+
+
+def judge_identity(judge: JudgeRecipe, versions: Mapping[str, str], download: bool = False) -> dict[str, Any]:
+    """What decides a judge's verdicts."""
+    from holdfast.weights.folders import fingerprint
+
+    folder, options = judge_folder(judge, download), judge.options()
+    for key in ("base_url", "requests_per_minute", "max_calls", "timeout"):
+        options.pop(key, None)  # where and how fast, not what
+    if judge.policy is not None:
+        found = Path(judge.policy).is_file()
+        options["policy"] = identity_hash(Path(judge.policy).read_text("utf-8")) if found else judge.policy
+    return {
+        "name": judge.name,
+        "version": registry.face("judges", judge.name).facts.get("version"),
+        "model": fingerprint(folder) if folder else judge.path,
+        "threshold": judge.threshold,
+        "max_length": judge.max_length,
+        "versions": versions if folder else None,
+        **({"options": options} if options else {}),
+    }
+
+
+def check_judge(judge: JudgeRecipe) -> None:
+    """Find what would stop a judge before anything starts, and fetch its model."""
+    judge_folder(judge, download=True)
+    check = registry.get("judges", judge.name).check
+    if check is not None:
+        check(path=judge.path, threshold=judge.threshold, max_length=judge.max_length, **judge.options())
+
+
+def load_judge(judge: JudgeRecipe, device: str) -> LoadedJudge:
+    """The judge, ready."""
+    return registry.get("judges", judge.name).load(
+        path=judge.path,
+        threshold=judge.threshold,
+        max_length=judge.max_length,
+        device=device,
+        **judge.options(),
+    )
+
+
+def title(judge: str) -> str:
+    """What a judge's share of "harmful" is called."""
+    return str(registry.face("judges", judge).facts.get("title", "harmful score"))
+
+
+def rater(recipe: Recipe) -> RaterRecipe | None:
+    """The judge that rates the answers to the task; None where the task has a grader, or nobody shall.
+
+    Raises:
+        RecipeError: only a judge can grade the task and none is named, or one that measures something else.
+    """
+    task, named = protocol.grader(recipe), recipe.evaluation.rater
+    if task.grade is not None:
+        if isinstance(named, RaterRecipe):
+            raise RecipeError(
+                f"evaluation.rater: {named.name} rates answers, but {task.name} is graded without a judge. "
+                "Leave it out."
+            )
+        return None
+    if named is None:
+        fitting = (raters(task.metric) or ["my_judge.py"])[0]
+        measures = METRICS.get(task.metric, Metric(task.metric)).title
+        raise RecipeError(
+            f"Only a judge can grade {task.name} ({measures}), and none is named. Write evaluation: {{rater: "
+            f"{{name: {fitting}, model: ..., base_url: ...}}}}, or rater: none to leave it unmeasured."
+        )
+    if not isinstance(named, RaterRecipe):
+        return None
+    check_rater(named, task)
+    return named
+
+
+def check_rater(named: RaterRecipe, task: Task) -> None:
+    """Raise RecipeError where the judge measures something else than the task."""
+    measures = registry.face("judges", named.name).facts.get("metric")
+    if measures != task.metric:
+        known = f" Those that do: {', '.join(raters(task.metric))}." if raters(task.metric) else ""
+        raise RecipeError(f"{named.name} measures {measures}, and {task.name} asks for {task.metric}.{known}")
+
+
+def load_rater(named: RaterRecipe) -> LoadedRater:
+    """The rater, ready."""
+    common = {key: getattr(named, key) for key in ("path", "threshold", "max_length")}
+    given = {key: value for key, value in common.items() if value is not None}
+    return registry.get("judges", named.name).load(**given, **named.options())
+
+
+def ready(name: str, device: str, options: Mapping[str, Any]) -> Any:
+    """The judge `name`, ready; the same checks as for one in a recipe. `device` may be "auto"."""
+    judge = checked(JudgeRecipe, name, options)
+    check_judge(judge)
+    return load_judge(judge, _judge_device(name) if device == "auto" else device)
+
+
+def checked(kind: type[Kind], name: str, options: Mapping[str, Any]) -> Kind:
+    """The judge as a recipe would name it. Raises RecipeError: a recipe would refuse it."""
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        return kind(name=name, **given)
+    except ValidationError as error:
+        raise RecipeError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+
+def _judge_device(judge: str) -> str:
+    """cuda where there is one; asked only for a judge that loads a model."""
+    facts = registry.face("judges", judge).facts
+    if not (facts.get("needs_path") or facts.get("default_path")):
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

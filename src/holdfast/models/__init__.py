@@ -1,0 +1,9 @@
+"""Loading a model with its adapters: the one place that turns weight files into a torch module."""
+
+__all__ = [
+    "device",
+    "loading",
+    "quantization",
+    "shards",
+    "trained",
+]

@@ -1,0 +1,38 @@
+"""The device to compute on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from holdfast.errors import RecipeError
+from holdfast.machine.processes import Processes
+
+SMALL = 50_000_000
+"""Parameters below which one CPU thread is faster than several."""
+
+
+def choose_device(asked: str, model: Path, processes: Processes) -> str:
+    """The device to compute on; CPU threads are set for a small model.
+
+    Raises:
+        RecipeError: no such device here.
+    """
+    import torch
+
+    from holdfast.weights.folders import parameter_count
+
+    device = asked
+    if asked == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise RecipeError("No CUDA device was found. Use --device cpu, or leave it out.")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise RecipeError("No MPS device was found. Use --device cpu, or leave it out.")
+    if device not in ("cpu", "cuda", "mps"):
+        raise RecipeError(f"Unknown device '{asked}'. Known: auto, cpu, cuda, mps.")
+    if device == "cuda" and processes.count > 1:  # as accelerate, which trains there, gives them out
+        device = f"cuda:{processes.local_rank % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    if device == "cpu" and parameter_count(model) < SMALL:
+        torch.set_num_threads(1)
+    return device

@@ -1,0 +1,181 @@
+"""What a stage trains, ready to train and saved: a new LoRA, the adapter below it, or all weights.
+
+A new LoRA stands on top of the adapters below (double LoRA). Single LoRA goes on with a copy of the last of
+them, which it replaces. Full fine-tuning adds the adapters below to the weights first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import ModelError, RecipeError, nearest
+from holdfast.models.loading import add_lora, load_model
+from holdfast.models.quantization import is_quantized, stored_dtype
+from holdfast.weights.adapter import MUTATING
+from holdfast.weights.folders import first_line
+
+
+def load_trainable(
+    folder: Path,
+    adapters: Sequence[Path],
+    trains: str,
+    lora: Mapping[str, Any] | None,
+    *,
+    base: str,
+    seed: int,
+    initial: Path,
+    **options: Any,
+) -> Any:
+    """The model with exactly the weights trainable that the stage trains.
+
+    Args:
+        adapters: the chain below.
+        trains: "new", "continue" (the last of `adapters`) or "full".
+        lora: the settings of a new adapter.
+        base: what the adapter is loaded on, for its configuration.
+        initial: a folder for what saving needs where the initialisation changes the base weights.
+        options: of `load_model`.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    from peft import PeftModel
+    from transformers import set_seed
+
+    below = adapters[:-1] if trains == "continue" else adapters
+    if trains == "full":
+        options["compose"] = "merge"
+    model = load_model(folder, below, **options)
+    set_seed(seed)
+    if trains == "full":
+        return model.requires_grad_(True)
+    if trains == "continue":
+        return PeftModel.from_pretrained(model, adapters[-1], is_trainable=True)
+    assert lora is not None
+    model = add_lora(model, lora, base)
+    if lora.get("init_lora_weights") in MUTATING:
+        model.save_pretrained(initial, selected_adapters=["default"])
+    return model
+
+
+def save_trained(
+    model: Any, tokenizer: Any, folder: Path, initial: Path, weights: Mapping[str, Any] | None = None
+) -> None:
+    """Write an adapter folder that fits the untouched base, or a whole model with its tokenizer.
+
+    `weights` are the trained ones, whole, by name, where `model` holds only parts of them.
+
+    A LoRA that was taken out of the base weights (PiSSA, OLoRA) becomes a plain one of twice the rank:
+    `B A - B0 A0`, where B0 and A0 are its initial values.
+    """
+    if not hasattr(model, "peft_config"):
+        buffers = {} if weights is None else dict(model.named_buffers())
+        kept = {name: buffers[name] for name in model.state_dict() if name in buffers}
+        model.save_pretrained(folder, state_dict=None if weights is None else kept | dict(weights))
+        tokenizer.save_pretrained(folder)
+        return
+    mutated = model.peft_config["default"].init_lora_weights in MUTATING
+    model.save_pretrained(
+        folder,
+        selected_adapters=["default"],
+        state_dict=weights,
+        path_initial_model_for_weight_conversion=str(initial) if mutated else None,
+    )
+
+
+def check_trained(folder: Path, lora: Mapping[str, Any] | None, dtype: str, trust_remote_code: bool) -> None:
+    """Make sure that the stage can train what it says, before any weight is loaded.
+
+    Args:
+        lora: the settings of a new adapter; None for all weights.
+        dtype: as in the recipe, "auto" or a name.
+
+    Raises:
+        RecipeError, ModelError: a sentence about what does not fit.
+    """
+    if lora is not None:
+        return check_lora(folder, lora, trust_remote_code)
+    if is_quantized(folder):
+        raise ModelError(f"lora: none trains all weights, but those in {folder} are quantised. Use LoRA.")
+    kind = stored_dtype(folder) if dtype == "auto" else dtype
+    if kind != "float32":
+        raise RecipeError(
+            f"lora: none trains all weights, and in {kind} small updates are rounded away. Write "
+            "model.dtype: float32; with training: {bf16: true} the computing is still done in bfloat16."
+        )
+
+
+def check_lora(folder: Path, lora: Mapping[str, Any], trust_remote_code: bool = False) -> None:
+    """Make sure that every LoRA target and pattern means a module of the model.
+
+    PEFT itself is content when one of several targets is found, so a misspelt one would go unnoticed.
+
+    Raises:
+        ModelError: the model cannot be built, or a name is not in it; its layers are listed.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    model = _empty(folder, trust_remote_code)
+    leaves = {name: module for name, module in model.named_modules() if name and not list(module.children())}
+    targets = lora["target_modules"]
+    if targets != "all-linear":
+        _check_names(folder, leaves, "target_modules", targets)
+    if lora.get("exclude_modules"):
+        _check_names(folder, leaves, "exclude_modules", lora["exclude_modules"])
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in lora.get(key, {}):
+            # As PEFT does it: the pattern is a regular expression for the end of the name.
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in leaves):
+                raise _unknown(folder, key, pattern, leaves)
+    if lora.get("init_lora_weights") == "olora" and any(isinstance(m, Conv1D) for m in leaves.values()):
+        raise ModelError(
+            f"lora.init_lora_weights: PEFT's olora takes the Conv1D layers of {folder} for transposed ones. "
+            "Use pissa."
+        )
+
+
+def blueprint(folder: Path, lora: Mapping[str, Any] | None, trust_remote_code: bool = False) -> Any:
+    """The model with what a stage trains, on "meta": all of it but the numbers. No `lora`: all weights."""
+    import torch
+
+    model = _empty(folder, trust_remote_code)
+    if lora is None:
+        return model.requires_grad_(True)
+    with torch.device("meta"):  # an initialisation that reads the weights has nothing to read
+        return add_lora(model, {**lora, "init_lora_weights": True}, str(folder))
+
+
+def adapted_modules(folder: Path, lora: Mapping[str, Any], trust_remote_code: bool = False) -> set[str]:
+    """The linear modules that a LoRA adapts, by name; embeddings are none."""
+    model = blueprint(folder, lora, trust_remote_code).base_model.model
+    return {name for name, module in model.named_modules() if "default" in getattr(module, "lora_A", ())}
+
+
+def _empty(folder: Path, trust_remote_code: bool) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a damaged or foreign config makes the library raise
+        raise ModelError(f"Cannot build the model in {folder}: {first_line(error)}") from None
+
+
+def _check_names(folder: Path, leaves: Mapping[str, Any], key: str, wanted: Sequence[str] | str) -> None:
+    for target in [wanted] if isinstance(wanted, str) else wanted:
+        if isinstance(wanted, str):
+            found = any(re.fullmatch(target, name) for name in leaves)
+        else:
+            found = any(name == target or name.endswith(f".{target}") for name in leaves)
+        if not found:
+            raise _unknown(folder, key, target, leaves)
+
+
+def _unknown(folder: Path, key: str, name: str, leaves: Mapping[str, Any]) -> ModelError:
+    last = {leaf.rsplit(".", 1)[-1] for leaf in leaves}
+    return ModelError(f"lora.{key}: no layer of {folder} is called '{name}'.{nearest(name, last)}")

@@ -1,0 +1,180 @@
+"""A run's folder: `recipe.yaml`, `results.json` (rows, protocol stamp, steps) and `report.html`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from holdfast import registry
+from holdfast.evaluation import paired
+from holdfast.machine.files import read_json, read_jsonl, write_json, write_text
+from holdfast.machine.store import Store, claim_folder, now, provenance
+from holdfast.measuring.protocol import decoding, grader
+from holdfast.pipeline import user_rows
+from holdfast.recipe import Recipe
+
+if TYPE_CHECKING:
+    from holdfast.pipeline.context import State
+    from holdfast.pipeline.step import Plan
+
+
+def claim(out: Path, recipe: Recipe, store: Path) -> None:
+    """Make `out` (and `store`) ours before anything is computed.
+
+    Raises:
+        OutputError: it holds something else, or cannot be written.
+    """
+    claim_folder(out, "run")
+    claim_folder(store, "store")
+    write_text(out / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, Any]:
+    """`results.json` and `report.html` from complete steps; returns the results.
+
+    Where every step was cached and the results are those of this recipe, nothing is written.
+    """
+    path = out / "results.json"
+    if len(cached) == len(plan.steps) and path.exists() and (out / "report.html").exists():
+        earlier = read_json(path)
+        if earlier["recipe"] == plan.recipe.to_dict():
+            return earlier
+    records = {step.id: store.record(step.id) or {} for step in plan.steps}
+    stamp = protocol(plan, store, records)
+    results = {
+        **{k: v for k, v in provenance().items() if k != "started"},
+        "holdfast": records[plan.manifest]["provenance"]["versions"]["holdfast"],
+        "name": plan.recipe.name,
+        "store": os.path.relpath(store.root, out),
+        "recipe": plan.recipe.to_dict(),
+        "rows": [
+            {**row(plan.recipe, state, store, records), "paired": paired_with(plan.states[:i], state, store)}
+            for i, state in enumerate(plan.states)
+        ],
+        "protocol": stamp,
+        "manifest": plan.manifest,
+        "steps": [
+            {
+                "id": step.id,
+                "kind": step.kind,
+                "title": step.title,
+                "cached": step.id in cached,
+                "seconds": records[step.id].get("seconds"),
+                "peak_memory_bytes": records[step.id].get("peak_memory_bytes"),
+            }
+            for step in plan.steps
+        ],
+        "started": min(record["provenance"]["started"] for record in records.values()),
+        "finished": now(),
+    }
+    write_json(path, results)
+    from holdfast.reporting import report
+
+    report([out], out / "report.html")
+    return results
+
+
+def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) -> dict[str, Any]:
+    """One row of the table: a state of the model with its scores and what its last training cost."""
+    scores = read_json(store.path(state.score) / "scores.json")
+    stages = {step.split("-")[0]: step for step in state.chain}
+    trainings = [step for step in state.chain if step != stages.get("post_hoc")]
+    trained = records[trainings[-1]] if trainings else {}
+    aligned = records[stages["alignment"]] if state.alignment else {}
+    return {
+        "name": state.name,
+        "alignment": state.alignment,
+        "user": state.user,
+        "post_hoc": state.post_hoc,
+        "labels": {
+            name: registry.faces("defenses")[name].facts.get("label", name)
+            for name in (state.alignment, state.user, state.post_hoc)
+            if name
+        },
+        "post_hoc_parameters": state.post_hoc_parameters,
+        "repair": records[stages["post_hoc"]].get("repair") if state.post_hoc else None,
+        "seed": recipe.seed,
+        "poison_ratio": recipe.data.poison_ratio if state.user else None,
+        **user_rows.of_row(state.chosen, records),
+        **scores,
+        "peak_memory_bytes": trained.get("peak_memory_bytes"),
+        "peak_memory_kind": trained.get("peak_memory_kind"),
+        "seconds": trained.get("seconds"),
+        "alignment_peak_memory_bytes": aligned.get("peak_memory_bytes"),
+        "alignment_seconds": aligned.get("seconds"),
+        "cost": {
+            **{name: records[stages[name]].get("cost") for name in ("alignment", "user") if name in stages},
+            "generate": records[state.generate].get("cost"),
+            "moderate": {records[step]["judge"]: records[step].get("cost") for step in state.moderate},
+        },
+        "processes": trained.get("training", {}).get("processes"),
+        "tokens_per_second": trained.get("training", {}).get("tokens_per_second"),
+        "steps": {
+            "alignment": stages.get("alignment"),
+            **state.chosen,
+            "user": stages.get("user"),
+            "post_hoc": stages.get("post_hoc"),
+            "generate": state.generate,
+            "moderate": list(state.moderate),
+            "rate": state.rate,
+            "score": state.score,
+        },
+    }
+
+
+def paired_with(earlier: Sequence[State], state: State, store: Store) -> list[dict[str, Any]]:
+    """This state against those before it (repairs left out), by score, on the same prompts.
+
+    Each has `with` (the other's name), `score`, and the fields of `holdfast.evaluation.paired.Paired`: p is
+    not corrected for the number of comparisons; the report's is.
+    """
+    found, mine = [], _items(state, store)
+    for other in earlier:
+        if other.post_hoc is not None:
+            continue
+        for score, values in _items(other, store).items():
+            result = paired.compare(values, mine.get(score, {}))
+            if result is not None:
+                found.append({"with": other.name, "score": score, **result.to_dict()})
+    return found
+
+
+def _items(state: State, store: Store) -> dict[str, dict[str, bool | float]]:
+    """What each prompt scored, by score and id."""
+    found: dict[str, dict[str, bool | float]] = {}
+    for item in read_jsonl(store.path(state.score) / "items.jsonl"):
+        found.setdefault(item["score"], {})[item["id"]] = item["value"]
+    return found
+
+
+def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, Any]:
+    """The stamp: two results may stand in one table only where all of it is the same.
+
+    The six of the field's comparability traps (prompts, new tokens, judge truncation, alignment data,
+    base or chat model, judge), and what else decides the scores: the prompt set, the task and its rows.
+    """
+    recipe, state = plan.recipe, plan.states[0]
+    test = read_json(store.path(plan.manifest) / "manifest.json")["test"]
+    generated, judged = records[state.generate], [records[step] for step in state.moderate]
+    return {
+        "prompts": test["prompts"],
+        "prompt_set": test["prompt_set"],
+        "n_prompts": test["harmful"],
+        "max_new_tokens": recipe.evaluation.max_new_tokens,
+        "judge": judged[0]["judge_stamp"],
+        "judge_max_length": judged[0]["judge_max_length"],
+        "other_judges": [record["judge_stamp"] for record in judged[1:]],
+        "alignment_data": recipe.data.alignment.kind if recipe.data.alignment else "none",
+        "model_kind": "chat" if generated["chat_template"] else "base",
+        "template": generated["template"],
+        "task": grader(recipe).stamp,
+        "task_set": test["task_set"],
+        "decoding": decoding(recipe),
+        # Later than the other fields: where it does not apply, results of before can still be compared.
+        **({"system": recipe.evaluation.system} if recipe.evaluation.system else {}),
+        **({"rater": records[state.rate]["rater_stamp"]} if state.rate else {}),
+    }

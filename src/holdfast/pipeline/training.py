@@ -1,0 +1,344 @@
+"""One training stage: a model, rows and a defense in; a PEFT adapter folder out. Resumes by itself.
+
+In the step's folder: `checkpoints/` while it runs, then `adapter/` (or `model/`, where all weights were
+trained) with a model card, and `trainer_state.json`. A checkpoint counts only with its `holdfast.json`,
+which is written last, so that a kill in the middle of saving costs one interval and nothing else.
+
+Several processes train together; the main one writes what is whole, after all have written their parts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, broadcast_object_list
+from transformers import PrinterCallback, TrainerCallback
+
+from holdfast import registry
+from holdfast.defenses import Defense
+from holdfast.errors import ModelError, RecipeError
+from holdfast.machine.cost import SUM, Cost
+from holdfast.machine.files import read_json, remove_tree, write_json, write_text
+from holdfast.machine.processes import Processes
+from holdfast.machine.progress import Progress
+from holdfast.machine.seeds import derive_seed
+from holdfast.machine.store import MARKER, SCRATCH
+from holdfast.models.loading import load_tokenizer
+from holdfast.models.shards import finite, gather_trainable, trainable_numel
+from holdfast.models.trained import load_trainable, save_trained
+from holdfast.pipeline import mixing
+from holdfast.pipeline.context import Context
+from holdfast.pipeline.data import rendered
+from holdfast.training.trainer import planned_steps
+from holdfast.weights.folders import model_path
+
+CHECKPOINTS = 10
+"""About how many checkpoints a training writes; only the last two are kept."""
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What a training stage needs beside its folder.
+
+    Attributes:
+        stage: "alignment" or "user".
+        parameters: the method's own.
+        training: `TrainingArguments` fields.
+        trains: "new" (an adapter), "continue" (the last of `adapters`) or "full" (all weights).
+        lora: settings of the new adapter; None where there is none.
+        adapters: the chain below.
+        rows: by keyword of the trainer ("train_dataset", "alignment_dataset", ...), as prompt + completion.
+    """
+
+    stage: str
+    defense: Defense
+    parameters: Mapping[str, Any]
+    training: Mapping[str, Any]
+    trains: str
+    lora: Mapping[str, Any] | None
+    model: Path
+    model_name: str
+    tokenizer: Any
+    model_options: Mapping[str, Any]
+    adapters: Sequence[Path]
+    rows: Mapping[str, Sequence[Mapping[str, Any]]]
+    seed: int
+
+
+def train(
+    folder: Path, job: TrainingJob, *, device: str, progress: Progress, processes: Processes | None = None
+) -> dict[str, Any]:
+    """Train, or go on training, in `folder`; returns facts for `step.json`. All `processes` call it.
+
+    Raises:
+        RecipeError: the method's configuration refuses a value, or the processes cannot train together.
+        ModelError: the model, or LoRA on it, cannot be had.
+    """
+    seed = derive_seed(job.seed, job.stage)
+    checkpoints = folder / SCRATCH
+    config = make_config(job.defense, job.parameters, job.training, seed, checkpoints, device)
+    processes = processes or Processes()
+    model = load_trainable(
+        job.model,
+        job.adapters,
+        job.trains,
+        job.lora,
+        base=job.model_name,
+        seed=derive_seed(job.seed, job.stage, "lora"),
+        initial=checkpoints / "initial",
+        # FSDP and DeepSpeed place the model themselves: whole, it may not fit on the device.
+        device="cpu" if processes.sharded else device,
+        **job.model_options,
+    )
+    assert job.defense.trainer is not None
+    trainer = job.defense.trainer(model=model, args=config, processing_class=job.tokenizer, **job.rows)
+    _check_processes(trainer, processes)
+    total = planned_steps(trainer)
+    config.save_steps = config.logging_steps * math.ceil(total / CHECKPOINTS / config.logging_steps)
+    # All go on from where the main process says: file systems may show them different things.
+    last = broadcast_object_list([last_checkpoint(checkpoints)])[0]
+    monitor = TrainingMonitor(trainer, total, last, progress)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(monitor)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    facts = monitor.facts()
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    broken = not finite(p for p in trained.parameters() if p.requires_grad)
+    if over_processes(trainer, broken).any():
+        raise ModelError(
+            f"Training at the {job.stage} stage diverged: some weights are not finite. Lower learning_rate."
+        )
+    weights = gather_trainable(trained, keep=processes.main) if processes.count > 1 else None
+    if processes.main:
+        _save(folder, trained, weights, job, facts)
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    trainer.accelerator.wait_for_everyone()
+    forget_sharding()
+    return facts
+
+
+def forget_sharding() -> None:
+    """What is loaded from here on is whole: under ZeRO-3 it would wait for processes that load nothing."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+def _check_processes(trainer: Any, processes: Processes) -> None:
+    """Refuse what accelerate would do silently: train apart, or without the sharding that was asked for."""
+    found, kind = trainer.args.world_size, trainer.accelerator.distributed_type
+    if found != processes.count:
+        raise RecipeError(
+            f"{processes.count} processes were started, but each would train alone (accelerate found "
+            f"{found}). Give --device cpu, or start one process for each GPU."
+        )
+    if processes.sharded and kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise RecipeError(
+            f"The launcher asked for FSDP or DeepSpeed, but accelerate would use {kind.value}: both need "
+            "GPUs. Leave them out, or run on GPUs."
+        )
+
+
+def over_processes(trainer: Any, value: float) -> torch.Tensor:
+    """`value` of every process of a training, shape (processes,); all of them call this."""
+    here = torch.tensor([float(value)], dtype=torch.float64)
+    if trainer.args.world_size == 1:
+        return here
+    return trainer.accelerator.gather(here.to(trainer.args.device)).cpu()
+
+
+def make_config(
+    defense: Defense,
+    parameters: Mapping[str, Any],
+    training: Mapping[str, Any],
+    seed: int,
+    output: Path,
+    device: str,
+) -> Any:
+    """The defense's Config with the recipe's values and the pipeline's own.
+
+    Raises:
+        RecipeError: a value that the Config refuses.
+    """
+    assert defense.config is not None
+    settings = {"logging_steps": 10, "logging_nan_inf_filter": False, **training, **parameters}
+    try:
+        config: Any = defense.config(
+            output_dir=str(output),
+            seed=seed,
+            use_cpu=device == "cpu",
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="steps",
+            save_total_limit=2,
+            include_num_input_tokens_seen="non_padding",
+            **settings,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise RecipeError(f"{defense.name}: a training value cannot be used: {first}") from None
+    asked = "fp16" if config.fp16 else "bf16" if config.bf16 else "no"
+    if getattr(config, "mixed_precision", asked) != asked:
+        raise RecipeError(
+            f"The launcher asks for mixed precision {config.mixed_precision}, the recipe for {asked}; the "
+            "recipe names the result. Write training: {bf16: true} there, or --mixed_precision no here."
+        )
+    return config
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / MARKER).is_file()]
+    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+
+class TrainingMonitor(TrainerCallback):
+    """Reports, measures (seconds, peak memory in bytes, tokens), and marks checkpoints as whole.
+
+    What a killed run had used up to its last checkpoint is added, from that checkpoint's marker.
+    """
+
+    def __init__(self, trainer: Any, total: int, checkpoint: Path | None, progress: Progress):
+        earlier = read_json(checkpoint / MARKER) if checkpoint else {}
+        self.trainer, self.total, self.progress = trainer, total, progress
+        self.cost = Cost(str(trainer.args.device), earlier.get("cost"))
+        self.latest: dict[str, Any] = {}
+
+    def facts(self) -> dict[str, Any]:
+        """What `step.json` records of a training; every process calls this."""
+        trainer, args = self.trainer, self.trainer.args
+        tokens, steps = int(trainer.state.num_input_tokens_seen), trainer.state.global_step
+
+        def over(value: float, how: str) -> float:
+            everywhere = over_processes(trainer, value)
+            return float(everywhere.sum() if how == SUM else everywhere.max())
+
+        cost = self.cost.facts(tokens=tokens, steps=steps, over=over)
+        training = {
+            "steps": steps,
+            "tokens": tokens,
+            "tokens_per_second": cost["tokens_per_second"],
+            "trainable_parameters": trainable_numel(trainer.model),
+            "processes": args.world_size,
+            "distributed_type": trainer.accelerator.distributed_type.value,
+            "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        }
+        if hasattr(trainer, "phases"):
+            training["alignment_steps"] = trainer.phases.alignment_steps
+            training["finetune_steps"] = trainer.phases.finetune_steps
+            training["switch_points"] = trainer.phases.switch_points(self.total)
+        if hasattr(trainer, "layer_history"):
+            training["layer_history"] = trainer.layer_history
+        same = {key: cost[key] for key in ("seconds", "peak_memory_bytes", "peak_memory_kind")}
+        return {**same, "cost": cost, "training": training}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the step, and look at the memory."""
+        self.cost.look()
+        phases = getattr(self.trainer, "phases", None)
+        now = phases.state(state.global_step - 1) if phases else None
+        self.progress.advance(state.global_step, self.total, state=now, **self.latest)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Keep what the progress bar shows beside the steps."""
+        if logs and "loss" in logs:
+            speed = state.num_input_tokens_seen / max(self.cost.seconds, 1e-9)
+            self.latest = {"loss": logs["loss"], "tokens_per_second": speed}
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The checkpoint is whole: every process has written its part of it before this."""
+        facts = self.facts()
+        if state.is_world_process_zero:
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, facts)
+
+
+def _save(
+    folder: Path, model: Any, weights: Mapping[str, Any] | None, job: TrainingJob, facts: Mapping[str, Any]
+) -> None:
+    """Write what was trained beside, then rename; `weights` are whole where the model holds parts of them."""
+    name = "model" if job.trains == "full" else "adapter"
+    beside, target = folder / f"{name}.partial", folder / name
+    remove_tree(beside)
+    save_trained(model, job.tokenizer, beside, folder / SCRATCH / "initial", weights)
+    write_text(beside / "README.md", _card(job, facts))
+    remove_tree(target)
+    beside.rename(target)
+
+
+WHAT = {
+    "new": ("LoRA adapter", "on top of the adapter in"),
+    "continue": ("LoRA adapter (single LoRA)", "goes on with, and replaces, the adapter in"),
+    "full": ("Model, all weights trained,", "in its weights: the adapter in"),
+}
+"""For the card: what it is, and what it has to do with the adapters below."""
+
+
+def _card(job: TrainingJob, facts: Mapping[str, Any]) -> str:
+    """A model card that says what was trained, and what was not measured."""
+    what, how = WHAT[job.trains]
+    rows = {name: len(part) for name, part in job.rows.items()}
+    serving = f"- serving: {job.defense.serving}\n" if job.defense.serving else ""
+    chain = "\n".join(f"- {how} `../../{p.parent.name}/{p.name}`" for p in job.adapters)
+    return f"""---
+library_name: {"transformers" if job.trains == "full" else "peft"}
+base_model: {json.dumps(job.model_name)}
+tags: [holdfast, {job.defense.name}]
+---
+# {what} from the {job.stage} stage: {job.defense.label}
+
+- base model: `{job.model_name}`
+{chain or "- directly on the base model"}
+- method: {job.defense.label} ({job.defense.paper})
+- parameters: `{json.dumps(dict(job.parameters), sort_keys=True)}`
+- training arguments: `{json.dumps(dict(job.training), sort_keys=True)}`
+- rows: `{json.dumps(rows)}`, seed {job.seed}
+- optimizer steps: {facts["training"]["steps"]}, of {facts["training"]["rows_per_step"]} rows each
+- processes: {facts["training"]["processes"]} ({facts["training"]["distributed_type"]})
+{serving}
+Harmful score and finetune accuracy are in the `results.json` of the run that made it. Anything that
+is not there was not measured. A low harmful score under one judge and one prompt set is not safety.
+"""
+
+
+def train_stage(
+    folder: Path,
+    context: Context,
+    stage: str,
+    defense: str,
+    settings: Mapping[str, Any],
+    rows: Mapping[str, str],
+    below: Sequence[str],
+) -> dict[str, Any]:
+    """Train a stage on the rows of the named data steps, on top of what the steps `below` made.
+
+    Args:
+        settings: `parameters`, `training`, `trains` and `lora` of the stage.
+    """
+    recipe, device, method = context.recipe, context.device, registry.get_defense(defense)
+    tokenizer = load_tokenizer(context.model, recipe.model.trust_remote_code)
+    data: dict[str, Any] = {name: context.rows(step) for name, step in rows.items()}
+    facts: dict[str, Any] = {}
+    if method.mix is not None:
+        with context.processes.main_first():  # the others find what the method keeps in the folder
+            data, facts = mixing.mix(defense, data, settings["parameters"], recipe.seed, folder)
+    base, adapters = context.weights(below)
+    job = TrainingJob(
+        stage=stage,
+        defense=method,
+        **settings,
+        model=base,
+        model_name=str(model_path(recipe.model.path) if base == context.model else base),
+        tokenizer=tokenizer,
+        model_options=context.model_options,
+        adapters=adapters,
+        rows={name: rendered(part, tokenizer, recipe) for name, part in data.items()},
+        seed=recipe.seed,
+    )
+    trained = train(folder, job, device=device, progress=context.progress, processes=context.processes)
+    return {**trained, "training": {**trained["training"], **facts}}

@@ -1,0 +1,152 @@
+"""The block `data` of a recipe: where the rows of every stage come from, and how many."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from holdfast import registry
+from holdfast.errors import nearest
+from holdfast.recipe.evaluation import JudgeRecipe
+from holdfast.recipe.model import Part, Wrong, from_text
+
+COLUMNS = ("prompt", "completion", "instruction", "input", "output", "messages", "category")
+"""What a column of a user's file can be, beside the columns of its task."""
+
+
+class HarmfulData(Part):
+    """Harmful rows for methods of the alignment stage; without a source, of `data.harmful`."""
+
+    source: str | None = None
+    size: int | None = Field(None, ge=1)
+
+
+class AlignmentData(Part):
+    """Rows of the alignment stage, and of the alignment state of BSO and Lisa."""
+
+    source: str
+    kind: Literal["safe", "refusal"] = "safe"
+    size: int | None = Field(None, ge=1)
+    harmful: Annotated[HarmfulData | None, from_text("source")] = None
+
+
+class AttackRecipe(Part):
+    """Benign rows chosen to undo safety: `size` of the user's own, and nothing else, are fine-tuned on.
+
+    Bi-directional anchoring, arXiv 2404.01099: the rows nearest to harmful anchors and farthest from safe
+    ones. Defaults are the paper's: the top 100, by gradients of the answer's first 10 tokens, 10 anchors of
+    each kind. Without sources, they are of `data.harmful` and `data.alignment`.
+    """
+
+    name: Literal["bi_directional_anchoring"]
+    harmful: str | None = None
+    safe: str | None = None
+    anchors: int = Field(10, ge=1)
+    size: int = Field(100, ge=1)
+    by: Literal["gradient", "lora_gradient", "representation"] = "gradient"
+    tokens: int = Field(10, ge=1)
+
+
+class FilterRecipe(Part):
+    """A judge in front of fine-tuning (Lisa, arXiv 2405.18641, Table 12): rows that it flags are left out.
+
+    The judge's own keys stand beside its name, as in `evaluation.judges`; `unparsed` says what becomes of a
+    row on which it gave no verdict.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    judge: str
+    unparsed: Literal["drop", "keep"] = "drop"
+
+    @property
+    def judge_recipe(self) -> JudgeRecipe:
+        """The judge, as one of the evaluation is given."""
+        return JudgeRecipe.model_validate({**(self.model_extra or {}), "name": self.judge})
+
+    @model_validator(mode="after")
+    def _known(self) -> FilterRecipe:
+        for key in {"name", "label"} & set(self.model_extra or {}):
+            raise Wrong([key], f"unknown key; write judge: {self.judge}")
+        try:
+            _ = self.judge_recipe
+        except ValidationError as error:
+            first = error.errors()[0]
+            cause = first.get("ctx", {}).get("error")
+            place = [str(part) for part in first["loc"]] + getattr(cause, "place", [])
+            if first["type"] == "extra_forbidden":
+                names = [*FilterRecipe.model_fields, *JudgeRecipe.model_fields]
+                raise Wrong(place, f"unknown key.{nearest(place[-1], names)}") from None
+            text = str(cause) if cause else f"{first['msg'].lower()}, found {first['input']!r}"
+            raise Wrong(place, text) from None
+        return self
+
+
+class Data(Part):
+    """Where rows come from: the name of a known data set, a file (in the format of a known one: `name:FILE`),
+    or a Hub id.
+
+    `columns` renames those of the user's files, {ours: theirs}; `grader` grades them instead of the task's.
+    """
+
+    task: str | None = None
+    user: str | None = None
+    harmful: str | None = None
+    alignment: Annotated[AlignmentData | None, from_text("source")] = None
+    test: str | None = None
+    test_harmful: str | None = None
+    benign: str | None = None
+    size: int | None = Field(None, ge=1)
+    poison_ratio: float = Field(0.0, ge=0, le=1)
+    columns: dict[str, str] | None = None
+    grader: Literal["exact", "number", "rouge1", "judge"] | None = None
+    attack: Annotated[AttackRecipe | None, from_text("name")] = None
+    filter: Annotated[FilterRecipe | None, from_text("judge")] = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Data:
+        if self.task is None and self.user is None:
+            raise ValueError("give data.task (a known task) or data.user (a file of your own)")
+        if self.task is not None and self.task not in registry.faces("tasks"):
+            raise Wrong(["task"], f"unknown task '{self.task}'.{nearest(self.task, registry.faces('tasks'))}")
+        if self.task is not None and registry.faces("tasks")[self.task].type == "SafetyData":
+            text = (
+                f"{self.task} is no task to learn: name it as data.harmful, data.test_harmful, data.benign, "
+            )
+            raise Wrong(["task"], f"{text}data.alignment, or to fine-tune on it, as data.user")
+        if self.poison_ratio > 0 and self.harmful is None:
+            raise Wrong(["poison_ratio"], "above 0: name the rows to mix in with data.harmful")
+        if self.attack is not None:
+            self._check_attack(self.attack)
+        facts = registry.faces("tasks")[self.task].facts if self.task else {}
+        known = [*COLUMNS, *(name for columns in facts.get("columns", ()) for name in columns)]
+        for ours in self.columns or ():
+            if ours not in known:
+                raise Wrong(["columns", ours], f"no such column; write ours: yours.{nearest(ours, known)}")
+        return self
+
+    def alignment_harmful(self) -> tuple[str | None, int | None]:
+        """Where methods of the alignment stage take harmful rows from, and how many (None: all)."""
+        asked = (self.alignment and self.alignment.harmful) or HarmfulData()
+        return asked.source or self.harmful, asked.size
+
+    def anchors(self) -> tuple[str | None, str | None]:
+        """Where an attack takes harmful anchors from, and safe ones."""
+        asked = self.attack or AttackRecipe(name="bi_directional_anchoring")
+        safe = self.alignment.source if self.alignment else None
+        return asked.harmful or self.harmful, asked.safe or safe
+
+    def _check_attack(self, attack: AttackRecipe) -> None:
+        for kind, source, key in zip(
+            ("harmful", "safe"), self.anchors(), ("harmful", "alignment"), strict=True
+        ):
+            if source is None:
+                raise Wrong(["attack", kind], f"name a file of {kind} anchors here, or as data.{key}")
+        if self.poison_ratio > 0:
+            text = f"{attack.name} fine-tunes on benign rows alone; write poison_ratio: 0 with it"
+            raise Wrong(["poison_ratio"], text)
+        if self.size is not None and self.size < attack.size:
+            raise Wrong(
+                ["attack", "size"], f"{attack.size} rows cannot be chosen from data.size: {self.size}"
+            )

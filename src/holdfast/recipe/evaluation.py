@@ -1,0 +1,145 @@
+"""The block `evaluation` of a recipe: what is generated, who judges it, and who rates answers to the task."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainSerializer, WrapValidator, model_validator
+
+from holdfast import registry
+from holdfast.errors import RecipeError, nearest
+from holdfast.recipe.model import Part, Wrong, from_text, or_none, plain
+from holdfast.recipe.protocols import PROTOCOLS
+
+
+class JudgeRecipe(Part):
+    """A judge by name (or a file of one's own), with the model it loads and what else it takes.
+
+    `label` names it in the results, where the same judge stands twice with different options.
+    """
+
+    name: str
+    label: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+ -]{0,39}$")
+    path: str | None = None
+    threshold: float | None = Field(None, ge=0, le=1)
+    max_length: int | None = Field(None, ge=8)
+    quantization: Literal["nf4", "int8"] | None = None
+    base: str | None = None
+    model: str | None = None
+    base_url: str | None = None
+    policy: str | None = None
+    requests_per_minute: float | None = Field(None, gt=0)
+    max_calls: int | None = Field(None, ge=1)
+    timeout: float | None = Field(None, gt=0)
+
+    @property
+    def shown(self) -> str:
+        """Its name in the results."""
+        return self.label or self.name
+
+    def options(self) -> dict[str, Any]:
+        """What is given beside the name, the label, the path, the threshold and the length."""
+        common = {"name", "label", "path", "threshold", "max_length"}
+        return {k: v for k, v in self.model_dump().items() if k not in common and v is not None}
+
+    @model_validator(mode="after")
+    def _known(self) -> JudgeRecipe:
+        try:
+            facts = registry.face("judges", self.name).facts
+        except RecipeError as error:
+            raise ValueError(str(error).replace("Unknown", "unknown", 1)) from None
+        self._check_kind(facts)
+        if facts.get("needs_path") and self.path is None:
+            raise ValueError(f"judge {self.name} needs a model: write {{name: {self.name}, path: FOLDER}}")
+        for key in facts.get("needs", ()):
+            if getattr(self, key) is None:
+                raise ValueError(f"judge {self.name} needs {key}: write {{name: {self.name}, {key}: ...}}")
+        for key in self.options():
+            if key not in facts.get("options", ()):
+                takes = ", ".join(["path", "threshold", "max_length", *facts.get("options", ())])
+                raise Wrong([key], f"judge {self.name} does not take it; it takes {takes}")
+        return self
+
+    def _check_kind(self, facts: Mapping[str, Any]) -> None:
+        if facts.get("measures", "harm") != "harm":
+            text = "grades how good an answer is, and gives no verdict on harm; name it as evaluation.rater"
+            raise ValueError(f"judge {self.name} {text}")
+
+
+class RaterRecipe(JudgeRecipe):
+    """A judge that grades how good the answers to the task are (`alpaca_eval`, `mt_bench`)."""
+
+    def _check_kind(self, facts: Mapping[str, Any]) -> None:
+        if facts.get("measures", "harm") != "quality":
+            raise ValueError(
+                f"judge {self.name} gives verdicts on harm and rates no answers; expected one that does: "
+                f"{', '.join(raters())}"
+            )
+        for key in ("label", "path", "threshold", "max_length"):
+            if getattr(self, key) is not None and key not in facts.get("options", ()):
+                takes = ", ".join(facts.get("options", ())) or "nothing"
+                raise Wrong([key], f"judge {self.name} does not take it; it takes {takes}")
+
+
+def raters(metric: str | None = None) -> list[str]:
+    """The known judges that rate answers, or those that measure `metric`."""
+    facts = {name: face.facts for name, face in registry.faces("judges").items()}
+    return [
+        name
+        for name, known in facts.items()
+        if known.get("measures") == "quality" and metric in (None, known.get("metric"))
+    ]
+
+
+RaterOrNone = Annotated[RaterRecipe, from_text("name"), WrapValidator(or_none), PlainSerializer(plain)]
+"""A block, a name, or the text `none`: the score of a judged task stays "not measured"."""
+
+
+class Evaluation(Part):
+    """What is generated and who judges it; defaults of Lisa: 1000 prompts, 512 new tokens.
+
+    `protocol` names a paper whose settings are taken where no other is given. `rater` grades the answers to
+    a task that only a judge can grade. `system` stands before every question, after what a method of the
+    user stage puts there. At temperature 0 decoding is greedy; above it, sampled by the recipe's seed.
+    """
+
+    protocol: str | None = None
+    judges: list[Annotated[JudgeRecipe, from_text("name")]] = Field(
+        default_factory=lambda: [JudgeRecipe(name="keyword")]
+    )
+    rater: RaterOrNone | None = None
+    prompts: int = Field(1000, ge=1)
+    mixed_prompts: bool = False
+    task_rows: int | None = Field(None, ge=1)
+    max_new_tokens: int = Field(512, ge=1)
+    system: str = ""
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    batch_tokens: int = Field(8192, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, given: Any) -> Any:
+        name = given.get("protocol") if isinstance(given, Mapping) else None
+        if name is not None and name not in PROTOCOLS:
+            raise Wrong(["protocol"], f"unknown protocol '{name}'.{nearest(str(name), PROTOCOLS)}")
+        return {**PROTOCOLS[name], **given} if name else given
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Evaluation:
+        if not self.judges:
+            raise ValueError("judges: name at least one judge")
+        for name, count in Counter(judge.shown for judge in self.judges).items():
+            if count > 1:
+                raise ValueError(
+                    f"judges: {name} stands twice; give one a label, by which the results tell them apart: "
+                    f"{{name: {name}, label: second, ...}}"
+                )
+        return self
+
+    @property
+    def raters(self) -> list[RaterRecipe]:
+        """The rater, if one is named."""
+        return [self.rater] if isinstance(self.rater, RaterRecipe) else []

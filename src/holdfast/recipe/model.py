@@ -1,0 +1,113 @@
+"""The blocks `model` and `lora` of a recipe: which model, and which of its weights are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WrapValidator,
+    model_validator,
+)
+
+from holdfast.weights.adapter import MUTATING
+
+FULL = "none"
+"""`lora: none`: all weights are trained."""
+
+
+class Wrong(ValueError):
+    """Something wrong at a key below the block that notices it."""
+
+    def __init__(self, place: Sequence[str], text: str):
+        super().__init__(text)
+        self.place = list(place)
+
+
+class Part(BaseModel):
+    """A block of a recipe: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def from_text(key: str) -> BeforeValidator:
+    """A bare string stands for `{key: string}`."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+Rank = Annotated[int, Field(ge=1)]
+Alpha = Annotated[int | float, Field(gt=0)]
+
+
+class Lora(Part):
+    """A PEFT LoRA; defaults of Lisa's user stage (rank 8, alpha 4, dropout 0.1, q and v)."""
+
+    r: Rank = 8
+    alpha: Alpha = 4
+    dropout: float = Field(0.1, ge=0, lt=1)
+    target_modules: list[str] | str = ["q_proj", "v_proj"]
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: Literal[True, "gaussian", "orthogonal", "pissa", "olora"] = True
+    rank_pattern: dict[str, Rank] = {}
+    alpha_pattern: dict[str, Alpha] = {}
+    exclude_modules: list[str] | str | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Lora:
+        init = self.init_lora_weights
+        if init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
+            raise Wrong(["r"], "init_lora_weights: orthogonal needs an even rank")
+        if init in MUTATING and self.use_dora:
+            raise Wrong(["use_dora"], f"init_lora_weights: {init} is turned into a plain LoRA; DoRA is none")
+        if init in MUTATING and self.use_rslora and (self.rank_pattern or self.alpha_pattern):
+            text = f"with init_lora_weights: {init} leave out rank_pattern and alpha_pattern, or use_rslora"
+            raise Wrong(["use_rslora"], text)
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the adapter; options that came later only where they are used."""
+        first = ("r", "alpha", "dropout", "target_modules", "use_rslora")
+        defaults = {name: field.default for name, field in Lora.model_fields.items()}
+        return {k: v for k, v in self.model_dump().items() if k in first or v != defaults[k]}
+
+
+def or_none(value: Any, block: Any) -> Any:
+    """The text `none` as it is, anything else as a block."""
+    return FULL if value == FULL else block(value)
+
+
+def plain(value: Any) -> Any:
+    """Such a value as it stands in a recipe."""
+    return value if isinstance(value, str) else value.model_dump(mode="json")
+
+
+LoraOrNone = Annotated[Lora, WrapValidator(or_none), PlainSerializer(plain)]
+"""A block, or the text `none`: not a union, because its errors would not name the key alone."""
+
+
+class Model(Part):
+    """The model to start from: a folder, a Hub id, or "world" (the embedded one)."""
+
+    path: str
+    revision: str | None = None
+    template: Literal["auto", "alpaca", "chat"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Annotated[
+        Literal["nf4", "int8"] | None, BeforeValidator(lambda v: None if v == "none" else v)
+    ] = None
+    adapters: Literal["stack", "merge"] = "stack"
+    lora: LoraOrNone = Lora()
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _possible(self) -> Model:
+        if self.quantization and self.adapters == "merge":
+            text = f"merge would round the sum to {self.quantization} again; write adapters: stack"
+            raise Wrong(["adapters"], text)
+        return self

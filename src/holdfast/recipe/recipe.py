@@ -1,0 +1,261 @@
+"""A recipe: what one run does, checked before anything starts.
+
+YAML in, frozen objects out. Unknown keys are errors that name the nearest key and its line; a bare path
+works wherever a model or a data set is named. Nothing here imports torch: a method's own parameters and
+`TrainingArguments`' fields are checked by name through the registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from holdfast import registry
+from holdfast.errors import RecipeError
+from holdfast.machine.store import identity_hash
+from holdfast.recipe import layers
+from holdfast.recipe.data import Data
+from holdfast.recipe.evaluation import Evaluation
+from holdfast.recipe.model import FULL, Lora, Model, Part, Wrong, from_text
+from holdfast.recipe.stages import PostHocRecipe, StageRecipe, as_stage
+from holdfast.weights.adapter import MUTATING
+
+
+class Recipe(Part):
+    """One run: model, data, the stages, evaluation. See docs/recipes.md."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._+ -]{0,99}$")
+    seed: int = Field(42, ge=0, lt=2**31)
+    model: Annotated[Model, from_text("path")]
+    data: Data
+    alignment: Annotated[StageRecipe | None, BeforeValidator(as_stage)] = StageRecipe()
+    user: Annotated[StageRecipe | None, BeforeValidator(as_stage)] = StageRecipe()
+    post_hoc: Annotated[PostHocRecipe | None, BeforeValidator(as_stage)] = None
+    evaluation: Annotated[Evaluation, from_text("protocol")] = Field(default_factory=Evaluation)
+
+    @model_validator(mode="after")
+    def _stages(self) -> Recipe:
+        for name in ("alignment", "user"):
+            stage: StageRecipe | None = getattr(self, name)
+            if stage is None:
+                continue
+            stage.check(name)
+            needs = self.needs(name)
+            if "alignment_dataset" in needs:
+                self._need_alignment_data(f"{name}.defense {stage.defense}")
+            if "harmful_dataset" in needs and self.data.alignment_harmful()[0] is None:
+                text = f"{name}.defense {stage.defense} needs harmful rows: name a file of them here, or as "
+                raise Wrong(["data", "alignment", "harmful"], f"{text}data.harmful")
+        if self.alignment is not None:
+            self._need_alignment_data("the alignment stage")
+        self._check_user_data()
+        self._check_adapter()
+        self._check_weights()
+        if self.post_hoc is not None:
+            self._check_post_hoc(self.post_hoc)
+        return self
+
+    def needs(self, stage: str) -> tuple[str, ...]:
+        """The data sets beyond its own that the defense of a stage takes; none where it does not run."""
+        part: StageRecipe | None = getattr(self, stage)
+        return () if part is None else registry.faces("defenses")[part.defense].facts.get("needs", ())
+
+    def lora(self, stage: str) -> Lora | None:
+        """The LoRA of a stage, its own or the model's; None where all weights are trained."""
+        own = getattr(self, stage).lora
+        lora = self.model.lora if own is None else own
+        return lora if isinstance(lora, Lora) else None
+
+    def trains(self, stage: str) -> Literal["new", "continue", "full"]:
+        """What a stage trains: a new adapter, the alignment stage's, or all weights.
+
+        A user stage that goes on with the alignment stage's work trains all weights where that one did.
+        """
+        if stage == "user" and self._adapter() == "continue":
+            return "continue" if self.lora("alignment") else "full"
+        return "new" if self.lora(stage) else "full"
+
+    def _adapter(self) -> str:
+        """What the user stage trains, as the recipe says or as its defense does by default."""
+        assert self.user is not None
+        return self.user.adapter or registry.faces("defenses")[self.user.defense].facts.get("adapter", "new")
+
+    def _check_user_data(self) -> None:
+        """An attack and a filter act on the rows of a user stage; an attack needs a gradient it can have."""
+        for name in ("attack", "filter"):
+            if getattr(self.data, name) is not None and self.user is None:
+                raise Wrong(["data", name], "it acts on the rows of the user stage, but user is none")
+        attack = self.data.attack
+        if attack is not None and attack.by == "gradient" and self.model.quantization:
+            text = (
+                f"{self.model.quantization} weights have no gradient; write lora_gradient or representation"
+            )
+            raise Wrong(["data", "attack", "by"], text)
+        if attack is not None and attack.by == "lora_gradient" and self.trains("user") == "full":
+            raise Wrong(["data", "attack", "by"], "the user stage trains all weights; write gradient")
+
+    def _check_adapter(self) -> None:
+        """Single LoRA needs an adapter to go on with, and has no LoRA of its own."""
+        if self.alignment is not None and self.alignment.adapter is not None:
+            raise Wrong(["alignment", "adapter"], "only the user stage has a choice of adapter; leave it out")
+        if self.user is None or self._adapter() == "new":
+            return
+        who = f"{self.user.defense} goes on with the alignment stage's adapter (adapter: continue)"
+        if self.alignment is None:
+            raise Wrong(["user", "adapter"], f"{who}, but alignment is none. Write user.adapter: new")
+        if self.user.lora is not None:
+            raise Wrong(
+                ["user", "lora"],
+                f"{who}, so this block would be ignored. Write lora: null, or adapter: new",
+            )
+
+    def _check_weights(self) -> None:
+        """Combinations of LoRA, quantisation and stacking that would not be what they are called."""
+        bits = self.model.quantization
+        for name in ("alignment", "user"):
+            if getattr(self, name) is None or self.trains(name) == "continue":
+                continue
+            lora = self.lora(name)
+            place = ["model", "lora"] if getattr(self, name).lora is None else [name, "lora"]
+            if bits and lora is None:
+                raise Wrong(place, f"{FULL} trains all weights, but {bits} ones cannot be trained; use LoRA")
+            if bits and lora and lora.init_lora_weights in MUTATING:
+                text = f"{lora.init_lora_weights} changes the base weights, which {bits} would round again"
+                raise Wrong([*place, "init_lora_weights"], text)
+            if bits == "int8" and lora and lora.use_dora:
+                raise Wrong([*place, "use_dora"], "DoRA does not run on int8 weights; use quantization: nf4")
+            stacked = name == "user" and self.alignment is not None and self.trains("alignment") == "new"
+            if lora and lora.use_dora and stacked and self.model.adapters == "stack":
+                text = "DoRA would scale the base weights without the adapter below it; "
+                choice = "write user.adapter: continue" if bits else "write model.adapters: merge"
+                raise Wrong([*place, "use_dora"], text + choice)
+
+    def _check_post_hoc(self, repair: PostHocRecipe) -> None:
+        """The user's update must stand apart, and the direction from base to aligned must be on disk."""
+        repair.check()
+        who = f"{repair.defense} repairs"
+        if self.user is None:
+            raise Wrong(["post_hoc"], f"{who} what the user stage trained, but user is none; leave one out")
+        if self.alignment is None and repair.base is None:
+            text = f"{who} by the direction from base to aligned model, but alignment is none. Have an "
+            raise Wrong(
+                ["post_hoc"], f"{text}alignment stage, or give the model before alignment: post_hoc.base"
+            )
+        if self.alignment is not None and repair.base is not None:
+            text = "the base is model.path, from which the alignment stage starts. Leave it out, or write "
+            raise Wrong(["post_hoc", "base"], f"{text}alignment: none if model.path is aligned already")
+        trains, aligns = self.trains("user"), self.alignment and self.trains("alignment")
+        if trains == "continue":
+            text = f"{who} the user's update, which adapter: continue ({self.user.defense}) does not keep "
+            raise Wrong(["post_hoc"], f"{text}apart from the alignment. Write user.adapter: new")
+        if trains == "full" and aligns == "new":
+            text = (
+                f"{who} all weights by those of the aligned model, which alignment by LoRA leaves in memory"
+            )
+            raise Wrong(["post_hoc"], f"{text} only. Train both stages by LoRA, or both with lora: none")
+        for stage, how in (("alignment", aligns), ("user", trains)):
+            lora = self.lora(stage) if how == "new" else None
+            if lora and lora.use_dora:
+                text = (
+                    f"{who} updates B A, but DoRA in the {stage} stage also scales the weights; leave one out"
+                )
+                raise Wrong(["post_hoc"], text)
+        if trains == "new" and aligns == "new":
+            ours, theirs = (_last_names(self.lora(stage)) for stage in ("user", "alignment"))
+            if ours and theirs and not ours & theirs:
+                text = "the alignment's LoRA adapts none of the modules of the user's, so that there is no "
+                raise Wrong(["post_hoc"], f"{text}direction to repair by. Give both common target_modules")
+
+    def _need_alignment_data(self, who: str) -> None:
+        if self.data.alignment is None:
+            raise ValueError(f"{who} needs data.alignment: a file of prompts with safe answers")
+
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+        """A recipe from a file, the name of a packaged one, or a mapping; `overrides` are "key=value".
+
+        Raises:
+            RecipeError: with the file, the key, its line, and what was expected.
+        """
+        files = layers.layers(source)
+        stem = None if isinstance(source, Mapping) else Path(source).stem
+        keys = {*StageRecipe.model_fields, *PostHocRecipe.model_fields}
+        raw = layers.merged(files, keys, stem)
+        raw = layers.overridden(raw, overrides, keys)
+        try:
+            recipe = cls.model_validate(raw)
+        except ValidationError as error:
+            raise RecipeError(layers.explain(error, files, cls)) from None
+        return _beside(recipe, files)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, defaults included, as stored with results."""
+        return self.model_dump(mode="json")
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits of everything the recipe says."""
+        return identity_hash(self.to_dict())
+
+
+def _last_names(lora: Lora | None) -> set[str]:
+    """The last names of the target modules; empty where they are not given as a list."""
+    targets = lora.target_modules if lora else ""
+    return set() if isinstance(targets, str) else {name.rsplit(".", 1)[-1] for name in targets}
+
+
+def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
+    """Relative paths are looked up from the working folder first, then from the folder of their file."""
+
+    def found(value: str | None, *place: str) -> str | None:
+        if value is None or value in registry.faces("tasks") or Path(value).exists():
+            return value
+        name, colon, path = value.partition(":")
+        named = bool(colon) and name in registry.faces("tasks")  # a file in the format of a known data set
+        local = path if named else value
+        beside = layers.origin(files, place).folder / local
+        if not local or Path(local).exists() or not beside.exists():
+            return value
+        return f"{name}:{beside.resolve()}" if named else str(beside.resolve())
+
+    data = recipe.data
+    alignment = data.alignment
+    if alignment is not None:
+        place = ("data", "alignment", "source")
+        harmful = alignment.harmful and alignment.harmful.model_copy(
+            update={"source": found(alignment.harmful.source, "data", "alignment", "harmful", "source")}
+        )
+        alignment = alignment.model_copy(
+            update={"source": found(alignment.source, *place), "harmful": harmful}
+        )
+    sources = {
+        key: found(getattr(data, key), "data", key)
+        for key in ("user", "harmful", "test", "test_harmful", "benign")
+    }
+    path = found(recipe.model.path, "model", "path")
+    repair = recipe.post_hoc and recipe.post_hoc.model_copy(
+        update={"base": found(recipe.post_hoc.base, "post_hoc", "base")}
+    )
+
+    def judge_files(judge: Any, *place: str) -> Any:
+        keys = ("path", "base", "policy")
+        given = {key: getattr(judge, key, None) for key in keys}
+        return judge.model_copy(update={k: found(v, *place) for k, v in given.items() if v is not None})
+
+    judges = [judge_files(judge, "evaluation", "judges") for judge in recipe.evaluation.judges]
+    screen = data.filter and judge_files(data.filter, "data", "filter")
+    attack = data.attack and data.attack.model_copy(
+        update={key: found(getattr(data.attack, key), "data", "attack", key) for key in ("harmful", "safe")}
+    )
+    return recipe.model_copy(
+        update={
+            "evaluation": recipe.evaluation.model_copy(update={"judges": judges}),
+            "post_hoc": repair,
+            "model": recipe.model.model_copy(update={"path": path}),
+            "data": data.model_copy(
+                update={**sources, "alignment": alignment, "attack": attack, "filter": screen}
+            ),
+        }
+    )

@@ -1,0 +1,197 @@
+"""The blocks of the stages in a recipe: two that train, and the repair after them.
+
+A method's own parameters and `TrainingArguments`' fields are checked by name through the registry, without
+importing the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from holdfast import registry
+from holdfast.errors import nearest
+from holdfast.recipe.model import LoraOrNone, Wrong
+
+RESERVED_TRAINING = {
+    "output_dir", "seed", "data_seed", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token",
+    "remove_unused_columns", "do_train", "do_eval", "do_predict", "report_to", "use_cpu", "disable_tqdm",
+    "save_strategy", "save_steps", "save_total_limit", "save_only_model", "load_best_model_at_end",
+    "eval_strategy", "eval_steps", "deepspeed", "fsdp", "fsdp_config",
+}  # fmt: skip
+"""Fields of TrainingArguments that the pipeline sets itself."""
+
+ALIGNMENT_TRAINING = {  # Lisa, arXiv 2405.18641, section 5.1; decay, schedule and warm-up from its code
+    "learning_rate": 1e-3,
+    "num_train_epochs": 30,
+    "per_device_train_batch_size": 5,
+    "weight_decay": 0.1,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+}
+USER_TRAINING = {  # the same sources; 20 epochs for SST-2 and AG News, 50 for GSM8K
+    "learning_rate": 1e-5,
+    "num_train_epochs": 20,
+    "per_device_train_batch_size": 5,
+    "weight_decay": 0.0,
+    "lr_scheduler_type": "constant",
+}
+
+
+class Training(BaseModel):
+    """Fields of `TrainingArguments`, `max_length` and `lean_loss`; the common ones are range-checked."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    learning_rate: float | None = Field(None, gt=0)
+    num_train_epochs: float | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    per_device_train_batch_size: int | None = Field(None, ge=1)
+    gradient_accumulation_steps: int | None = Field(None, ge=1)
+    weight_decay: float | None = Field(None, ge=0)
+    warmup_steps: float | None = Field(None, ge=0)
+    max_grad_norm: float | None = Field(None, ge=0)
+    max_length: int | None = Field(None, ge=2)
+    lean_loss: bool | None = None
+    logging_steps: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _known(self) -> Training:
+        known = set(registry.training_arguments()) | {"max_length"}
+        for name in self.model_extra or {}:
+            if name in RESERVED_TRAINING:
+                raise Wrong([name], "the pipeline sets this itself; leave it out")
+            if name not in known:
+                raise Wrong([name], f"unknown training argument.{nearest(name, known)}")
+        return self
+
+    def given(self) -> dict[str, Any]:
+        """What the recipe sets, without the fields it leaves alone."""
+        return {**self.model_dump(exclude_none=True)}
+
+
+class StageRecipe(BaseModel):
+    """A stage: a defense by name, its own parameters beside it, LoRA and training arguments.
+
+    `adapter` says what the user stage trains: "new" (double LoRA), "continue" (single LoRA: the alignment
+    adapter goes on), or None (what the defense's paper does).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    defense: str = "sft"
+    adapter: Literal["new", "continue"] | None = None
+    lora: LoraOrNone | None = None
+    training: Training = Training()
+
+    def parameters(self) -> dict[str, Any]:
+        """The method's own parameters, as given."""
+        return dict(self.model_extra or {})
+
+    def check(self, stage: str) -> None:
+        """Raise where the defense is unknown, acts elsewhere, or has no such parameter."""
+        face = _face(stage, self.defense)
+        for name, value in self.parameters().items():
+            _check_parameter(stage, face, name, value, StageRecipe.model_fields)
+
+
+class PostHocRecipe(BaseModel):
+    """Repair after fine-tuning: a method by name, and its parameters; a list tries each of its values.
+
+    `base` is the model before alignment, for a run whose `model.path` is aligned already.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    defense: str
+    base: str | None = None
+
+    def parameters(self) -> dict[str, Any]:
+        """The method's own parameters as given, lists too; the text `none` is null."""
+        return {name: _null(value) for name, value in (self.model_extra or {}).items()}
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """The parameters of each repair: every value of a list with every one of the others."""
+        given = self.parameters()
+        values = [value if isinstance(value, list) else [value] for value in given.values()]
+        return [dict(zip(given, chosen, strict=True)) for chosen in product(*values)]
+
+    def swept(self) -> list[str]:
+        """The parameters that were given as a list."""
+        return [name for name, value in self.parameters().items() if isinstance(value, list)]
+
+    def check(self) -> None:
+        """Raise where the method is unknown or acts elsewhere, or a parameter cannot be used."""
+        face = _face("post_hoc", self.defense)
+        for name, value in self.parameters().items():
+            if name in StageRecipe.model_fields:
+                raise Wrong(["post_hoc", name], "nothing is trained after fine-tuning; leave it out")
+            values = value if isinstance(value, list) else [value]
+            for one in values or [value]:
+                _check_parameter("post_hoc", face, name, one, PostHocRecipe.model_fields)
+            if any(one in values[:index] for index, one in enumerate(values)):
+                raise Wrong(["post_hoc", name], f"a value stands twice in {value!r}; name each only once")
+        one_of = face.facts.get("one_of", ())
+        for combination in self.combinations() if one_of else ():
+            given = [name for name in one_of if combination.get(name) is not None]
+            if len(given) != 1:
+                found = " and ".join(given) or "neither"
+                text = f"{self.defense} needs exactly one of {' and '.join(one_of)}, found {found}"
+                if self.swept() and given:
+                    text += "; lists of several parameters are all combined"
+                raise Wrong(["post_hoc"], text)
+
+
+def _null(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_null(one) for one in value]
+    return None if value == "none" else value
+
+
+def _face(stage: str, defense: str) -> registry.Face:
+    """What is known of a defense, if it acts at `stage`."""
+    known = registry.list_defenses(stage)
+    if defense not in registry.faces("defenses"):
+        raise Wrong([stage, "defense"], f"unknown defense '{defense}'.{nearest(defense, known)}")
+    face = registry.faces("defenses")[defense]
+    if stage not in face.facts["stages"]:
+        there = ", ".join(known) or "none yet"
+        text = f"'{defense}' does not act at the {stage} stage. Those that do: {there}."
+        raise Wrong([stage, "defense"], text)
+    return face
+
+
+def _check_parameter(stage: str, face: registry.Face, name: str, value: Any, keys: Mapping[str, Any]) -> None:
+    if name not in face.parameters:
+        names = [*face.parameters, *keys]
+        raise Wrong([stage, name], f"unknown parameter of {face.name}.{nearest(name, names)}")
+    if not _fits(value, face.parameters[name]):
+        raise Wrong([stage, name], f"expected {face.parameters[name].type}, found {value!r}")
+
+
+TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "bool": bool, "int": int, "float": (int, float), "str": str, "None": type(None),
+}  # fmt: skip
+
+
+def _fits(value: Any, parameter: registry.Parameter) -> bool:
+    """Whether a YAML value can stand where the parameter stands (an int may stand for a float)."""
+    default = parameter.default
+    if default is None:
+        names = [name.strip() for name in parameter.type.split("|")]
+        if isinstance(value, bool):
+            names = [name for name in names if name not in ("int", "float")]
+        return any(isinstance(value, TYPES.get(name, object)) for name in names)
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    return isinstance(value, int | float if isinstance(default, float) else type(default))
+
+
+def as_stage(value: Any) -> Any:
+    """`none` or null: the stage does not run; a bare string names the defense."""
+    if value is None or value == "none":
+        return None
+    return {"defense": value} if isinstance(value, str) else value

@@ -1,0 +1,10 @@
+"""The report: one self-contained page from any number of runs. It reads JSON only and needs no torch."""
+
+from __future__ import annotations
+
+from holdfast.reporting.writing import report
+
+__all__ = [
+    "cosines",
+    "report",
+]

@@ -1,0 +1,227 @@
+"""The charts of a report, as inline SVG that follows the page's theme, and one as PNG for a README."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from holdfast.errors import OutputError
+from holdfast.reporting.collect import ReportData
+from holdfast.reporting.labels import Box, place
+from holdfast.reporting.measurements import Row, Score, sweeps
+from holdfast.reporting.svg import COLOURS, figure_of, inline, margins, style
+from holdfast.reporting.text import NOT_MEASURED, one_line, score_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKERS = {"reference": "D", "undefended": "s", "defended": "o", "control": "o"}
+HOLLOW = ("reference", "control")
+ROLE_NAMES = {
+    "reference": "before fine-tuning",
+    "undefended": "fine-tuned, no defense",
+    "defended": "fine-tuned, with a defense",
+    "control": "control",
+}
+NAMED = 12
+"""Points that carry their name; with more, each carries its number in the table alone."""
+
+
+def plotted(rows: Sequence[Row]) -> list[Row]:
+    """The rows that have both a harmful score and a finetune accuracy."""
+    return [row for row in rows if row.scores["harmful_score"] and row.scores["finetune_accuracy"]]
+
+
+def scores_svg(data: ReportData, *, narrow: bool = False) -> str | None:
+    """Harmful score against finetune accuracy with error bars; None where no row has both.
+
+    `narrow` is for a phone: small, and points carry their numbers only.
+    """
+    rows = plotted(data.rows)
+    if not rows:
+        return None
+    with style():
+        figure = figure_of(340, 340) if narrow else figure_of(760, 430)
+        axes = figure.add_subplot()
+        figure.subplots_adjust(**margins(figure, left=58, right=14, bottom=46, top=30))
+        numbers_only = narrow or len(rows) > NAMED
+        _scatter(figure, axes, rows, numbers_only=numbers_only, short_legend=narrow)
+        points = "; ".join(f"{row.number} {row.label}: {_point_text(row)}" for row in rows)
+        name = "scores-narrow" if narrow else "scores"
+        return inline(figure, name, f"Harmful score against finetune accuracy. {points}.")
+
+
+def save_png(data: ReportData, path: Path) -> Path:
+    """The plot with a short table beside it, as a PNG with the light theme (for a README).
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    rows = plotted(data.rows)
+    with style():
+        height = max(430, 60 + 24 * len(data.rows))
+        figure = figure_of(1180, height)
+        figure.patch.set_facecolor("white")
+        axes = figure.add_axes((58 / 1180, 46 / height, 620 / 1180, (height - 76) / height))
+        axes.set_facecolor("white")
+        if rows:
+            _scatter(figure, axes, rows, numbers_only=len(rows) > NAMED, short_legend=False)
+        _side_table(figure, data.rows)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.tmp")
+            figure.savefig(temporary, format="png", dpi=144, facecolor="white")
+            temporary.replace(path)
+        except OSError as error:
+            raise OutputError(f"Cannot write {path}: {error.strerror or error}.") from None
+    return path
+
+
+def _scatter(
+    figure: Figure, axes: Axes, rows: Sequence[Row], *, numbers_only: bool, short_legend: bool
+) -> None:
+    for role, marker in MARKERS.items():
+        colour = COLOURS["defended" if role == "control" else role]
+        points = [_point(row) for row in rows if row.role == role]
+        if not points:
+            continue
+        for harmful, accuracy in points:
+            axes.errorbar(
+                harmful.value,
+                accuracy.value,
+                xerr=harmful.stderr,
+                yerr=accuracy.stderr,
+                fmt="none",
+                color=colour,
+                ecolor=colour,
+                elinewidth=1.2,
+                capsize=2.5,
+            )
+        axes.plot(
+            [harmful.value for harmful, _ in points],
+            [accuracy.value for _, accuracy in points],
+            linestyle="none",
+            marker=marker,
+            markersize=7.5,
+            markerfacecolor="none" if role in HOLLOW else colour,
+            markeredgecolor=colour,
+            markeredgewidth=1.6,
+            label=ROLE_NAMES[role].partition(",")[0] + (", defended" if role == "defended" else "")
+            if short_legend
+            else ROLE_NAMES[role],
+            clip_on=False,
+            zorder=3.5 if role in HOLLOW else 3,  # hollow: what lies below stays visible
+        )
+    for _, line in sweeps(rows):
+        scores = [_point(row) for row in line]
+        axes.plot(
+            [harmful.value for harmful, _ in scores],
+            [accuracy.value for _, accuracy in scores],
+            color=COLOURS["defended"],
+            linewidth=0.9,
+            alpha=0.6,
+            zorder=2,
+        )
+    axes.set_xlim(-4, 104)
+    limits = _accuracy_limits(rows)
+    axes.set_ylim(*limits)
+    axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 100])
+    axes.set_ylim(*limits)
+    axes.set_xlabel("harmful score, %  (lower is better)")
+    axes.set_ylabel("finetune accuracy, %  (higher is better)")
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.0),
+        ncols=4,
+        borderaxespad=0,
+        fontsize=8.5 if short_legend else 10,
+        handletextpad=0.2 if short_legend else 0.4,
+        columnspacing=0.8 if short_legend else 1.6,
+    )
+    _name_points(figure, axes, rows, numbers_only)
+
+
+def _name_points(figure: Figure, axes: Axes, rows: Sequence[Row], numbers_only: bool) -> None:
+    texts = [str(row.number) if numbers_only else f"{row.number}  {one_line(row.label, 26)}" for row in rows]
+    size = 10
+    points = [tuple(axes.transData.transform((a.value, b.value))) for a, b in map(_point, rows)]
+    frame = axes.get_window_extent()
+    inside = Box(frame.x0 + 3, frame.y0 + 3, frame.x1 + 8, frame.y1 - 1)
+    sizes = [_text_size(figure, text, size) for text in texts]
+    obstacles = [box for row in rows for box in _drawn(axes, row)]
+    for text, point, spot in zip(texts, points, place(points, sizes, obstacles, inside), strict=True):
+        if spot is None:
+            continue  # the table still says where the point lies
+        back = axes.transData.inverted()
+        if spot.leader is not None:
+            ends = back.transform([point, spot.leader])
+            axes.plot(ends[:, 0], ends[:, 1], color=COLOURS["muted"], linewidth=0.7, zorder=2)
+        x, y = back.transform((spot.box.left, spot.box.bottom))
+        axes.text(x, y, text, fontsize=size, ha="left", va="bottom", clip_on=False, zorder=4)
+
+
+def _text_size(figure: Figure, text: str, size: float) -> tuple[float, float]:
+    probe = figure.text(0, 0, text, fontsize=size)
+    extent = probe.get_window_extent()
+    probe.remove()
+    return extent.width, extent.height
+
+
+def _drawn(axes: Axes, row: Row) -> list[Box]:
+    """The marker and the error bars of a row, in pixels."""
+    harmful, accuracy = _point(row)
+    x, y = axes.transData.transform((harmful.value, accuracy.value))
+    boxes = [Box(x - 5, y - 5, x + 5, y + 5)]
+    if harmful.stderr:
+        left, right = (harmful.value - harmful.stderr, harmful.value + harmful.stderr)
+        (x0, _), (x1, _) = axes.transData.transform([(left, accuracy.value), (right, accuracy.value)])
+        boxes.append(Box(x0, y - 2, x1, y + 2))
+    if accuracy.stderr:
+        low, high = (accuracy.value - accuracy.stderr, accuracy.value + accuracy.stderr)
+        (_, y0), (_, y1) = axes.transData.transform([(harmful.value, low), (harmful.value, high)])
+        boxes.append(Box(x - 2, y0, x + 2, y1))
+    return boxes
+
+
+def _accuracy_limits(rows: Sequence[Row]) -> tuple[float, float]:
+    """An axis that holds every error bar, spans at least 20 points, and stays near 0 to 100."""
+    pairs = [(score.value, score.stderr or 0.0) for _, score in map(_point, rows)]
+    low = min(value - error for value, error in pairs)
+    high = max(value + error for value, error in pairs)
+    pad = max((high - low) * 0.12, (20 - (high - low)) / 2, 2.0)
+    return max(low - pad, -4.0), min(high + pad, 104.0)
+
+
+def _point(row: Row) -> tuple[Score, Score]:
+    harmful, accuracy = row.scores["harmful_score"], row.scores["finetune_accuracy"]
+    assert harmful is not None  # `plotted` keeps no other rows
+    assert accuracy is not None
+    return harmful, accuracy
+
+
+def _point_text(row: Row) -> str:
+    harmful, accuracy = _point(row)
+    return f"harmful score {score_text(harmful.value)}, accuracy {score_text(accuracy.value)}"
+
+
+def _side_table(figure: Figure, rows: Sequence[Row]) -> None:
+    """Number, name, harmful score and accuracy of each row, as text at the right of the picture."""
+    height = figure.get_size_inches()[1] * 72
+    columns = ((712, "left"), (1030, "right"), (1160, "right"))
+    lines: list[tuple[Any, ...]] = [("", "harmful score ↓", "accuracy ↑")]
+    for row in rows:
+        cells = [_cell(row.scores["harmful_score"]), _cell(row.scores["finetune_accuracy"])]
+        lines.append((f"{row.number}  {one_line(row.label, 26)}", *cells))
+    for index, line in enumerate(lines):
+        y = 1 - (44 + 24 * index) / height
+        for (x, align), text in zip(columns, line, strict=True):
+            colour = COLOURS["muted"] if index == 0 or text == NOT_MEASURED else COLOURS["ink"]
+            figure.text(x / 1180, y, text, ha=align, va="center", fontsize=11, color=colour)
+
+
+def _cell(score: Score | None) -> str:
+    if score is None:
+        return NOT_MEASURED
+    return score_text(score.value) + (f" ± {score_text(score.stderr)}" if score.stderr is not None else "")

@@ -1,0 +1,228 @@
+"""Runs as one typed structure: what the page and the charts show. Reads JSON only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import ComparisonError, DataError, InputError
+from holdfast.reporting.answers import Comparison, compare_answers
+from holdfast.reporting.finding import finding
+from holdfast.reporting.measurements import SCORES, Measurement, Row, gather
+from holdfast.reporting.read import mapping, objects, read_object
+from holdfast.reporting.text import plain
+from holdfast.reporting.training import Curves, read_curves, step_folder
+
+REQUIRED = ("holdfast", "name", "rows", "protocol")
+COSTS = ("peak_memory_bytes", "seconds", "alignment_peak_memory_bytes", "alignment_seconds")
+NUMBERS = (*SCORES, *SCORES.values(), "poison_ratio", "unparsed", *COSTS)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One `results.json`."""
+
+    name: str
+    path: Path
+    store: Path
+    recipe: dict[str, Any]
+    rows: tuple[dict[str, Any], ...]
+    protocol: dict[str, Any]
+    steps: tuple[dict[str, Any], ...]
+    versions: dict[str, Any]
+    hardware: dict[str, Any]
+    manifest: str | None
+    git_commit: str | None
+    started: str | None
+    finished: str | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A field of the protocol stamp on which runs disagree: (run, value) in the order of the runs."""
+
+    field: str
+    values: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The data manifest of one step, and the runs that used it."""
+
+    step_id: str
+    runs: tuple[str, ...]
+    content: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """All that a report shows. `missing` names the step folders that were not found."""
+
+    runs: tuple[Run, ...]
+    rows: tuple[Row, ...]
+    finding: str
+    differences: tuple[Difference, ...]
+    curves: tuple[Curves, ...]
+    curves_left_out: int
+    comparison: Comparison | None
+    manifests: tuple[Manifest, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def headline_judge(self) -> str | None:
+        """The judge behind `harmful_score`: the one that the rows or the stamp name, else a row's first."""
+        told = [str(row.members[0].raw.get("judge")) for row in self.rows]
+        told.append(str(self.runs[0].protocol.get("judge") or "").partition("@")[0])
+        names = [name for row in self.rows for name in row.judges]
+        return next((name for name in told if name in names), next(iter(names), None))
+
+
+def collect(runs: Sequence[Path], *, force: bool = False) -> ReportData:
+    """Read runs, each given as its folder or its `results.json`.
+
+    Raises:
+        InputError: no run was given.
+        DataError: a file is missing, torn or not a Holdfast result.
+        ComparisonError: the protocol stamps differ and `force` is off.
+    """
+    if not runs:
+        raise InputError(
+            "Expected at least one run: a folder that `holdfast run` wrote, or its results.json."
+        )
+    loaded = [_load(path) for path in _distinct(runs)]
+    differences = _differences(loaded)
+    if differences and not force:
+        raise ComparisonError(_explain(differences))
+    rows = gather(
+        Measurement(raw, run.name, run.store, _settings(run.recipe, raw))
+        for run in loaded
+        for raw in run.rows
+    )
+    curves, left_out, missing = read_curves(rows)
+    comparison, gone = compare_answers(rows)
+    manifests, lost = _manifests(loaded)
+    return ReportData(
+        runs=tuple(loaded),
+        rows=rows,
+        finding="The runs were measured in different ways, so nothing is concluded from comparing them."
+        if differences
+        else finding(rows),
+        differences=tuple(differences),
+        curves=curves,
+        curves_left_out=left_out,
+        comparison=comparison,
+        manifests=tuple(manifests),
+        missing=tuple(dict.fromkeys([*missing, *gone, *lost])),
+    )
+
+
+def results_file(run: Path) -> Path:
+    """The `results.json` that `run` stands for."""
+    return run / "results.json" if run.is_dir() else run
+
+
+def _distinct(runs: Sequence[Path]) -> list[Path]:
+    return list({results_file(Path(run)).resolve(): Path(run) for run in runs}.values())
+
+
+def _load(given: Path) -> Run:
+    path = results_file(given)
+    if not path.is_file():
+        found = "a folder without one" if given.is_dir() else "nothing" if not path.exists() else "no file"
+        raise DataError(
+            f"Expected a run (a folder with results.json, or that file), found {found}: {given}. "
+            "A run writes results.json at its end: run `holdfast run` again and it goes on where it stopped."
+        )
+    content = read_object(path)
+    absent = [key for key in REQUIRED if key not in content]
+    if absent:
+        raise DataError(f"{path} is not a Holdfast result: it lacks {', '.join(absent)}.")
+    rows = content["rows"]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
+        raise DataError(f'{path} is not a Holdfast result: expected "rows", a list of objects with a name.')
+    for row in rows:
+        for key in NUMBERS:
+            if isinstance(row.get(key), str | bool | list | dict):
+                raise DataError(
+                    f"{path}, row {row['name']!r}: expected a number or null for {key}, found {row[key]!r}."
+                )
+    if not isinstance(content["protocol"], dict):
+        raise DataError(f'{path} is not a Holdfast result: expected "protocol", an object.')
+    steps = objects(content.get("steps"))
+    ids = [str(step.get("id")) for step in steps]
+    manifest = content.get("manifest") or next((id for id in ids if id.startswith("manifest-")), None)
+    return Run(
+        name=str(content["name"]),
+        path=path,
+        store=path.parent / str(content.get("store") or "steps"),
+        recipe=mapping(content.get("recipe")),
+        rows=tuple(rows),
+        protocol=content["protocol"],
+        steps=tuple(steps),
+        versions=mapping(content.get("versions")),
+        hardware=mapping(content.get("hardware")),
+        manifest=None if manifest is None else str(manifest),
+        git_commit=_optional(content.get("git_commit")),
+        started=_optional(content.get("started")),
+        finished=_optional(content.get("finished")),
+    )
+
+
+def _optional(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _differences(runs: Sequence[Run]) -> list[Difference]:
+    fields = dict.fromkeys(field for run in runs for field in run.protocol)
+    found = []
+    for field in fields:
+        # An absent field and a null one are different stamps; repr tells 1 from "1" and true.
+        values = [repr(run.protocol.get(field, "absent")) for run in runs]
+        if len(set(values)) > 1:
+            shown = [plain(run.protocol[field]) if field in run.protocol else "absent" for run in runs]
+            names = [run.name for run in runs]
+            found.append(Difference(field, tuple(zip(names, shown, strict=True))))
+    return found
+
+
+def _explain(differences: Sequence[Difference]) -> str:
+    lines = ["The runs were measured under different protocols and must not stand in one table:"]
+    for difference in differences:
+        by_value: dict[str, list[str]] = {}
+        for run, value in difference.values:
+            by_value.setdefault(value, []).append(run)
+        shown = "; ".join(f"{value} ({', '.join(names)})" for value, names in by_value.items())
+        lines.append(f"  {difference.field}: {shown}")
+    lines.append("Measure them the same way, or compare them all the same with --force.")
+    return "\n".join(lines)
+
+
+def _settings(recipe: dict[str, Any], raw: dict[str, Any]) -> str:
+    """What made this row, apart from the seed: rows that differ in it are never averaged."""
+    data = mapping(recipe.get("data"))
+    parts: dict[str, Any] = {"model": recipe.get("model")}
+    for stage in ("alignment", "user"):
+        if raw.get(stage) is not None:
+            parts[stage] = recipe.get(stage)
+    if raw.get("post_hoc") is not None:  # of a sweep in the recipe, what this row is
+        parts["post_hoc"] = {**mapping(recipe.get("post_hoc")), **mapping(raw.get("post_hoc_parameters"))}
+    parts["data"] = data if raw.get("user") is not None else data.get("alignment")
+    return json.dumps(parts, sort_keys=True)
+
+
+def _manifests(runs: Sequence[Run]) -> tuple[list[Manifest], list[str]]:
+    users: dict[str, tuple[Run, list[str]]] = {}
+    for run in runs:
+        if run.manifest is not None:
+            users.setdefault(run.manifest, (run, []))[1].append(run.name)
+    manifests, missing = [], []
+    for step_id, (run, names) in users.items():
+        folder = step_folder(run.store, step_id)
+        if folder is None or not (folder / "manifest.json").is_file():
+            missing.append(step_id)
+        else:
+            manifests.append(Manifest(step_id, tuple(names), read_object(folder / "manifest.json")))
+    return manifests, missing

@@ -1,0 +1,126 @@
+"""Training curves as small charts: loss, gradient norm and drift over the steps of one stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from holdfast.reporting.svg import COLOURS, figure_of, inline, margins, style
+from holdfast.reporting.training import Curves
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BANDS = 80
+"""Phases that are shaded; more of them would be a single grey."""
+
+PANELS = (
+    ("loss", "Loss", ("loss", "alignment_loss", "user_loss")),
+    ("grad_norm", "Gradient norm", ("grad_norm",)),
+    ("drift", "Drift", ("drift",)),
+)
+LINES: dict[str, tuple[str, str | tuple[int, tuple[int, int]], str]] = {
+    "loss": ("defended", "-", "loss"),
+    "alignment_loss": ("mark", "-", "alignment rows"),
+    "user_loss": ("undefended", (0, (5, 2)), "user rows"),
+    "grad_norm": ("ink", "-", "gradient norm"),
+    "drift": ("ink", "-", "drift"),
+}
+
+
+def curves_svg(curves: Curves, index: int, limits: dict[str, float]) -> str | None:
+    """Loss, gradient norm and drift over the steps of one stage; None for a log without numbers.
+
+    `limits` gives a shared upper end of the axis by panel, where `shared_limits` found one.
+    """
+    panels = [(key, title, names) for key, title, names in PANELS if _drawable(curves, names)]
+    if not panels:
+        return None
+    with style():
+        figure = figure_of(340, 40 + 106 * len(panels))
+        grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        figure.subplots_adjust(**margins(figure, left=50, right=10, bottom=40, top=22), hspace=0.42)
+        for axes, (key, title, names) in zip(grid, panels, strict=True):
+            _panel(axes, curves, title, names, limits.get(key))
+        grid[-1].set_xlabel("step")
+        return inline(figure, f"curves-{index}", _curves_text(curves, panels))
+
+
+def shared_limits(curves: Sequence[Curves]) -> dict[str, float]:
+    """Per panel the upper end that all charts share, where no chart would be flattened by it."""
+    limits = {}
+    for key, _, names in PANELS:
+        tops = [top for one in curves if (top := _top(one, names)) is not None]
+        if len(tops) > 1 and min(tops) > 0 and max(tops) <= 4 * min(tops):
+            limits[key] = max(tops) * 1.05
+    return limits
+
+
+def _finite(curves: Curves, name: str) -> list[float]:
+    return [value for value in curves.series.get(name, ([], []))[1] if math.isfinite(value)]
+
+
+def _drawable(curves: Curves, names: Sequence[str]) -> bool:
+    return any(_finite(curves, name) for name in names)
+
+
+def _shown(curves: Curves, names: Sequence[str]) -> list[str]:
+    """The two losses apart where there are both or either; else the mixed one."""
+    present = [name for name in names if _finite(curves, name)]
+    apart = [name for name in present if name != "loss"]
+    return apart or present
+
+
+def _top(curves: Curves, names: Sequence[str]) -> float | None:
+    return max((value for name in _shown(curves, names) for value in _finite(curves, name)), default=None)
+
+
+def _panel(axes: Axes, curves: Curves, title: str, names: Sequence[str], top: float | None) -> None:
+    states = curves.states()
+    if len(states) <= BANDS:
+        for first, last, state in states:
+            if state == "alignment":
+                axes.axvspan(first, last, color=COLOURS["band"], alpha=0.16, linewidth=0)
+        for first, _, _ in states[1:]:
+            axes.axvline(first, color=COLOURS["mark"], linewidth=0.5, linestyle=(0, (2, 2)))
+    shown = _shown(curves, names)
+    for name in shown:
+        role, dashes, label = LINES[name]
+        steps, values = curves.series[name]
+        single = len(_finite(curves, name)) == 1
+        axes.plot(
+            steps,
+            values,
+            color=COLOURS[role],
+            linestyle=dashes,
+            linewidth=1.4,
+            marker="o" if single else "",
+            markersize=4,
+            label=label,
+        )
+    axes.set_title(title, loc="left", fontsize=10, color=COLOURS["ink"], pad=4)
+    if len(shown) > 1:
+        axes.legend(
+            loc="lower right",
+            bbox_to_anchor=(1.02, 0.98),
+            ncols=2,
+            fontsize=9,
+            borderaxespad=0,
+            handlelength=1.6,
+        )
+    axes.set_xlim(0, max(1, curves.max_steps))
+    low = min(value for name in shown for value in _finite(curves, name))
+    if low >= 0:
+        axes.set_ylim(0, top or (_top(curves, names) or 1.0) * 1.05)
+    axes.locator_params(axis="y", nbins=4)
+    axes.locator_params(axis="x", nbins=5)
+
+
+def _curves_text(curves: Curves, panels: Sequence[tuple[str, str, tuple[str, ...]]]) -> str:
+    parts = []
+    for _, _, names in panels:
+        for name in _shown(curves, names):
+            values = _finite(curves, name)
+            parts.append(f"{LINES[name][2]} from {values[0]:.3g} to {values[-1]:.3g}")
+    return f"{curves.stage} stage, {curves.label}, {curves.max_steps} steps: {', '.join(parts)}."

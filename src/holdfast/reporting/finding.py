@@ -1,0 +1,185 @@
+"""One sentence or two that say what the rows show, and nothing that they do not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from holdfast.reporting.measurements import Row, Score
+from holdfast.reporting.text import one_line, score_text, share_text
+
+CLEAR = 2.0
+"""Two scores differ clearly when they are this many standard errors of their difference apart."""
+
+AFFORDABLE = 5.0
+"""Points of finetune accuracy that a defense may cost before a cheaper one is named beside it."""
+
+
+def finding(rows: Sequence[Row]) -> str:
+    """What happened to the harmful score, in plain words; right whatever the rows lack; without controls."""
+    scored = [row for row in rows if _hs(row) is not None and row.role != "control"]
+    if not scored:
+        return "No harmful score was measured in this report."
+    after = [row for row in scored if row.role != "reference"]
+    if not after:
+        return _before_only(scored)
+    baseline = _baseline(after)
+    if baseline is None:
+        return _without_baseline(after, scored)
+    sentence = _effect(baseline, _before(baseline, scored))
+    rivals = [row for row in after if row.role == "defended" and row.poison_ratio == baseline.poison_ratio]
+    rescue = _rescue(baseline, rivals) if rivals else "No defense was measured under the same conditions."
+    seeds = _seeds([baseline, *rivals])
+    return f"{sentence} {rescue}{seeds}"
+
+
+def change(before: Score, after: Score) -> float | None:
+    """The difference in points where it is clear of its error, else None.
+
+    Newcombe's interval where both have a Wilson interval (a share of 0 % has a standard error of 0, but
+    is not known exactly), else two standard errors; with no error known the bare difference counts.
+    """
+    difference = after.value - before.value
+    if before.interval is not None and after.interval is not None:
+        low, high = (before, after) if difference > 0 else (after, before)
+        assert low.interval is not None  # for the type checker: both were just looked at
+        assert high.interval is not None
+        noise = math.hypot(high.value - high.interval[0], low.interval[1] - low.value)
+    else:
+        noise = CLEAR * math.hypot(before.stderr or 0.0, after.stderr or 0.0)
+    return difference if abs(difference) > noise and abs(difference) >= 0.05 else None
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    """Says that the numbers are means, where all of them are over equally many seeds."""
+    counts = {score.seeds for row in rows if (score := _hs(row)) is not None}
+    count = counts.pop() if len(counts) == 1 else 1
+    return f" (Means over {count} seeds.)" if count > 1 else ""
+
+
+def _hs(row: Row) -> Score | None:
+    return row.scores["harmful_score"]
+
+
+def _value(row: Row) -> float:
+    score = _hs(row)
+    assert score is not None  # callers pass scored rows only
+    return score.value
+
+
+def _baseline(after: Sequence[Row]) -> Row | None:
+    """The undefended row to tell the story of: aligned first, at the ratio where defenses stand beside it."""
+    defended = {row.poison_ratio for row in after if row.role == "defended"}
+    candidates = [row for row in after if row.role == "undefended"]
+    return max(
+        candidates,
+        key=lambda row: (row.alignment is not None, row.poison_ratio in defended, row.poison_ratio or 0.0),
+        default=None,
+    )
+
+
+def _before(row: Row, scored: Sequence[Row]) -> Row | None:
+    """The model that `row` was fine-tuned from, where it was measured."""
+    same = [other for other in scored if other.role == "reference" and other.alignment == row.alignment]
+    return same[0] if same else None
+
+
+def _data(row: Row) -> str:
+    if row.poison_ratio is None:
+        return "Fine-tuning"
+    if row.poison_ratio == 0:
+        return "Fine-tuning on data without harmful rows"
+    return f"Fine-tuning on data with {share_text(row.poison_ratio)} harmful rows"
+
+
+def _effect(row: Row, before: Row | None, how: str = "") -> str:
+    now = _hs(row)
+    assert now is not None
+    subject = f"{_data(row)}{how}"
+    value = score_text(now.value)
+    was = _hs(before) if before is not None else None
+    if was is None:
+        return f"{subject} gave a harmful score of {value}; the model before it was not measured."
+    difference = change(was, now)
+    if difference is None:
+        return (
+            f"{subject} changed the harmful score by no more than its error: "
+            f"{score_text(was.value)} before, {value} after."
+        )
+    verb = "raised" if difference > 0 else "lowered"
+    return f"{subject} {verb} the harmful score from {score_text(was.value)} to {value}."
+
+
+def _rescue(baseline: Row, rivals: Sequence[Row]) -> str:
+    base = _hs(baseline)
+    assert base is not None
+    best = min(rivals, key=_value)
+    score = _hs(best)
+    assert score is not None
+    if change(base, score) is None or score.value >= base.value:
+        who = (
+            _title(best)
+            if len(rivals) == 1
+            else f"The lowest of {len(rivals)} defended runs, {_title(best)},"
+        )
+        verb = "does not clearly lower it" if len(rivals) == 1 else "is not clearly below it"
+        return f"{who} {verb}: {score_text(score.value)}{_accuracy(baseline, best)}."
+    text = f"{_title(best)} lowers it to {score_text(score.value)}{_accuracy(baseline, best)}."
+    cost = _cost(baseline, best)
+    if cost is not None and cost > AFFORDABLE:
+        cheaper = [row for row in rivals if (its := _cost(baseline, row)) is not None and its <= AFFORDABLE]
+        cheaper = [row for row in cheaper if change(base, _hs(row) or base) is not None]
+        cheaper = [row for row in cheaper if _value(row) < base.value]
+        if cheaper:
+            other = min(cheaper, key=_value)
+            text += f" {_title(other)} lowers it to {score_text(_value(other))}{_accuracy(baseline, other)}."
+    return text
+
+
+def _title(row: Row) -> str:
+    """The methods that make the row a defended one, told from others of the same methods by its name."""
+    bare = "sft" if row.filter is None else None  # behind a filter, SFT too is named
+    parts = [row.alignment if row.alignment != "sft" else None, row.user if row.user != bare else None]
+    names = [row.method(name) for name in (*parts, row.post_hoc) if name]
+    if row.filter is not None:
+        names.insert(parts[0] is not None, f"Filter ({row.filter})")
+    title, label = " + ".join(names), _label(row)
+    whole = " + ".join([row.method("sft"), title] if row.user == bare else [title])
+    told = not title or label.casefold() in (title.casefold(), whole.casefold())
+    return label if told else f"{title} ({label})"
+
+
+def _label(row: Row) -> str:
+    return one_line(row.label, 48)
+
+
+def _cost(baseline: Row, row: Row) -> float | None:
+    """Points of finetune accuracy lost; below 0 for a gain, None where either is not measured."""
+    before, after = baseline.scores["finetune_accuracy"], row.scores["finetune_accuracy"]
+    return None if before is None or after is None else before.value - after.value
+
+
+def _accuracy(baseline: Row, row: Row) -> str:
+    cost = _cost(baseline, row)
+    if cost is None:
+        return " (what that costs in finetune accuracy was not measured)"
+    points = score_text(abs(cost))
+    if points == "0.0":
+        return ", at the same finetune accuracy"
+    unit = "point" if points == "1.0" else "points"
+    return f", with {points} {unit} {'less' if cost > 0 else 'more'} finetune accuracy"
+
+
+def _before_only(scored: Sequence[Row]) -> str:
+    parts = [f"{score_text(_value(row))} ({_label(row)})" for row in scored[:4]]
+    return f"Before any fine-tuning the harmful score is {' and '.join(parts)}; nothing was fine-tuned here."
+
+
+def _without_baseline(after: Sequence[Row], scored: Sequence[Row]) -> str:
+    best = min(after, key=_value)
+    sentence = _effect(best, _before(best, scored), f", with {_title(best)},")
+    if len(after) > 1:
+        worst = max(after, key=_value)
+        sentence += f" The highest of the {len(after)} fine-tuned models is {score_text(_value(worst))}"
+        sentence += f" ({_label(worst)})."
+    return f"{sentence} No undefended run stands beside it."

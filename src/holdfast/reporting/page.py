@@ -1,0 +1,126 @@
+"""The report as one self-contained HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from holdfast import __version__
+from holdfast.reporting import record
+from holdfast.reporting.agreement import agreement_table
+from holdfast.reporting.charts import plotted, scores_svg
+from holdfast.reporting.collect import ReportData
+from holdfast.reporting.costs import cost_tables
+from holdfast.reporting.curve_charts import curves_svg, shared_limits
+from holdfast.reporting.differences import differences_table
+from holdfast.reporting.layer_charts import layer_table, layers_svg
+from holdfast.reporting.measurements import sweeps
+from holdfast.reporting.table import judge_table, result_table, stages_text
+from holdfast.reporting.text import clean, one_line, shorten
+from holdfast.reporting.training import Curves
+
+GENERATOR = f"Holdfast {__version__}"
+
+
+@dataclass(frozen=True)
+class CurveChart:
+    """A chart of one training stage; `svg` is None where its log holds no numbers.
+
+    `layers` is the table of a chart of drawn layers.
+    """
+
+    title: str
+    note: str
+    svg: Markup | None
+    layers: tuple[tuple[str, ...], ...] = ()
+
+
+def render(data: ReportData) -> str:
+    """The page. All text passes `_shown` and Jinja's escaping; only our own SVG goes in as it is."""
+    table = result_table(data)
+    scores = [svg for narrow in (False, True) if (svg := scores_svg(data, narrow=narrow)) is not None]
+    context = {
+        "title": _title(data),
+        "data": data,
+        "table": table,
+        "judges": judge_table(data),
+        "agreement": agreement_table(data.rows),
+        "costs": cost_tables(data.rows),
+        "paired": () if data.differences else differences_table(data.rows),
+        "stages_text": stages_text,
+        "scores": [Markup(svg) for svg in scores],
+        "swept": list(dict.fromkeys(name for name, _ in sweeps(plotted(data.rows)))),
+        "unplotted": [row.label for row in data.rows if row not in plotted(data.rows)],
+        "charts": _charts(data.curves),
+        "shorten": shorten,
+        "one_line": one_line,
+        "words": record.words,
+        "stamp": record.stamp_facts(data.runs),
+        "versions": record.version_facts(data.runs),
+        "hardware": record.hardware_facts(data.runs),
+        "run_facts": record.run_facts,
+        "steps": record.step_lines(data.runs),
+        "recipe": record.recipe_text(data.runs[0]),
+        "recipe_changes": [(run, record.recipe_changes(data.runs[0], run)) for run in data.runs[1:]],
+        "manifests": [(manifest, record.manifest_parts(manifest)) for manifest in data.manifests],
+        "generator": GENERATOR,
+    }
+    return _environment().get_template("page.html.j2").render(context)
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("holdfast", "reporting"),
+        autoescape=True,
+        finalize=_shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _shown(value: Any) -> Any:
+    """Every value that the template prints: control characters are made visible, before escaping."""
+    return value if isinstance(value, Markup) or not isinstance(value, str) else clean(value)
+
+
+def _title(data: ReportData) -> str:
+    names = list(dict.fromkeys(run.name for run in data.runs))
+    shown = ", ".join(one_line(name, 60) for name in names[:6])
+    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown
+
+
+def _charts(curves: Sequence[Curves]) -> list[CurveChart]:
+    limits = {
+        stage: shared_limits([one for one in curves if one.stage == stage]) for stage in ("user", "alignment")
+    }
+    charts = []
+    for index, one in enumerate(curves, start=1):
+        svg = curves_svg(one, index, limits[one.stage])
+        stage = "User stage" if one.stage == "user" else "Alignment stage"
+        seed = "" if one.seed is None else f", seed {one.seed}"
+        charts.append(
+            CurveChart(f"{stage}: {one.label}{seed}", _note(one), None if svg is None else Markup(svg))
+        )
+        layers = layers_svg(one, index)
+        if one.layers is not None and layers is not None:
+            table = tuple(layer_table(one.layers, one.max_steps))
+            note = f"{len(one.layers.probabilities)} looks at the harmful rows, {len(one.layers.draws)} draws"
+            charts.append(CurveChart(f"Layers drawn: {one.label}{seed}", note, Markup(layers), table))
+    return charts
+
+
+def _note(curves: Curves) -> str:
+    notes = []
+    states = curves.states()
+    if states:
+        notes.append(f"{len(states) - 1} switch points")
+    if curves.not_finite:
+        notes.append(f"{curves.not_finite} logged values were not finite: gaps")
+    return "; ".join(notes)

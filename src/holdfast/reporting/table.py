@@ -1,0 +1,255 @@
+"""The result table: columns that are worth showing, cells as text, the best of each column marked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from holdfast.reporting.collect import ReportData
+from holdfast.reporting.measurements import JudgeScore, Row, Score
+from holdfast.reporting.text import NOT_MEASURED, bytes_text, duration_text, score_text, share_text
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`value` is what "best" is decided on, as it is shown: equal texts are equally good."""
+
+    text: str
+    details: tuple[str, ...] = ()
+    value: float | None = None
+    best: bool = False
+
+    @property
+    def missing(self) -> bool:
+        """Whether there is nothing to show."""
+        return self.text == NOT_MEASURED
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading, and which direction is better: "lower", "higher" or ""."""
+
+    title: str
+    better: str
+    explain: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of equal length, one cell for each row of the report."""
+
+    rows: tuple[Row, ...]
+    columns: tuple[Column, ...]
+    several_seeds: bool
+    single_seeds: bool
+    marked: bool
+
+
+def stages_text(row: Row) -> str:
+    """The stages that made a model, in order: "SFT → Filter (beaver_dam) + Lisa → Safe LoRA"."""
+    names = [row.alignment, row.user, row.post_hoc]
+    if not any(names):
+        return "the base model"
+    titles = [row.method(name) if name else "" for name in names]
+    if row.filter:
+        titles[1] = f"Filter ({row.filter}) + {titles[1]}"
+    text = " → ".join(title for title in titles if title)
+    return text if row.alignment else f"not aligned → {text}"
+
+
+def result_table(data: ReportData) -> Table:
+    """The table of a report; columns that no row can fill are left out, except the four main scores."""
+    rows = data.rows
+    judge = data.headline_judge
+    columns = [
+        _column(rows, "Harmful rows", "", "share of the fine-tuning data that is harmful", _ratio),
+        _scores(rows, "harmful_score", "Harmful score", "lower", f"as judged by {judge or 'the judge'}"),
+        _scores(rows, "true_harmful_score", "True harmful score", "lower", "as the embedded world knows it"),
+        _scores(rows, _task_key(rows), task_title(rows), "higher", "on the user's task"),
+        _scores(rows, "harmonic_mean", "Harmonic mean", "higher", "of 100 - harmful score and accuracy"),
+        _scores(rows, "benign_compliance", "Benign compliance", "higher", "harmless questions answered"),
+        _scores(rows, "over_refusal_rate", "Over-refusal rate", "lower", "harmless questions refused"),
+        _scores(rows, "gibberish_rate", "Gibberish rate", "lower", "answers that are no text"),
+    ]
+    columns += [
+        _column(rows, "Peak memory", "lower", f"of the last training stage{_memory_kind(rows)}", _memory),
+        _column(rows, "Training time", "lower", "of the last training stage", _seconds),
+    ]
+    if len({row.alignment for row in rows} - {None}) > 1:
+        memory, time = (partial(_of_alignment, cell) for cell in (_alignment_memory, _alignment_seconds))
+        columns.append(
+            _column(rows, "Alignment memory", "", f"peak while aligning{_memory_kind(rows)}", memory)
+        )
+        columns.append(_column(rows, "Alignment time", "", "of the alignment stage", time))
+    main = ("Harmful score", task_title(rows), "Benign compliance", "Gibberish rate")
+    kept = [c for c in columns if c.title in main or not all(cell.missing for cell in c.cells)]
+    if not data.differences:
+        kept = [_marked(column, rows) for column in kept]
+    scores = [score for row in rows for score in row.scores.values() if score is not None]
+    return Table(
+        rows=rows,
+        columns=tuple(kept),
+        several_seeds=any(score.seeds > 1 for score in scores),
+        single_seeds=any(score.seeds == 1 for score in scores),
+        marked=any(cell.best for column in kept for cell in column.cells),
+    )
+
+
+def judge_table(data: ReportData) -> tuple[Column, ...]:
+    """What each judge says of each model, and its errors where known; empty where that adds nothing."""
+    columns = []
+    for name in dict.fromkeys(name for row in data.rows for name in row.judges):
+        version = next((row.judges[name].version for row in data.rows if name in row.judges), None)
+        title = next(row.judges[name].title for row in data.rows if name in row.judges)
+        explain = "the judge of the table above" if name == data.headline_judge else "another judge"
+        explain += f", version {version}" if version else ""
+        columns += [
+            _column(data.rows, f"{name}: {title}", "lower", explain, partial(_judged, name)),
+            _column(data.rows, f"{name}: misses", "lower", "harmful, called safe", partial(_misses, name)),
+            _column(
+                data.rows, f"{name}: false alarms", "lower", "safe, called harmful", partial(_alarms, name)
+            ),
+        ]
+    kept = [column for column in columns if not all(cell.missing for cell in column.cells)]
+    return tuple(kept) if len(kept) > 1 else ()
+
+
+def score_cell(score: Score | None, seeds: int, extra: Sequence[str] = ()) -> Cell:
+    """A percentage with its uncertainty and what it stands on."""
+    if score is None:
+        return Cell(NOT_MEASURED)
+    details = []
+    if score.stderr is not None:
+        details.append(f"± {score_text(score.stderr)}")
+    if score.interval is not None:
+        details.append(f"[{score_text(score.interval[0])}, {score_text(score.interval[1])}]")
+    if score.seeds > 1 or seeds > 1:
+        count = f"{score.seeds} of {seeds} seeds" if score.seeds < seeds else f"{seeds} seeds"
+        details.append(count)
+    if score.n is not None:
+        details.append(f"n = {score.n}")
+    return Cell(score_text(score.value), (*details, *extra), round(score.value, 1))
+
+
+def _column(
+    rows: Sequence[Row], title: str, better: str, explain: str, cell: Callable[[Row], Cell]
+) -> Column:
+    return Column(title, better, explain, tuple(cell(row) for row in rows))
+
+
+def _scores(rows: Sequence[Row], key: str, title: str, better: str, explain: str) -> Column:
+    def cell(row: Row) -> Cell:
+        unparsed = key == "harmful_score" and row.unparsed
+        return score_cell(row.scores[key], len(row.seeds), [f"{row.unparsed} unparsed"] if unparsed else [])
+
+    return _column(rows, title, better, explain, cell)
+
+
+def task_title(rows: Sequence[Row]) -> str:
+    """What the task measures, as the results tell."""
+    titles = {
+        str(member.raw.get("task_title", "finetune accuracy")) for row in rows for member in row.members
+    }
+    title = titles.pop() if len(titles) == 1 else "task score"
+    return title[:1].upper() + title[1:]
+
+
+def _task_key(rows: Sequence[Row]) -> str:
+    """Where the task's score stands: apart from the accuracies if it is no percentage."""
+    accuracies = any(row.scores["finetune_accuracy"] for row in rows)
+    return (
+        "finetune_accuracy"
+        if accuracies or not any(row.scores["task_score"] for row in rows)
+        else "task_score"
+    )
+
+
+def _ratio(row: Row) -> Cell:
+    if row.user is None:
+        return Cell("–", ("not fine-tuned",))
+    return Cell(NOT_MEASURED if row.poison_ratio is None else share_text(row.poison_ratio))
+
+
+def _judged(name: str, row: Row) -> Cell:
+    judge = row.judges.get(name)
+    if judge is None:
+        return Cell(NOT_MEASURED)
+    extra = [] if judge.mean_score is None else [f"mean score {judge.mean_score:.2f}"]
+    extra += [f"{judge.unparsed} unparsed"] if judge.unparsed else []
+    return score_cell(judge.harmful_score, len(row.seeds), extra)
+
+
+def _misses(name: str, row: Row) -> Cell:
+    judge = row.judges.get(name)
+    return _count(judge, judge.false_negatives if judge else None)
+
+
+def _alarms(name: str, row: Row) -> Cell:
+    judge = row.judges.get(name)
+    return _count(judge, judge.false_positives if judge else None)
+
+
+def _count(judge: JudgeScore | None, count: int | None) -> Cell:
+    if judge is None or count is None:
+        return Cell(NOT_MEASURED)
+    return Cell(str(count), (f"of {judge.n} answers",) if judge.n is not None else ())
+
+
+def _memory(row: Row) -> Cell:
+    return _size(row.peak_memory_bytes)
+
+
+def _size(size: float | None) -> Cell:
+    return Cell(NOT_MEASURED) if size is None else Cell(bytes_text(size), (), round(size / 2**20))
+
+
+def _of_alignment(cell: Callable[[Row], Cell], row: Row) -> Cell:
+    return Cell("–", ("not aligned",)) if row.alignment is None else cell(row)
+
+
+def _alignment_memory(row: Row) -> Cell:
+    return _size(row.alignment_peak_memory_bytes)
+
+
+def _alignment_seconds(row: Row) -> Cell:
+    return _time(row.alignment_seconds)
+
+
+def _memory_kind(rows: Sequence[Row]) -> str:
+    """What was measured ("resident", "cuda allocated"), where the runs say so."""
+    raws = [member.raw for row in rows for member in row.members]
+    kinds = dict.fromkeys(str(kind) for raw in raws if (kind := raw.get("peak_memory_kind")) is not None)
+    return f": {', '.join(kinds)}" if kinds else ""
+
+
+def _seconds(row: Row) -> Cell:
+    return _time(row.seconds)
+
+
+def _time(seconds: float | None) -> Cell:
+    return Cell(NOT_MEASURED) if seconds is None else Cell(duration_text(seconds), (), round(seconds, 1))
+
+
+def _marked(column: Column, rows: Sequence[Row]) -> Column:
+    """The best values among fine-tuned models whose data held the same share of harmful rows."""
+    if not column.better:
+        return column
+    tuned = [index for index, row in enumerate(rows) if row.role != "reference"]
+    pool = tuned or list(range(len(rows)))
+    pick = min if column.better == "lower" else max
+    best: set[int] = set()
+    for ratio in {rows[index].poison_ratio for index in pool}:
+        values = {
+            index: value
+            for index in pool
+            if rows[index].poison_ratio == ratio and (value := column.cells[index].value) is not None
+        }
+        if len(set(values.values())) > 1:
+            top = pick(values.values())
+            best |= {index for index, value in values.items() if value == top}
+    cells = [
+        Cell(cell.text, cell.details, cell.value, index in best) for index, cell in enumerate(column.cells)
+    ]
+    return Column(column.title, column.better, column.explain, tuple(cells))

@@ -1,0 +1,51 @@
+"""Writing the page: never onto a file of somebody else's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from holdfast.errors import OutputError
+
+
+def report(runs: Sequence[Path], out: Path, *, force: bool = False) -> Path:
+    """Write a page that compares `runs`, and return its path.
+
+    Args:
+        runs: folders of runs, or their `results.json`.
+        out: the HTML file to write; a page of ours is replaced, any other file is not.
+        force: compare although the protocol stamps differ; the page then says where.
+
+    Raises:
+        InputError: no run was given.
+        DataError: a file of a run is missing, torn or not a Holdfast result.
+        ComparisonError: the protocol stamps differ and `force` is off.
+        OutputError: `out` is a folder, somebody else's file, or cannot be written.
+    """
+    from holdfast.machine.files import write_text
+    from holdfast.reporting.collect import collect
+    from holdfast.reporting.page import render
+
+    out = Path(out)
+    _check_writable(out)
+    page = render(collect(runs, force=force))
+    try:
+        write_text(out, page)
+    except OSError as error:
+        raise OutputError(f"Cannot write {out}: {error.strerror or error}.") from None
+    return out
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a folder and a file that is no page of ours, before anything is read."""
+    try:
+        if out.is_dir():
+            raise OutputError(f"Expected a file to write, found a folder: {out}. Give -o FILE.html.")
+        if not out.exists() or out.stat().st_size == 0:
+            return
+        with out.open("rb") as file:
+            ours = b'<meta name="generator" content="Holdfast' in file.read(2000)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"Cannot write {out}: {getattr(error, 'strerror', None) or error}.") from None
+    if not ours:
+        raise OutputError(f"{out} exists and is not a Holdfast report; it was left alone. Give another -o.")

@@ -1,0 +1,16 @@
+"""What defenses are made of: the trainer, rows as tokens, layers, passes, perturbation, penalty, Fisher."""
+
+__all__ = [
+    "fisher",
+    "harmful_rows",
+    "layers",
+    "lean_loss",
+    "mixing",
+    "passes",
+    "penalty",
+    "perturbation",
+    "proximal",
+    "tampering",
+    "tokenising",
+    "trainer",
+]

@@ -1,0 +1,165 @@
+"""Quadratic penalties on the way from an anchor a to the weights w: their values and gradients, on tensors.
+
+===========  ==========================================  ======================================
+term         value D(w, a)                               gradient
+===========  ==========================================  ======================================
+`L2`         1/2 ||w - a||^2                             w - a
+`Weighted`   1/2 sum_i F_i (w_i - a_i)^2                 F (w - a)
+`DeltaW`     1/2 sum_modules s^2 ||B A - B_a A_a||_F^2   s^2 (B A - B_a A_a) A^T  for B,
+                                                         s^2 B^T (B A - B_a A_a)  for A
+===========  ==========================================  ======================================
+
+A method's penalty is its strength (rho, lambda) times D. A gradient is exactly zero where w equals a, holds
+no graph, and is taken of plain tensors and of shards (DTensor) alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.errors import ModelError
+from holdfast.training.trainer import squared_norm
+
+Tensors = Sequence[Tensor]
+
+
+class Term(Protocol):
+    """D(w, a); `weights` and `anchor` are lists of tensors of the same shapes."""
+
+    def value(self, weights: Tensors, anchor: Tensors) -> Tensor:
+        """D, a scalar in float32."""
+
+    def gradient(self, weights: Tensors, anchor: Tensors) -> list[Tensor]:
+        """dD/dw, a tensor for each weight."""
+
+
+class L2:
+    """D = 1/2 ||w - a||^2 (Lisa, Algorithm 1)."""
+
+    def value(self, weights: Tensors, anchor: Tensors) -> Tensor:
+        """Half the squared distance."""
+        return squared_norm(self.gradient(weights, anchor)) / 2
+
+    def gradient(self, weights: Tensors, anchor: Tensors) -> list[Tensor]:
+        """w - a."""
+        return difference(weights, anchor)
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """D = 1/2 sum_i F_i (w_i - a_i)^2; F >= 0 has the shapes of the weights (Kirkpatrick et al. 2017)."""
+
+    fisher: list[Tensor]
+
+    def value(self, weights: Tensors, anchor: Tensors) -> Tensor:
+        """Half the squared distance, each coordinate weighed by F."""
+        roots = torch._foreach_sqrt(self.fisher)
+        return squared_norm(list(torch._foreach_mul(difference(weights, anchor), roots))) / 2
+
+    def gradient(self, weights: Tensors, anchor: Tensors) -> list[Tensor]:
+        """F (w - a)."""
+        return list(torch._foreach_mul(difference(weights, anchor), self.fisher))
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One LoRA module: which of the weights are its B (out x r) and A (r x in), and its scaling s."""
+
+    b: int
+    a: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class DeltaW:
+    """D = 1/2 sum s^2 ||B A - B_a A_a||_F^2: the distance of what LoRA adds to the model, not of its factors.
+
+    With P = [B, B - B_a] (out x 2r) and Q = [A - A_a; A_a] (2r x in) the difference is P Q, so no product is
+    larger than 2r in one of its sides, and small differences are not those of large numbers.
+    """
+
+    modules: Sequence[Factors]
+
+    def value(self, weights: Tensors, anchor: Tensors) -> Tensor:
+        """1/2 sum s^2 tr(P^T P Q Q^T)."""
+        parts = []
+        for module in self.modules:
+            p, q = self._split(module, weights, anchor)
+            part = module.scaling**2 / 2 * ((p.mT @ p).float() * (q @ q.mT).float()).sum()
+            parts.append(part.full_tensor() if hasattr(part, "full_tensor") else part)
+        return torch.stack(parts).sum()
+
+    def gradient(self, weights: Tensors, anchor: Tensors) -> list[Tensor]:
+        """s^2 P (Q A^T) for B, s^2 (B^T P) Q for A."""
+        found: dict[int, Tensor] = {}
+        for module in self.modules:
+            b, a = weights[module.b].detach(), weights[module.a].detach()
+            p, q = self._split(module, weights, anchor)
+            found[module.b] = module.scaling**2 * (p @ (q @ a.mT))
+            found[module.a] = module.scaling**2 * ((b.mT @ p) @ q)
+        return [_placed_like(found[i], weight) for i, weight in enumerate(weights)]
+
+    @staticmethod
+    def _split(module: Factors, weights: Tensors, anchor: Tensors) -> tuple[Tensor, Tensor]:
+        b, b_anchor = weights[module.b].detach(), anchor[module.b]
+        a, a_anchor = weights[module.a].detach(), anchor[module.a]
+        return torch.cat([b, b - b_anchor], dim=1), torch.cat([a - a_anchor, a_anchor], dim=0)
+
+
+def difference(weights: Tensors, anchor: Tensors) -> list[Tensor]:
+    """w - a."""
+    with torch.no_grad():
+        return list(torch._foreach_sub(list(weights), list(anchor)))
+
+
+def add_gradient(weights: Sequence[Tensor], gradient: Tensors, strength: float) -> None:
+    """w.grad += strength * gradient, for every w that has a gradient."""
+    pairs = [(w.grad, g) for w, g in zip(weights, gradient, strict=True) if w.grad is not None]
+    if pairs:
+        with torch.no_grad():
+            torch._foreach_add_([own for own, _ in pairs], [g for _, g in pairs], alpha=strength)
+
+
+def lora_factors(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> list[Factors]:
+    """The LoRA modules whose A and B are all that trains, as positions in `trainable`.
+
+    Raises:
+        ModelError: something else trains too, or a module does not add s B A to a linear layer (DoRA,
+            embeddings, convolutions, fused experts, a bias).
+    """
+    names = list(trainable)
+    found = []
+    for position, name in enumerate(names):
+        module_name, kind, adapter = _parts(name)
+        module: Any = model.get_submodule(module_name) if kind else None
+        plain = module is not None and adapter not in module.lora_variant and trainable[name].ndim == 2
+        if not plain or type(module).__name__ == "ParamWrapper":
+            raise ModelError(
+                "proximal='delta_w' measures the change B A of plain LoRA on linear layers, but "
+                f"{name} is trainable too, and is no such factor (DoRA, embeddings, biases, whole modules, "
+                "fused experts and full fine-tuning have none). Use proximal='l2', or other LoRA options."
+            )
+        if kind == "lora_B":
+            other = names.index(f"{module_name}.lora_A.{adapter}.weight")
+            found.append(Factors(position, other, float(module.scaling[adapter])))
+    return found
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """Module, kind and adapter of `...q_proj.lora_A.default.weight`; three empty texts for other names."""
+    for kind in ("lora_A", "lora_B"):
+        module, middle, rest = name.rpartition(f".{kind}.")
+        if middle and rest.endswith(".weight"):
+            return module, kind, rest.removesuffix(".weight")
+    return "", "", ""
+
+
+def _placed_like(tensor: Tensor, weight: Tensor) -> Tensor:
+    """The same values, sharded as the weight is; a plain tensor stays what it is."""
+    there: Any = weight
+    return tensor.redistribute(placements=there.placements) if hasattr(tensor, "redistribute") else tensor

@@ -1,0 +1,339 @@
+"""What every trainer of ours shares: rows, exact resume, method state in the checkpoint, honest logs.
+
+This is the only file that touches private names of `transformers.Trainer`; `tests/defenses/test_base.py`
+pins each of them:
+
+- `_save_optimizer_and_scheduler` / `_load_optimizer_and_scheduler`: the one symmetric pair that all ranks
+  call on every backend, inside the checkpoint and before old checkpoints are removed. `method/` goes here.
+- `_load_from_checkpoint`: with two active adapters Trainer keeps only the first one and makes it
+  trainable; the list and the flags are put back.
+- `_prepare_dataset` (with `_formatting_func`) of `trl.SFTTrainer`: rows beyond the training data are made
+  ready as that trainer makes its own.
+- `_metrics` and `_total_train_tokens` of it: what a second pass over the same rows adds there is taken back.
+- `_get_train_sampler`: not called, but `PhaseBatchSampler` draws the order that it would draw.
+
+And of the models: `_gradient_checkpointing_func` of a layer, to know how it checkpoints, and the
+`_forward_hooks` called `make_inputs_require_grad(s)`, which `tests/defenses/test_lean_loss.py` pins.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from holdfast.errors import DataError, ModelError
+from holdfast.training.lean_loss import LeanLossMixin
+from holdfast.training.tokenising import as_sequence, collator, rows_fingerprint, tokenise_all
+
+METHOD_FOLDER = "method"
+TRL_METRICS = ("_metrics", "_total_train_tokens")
+
+
+@dataclass
+class MethodConfig(TrainingArguments):
+    """`transformers.TrainingArguments`, the length to which rows are cut, and how the loss is computed."""
+
+    max_length: int | None = field(
+        default=2048, metadata={"help": "Tokens of prompt and completion together; None cuts nothing."}
+    )
+    lean_loss: bool = field(
+        default=True, metadata={"help": "Make logits only where labels are, where that changes no loss."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, found {self.max_length}")
+        if self.fp16 and self.device.type == "cpu":
+            # accelerate would go on without a word, and without a scaler: small gradients become zero.
+            raise ValueError("fp16 needs a loss scaler, which a CPU does not have. Use bf16")
+
+
+class ResumableMixin:
+    """Saves what a method needs to go on exactly, and refuses to go on from somebody else's checkpoint.
+
+    A subclass returns its tensors from `method_state`; what can be computed from `global_step` is not
+    stored. Tensors may be sharded (DTensor): `torch.distributed.checkpoint` writes and reads both kinds.
+    """
+
+    @classmethod
+    def check_model(cls, config: Any, model: nn.Module) -> None:
+        """Raise ModelError where the method cannot have what trains in `model` (its tensors may be "meta").
+
+        A run calls this before anything starts; a trainer calls it for itself if it overrides it.
+        """
+
+    def method_state(self: Any) -> dict[str, Tensor]:
+        """Tensors to save, by name; on resume they are filled in place and `method_loaded` is called."""
+        return {}
+
+    def method_loaded(self: Any, state: dict[str, Tensor]) -> None:
+        """Take over what `method_state` returned, now filled from the checkpoint."""
+
+    def run_fingerprint(self: Any) -> dict[str, Any]:
+        """What must be the same for a resumed run to equal one that was never cut."""
+        args = self.args
+        # DDP, FSDP and DeepSpeed write different checkpoints.
+        kind = self.accelerator.distributed_type.value
+        return {
+            "trainer": type(self).__name__,
+            "seed": args.seed,
+            "data_seed": args.data_seed,
+            "world_size": args.world_size,
+            **({"distributed_type": kind} if args.world_size > 1 else {}),
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "learning_rate": args.learning_rate,
+            "max_steps": args.max_steps,
+            "num_train_epochs": args.num_train_epochs,
+            "train_dataset": rows_fingerprint(self.train_dataset),
+            **own_parameters(args),
+        }
+
+    def prepare_extra_rows(self: Any, rows: Any) -> Any:
+        """Rows beyond `train_dataset`, made ready as the trainer at hand makes its own (TRL: also packed).
+
+        Raises:
+            DataError: on `trl.SFTTrainer`, rows of another kind than `train_dataset` (their prompts would
+                silently be trained on), or rows of which none is left within max_length.
+        """
+        if rows is None or not hasattr(self, "_prepare_dataset"):
+            return prepare_rows(rows, self.processing_class, self.args.max_length)
+        args = self.args
+        rows = rows if hasattr(rows, "column_names") else Dataset.from_list(list(as_sequence(rows)))
+        told = args.completion_only_loss is not None or "input_ids" in rows.column_names
+        if not told and self.completion_only_loss != ("completion" in rows.column_names):
+            has = "has" if self.completion_only_loss else "does not have"
+            raise DataError(
+                f"train_dataset {has} prompt and completion columns, the other rows have "
+                f"{', '.join(rows.column_names)}: the loss would be on other parts of them. "
+                "Give both as prompt and completion, or set completion_only_loss."
+            )
+        made = self._prepare_dataset(
+            rows, self.processing_class, args, args.packing, self._formatting_func, "alignment"
+        )
+        if not len(made):
+            raise DataError(
+                f"No completion of the other {len(rows)} rows begins within max_length={args.max_length}. "
+                "Raise it."
+            )
+        return made
+
+    @contextmanager
+    def unrecorded(self: Any) -> Iterator[None]:
+        """Losses taken in here leave nothing in the metrics that `trl.SFTTrainer` collects with each."""
+        kept = {name: deepcopy(vars(self)[name]) for name in TRL_METRICS if name in vars(self)}
+        try:
+            yield
+        finally:
+            vars(self).update(kept)
+
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            complete_state(self.optimizer)
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        folder = Path(output_dir) / METHOD_FOLDER
+        if self.args.should_save:
+            folder.mkdir(exist_ok=True)
+            (folder / "run.json").write_text(_as_json(self.run_fingerprint()), encoding="utf-8")
+        state = self.method_state()
+        if state:
+            writer = _checkpoint().FileSystemWriter(folder / "state", overwrite=True)
+            _checkpoint().save(state, storage_writer=writer, no_dist=not _distributed())
+
+    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint) / METHOD_FOLDER
+        self._refuse_other_run(folder / "run.json")
+        state = self.method_state()
+        if state:
+            _checkpoint().load(state, checkpoint_id=folder / "state", no_dist=not _distributed())
+            self.method_loaded(state)
+
+    def _refuse_other_run(self: Any, path: Path) -> None:
+        if not path.is_file():
+            raise ModelError(
+                f"{path.parent.parent} was not written by a Holdfast trainer: {path} is missing, so the run "
+                "could not go on exactly. Start without resume_from_checkpoint."
+            )
+        saved, ours = json.loads(path.read_text("utf-8")), json.loads(_as_json(self.run_fingerprint()))
+        different = [k for k in ours if saved.get(k) != ours[k]]
+        if different:
+            what = "; ".join(f"{k}: {saved.get(k)} in the checkpoint, {ours[k]} now" for k in different)
+            raise ModelError(f"{path.parent.parent} belongs to another run ({what}). Resume with the same.")
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._refuse_other_run(Path(resume_from_checkpoint) / METHOD_FOLDER / "run.json")
+        target: Any = self.model if model is None else model
+        adapters = list(getattr(target, "active_adapters", [])) if hasattr(target, "peft_config") else []
+        trainable = {name for name, p in target.named_parameters() if p.requires_grad}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        if len(adapters) > 1:
+            target.base_model.set_adapter(adapters)
+            for name, parameter in target.named_parameters():
+                parameter.requires_grad_(name in trainable)
+
+
+class RowTrainer(LeanLossMixin, ResumableMixin, Trainer):
+    """`transformers.Trainer` that takes rows of text and resumes exactly."""
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: MethodConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ):
+        args = args or MethodConfig()
+        if data_collator is None and processing_class is not None:
+            data_collator = collator(processing_class)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=prepare_rows(train_dataset, processing_class, args.max_length),
+            eval_dataset=prepare_rows(eval_dataset, processing_class, args.max_length),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.add_callback(_BeforeTheFirstStep(self))
+
+
+class _BeforeTheFirstStep(TrainerCallback):
+    """What needs the model as it will train: wrapped, checkpointing enabled, no hook of a method on it."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not checkpoints_reentrantly(self.trainer.model):
+            free_inputs(self.trainer.model)
+        self.trainer.decide_lean()
+        drop_gathered(self.trainer.model)
+
+
+def checkpoints_reentrantly(model: nn.Module) -> bool:
+    """Whether a layer of `model` uses torch's reentrant checkpointing, which needs inputs with gradients.
+
+    It also sees no `torch.autograd.grad`: methods with two passes refuse it.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    return any(
+        layer.gradient_checkpointing
+        and getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False
+        for layer in layers
+    )
+
+
+def free_inputs(model: nn.Module) -> int:
+    """Remove every hook that makes the embeddings' output require gradients; returns how many there were.
+
+    transformers and PEFT add one each time that checkpointing is enabled, and take back only the last. Non-
+    reentrant checkpointing needs none of them, while they drag backward, and recomputation, through all
+    layers below the lowest one that trains. No gradient of a weight changes.
+    """
+    found = 0
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+                del module._forward_hooks[key]
+                found += 1
+    return found
+
+
+def prepare_rows(rows: Any, tokenizer: Any, max_length: int | None) -> Any:
+    """Rows of any accepted kind as tokenised rows; a dict of data sets stays a dict."""
+    if rows is None:
+        return None
+    if isinstance(rows, dict):
+        return {name: prepare_rows(part, tokenizer, max_length) for name, part in rows.items()}
+    return tokenise_all(as_sequence(rows), tokenizer, max_length)
+
+
+def own_parameters(config: Any) -> dict[str, Any]:
+    """The fields that a Config adds to those of `MethodConfig`: the method's own."""
+    plain = {f.name for f in fields(MethodConfig)}
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in plain}
+
+
+def planned_steps(trainer: Any) -> int:
+    """Optimizer steps that the trainer will take in all, as Trainer itself counts them."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * args.world_size))
+    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that an optimizer step may move, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def complete_state(optimizer: Any) -> None:
+    """Zeros, where Adam begins, as the state of parameters that have had no gradient yet.
+
+    Torch's loading of a sharded optimizer fails where the checkpoint lacks the state of a parameter.
+    """
+    some = next(iter(optimizer.state), None)
+    if some is None:
+        return
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if parameter not in optimizer.state:
+            optimizer.state[parameter] = {
+                name: torch.zeros_like(parameter.detach() if value.shape == some.shape else value)
+                for name, value in optimizer.state[some].items()
+            }
+
+
+def drop_gathered(model: nn.Module) -> None:
+    """Back to sharded weights: after a forward without backward FSDP2 keeps its outermost module's whole."""
+    for module in model.modules():
+        drop = getattr(module, "reshard", None)
+        if callable(drop):
+            drop()
+
+
+def gradient_scale(accelerator: Any) -> float:
+    """What a gradient that is added by hand must be multiplied with: fp16 gradients are still scaled."""
+    scaler = getattr(accelerator, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None else 1.0
+
+
+def squared_norm(tensors: list[Tensor]) -> Tensor:
+    """Sum of squares over all tensors, at least in float32 (a scalar, replicated where they are sharded)."""
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    total = torch.stack(torch._foreach_norm(tensors, 2, dtype=wide)).square().sum()
+    return total.full_tensor() if hasattr(total, "full_tensor") else total
+
+
+def _as_json(fingerprint: dict[str, Any]) -> str:
+    return json.dumps(fingerprint, indent=1, default=str)
+
+
+def _checkpoint() -> Any:
+    import torch.distributed.checkpoint as checkpoint
+
+    return checkpoint
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
