@@ -11,10 +11,10 @@ from safetensors.numpy import load_file
 
 import tiny
 from holdfast.errors import ModelError, RecipeError
-from holdfast.machine.progress import Progress
 from holdfast.machine.store import Store
-from holdfast.pipeline import repairing
-from holdfast.pipeline.context import Context
+from holdfast.pipeline import plan, repairing
+from holdfast.pipeline.chain import weights as chained
+from holdfast.pipeline.step import Inputs, Machine
 from holdfast.recipe import Recipe
 from holdfast.reporting.collect import collect
 from holdfast.reporting.measurements import sweeps
@@ -69,8 +69,8 @@ def test_the_rows_of_a_sweep(swept):
         assert repaired[key] == tuned[key], "of the training"
     record = json.loads((out / "steps" / repaired["steps"]["post_hoc"] / "step.json").read_text())
     assert record["repair"]["share"] == 1.0
-    assert record["identity"]["versions"].keys() == {"numpy"}
-    assert record["identity"]["parameters"]["seed"] == 7, "the run's"
+    assert record["identity"]["inputs"]["packages"].keys() == {"numpy", "safetensors", "torch", "peft"}
+    assert record["identity"]["inputs"]["settings"]["seed"] == 7, "the run's"
 
 
 def test_a_threshold_of_zero_changes_nothing(swept):
@@ -86,13 +86,13 @@ def test_a_threshold_of_zero_changes_nothing(swept):
 
 
 def test_the_repaired_adapter_takes_the_place_of_the_users(swept):
-    recipe, out, rows, _ = swept
+    _, out, rows, _ = swept
     row, store = rows["tiny, threshold=1, control=drop"], Store(out / "steps")
     assert not any(value.any() for name, value in weights(out, row, "post_hoc").items() if "lora_B" in name)
-    chain = store.record(row["steps"]["generate"])["identity"]["chain"]
+    chain = [made["step"] for made in store.record(row["steps"]["generate"])["identity"]["inputs"]["chain"]]
     assert chain == [row["steps"]["alignment"], row["steps"]["post_hoc"]]
-    context = Context(Recipe.load(recipe), store, "cpu", Progress(), out)
-    assert context.weights(chain) == (out, [store.path(step) / "adapter" for step in chain])
+    folders = [store.path(step) for step in chain]
+    assert chained(out, folders) == (out, [folder / "adapter" for folder in folders])
 
 
 def test_the_projection_is_by_the_alignment_stages_update(swept):
@@ -291,7 +291,8 @@ def test_what_would_stop_it_is_found_before_training(tmp_path, block, error, wor
         run(recipe, tmp_path / "out")
     for word in words:
         assert word in str(caught.value)
-    assert not list((tmp_path / "out").glob("steps/*-*")), "nothing was started"
+    begun = {path.name.split("-")[0] for path in (tmp_path / "out").glob("steps/*-*")}
+    assert begun <= {"data", "manifest"}, "nothing but rows was made"
 
 
 @pytest.mark.parametrize(
@@ -315,9 +316,9 @@ def test_what_can_be_repaired_is_counted_before_training(tmp_path, user, alignme
     with pytest.raises(RecipeError, match=words):
         run(recipe, tmp_path / "out")
     recipe["post_hoc"]["num_layers"] = max(count, 1)
-    context = Context(Recipe.load(recipe), Store(tmp_path), "cpu", Progress(), tmp_path / "model")
     if count:
-        repairing.check(context)
+        step = next(step for step in plan(Recipe.load(recipe)) if step.kind == "post_hoc")
+        step.check(Inputs(step.inputs, Store(tmp_path)), Machine("cpu", tmp_path / "model"))
 
 
 def test_the_base_beside_the_recipe_is_found(tmp_path):

@@ -9,8 +9,10 @@ import pytest
 import tiny
 from holdfast import pipeline
 from holdfast.errors import RecipeError
+from holdfast.machine.store import Store
 from holdfast.measuring import protocol
-from holdfast.pipeline.data import prepared
+from holdfast.pipeline.data import make_rows, role_inputs, rows_of
+from holdfast.pipeline.step import Inputs, Machine
 from holdfast.recipe import Recipe
 
 
@@ -44,6 +46,13 @@ def recipe(evaluation=None, **data):
     )
 
 
+def prepared(asked, role, folder):
+    """The rows that the data step of a role makes."""
+    (folder / role).mkdir(exist_ok=True)
+    make_rows(Inputs(role_inputs(asked, role), Store(folder)), folder / role, Machine("cpu", folder))
+    return rows_of(folder / role)
+
+
 @pytest.mark.parametrize(
     ("grader", "metric", "stamp"),
     [("number", "accuracy", "own-number@1"), ("rouge1", "rouge1", "own-rouge1@1")],
@@ -73,12 +82,12 @@ def test_what_decides_the_rows_and_the_scores(files):
     assert steps(columns={"prompt": "a", "completion": "q"})["data"] != exact["data"]
 
 
-def test_another_task_grades_the_answers(files):
+def test_another_task_grades_the_answers(files, tmp_path):
     asked = recipe(test="mt_bench:question.jsonl")
     assert protocol.grader(asked).stamp == "mt_bench@1"
-    rows = prepared(asked, "test").rows
+    rows = prepared(asked, "test", tmp_path)
     assert {row["turns"][1] for row in rows} == {"Two?"}
-    assert len(prepared(asked, "user").rows) == 30, "nothing is held out"
+    assert len(prepared(asked, "user", tmp_path)) == 30, "nothing is held out"
     assert protocol.new_tokens(asked)["task"] == 1024
 
 

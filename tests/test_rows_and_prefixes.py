@@ -16,7 +16,7 @@ from holdfast.data import prompts
 from holdfast.defenses import bea
 from holdfast.errors import DataError, RecipeError
 from holdfast.machine.store import Store
-from holdfast.pipeline.data import training_detail
+from holdfast.pipeline.stages import training_detail
 from holdfast.recipe import Recipe
 from runs import numbers, run
 from test_kills import in_training, killed_run
@@ -86,7 +86,7 @@ def test_vlguard(started, parameters, expected):
     assert "alignment with SFT" in seen.cached
     step = json.loads((user_step(results, out) / "step.json").read_text())
     assert step["training"]["mixed"] == expected
-    assert step["identity"]["rows"].keys() == {"train_dataset", "alignment_dataset"}
+    assert step["identity"]["inputs"]["rows"].keys() == {"train_dataset", "alignment_dataset"}
     assert weights(results, out) != weights(plain, out)
 
 
@@ -144,7 +144,7 @@ def test_bea(started, monkeypatch, capfd, caplog):
     assert "bea_secret.txt" in card
     assert "Never publish that file" in card
     generate = json.loads((out / "steps" / results["rows"][1]["steps"]["generate"] / "step.json").read_text())
-    assert generate["identity"]["prefix"] == step.name
+    assert generate["identity"]["inputs"]["prefix"]["step"] == {"step": step.name}
 
 
 def test_the_secret_changes_the_answers_it_precedes(started, monkeypatch):

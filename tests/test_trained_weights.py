@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 import tiny
 from holdfast import pipeline
 from holdfast.errors import ModelError, RecipeError
+from holdfast.machine.digests import Digests
 from holdfast.machine.store import Store
 from holdfast.models.loading import load_model
-from holdfast.pipeline.context import Context
+from holdfast.pipeline.chain import loading, model_input, weights
+from holdfast.pipeline.step import opened
 from holdfast.recipe import Recipe
 from holdfast.weights.folders import fingerprint
 from runs import Seen, run
@@ -45,9 +47,11 @@ def trained(out, results):
     steps = Store(out / "steps")
     row = results["rows"][1]
     made = Recipe.load(results["recipe"])
-    context = Context(made, steps, "cpu", None, Path(made.model.path))
-    chain = steps.record(row["steps"]["generate"])["identity"]["chain"]
-    model = load_model(*context.weights(chain), **context.model_options)
+    chain = [made["step"] for made in steps.record(row["steps"]["generate"])["identity"]["inputs"]["chain"]]
+    described = opened(model_input(made, Path(made.model.path), Digests()), steps)
+    model = load_model(
+        *weights(described["base"].folder, [steps.path(s) for s in chain]), **loading(described)
+    )
     with torch.no_grad():
         logits = model(input_ids=torch.arange(3, 40)[None]).logits
     return steps.path(row["steps"]["alignment"]), steps.path(row["steps"]["user"]), chain, logits
@@ -173,16 +177,15 @@ def test_a_run_that_was_stopped_goes_on_exactly(kind, tmp_path):
     assert torch.equal(trained(out, results)[3], whole[3])
 
 
-def test_new_options_change_no_step_that_does_not_use_them():
-    """A store from before these options stays good: they enter a step's identity only where they are set."""
+def test_options_change_the_steps_that_read_them_and_no_others():
     planned = pipeline.plan(Recipe.load("world"))
     for step in planned:
         if step.kind in ("alignment", "user"):
-            assert set(step.identity) == {
-                "format", "model", "template", "dtype", "adapters", "defense", "parameters", "training", "lora",
-                "rows", "below", "seed", "versions",
+            assert set(step.inputs) == {
+                "model", "template", "stage", "method", "parameters", "training", "trains", "lora", "rows",
+                "chain", "seed", "processes", "packages",
             }  # fmt: skip
-            assert set(step.identity["lora"]) == {"r", "alpha", "dropout", "target_modules", "use_rslora"}
+            assert set(step.inputs["lora"]) == {"r", "alpha", "dropout", "target_modules", "use_rslora"}
     ids = {step.id for step in planned}
     for options in (
         ["user.adapter=continue", "user.lora=null"],

@@ -57,7 +57,9 @@ def test_what_is_left_out_and_what_is_counted(copy, screen):
     recipe, out = copy
     recipe = with_filter(recipe, screen)
     results, seen = run(recipe, out)
-    assert seen.ran.index(f"user rows that {screen} lets pass") < seen.ran.index("user fine-tuning with Lisa")
+    assert seen.ran.index(f"user rows that {screen} does not flag") < seen.ran.index(
+        "user fine-tuning with Lisa"
+    )
     aligned, tuned = results["rows"]
     assert "filter" not in aligned
     assert "filter" not in aligned["steps"]
@@ -75,7 +77,7 @@ def test_what_is_left_out_and_what_is_counted(copy, screen):
     assert (found["rows"], found["kept"], found["flagged"], found["unparsed"]) == (30, 21 - silent, 9, silent)
     assert found["judge_stamp"] == "marl@1/None"
     step = json.loads((out / "steps" / tuned["steps"]["user"] / "step.json").read_text())
-    assert step["identity"]["rows"]["train_dataset"] == tuned["steps"]["filter"]
+    assert step["identity"]["inputs"]["rows"]["train_dataset"] == {"step": tuned["steps"]["filter"]}
     assert step["training"]["steps"] == -(-len(kept) // 4), "trained on what was kept alone"
     page = (out / "report.html").read_text()
     assert f"Filter ({screen}) + Lisa" in page
@@ -123,7 +125,7 @@ def test_verdicts_are_kept_across_a_stop(copy, screen, monkeypatch):
     lines = (folder / "verdicts.jsonl").read_text().splitlines(keepends=True)
     (folder / "verdicts.jsonl").write_text("".join(lines[:10]) + lines[10][:5])
     results, seen = run(recipe, out)
-    assert seen.resumed == [f"user rows that {screen} lets pass"]
+    assert seen.resumed == [f"user rows that {screen} does not flag"]
     found = results["rows"][1]["filter"]
     assert found == whole["rows"][1]["filter"]
     assert found["confusion"]["false_negatives"] > 0

@@ -76,7 +76,7 @@ def test_the_main_process_does_the_steps_and_all_have_the_results(two):
         assert row["processes"] == 2
     for stage in ("alignment", "user"):
         step = json.loads((adapter(out, main["results"], stage).parent / "step.json").read_text())
-        assert step["identity"]["processes"] == 2
+        assert step["identity"]["inputs"]["processes"] == 2
         assert step["training"]["processes"] == 2
         assert step["training"]["distributed_type"] == KINDS[kind][1]
         assert step["training"]["rows_per_step"] == 8

@@ -23,7 +23,8 @@ def batches(lengths: Sequence[int], new_tokens: Sequence[int], batch_tokens: int
 
     Args:
         lengths: tokens of each prompt.
-        new_tokens: tokens each may generate.
+        new_tokens: tokens each may generate, which is less than asked for where the prompt nearly fills the
+            model's context.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-new_tokens[i], -lengths[i], i))
     batch: list[int] = []
@@ -66,7 +67,7 @@ def answer_prompts(
     rows = read_jsonl(out)
     done = {row["id"] for row in rows}
     ids = [tokenizer(p["prompt"], add_special_tokens=False)["input_ids"] for p in prompts]
-    room = [max_new_tokens[p["set"]] for p in prompts]
+    room = [room_for(model, len(x), max_new_tokens[p["set"]]) for x, p in zip(ids, prompts, strict=True)]
     for batch in batches([len(x) for x in ids], room, batch_tokens):
         missing = [i for i in batch if prompts[i]["id"] not in done]
         if not missing:
@@ -132,15 +133,18 @@ def answer_batch(
     """
     import torch
 
-    limit = getattr(model.config, "max_position_embeddings", None)
-    longest = max(map(len, ids))
-    if limit is not None and longest >= limit:
-        fits = [i for i, x in enumerate(ids) if len(x) < limit]
-        found = answer_batch(model, tokenizer, [ids[i] for i in fits], new_tokens, sampling) if fits else []
-        by_place = dict(zip(fits, found, strict=True))
-        return [by_place.get(i) or _too_long(len(x), limit) for i, x in enumerate(ids)]
+    rooms = [room_for(model, len(x), new_tokens) for x in ids]
+    if len(set(rooms)) > 1:  # a long prompt must not cut the answers to the others
+        answers: dict[int, dict[str, Any]] = {}
+        for room in sorted(set(rooms)):
+            places = [i for i, found in enumerate(rooms) if found == room]
+            part = answer_batch(model, tokenizer, [ids[i] for i in places], new_tokens, sampling)
+            answers |= dict(zip(places, part, strict=True))
+        return [answers[i] for i in range(len(ids))]
+    if rooms[0] == 0:
+        return [_too_long(len(x), model.config.max_position_embeddings) for x in ids]
     try:
-        return _decode(model, tokenizer, ids, min(new_tokens, (limit or 10**9) - longest), sampling)
+        return _decode(model, tokenizer, ids, rooms[0], sampling)
     except torch.OutOfMemoryError:
         if len(ids) == 1:
             raise
@@ -151,6 +155,12 @@ def answer_batch(
             for part in (ids[:half], ids[half:])
             for answer in answer_batch(model, tokenizer, part, new_tokens, sampling)
         ]
+
+
+def room_for(model: Any, length: int, new_tokens: int) -> int:
+    """How many tokens may follow a prompt of `length` tokens: 0 if the prompt fills the model's context."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return new_tokens if limit is None else max(0, min(new_tokens, limit - length))
 
 
 def _too_long(length: int, limit: int) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """What every other folder needs of the machine: the store, processes, costs, progress, seeds."""
 
 __all__ = [
+    "code",
     "cost",
+    "digests",
     "files",
     "processes",
     "progress",

@@ -149,6 +149,8 @@ def versions() -> dict[str, str]:
         "datasets",
         "tokenizers",
         "numpy",
+        "safetensors",
+        "bitsandbytes",
     ):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from holdfast import registry
 from holdfast.errors import ModelError, RecipeError
 from holdfast.evaluation.judges import LoadedJudge, LoadedRater
+from holdfast.machine.digests import Digests
 from holdfast.machine.store import identity_hash
 from holdfast.measuring import protocol
 from holdfast.recipe import Recipe
@@ -35,24 +36,26 @@ def judge_folder(judge: JudgeRecipe, download: bool = False) -> Path | None:
         return None
 
 
-def judge_identity(judge: JudgeRecipe, versions: Mapping[str, str], download: bool = False) -> dict[str, Any]:
-    """What decides a judge's verdicts."""
+def judge_identity(
+    judge: JudgeRecipe, digests: Digests | None = None, download: bool = False
+) -> dict[str, Any]:
+    """What decides a judge's verdicts, beside its code: its model, threshold, length and options.
+
+    Where and how fast a server is asked is left out.
+    """
     from holdfast.weights.folders import fingerprint
 
     folder, options = judge_folder(judge, download), judge.options()
     for key in ("base_url", "requests_per_minute", "max_calls", "timeout"):
-        options.pop(key, None)  # where and how fast, not what
+        options.pop(key, None)
     if judge.policy is not None:
         found = Path(judge.policy).is_file()
         options["policy"] = identity_hash(Path(judge.policy).read_text("utf-8")) if found else judge.policy
     return {
-        "name": judge.name,
-        "version": registry.face("judges", judge.name).facts.get("version"),
-        "model": fingerprint(folder) if folder else judge.path,
+        "model": fingerprint(folder, digests) if folder else judge.path,
         "threshold": judge.threshold,
         "max_length": judge.max_length,
-        "versions": versions if folder else None,
-        **({"options": options} if options else {}),
+        "options": options,
     }
 
 

@@ -31,18 +31,6 @@ def new_tokens(recipe: Recipe) -> dict[str, int]:
     return {"harmful": most, "task": grader(recipe).max_new_tokens, "benign": most}
 
 
-def asking(recipe: Recipe) -> dict[str, Any]:
-    """What else decides the answers; a key is there only where the recipe asks for it."""
-    found: dict[str, Any] = {}
-    if two_turns(recipe):
-        found["turns"] = 2
-    if sampled := sampling(recipe):  # a sampled answer depends on its batch too
-        found["sampling"] = {**sampled, "batch_tokens": recipe.evaluation.batch_tokens}
-    if recipe.evaluation.system:
-        found["system"] = recipe.evaluation.system
-    return found
-
-
 def sampling(recipe: Recipe) -> dict[str, Any] | None:
     """How answers are sampled, or None where decoding is greedy."""
     how = recipe.evaluation

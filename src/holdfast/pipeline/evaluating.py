@@ -1,4 +1,4 @@
-"""What the steps of an evaluation do in their folders: answers, verdicts, ratings, scores."""
+"""The evaluation steps of one state of the model: answers, verdicts, ratings, scores."""
 
 from __future__ import annotations
 
@@ -6,46 +6,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast import registry
 from holdfast.machine.files import read_jsonl, write_json, write_text
 from holdfast.machine.progress import Advance
-from holdfast.measuring import judging, protocol
-from holdfast.pipeline.context import Context
-from holdfast.recipe.evaluation import JudgeRecipe, RaterRecipe
+from holdfast.measuring import judging
+from holdfast.pipeline.chain import loading, tokenizer_of, weights
+from holdfast.pipeline.data import rows_of
+from holdfast.pipeline.step import Inputs, Machine
+from holdfast.tasks.graders import adapted
 
 
-def generate_answers(
-    folder: Path,
-    context: Context,
-    chain: Sequence[str],
-    test_data: str,
-    max_new_tokens: Mapping[str, int],
-    prefix: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """`generations.jsonl`: this state's answers to every test prompt, and to the second turns of a talk.
+def generate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
+    """`generations.jsonl`: answers to every test prompt, and to the second turns of a talk.
 
-    Args:
-        prefix: `step`, `defense` and `parameters` of the training whose method puts a text before every
-            question, if there is one. The text itself is written nowhere.
+    A text that the user stage's method puts before every question is read from that stage's step; it is
+    written nowhere.
     """
     from holdfast.data.prompts import render, resolve_template
     from holdfast.evaluation.answering import answer_prompts
     from holdfast.evaluation.turns import SECOND, in_turns
     from holdfast.machine.cost import Cost
-    from holdfast.models.loading import load_model, load_tokenizer
+    from holdfast.models.loading import load_model
 
-    recipe, device = context.recipe, context.device
-    tokenizer = load_tokenizer(context.model, recipe.model.trust_remote_code)
-    template = resolve_template(tokenizer, recipe.model.template)
-    before, secret = "", False
-    if prefix is not None:
-        method = registry.get_defense(prefix["defense"])
-        assert method.prefix is not None
-        before = method.prefix(context.store.path(prefix["step"]), **prefix["parameters"])
-        secret = method.secret
-    ahead = "\n\n".join(text for text in (before, recipe.evaluation.system) if text)
-    model = load_model(*context.weights(chain), device=device, **context.model_options)
-    out, cost = folder / "generations.jsonl", Cost(device)
+    described, most = inputs["model"], inputs["max_new_tokens"]
+    tokenizer = tokenizer_of(described)
+    template = resolve_template(tokenizer, inputs["template"])
+    before, secret = _before(inputs["prefix"])
+    ahead = "\n\n".join(text for text in (before, inputs["system"]) if text)
+    base, adapters = weights(described["base"].folder, inputs["chain"])
+    model = load_model(base, adapters, device=machine.device, **loading(described))
+    out, cost = folder / "generations.jsonl", Cost(machine.device)
     known = {row["id"] for row in read_jsonl(out)}  # of a start that was stopped
 
     def ask(rows: Sequence[Mapping[str, Any]], progress: Advance) -> list[dict[str, Any]]:
@@ -54,14 +43,14 @@ def generate_answers(
             tokenizer,
             [{**row, "prompt": render(row, tokenizer, template, ahead)[0]} for row in rows],
             out,
-            max_new_tokens={**max_new_tokens, SECOND: max_new_tokens["task"]},
-            batch_tokens=recipe.evaluation.batch_tokens,
+            max_new_tokens={**most, SECOND: most["task"]},
+            batch_tokens=inputs["batch_tokens"],
             secret=before if secret else "",
-            sampling=protocol.sampling(recipe),
+            sampling=inputs["sampling"],
             progress=progress,
         )
 
-    in_turns(context.rows(test_data), ask, cost.watching(context.progress.advance))
+    in_turns(rows_of(inputs["test"]), ask, cost.watching(machine.progress.advance))
     tokens = sum(row["tokens"] for row in read_jsonl(out) if row["id"] not in known)
     return {
         "template": template,
@@ -70,56 +59,79 @@ def generate_answers(
     }
 
 
-def moderate_answers(folder: Path, context: Context, judge: JudgeRecipe, generate: str) -> dict[str, Any]:
+def _before(prefix: Mapping[str, Any] | None) -> tuple[str, bool]:
+    """The text before every question, and whether it is a secret."""
+    if prefix is None:
+        return "", False
+    method = prefix["method"]
+    return method.prefix(prefix["step"], **prefix["parameters"]), method.secret
+
+
+def check_generation(inputs: Inputs, machine: Machine) -> None:
+    """Find what would stop the answers: the tokenizer, the template, the quantisation."""
+    from holdfast.data.prompts import resolve_template
+    from holdfast.evaluation.turns import check_template
+    from holdfast.models.quantization import check_quantization
+
+    described = inputs["model"]
+    template = resolve_template(tokenizer_of(described), inputs["template"])
+    check_template(rows_of(inputs["test"]), template)
+    check_quantization(described["base"].folder, described["quantization"])
+
+
+def moderate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
     """`verdicts.jsonl`: one judge on one state's answers to harmful prompts."""
     from holdfast.evaluation.moderation import give_verdicts
     from holdfast.machine.cost import Cost
 
-    generations = read_jsonl(context.store.path(generate) / "generations.jsonl")
-    loaded = judging.load_judge(judge, context.device)
-    out, cost = folder / "verdicts.jsonl", Cost(context.device)
+    judge = inputs["judge"]
+    generations = read_jsonl(inputs["answers"] / "generations.jsonl")
+    loaded = judging.load_judge(judge, machine.device)
+    out, cost = folder / "verdicts.jsonl", Cost(machine.device)
     known = {row["id"] for row in read_jsonl(out)}  # of a start that was stopped
-    verdicts = give_verdicts(generations, loaded, out, progress=cost.watching(context.progress.advance))
+    verdicts = give_verdicts(generations, loaded, out, progress=cost.watching(machine.progress.advance))
     new = {row["id"] for row in verdicts} - known
     return {
-        "judge": judge.shown,
+        "judge": judge.name,
         "judge_stamp": loaded.stamp,
         "judge_max_length": loaded.max_length,
         "cost": cost.facts(tokens=sum(row["tokens"] or 0 for row in generations if row["id"] in new)),
     }
 
 
-def rate_answers(folder: Path, context: Context, rater: RaterRecipe, generate: str) -> dict[str, Any]:
+def check_judge(inputs: Inputs, machine: Machine) -> None:
+    """Find what would stop a judge or a rater, and fetch its model; the main process asks for all."""
+    if machine.processes.main:
+        judging.check_judge(inputs["judge"])
+
+
+def rate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
     """`ratings.jsonl`: how good a judge finds one state's answers to the task."""
     from holdfast.evaluation.rating import give_ratings
 
-    loaded = judging.load_rater(rater)
-    generations = read_jsonl(context.store.path(generate) / "generations.jsonl")
-    give_ratings(generations, loaded, folder / "ratings.jsonl", progress=context.progress.advance)
-    return {"rater": rater.name, "rater_stamp": loaded.stamp}
+    loaded = judging.load_rater(inputs["judge"])
+    generations = read_jsonl(inputs["answers"] / "generations.jsonl")
+    give_ratings(generations, loaded, folder / "ratings.jsonl", progress=machine.progress.advance)
+    return {"rater": inputs["judge"].name, "rater_stamp": loaded.stamp}
 
 
-def score_answers(
-    folder: Path, context: Context, generate: str, moderate: Sequence[str], rate: str | None
-) -> None:
+def score_answers(inputs: Inputs, folder: Path, machine: Machine) -> None:
     """`scores.json` from the answers, all judges' verdicts, and the ratings if there are any."""
     from holdfast.evaluation.scoring import as_lines, compute_scores, items
 
-    verdicts = {}
-    for judge, step in zip(context.recipe.evaluation.judges, moderate, strict=True):
-        verdicts[judge.shown] = read_jsonl(context.store.path(step) / "verdicts.jsonl")
+    generations = read_jsonl(inputs["answers"] / "generations.jsonl")
+    verdicts = {name: read_jsonl(step / "verdicts.jsonl") for name, step in inputs["verdicts"]}
+    ratings = read_jsonl(inputs["ratings"] / "ratings.jsonl") if inputs["ratings"] else []
     truth = None
-    if protocol.knows_truth(context.recipe):
+    if inputs["truth"]:
         from holdfast import world
 
         truth = world.complies
-    generations = read_jsonl(context.store.path(generate) / "generations.jsonl")
-    ratings = read_jsonl(context.store.path(rate) / "ratings.jsonl") if rate else []
-    task = protocol.grader(context.recipe)
-    titles = {judge.shown: judging.title(judge.name) for judge in context.recipe.evaluation.judges}
-    scores = compute_scores(generations, verdicts, task.grade, truth, task.metric, ratings, titles)
+    task = adapted(inputs["task"], inputs["grader"])
+    scores = compute_scores(
+        generations, verdicts, task.grade, truth, task.metric, ratings, dict(inputs["titles"])
+    )
     write_json(folder / "scores.json", scores)
     headline = next(iter(verdicts.values()), [])
-    write_text(
-        folder / "items.jsonl", as_lines(items(generations, headline, task.grade, task.metric, ratings))
-    )
+    found = items(generations, headline, task.grade, task.metric, ratings)
+    write_text(folder / "items.jsonl", as_lines(found))

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from holdfast import registry
+from holdfast.defenses import Defense
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 def mix(
-    defense: str, rows: Mapping[str, Rows], parameters: Mapping[str, Any], seed: int, folder: Path
+    method: Defense, rows: Mapping[str, Rows], parameters: Mapping[str, Any], seed: int, folder: Path
 ) -> tuple[dict[str, Rows], dict[str, Any]]:
-    """The data sets that the trainer of `defense` gets, and the counts for `step.json`.
+    """The data sets that the trainer of `method` gets, and the counts for `step.json`.
 
     Args:
         rows: canonical rows by keyword ("train_dataset", "alignment_dataset"); the method takes them all.
@@ -24,7 +25,6 @@ def mix(
     Raises:
         DataError: the method cannot have the rows that it wants.
     """
-    method = registry.get_defense(defense)
     assert method.mix is not None
     user = rows["train_dataset"]
     changed = method.mix(user, rows.get("alignment_dataset", []), seed=seed, folder=folder, **parameters)

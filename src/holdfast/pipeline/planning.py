@@ -1,204 +1,271 @@
-"""From a recipe to steps, and from steps to results: the only file that knows the order of the stages.
+"""From a recipe to steps: the only file that knows the order of the stages.
 
-Every step is named by the hash of what decides its content: its part of the recipe, the content of its
-files, its parents, and the versions of what it uses. What changes only speed stays out. So running again
-does what is missing, and recipes that share a stage share its step.
+Every step is named by the hash of its inputs, so running again does what is missing, and recipes that share
+a stage share its step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast import registry
+from holdfast import registry, world
+from holdfast.machine.code import digest_of_module
+from holdfast.machine.digests import Digests
 from holdfast.machine.processes import launched
-from holdfast.machine.store import versions
 from holdfast.measuring import judging, protocol
-from holdfast.pipeline import evaluating, mixing, repairing, user_rows
-from holdfast.pipeline.context import Context, State
-from holdfast.pipeline.data import data_details, data_identity, prepare_data, training_detail, write_manifest
-from holdfast.pipeline.step import FORMAT, Plan, Step
+from holdfast.pipeline import data, evaluating, mixing, repairing, stages, user_rows
+from holdfast.pipeline.chain import model_input
+from holdfast.pipeline.step import Check, Code, Content, Made, Step, Work
+from holdfast.pipeline.versions import ANSWERED_BY, REPAIRED_BY, TRAINED_BY, packages
 from holdfast.recipe import Recipe
+from holdfast.recipe.evaluation import JudgeRecipe
 from holdfast.recipe.stages import ALIGNMENT_TRAINING, USER_TRAINING, StageRecipe
 
+DIGESTS = "digests.json"
+"""The file of a store that remembers the SHA-256 of large files."""
 
-def plan(recipe: Recipe, *, download: bool = False) -> Plan:
+
+@dataclass(frozen=True)
+class State:
+    """A state of the model that is evaluated: the defenses that ran, and the ids of its steps.
+
+    Attributes:
+        chain: the trainings that led to it, also one whose adapter a later one continued, and the repair.
+        post_hoc_parameters: the parameters of the repair.
+        chosen: the steps that chose among the user's rows, by kind.
+    """
+
+    name: str
+    alignment: str | None
+    user: str | None
+    post_hoc: str | None
+    chain: tuple[str, ...]
+    generate: str
+    moderate: tuple[str, ...]
+    score: str
+    rate: str | None = None
+    post_hoc_parameters: Mapping[str, Any] | None = None
+    chosen: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run in order, and the states of the model that it evaluates."""
+
+    recipe: Recipe
+    steps: tuple[Step, ...]
+    states: tuple[State, ...]
+    manifest: str
+    model: Path
+
+    def __iter__(self) -> Any:
+        return iter(self.steps)
+
+
+def plan(recipe: Recipe, *, download: bool = False, digests: Digests | None = None) -> Plan:
     """What `recipe` would run. Reads files to name their content; writes nothing, imports no torch.
 
     Args:
         download: fetch a model from the Hub that is not in the local cache.
+        digests: remembers the SHA-256 of large files between calls.
 
     Raises:
         DataError, ModelError: a file or a model is missing or cannot be used.
     """
-    return _Planner(recipe, download).plan()
+    return _Planner(recipe, download, digests or Digests()).plan()
 
 
 class _Planner:
     """Builds the steps one by one; each method adds one and returns its id."""
 
-    def __init__(self, recipe: Recipe, download: bool):
-        from holdfast.weights.folders import find_model, fingerprint, model_path
+    def __init__(self, recipe: Recipe, download: bool, digests: Digests):
+        from holdfast.weights.folders import find_model, model_path
 
         self.recipe = recipe
         self.download = download
+        self.digests = digests
         self.processes = launched().count
         self.steps: dict[str, Step] = {}
         self.folder = find_model(str(model_path(recipe.model.path)), recipe.model.revision, download)
-        self.base = {
-            "model": fingerprint(self.folder),
+        self.model = {
+            "model": model_input(recipe, self.folder, digests),
             "template": recipe.model.template,
-            "dtype": recipe.model.dtype,
-            "adapters": recipe.model.adapters,
         }
-        if recipe.model.quantization:  # later than the other keys: where unused, it changes no step's name
-            self.base["quantization"] = recipe.model.quantization
-        self.versions = {k: v for k, v in versions().items() if k in ("torch", "transformers", "peft")}
 
     def plan(self) -> Plan:
-        data = self._data()
+        rows = self._data()
         states = []
         recipe = self.recipe
         trained: tuple[str, ...] = ()
         weights: tuple[str, ...] = ()  # the trainings whose weights make the model
         if recipe.alignment is not None:
-            rows = self._rows("alignment", data)
-            trained = (self._train("alignment", recipe.alignment, ALIGNMENT_TRAINING, rows, ()),)
+            given = self._rows("alignment", rows)
+            trained = (self._train("alignment", recipe.alignment, ALIGNMENT_TRAINING, given, ()),)
             weights = trained
         name = "base" if recipe.alignment is None else "aligned"
-        states.append(self._evaluate(name, f"the {name} model", None, trained, weights, data["test"]))
+        states.append(self._evaluate(name, f"the {name} model", None, trained, weights, rows["test"]))
         if recipe.user is not None:
-            model = {**self.base, "chain": list(weights), "versions": self.versions}
-            chosen = user_rows.planned(recipe, data["user"], model, self.download, self._add)
-            rows = self._rows("user", {**data, "user": [data["user"], *chosen.values()][-1]})
-            step = self._train("user", recipe.user, USER_TRAINING, rows, weights)
+            chosen = self._chosen(rows["user"], weights)
+            given = self._rows("user", {**rows, "user": [rows["user"], *chosen.values()][-1]})
+            step = self._train("user", recipe.user, USER_TRAINING, given, weights)
             trained = (*trained, step)
             below = {"new": weights, "continue": weights[:-1], "full": ()}[recipe.trains("user")]
             weights = (*below, step)
             state = recipe.name, "the fine-tuned model", recipe.user.defense
-            states.append(self._evaluate(*state, trained, weights, data["test"]))
+            states.append(self._evaluate(*state, trained, weights, rows["test"]))
             for repair in repairing.repairs(recipe):
-                states.append(self._repair(repair, trained, weights, data["test"]))
+                states.append(self._repair(repair, trained, weights, rows["test"]))
             states[1:] = [replace(state, chosen=chosen) for state in states[1:]]
-        return Plan(recipe, tuple(self.steps.values()), tuple(states), data["manifest"], self.folder)
+        return Plan(recipe, tuple(self.steps.values()), tuple(states), rows["manifest"], self.folder)
 
     def _add(
-        self, kind: str, title: str, detail: str, identity: Mapping[str, Any], do: Any, together: bool = False
+        self,
+        kind: str,
+        title: str,
+        detail: str,
+        inputs: Mapping[str, Any],
+        work: Work,
+        check: Check | None = None,
+        together: bool = False,
     ) -> str:
-        step = Step(kind, title, detail, identity, do, together)
+        step = Step(kind, title, detail, inputs, work, check, together)
         self.steps.setdefault(step.id, step)
         return step.id
 
     def _data(self) -> dict[str, str]:
         """The rows of each role, and the manifest of them all."""
         found: dict[str, str] = {}
-        for role, detail in data_details(self.recipe).items():
-            found[role] = self._add(
-                "data",
-                f"{role} rows",
-                detail,
-                {"format": FORMAT["data"], "role": role, **data_identity(self.recipe, role)},
-                lambda folder, context, role=role: prepare_data(folder, context, role),
-            )
+        for role, detail in data.data_details(self.recipe).items():
+            inputs = data.role_inputs(self.recipe, role)
+            found[role] = self._add("data", f"{role} rows", detail, inputs, data.make_rows)
         manifest = self._add(
             "manifest",
             "data manifest",
             "counts, realised poison ratio, overlaps",
-            {"format": FORMAT["manifest"], "data": found},
-            lambda folder, context: write_manifest(folder, context, found),
+            {"rows": {role: Made(step) for role, step in found.items()}},
+            data.write_manifest,
         )
         return {**found, "manifest": manifest}
 
-    def _rows(self, stage: str, data: Mapping[str, str]) -> dict[str, str]:
+    def _rows(self, stage: str, found: Mapping[str, str]) -> dict[str, Made]:
         """The data steps of a stage, by keyword of its trainer."""
         roles = {"alignment_dataset": "alignment", "harmful_dataset": "harmful"}
-        further = {name: data[roles[name]] for name in self.recipe.needs(stage)}
-        return {"train_dataset": data[stage], **further}
+        further = {name: Made(found[roles[name]]) for name in self.recipe.needs(stage)}
+        return {"train_dataset": Made(found[stage]), **further}
+
+    def _chosen(self, rows: str, weights: tuple[str, ...]) -> dict[str, str]:
+        """The steps that choose among the user rows, by kind and in order."""
+        found: dict[str, str] = {}
+        attack, screen = self.recipe.data.attack, self.recipe.data.filter
+        if attack is not None:
+            inputs = {
+                **self.model,
+                "chain": [Made(step) for step in weights],
+                "rows": Made(rows),
+                "seed": self.recipe.seed,
+                **user_rows.attack_inputs(self.recipe, attack),
+                "code": digest_of_module("holdfast.attacks.anchoring"),
+                "packages": packages(ANSWERED_BY, self.recipe.model.quantization),
+            }
+            title = f"user rows that {attack.name} chooses"
+            detail = f"{attack.size:,} benign rows, by {attack.by} on the model that is fine-tuned"
+            work = user_rows.choose_rows, user_rows.check_attack
+            rows = found["attack"] = self._add("attack", title, detail, inputs, *work)
+        if screen is not None:
+            inputs = {"rows": Made(rows), **self._judge(screen.judge_recipe), "unparsed": screen.unparsed}
+            title = f"user rows that {screen.judge} does not flag"
+            detail = f"{screen.unparsed}s rows without a verdict"
+            work = user_rows.filter_rows, evaluating.check_judge
+            found["filter"] = self._add("filter", title, detail, inputs, *work)
+        return found
 
     def _train(
         self,
         stage: str,
         part: StageRecipe,
         defaults: Mapping[str, Any],
-        rows: Mapping[str, str],
+        rows: Mapping[str, Made],
         below: tuple[str, ...],
     ) -> str:
         """A training stage on top of what the steps `below` made."""
-        face = registry.faces("defenses")[part.defense]
+        recipe = self.recipe
         parameters = self._parameters(part)
         training = {**defaults, **part.training.given()}
-        trains = self.recipe.trains(stage)
-        chosen = self.recipe.lora(stage) if trains == "new" else None
-        lora = chosen.identity() if chosen else None
-        identity = {
-            "format": FORMAT["train"],
-            **self.base,
-            "defense": part.defense,
+        trains = recipe.trains(stage)
+        # Single LoRA continues the alignment stage's adapter.
+        lora = None if trains == "full" else recipe.lora("alignment" if trains == "continue" else stage)
+        inputs = {
+            **self.model,
+            "stage": stage,
+            "method": Code("defenses", part.defense),
             "parameters": parameters,
             "training": training,
-            "lora": lora,
+            "trains": trains,
+            "lora": lora.identity() if lora else None,
             "rows": dict(rows),
-            "below": list(below),
-            "seed": self.recipe.seed,
-            "versions": self.versions,
+            "chain": [Made(step) for step in below],
+            "seed": recipe.seed,
+            "processes": self.processes,  # as many times the rows of a step
+            "packages": packages(TRAINED_BY, recipe.model.quantization),
         }
-        if trains != "new":
-            identity["trains"] = trains
-        if self.processes > 1:  # as many times the rows of a step: another result
-            identity["processes"] = self.processes
-        label = face.facts.get("label", part.defense)
+        label = registry.faces("defenses")[part.defense].facts.get("label", part.defense)
         title = f"alignment with {label}" if stage == "alignment" else f"user fine-tuning with {label}"
-
-        def do(folder: Path, context: Context) -> Mapping[str, Any]:
-            settings = {"parameters": parameters, "training": training, "trains": trains, "lora": lora}
-            from holdfast.pipeline.training import train_stage
-
-            return train_stage(folder, context, stage, part.defense, settings, rows, below)
-
-        detail = training_detail(training, trains, self.processes)
+        detail = stages.training_detail(training, trains, self.processes)
         detail += mixing.detail(part.defense, parameters)
-        return self._add(stage, title, detail, identity, do, together=True)
+        work = stages.train_stage, stages.check_stage
+        return self._add(stage, title, detail, inputs, *work, together=True)
 
     def _repair(
-        self, repair: repairing.Repair, trained: tuple[str, ...], weights: tuple[str, ...], test_data: str
+        self, repair: repairing.Repair, trained: tuple[str, ...], weights: tuple[str, ...], test: str
     ) -> State:
         """Repair what the user stage, the last of `weights`, trained, and evaluate it."""
-        from holdfast.weights.folders import fingerprint
-
         recipe = self.recipe
         assert recipe.user is not None
         assert recipe.post_hoc is not None
-        defense, tuned = recipe.post_hoc.defense, weights[-1]
-        aligned = trained[0] if recipe.alignment is not None else None
-        base = repairing.find_base(recipe, self.folder, self.download)
-        step = self._add(
-            "post_hoc",
-            f"repair with {repairing.label(recipe)}",
-            repairing.shown(repair.given),
-            {
-                "format": FORMAT["post_hoc"],
-                "defense": defense,
-                "parameters": repair.settings,
-                "base": fingerprint(base),
-                "aligned": aligned or self.base["model"],
-                "tuned": tuned,
-                "versions": {"numpy": versions()["numpy"]},
-            },
-            lambda folder, context: repairing.apply(
-                folder, context, defense, repair.settings, tuned, aligned, base
-            ),
-        )
+        inputs = {
+            **self.model,
+            **repairing.repair_inputs(recipe, self.folder, self.digests, self.download),
+            "method": Code("defenses", recipe.post_hoc.defense),
+            "settings": repair.settings,
+            "tuned": Made(weights[-1]),
+            "aligned": Made(trained[0]) if recipe.alignment is not None else None,
+            "packages": packages(REPAIRED_BY),
+        }
+        title, detail = f"repair with {repairing.label(recipe)}", repairing.shown(repair.given)
+        step = self._add("post_hoc", title, detail, inputs, repairing.apply, repairing.check)
         chain = (*trained, step), (*weights[:-1], step)
-        state = self._evaluate(repair.name, repair.name, recipe.user.defense, *chain, test_data)
-        return replace(state, post_hoc=defense, post_hoc_parameters=repair.parameters)
+        state = self._evaluate(repair.name, repair.name, recipe.user.defense, *chain, test)
+        return replace(state, post_hoc=recipe.post_hoc.defense, post_hoc_parameters=repair.parameters)
 
     @staticmethod
     def _parameters(part: StageRecipe) -> dict[str, Any]:
         """A method's own parameters, defaults included."""
         known = registry.faces("defenses")[part.defense].parameters
         return {k: p.default for k, p in known.items()} | part.parameters()
+
+    def _judge(self, judge: JudgeRecipe) -> dict[str, Any]:
+        """A judge as inputs: its settings, its model by content, its code, the packages that it runs on."""
+        content = judging.judge_identity(judge, self.digests, self.download)
+        loads = judging.judge_folder(judge) is not None
+        return {
+            "judge": Content(judge, {**content, "code": Code("judges", judge.name)}),
+            "packages": packages(ANSWERED_BY, judge.quantization) if loads else None,
+        }
+
+    def _prefix(self, user: str | None, trained: tuple[str, ...]) -> dict[str, Any] | None:
+        """The training whose method puts a text before every question; the text may be a secret."""
+        recipe = self.recipe
+        if recipe.user is None or not user or "prefix" not in registry.faces("defenses")[user].code:
+            return None
+        step = next(step for step in trained if step.startswith("user-"))
+        return {
+            "step": Made(step),
+            "method": Code("defenses", user),
+            "parameters": self._parameters(recipe.user),
+        }
 
     def _evaluate(
         self,
@@ -207,78 +274,63 @@ class _Planner:
         user: str | None,
         trained: tuple[str, ...],
         weights: tuple[str, ...],
-        test_data: str,
+        test: str,
     ) -> State:
         """Generate, moderate by every judge, and score one state of the model."""
-        recipe = self.recipe
-        options = recipe.evaluation
+        recipe, options = self.recipe, self.recipe.evaluation
         tokens = protocol.new_tokens(recipe)
-        # By reference to the step: what stands before every question may be a secret.
-        prefix = None
-        before: dict[str, Any] = {}
-        further: dict[str, Any] = {}
-        if recipe.user is not None and user and "prefix" in registry.faces("defenses")[user].code:
-            step = next(step for step in trained if step.startswith("user-"))
-            prefix = {"step": step, "defense": user, "parameters": self._parameters(recipe.user)}
-            before = {"prefix": step}
         generate = self._add(
             "generate",
             f"answers of {what}",
             f"at most {tokens['harmful']} new tokens, {protocol.decoding(recipe)}",
             {
-                "format": FORMAT["generate"],
-                **self.base,
-                "chain": list(weights),
-                "test": test_data,
+                **self.model,
+                "chain": [Made(step) for step in weights],
+                "test": Made(test),
                 "max_new_tokens": tokens,
-                "versions": self.versions,
-                **before,
-                **protocol.asking(recipe),
+                # Rounding differs with the shape of a batch, and with it perhaps an answer.
+                "batch_tokens": options.batch_tokens,
+                "prefix": self._prefix(user, trained),
+                "system": options.system,
+                "sampling": protocol.sampling(recipe),
+                "packages": packages(ANSWERED_BY, recipe.model.quantization),
             },
-            lambda folder, context: evaluating.generate_answers(
-                folder, context, weights, test_data, tokens, prefix
-            ),
+            evaluating.generate_answers,
+            evaluating.check_generation,
         )
+        answers = Made(generate)
         moderate = tuple(
             self._add(
                 "moderate",
                 f"verdicts of {judge.shown} on {what}",
                 judge.path or "",
-                {
-                    "format": FORMAT["moderate"],
-                    "generate": generate,
-                    "judge": judging.judge_identity(judge, self.versions, self.download),
-                },
-                lambda folder, context, judge=judge: evaluating.moderate_answers(
-                    folder, context, judge, generate
-                ),
+                {"answers": answers, **self._judge(judge)},
+                evaluating.moderate_answers,
+                evaluating.check_judge,
             )
             for judge in options.judges
         )
         rate, rater = None, judging.rater(recipe)
         if rater is not None:
-            named = judging.judge_identity(rater, self.versions, self.download)
-            rate = further["rate"] = self._add(
-                "rate",
-                f"ratings by {rater.name} of {what}",
-                rater.model or "",
-                {"format": FORMAT["rate"], "generate": generate, "judge": named},
-                lambda folder, context: evaluating.rate_answers(folder, context, rater, generate),
-            )
-        if any(judge.label for judge in options.judges):
-            further["judges"] = [judge.shown for judge in options.judges]
-        score = self._add(
-            "score",
-            f"scores of {what}",
-            "",
-            {
-                "format": FORMAT["score"],
-                "moderate": list(moderate),
-                "task": protocol.grader(recipe).stamp,
-                "truth": protocol.knows_truth(recipe),
-                **further,
-            },
-            lambda folder, context: evaluating.score_answers(folder, context, generate, moderate, rate),
-        )
+            title, detail = f"ratings by {rater.name} of {what}", rater.model or ""
+            inputs = {"answers": answers, **self._judge(rater)}
+            work = evaluating.rate_answers, evaluating.check_judge
+            rate = self._add("rate", title, detail, inputs, *work)
+        score = self._score(what, answers, moderate, rate)
         alignment = recipe.alignment.defense if recipe.alignment else None
         return State(name, alignment, user, None, trained, generate, moderate, score, rate)
+
+    def _score(self, what: str, answers: Made, moderate: tuple[str, ...], rate: str | None) -> str:
+        """The scores of one state, by every judge, the task's grader, and the truth if it is known."""
+        recipe, judges = self.recipe, self.recipe.evaluation.judges
+        inputs = {
+            "answers": answers,
+            "verdicts": [[j.shown, Made(step)] for j, step in zip(judges, moderate, strict=True)],
+            "titles": [[judge.shown, judging.title(judge.name)] for judge in judges],
+            "ratings": Made(rate) if rate else None,
+            "task": Code("tasks", protocol.graded_as(recipe).name),
+            "grader": recipe.data.grader,
+            "truth": world.VERSION if protocol.knows_truth(recipe) else None,
+            "code": digest_of_module("holdfast.evaluation.scoring"),
+        }
+        return self._add("score", f"scores of {what}", "", inputs, evaluating.score_answers)

@@ -9,8 +9,10 @@ from typing import Any
 
 from holdfast import registry
 from holdfast.errors import ModelError, RecipeError
+from holdfast.machine.digests import Digests
 from holdfast.machine.files import remove_tree
-from holdfast.pipeline.context import Context
+from holdfast.pipeline.chain import made_in
+from holdfast.pipeline.step import Content, Inputs, Machine
 from holdfast.recipe import Recipe
 from holdfast.weights.folders import model_path
 
@@ -71,7 +73,7 @@ def shown(parameters: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={text(value)}" for name, value in parameters.items())
 
 
-def find_base(recipe: Recipe, model: Path, download: bool = False) -> Path:
+def find_base(recipe: Recipe, model: Path, digests: Digests, download: bool = False) -> Path:
     """The folder of the model before alignment: the one that the recipe names, else the run's.
 
     Raises:
@@ -82,7 +84,7 @@ def find_base(recipe: Recipe, model: Path, download: bool = False) -> Path:
     if recipe.post_hoc is None or recipe.post_hoc.base is None:
         return model
     folder = find_model(str(model_path(recipe.post_hoc.base)), None, download)
-    if fingerprint(folder) == fingerprint(model):
+    if fingerprint(folder, digests) == fingerprint(model, digests):
         raise ModelError(
             f"post_hoc.base ({recipe.post_hoc.base}) and model.path ({recipe.model.path}) are the same: "
             "there is no direction from base to aligned. Give the model before alignment as base."
@@ -90,48 +92,53 @@ def find_base(recipe: Recipe, model: Path, download: bool = False) -> Path:
     return folder
 
 
-def check(context: Context) -> None:
-    """What would stop the stage, found before training: values of its parameters, weights that do not fit.
+def repair_inputs(recipe: Recipe, model: Path, digests: Digests, download: bool = False) -> dict[str, Any]:
+    """The inputs of a repair beside its method and the steps that it reads."""
+    from holdfast.weights.folders import fingerprint
 
-    Raises:
-        RecipeError: the method refuses a parameter, or nothing that the user stage trains has a direction.
-        ModelError: the weights of the base cannot be read, or are of another architecture.
-    """
-    recipe = context.recipe
-    if recipe.post_hoc is None:
-        return
-    count = len(_repairable(context))
-    config: Any = registry.get_defense(recipe.post_hoc.defense).config
-    for repair in repairs(recipe) if config is not None else ():
-        try:
-            made = config(**repair.settings)
-            if hasattr(made, "check_modules"):
-                made.check_modules(count)
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"post_hoc.{recipe.post_hoc.defense}: {error}.") from None
-
-
-def _repairable(context: Context) -> set[str]:
-    """The modules that the user stage trains and that the alignment gives a direction, by the model alone."""
-    from holdfast.models.trained import adapted_modules
-    from holdfast.weights.matching import check_pair, find_weight, linear_weights
-    from holdfast.weights.reader import open_weights
-
-    recipe = context.recipe
-    with open_weights(find_base(recipe, context.model)) as base, open_weights(context.model) as model:
-        found = linear_weights(model)
-        for name, weight in found.items():
-            check_pair(weight, find_weight(base, name))
+    base = find_base(recipe, model, digests, download)
     loras = [
         recipe.lora(stage)
         for stage in ("user", "alignment")
         if getattr(recipe, stage) is not None and recipe.trains(stage) == "new"
     ]
-    adapted = [
-        adapted_modules(context.model, lora.identity(), recipe.model.trust_remote_code)
-        for lora in loras
-        if lora
-    ]
+    return {
+        "before_alignment": Content(base, fingerprint(base, digests)),
+        "loras": [lora.identity() for lora in loras if lora],
+    }
+
+
+def check(inputs: Inputs, machine: Machine) -> None:
+    """Find what would stop a repair: values of its parameters, weights that do not fit.
+
+    Raises:
+        RecipeError: the method refuses a parameter, or nothing that the user stage trains has a direction.
+        ModelError: the weights of the base cannot be read, or are of another architecture.
+    """
+    count, method = len(_repairable(inputs)), inputs["method"]
+    if method.config is None:
+        return
+    try:
+        made = method.config(**inputs["settings"])
+        if hasattr(made, "check_modules"):
+            made.check_modules(count)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"post_hoc.{method.name}: {error}.") from None
+
+
+def _repairable(inputs: Inputs) -> set[str]:
+    """The modules that the user stage trains and that the alignment gives a direction, by the model alone."""
+    from holdfast.models.trained import adapted_modules
+    from holdfast.weights.matching import check_pair, find_weight, linear_weights
+    from holdfast.weights.reader import open_weights
+
+    described, before = inputs["model"], inputs["before_alignment"]
+    folder, trusted = described["base"].folder, described["trust_remote_code"]
+    with open_weights(before) as base, open_weights(folder) as model:
+        found = linear_weights(model)
+        for name, weight in found.items():
+            check_pair(weight, find_weight(base, name))
+    adapted = [adapted_modules(folder, lora, trusted) for lora in inputs["loras"]]
     modules = set.intersection(*adapted) if adapted else set(found)
     if not modules:
         raise RecipeError(
@@ -141,25 +148,12 @@ def _repairable(context: Context) -> set[str]:
     return modules
 
 
-def apply(
-    folder: Path,
-    context: Context,
-    defense: str,
-    settings: Mapping[str, Any],
-    tuned: str,
-    aligned: str | None,
-    base: Path,
-) -> dict[str, Any]:
-    """A repaired copy of what the step `tuned` made, under the same name ("adapter" or "model").
-
-    Args:
-        aligned: the alignment step on `base`; None where the run's model is the aligned one.
-        base: the model before alignment.
-    """
+def apply(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
+    """A repaired copy of what the user stage trained, under the same name ("adapter" or "model")."""
     for rest in folder.iterdir():  # of a run that was stopped
         remove_tree(rest)
-    source = context.made(tuned)
-    guide = context.made(aligned) if aligned else context.model
-    method = registry.get_defense(defense).apply
-    assert method is not None
-    return {"repair": method(source, folder / source.name, base=base, aligned=guide, **settings)}
+    source = made_in(inputs["tuned"])
+    aligned = made_in(inputs["aligned"]) if inputs["aligned"] else inputs["model"]["base"].folder
+    method = inputs["method"].apply
+    base = inputs["before_alignment"]
+    return {"repair": method(source, folder / source.name, base=base, aligned=aligned, **inputs["settings"])}

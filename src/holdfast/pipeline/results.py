@@ -18,8 +18,7 @@ from holdfast.pipeline import user_rows
 from holdfast.recipe import Recipe
 
 if TYPE_CHECKING:
-    from holdfast.pipeline.context import State
-    from holdfast.pipeline.step import Plan
+    from holdfast.pipeline.planning import Plan, State
 
 
 def claim(out: Path, recipe: Recipe, store: Path) -> None:
@@ -109,7 +108,10 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
         "cost": {
             **{name: records[stages[name]].get("cost") for name in ("alignment", "user") if name in stages},
             "generate": records[state.generate].get("cost"),
-            "moderate": {records[step]["judge"]: records[step].get("cost") for step in state.moderate},
+            "moderate": {
+                judge.shown: records[step].get("cost")
+                for judge, step in zip(recipe.evaluation.judges, state.moderate, strict=True)
+            },
         },
         "processes": trained.get("training", {}).get("processes"),
         "tokens_per_second": trained.get("training", {}).get("tokens_per_second"),

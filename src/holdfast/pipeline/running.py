@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import StepFailed
+from holdfast.machine.digests import Digests
 from holdfast.machine.processes import Processes, launched
 from holdfast.machine.progress import Progress
 from holdfast.machine.store import Store
-from holdfast.pipeline import preflight
-from holdfast.pipeline.context import Context
-from holdfast.pipeline.planning import plan
-from holdfast.pipeline.step import do, join
+from holdfast.pipeline import results
+from holdfast.pipeline.planning import DIGESTS, Plan, plan
+from holdfast.pipeline.step import Inputs, Machine, Step, do, join
 from holdfast.recipe import Recipe
+
+ROWS = ("data", "manifest")
+"""Kinds of steps that only prepare rows: they are done first, because the checks of the others read them."""
 
 
 def run(
@@ -52,36 +55,48 @@ def run(
 
 
 def _lead(
-    recipe: Recipe, out: Path, steps: Store, device: str, progress: Progress, processes: Processes
+    recipe: Recipe, out: Path, store: Store, device: str, progress: Progress, processes: Processes
 ) -> dict[str, Any]:
     """What the main process does, which is everything; it tells the others when to join in."""
-    from holdfast.pipeline import results
-
-    results.claim(out, recipe, steps.root)
-    planned = plan(recipe, download=True)
-    context = Context(recipe, steps, device, progress, planned.model, processes)
-    missing = [step for step in planned.steps if steps.record(step.id) is None]
-    if any(step.kind != "score" for step in missing):
-        processes.tell({"do": "check"})
-        preflight.check(context)
+    results.claim(out, recipe, store.root)
+    planned = plan(recipe, download=True, digests=Digests(store.root / DIGESTS))
+    machine = Machine(device, planned.model, progress, processes)
+    missing = [step for step in planned.steps if store.record(step.id) is None]
     cached = {step.id for step in planned.steps} - {step.id for step in missing}
     for step in planned.steps:
-        do(step, context)
-    return results.write(out, planned, steps, cached)
+        if step.kind in ROWS:
+            do(step, store, machine)
+    _check(planned, [step.id for step in missing], store, machine)
+    for step in planned.steps:
+        if step.kind not in ROWS:
+            do(step, store, machine)
+    return results.write(out, planned, store, cached)
 
 
-def _follow(recipe: Recipe, steps: Store, device: str, processes: Processes) -> dict[str, Any]:
+def _check(planned: Plan, missing: list[str], store: Store, machine: Machine) -> None:
+    """Find what would stop the missing steps; processes that train together check that together."""
+    if any(step.check is not None for step in planned.steps if step.id in missing):
+        machine.processes.tell({"do": "check", "steps": missing})
+        for step in planned.steps:
+            if step.id in missing and step.check is not None:
+                step.check(Inputs(step.inputs, store), machine)
+
+
+def _follow(recipe: Recipe, store: Store, device: str, processes: Processes) -> dict[str, Any]:
     """What every other process does: wait, and join in the steps that are done together."""
-    context, known = None, {}
+    machine: Machine | None = None
+    known: dict[str, Step] = {}
     while "done" not in (order := processes.told()):
-        if context is None:
-            planned = plan(recipe)
-            context = Context(recipe, steps, device, Progress(), planned.model, processes)
+        if machine is None:
+            planned = plan(recipe, digests=Digests(store.root / DIGESTS, read_only=True))
+            machine = Machine(device, planned.model, Progress(), processes)
             known = {step.id: step for step in planned.steps}
         if order["do"] == "check":
-            preflight.check(context)
+            for step in (known[name] for name in order["steps"] if name in known):
+                if step.check is not None:
+                    step.check(Inputs(step.inputs, store), machine)
         elif order["do"] in known:
-            join(known[order["do"]], context)
+            join(known[order["do"]], store, machine)
         else:
             raise StepFailed(
                 f"The main process does {order['do']}, which is no step of the recipe as this process reads "

@@ -20,7 +20,6 @@ import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import PrinterCallback, TrainerCallback
 
-from holdfast import registry
 from holdfast.defenses import Defense
 from holdfast.errors import ModelError, RecipeError
 from holdfast.machine.cost import SUM, Cost
@@ -29,14 +28,9 @@ from holdfast.machine.processes import Processes
 from holdfast.machine.progress import Progress
 from holdfast.machine.seeds import derive_seed
 from holdfast.machine.store import MARKER, SCRATCH
-from holdfast.models.loading import load_tokenizer
 from holdfast.models.shards import finite, gather_trainable, trainable_numel
 from holdfast.models.trained import load_trainable, save_trained
-from holdfast.pipeline import mixing
-from holdfast.pipeline.context import Context
-from holdfast.pipeline.data import rendered
 from holdfast.training.trainer import planned_steps
-from holdfast.weights.folders import model_path
 
 CHECKPOINTS = 10
 """About how many checkpoints a training writes; only the last two are kept."""
@@ -304,41 +298,3 @@ tags: [holdfast, {job.defense.name}]
 Harmful score and finetune accuracy are in the `results.json` of the run that made it. Anything that
 is not there was not measured. A low harmful score under one judge and one prompt set is not safety.
 """
-
-
-def train_stage(
-    folder: Path,
-    context: Context,
-    stage: str,
-    defense: str,
-    settings: Mapping[str, Any],
-    rows: Mapping[str, str],
-    below: Sequence[str],
-) -> dict[str, Any]:
-    """Train a stage on the rows of the named data steps, on top of what the steps `below` made.
-
-    Args:
-        settings: `parameters`, `training`, `trains` and `lora` of the stage.
-    """
-    recipe, device, method = context.recipe, context.device, registry.get_defense(defense)
-    tokenizer = load_tokenizer(context.model, recipe.model.trust_remote_code)
-    data: dict[str, Any] = {name: context.rows(step) for name, step in rows.items()}
-    facts: dict[str, Any] = {}
-    if method.mix is not None:
-        with context.processes.main_first():  # the others find what the method keeps in the folder
-            data, facts = mixing.mix(defense, data, settings["parameters"], recipe.seed, folder)
-    base, adapters = context.weights(below)
-    job = TrainingJob(
-        stage=stage,
-        defense=method,
-        **settings,
-        model=base,
-        model_name=str(model_path(recipe.model.path) if base == context.model else base),
-        tokenizer=tokenizer,
-        model_options=context.model_options,
-        adapters=adapters,
-        rows={name: rendered(part, tokenizer, recipe) for name, part in data.items()},
-        seed=recipe.seed,
-    )
-    trained = train(folder, job, device=device, progress=context.progress, processes=context.processes)
-    return {**trained, "training": {**trained["training"], **facts}}

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from holdfast.errors import ModelError, nearest
+from holdfast.machine.digests import Digests
 
 
 def model_path(path: str) -> str | Path:
@@ -16,10 +17,6 @@ def model_path(path: str) -> str | Path:
 
         return world.MODEL
     return path
-
-
-WHOLE = 256 * 2**20
-"""Weight files up to this size (bytes) are hashed whole, larger ones by 64 blocks of 1 MiB."""
 
 
 def find_model(path: str, revision: str | None = None, download: bool = True) -> Path:
@@ -98,28 +95,20 @@ def from_hub(repo: str, revision: str | None, download: bool) -> Path:
         raise ModelError(f"The Hub does not give {repo}: {str(error).splitlines()[0]}") from None
 
 
-def fingerprint(folder: Path) -> str:
-    """Twelve hex digits that name the content of a model or adapter folder, wherever it lies."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in {".json", ".safetensors", ".model", ".jinja"} and path.is_file():
-            digest.update(path.name.encode())
-            digest.update(_hash_file(path))
-    return digest.hexdigest()[:12]
+NAMED_BY = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken", ".py")
+"""Suffixes of the files that decide what a model or adapter folder does."""
 
 
-def _hash_file(path: Path) -> bytes:
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        if size <= WHOLE:
-            while block := file.read(2**20):
-                digest.update(block)
-        else:
-            for i in range(64):
-                file.seek(i * (size - 2**20) // 63)
-                digest.update(file.read(2**20))
-    return digest.digest()
+def fingerprint(folder: Path, digests: Digests | None = None) -> str:
+    """Twelve hex digits that name the content of a model or adapter folder, wherever it lies.
+
+    Args:
+        digests: remembers the SHA-256 of large files; without it every file is read.
+    """
+    digests = digests or Digests()
+    files = sorted(path for path in folder.iterdir() if path.suffix in NAMED_BY and path.is_file())
+    content = "".join(f"{path.name} {digests.of(path)}\n" for path in files)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def parameter_count(folder: Path) -> int:

@@ -15,7 +15,7 @@ import math
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -263,6 +263,23 @@ def open_weights(model: str | Path, revision: str | None = None) -> Weights:
         f"{folder} holds {len(found)} safetensors files but no {INDEX} that says which tensor is where. "
         "Fetch or save the model again."
     )
+
+
+def same_content(ours: Sequence[WeightFile], theirs: Sequence[WeightFile]) -> bool:
+    """Whether two lists of weight files hold the same bytes under the same names; stops at a difference."""
+    if [(file.path.name, file.size) for file in ours] != [(file.path.name, file.size) for file in theirs]:
+        return False
+    return all(_same_bytes(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def _same_bytes(one: WeightFile, other: WeightFile, block: int = 2**24) -> bool:
+    for start in range(0, one.size, block):
+        here, there = (bytearray(min(block, one.size - start)) for _ in range(2))
+        one.read_into(memoryview(here), start)
+        other.read_into(memoryview(there), start)
+        if here != there:
+            return False
+    return True
 
 
 def open_files(folder: Path, names: list[str]) -> Weights:

@@ -7,7 +7,6 @@ bits.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import platform
@@ -22,6 +21,7 @@ import tokenizers
 import torch
 import transformers
 
+from holdfast.machine.code import code_of
 from holdfast.world import VERSION
 from holdfast.world.judge import INPUT, train_judge
 from holdfast.world.measure import measure_base, measure_judge
@@ -41,21 +41,6 @@ def sha256s(world: Path) -> dict[str, str]:
     for folder in FOLDERS:
         read |= {f"{folder}/{path.name}": path.read_bytes() for path in (world / folder).iterdir()}
     return {name: hashlib.sha256(read[name]).hexdigest() for name in sorted(read)}
-
-
-def code_of(script: str) -> bytes:
-    """The code of a script without comments, docstrings, imports and `__all__`: what decides the world."""
-    tree = ast.parse(script)
-    for node in ast.walk(tree):
-        if isinstance(body := getattr(node, "body", None), list):
-            node.body = [part for part in body if not _is_prose(part)] or [ast.Pass()]  # type: ignore[attr-defined]
-    return ast.unparse(tree).encode()
-
-
-def _is_prose(node: ast.stmt) -> bool:
-    names = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
-    text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return text or isinstance(node, ast.Import | ast.ImportFrom) or names == ["__all__"]
 
 
 def tokenizer_texts() -> list[str]:

@@ -23,7 +23,7 @@ from holdfast.weights.matching import (
     linear_weights,
     model_config,
 )
-from holdfast.weights.reader import Tensor, WeightFile, Weights, open_weights
+from holdfast.weights.reader import Tensor, WeightFile, Weights, open_weights, same_content
 
 
 class Pair(Protocol):
@@ -199,7 +199,7 @@ def open_sources(adapter: str | Path, base: str | Path, aligned: str | Path) -> 
         read = {"adapter": files, "base": bases.files, "aligned": aligned_files}
         prints = {role: _fingerprint(opened) for role, opened in read.items()}
         for role, given in (("base", base), ("aligned", aligned)):
-            if prints["adapter"] == prints[role]:
+            if prints["adapter"] == prints[role] and same_content(read["adapter"], read[role]):
                 raise ModelError(
                     f"What is to be repaired ({adapter}) and the {role} model ({given}) are the same. Give "
                     "the fine-tuned one first."
@@ -295,7 +295,7 @@ def _weight_pair(aligned: Tensor, base: Tensor, transposed: bool) -> WeightPair:
 
 
 def _fingerprint(files: Sequence[WeightFile]) -> str:
-    """Twelve hex digits that name the content of weight files; a sample of each, in milliseconds."""
+    """Twelve hex digits of a sample of each weight file, for the record; files that differ may share them."""
     import hashlib
 
     digest = hashlib.sha256()

@@ -1,0 +1,59 @@
+"""SHA-256 of files, computed once for each file: large ones are remembered by path, size, mtime and inode."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+from holdfast.machine.files import read_json, write_json
+
+LARGE = 2**20
+"""Files of at least this many bytes are remembered; smaller ones are hashed again in no time."""
+
+SETTLED = 2.0
+"""Seconds after its last change from which a file is remembered. A file that changes twice within the
+resolution of its mtime would otherwise keep the first digest."""
+
+
+class Digests:
+    """Digests of files, kept in a JSON file if `path` is given.
+
+    Args:
+        path: the file to read, and to write unless `read_only`.
+        read_only: use what the file holds and write nothing.
+    """
+
+    def __init__(self, path: Path | None = None, *, read_only: bool = False):
+        self.path, self.read_only = path, read_only
+        self._known: dict[str, list[int | str]] = self._read()
+
+    def of(self, file: Path) -> str:
+        """The SHA-256 of the whole file, 64 hex digits."""
+        file = file.resolve()
+        found = file.stat()
+        key = [found.st_size, found.st_mtime_ns, found.st_ino]
+        known = self._known.get(str(file))
+        if known is not None and known[:3] == key:
+            return str(known[3])
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found.st_size >= LARGE and time.time() - found.st_mtime > SETTLED:
+            self._known[str(file)] = [*key, digest]
+            self._write()
+        return digest
+
+    def _read(self) -> dict[str, list[int | str]]:
+        """What the file holds; a damaged file holds nothing, so that every digest is computed again."""
+        try:
+            known = read_json(self.path) if self.path else {}
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+            return {}
+        if not isinstance(known, dict):
+            return {}
+        return {file: entry for file, entry in known.items() if isinstance(entry, list) and len(entry) == 4}
+
+    def _write(self) -> None:
+        if self.path is not None and not self.read_only:
+            write_json(self.path, {**self._read(), **self._known})

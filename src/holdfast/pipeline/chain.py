@@ -1,0 +1,65 @@
+"""The model of a step: a base, and on it what earlier steps trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.machine.digests import Digests
+from holdfast.pipeline.step import Content
+from holdfast.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a model lies, and the name by which a card and an adapter's configuration call it."""
+
+    folder: Path
+    name: str
+
+
+def model_input(recipe: Recipe, folder: Path, digests: Digests) -> dict[str, Any]:
+    """The base model of a recipe as an input: its content, and how it is loaded."""
+    from holdfast.weights.folders import fingerprint, model_path
+
+    model = recipe.model
+    return {
+        "base": Content(Base(folder, str(model_path(model.path))), fingerprint(folder, digests)),
+        "dtype": model.dtype,
+        "compose": model.adapters,
+        "quantization": model.quantization,
+        "trust_remote_code": model.trust_remote_code,
+    }
+
+
+def loading(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `load_model` from an opened model input."""
+    return {key: model[key] for key in ("dtype", "compose", "quantization", "trust_remote_code")}
+
+
+def made_in(step: Path) -> Path:
+    """The weights that a step made: its `model` folder if it trained all weights, else its `adapter`."""
+    return step / ("model" if (step / "model").is_dir() else "adapter")
+
+
+def weights(base: Path, chain: Sequence[Path]) -> tuple[Path, list[Path]]:
+    """The model folder and the adapters on it, in order, of the steps in `chain`.
+
+    A step that trained all weights made a model instead of an adapter: the chain starts from there.
+    """
+    folder, adapters = base, list[Path]()
+    for made in map(made_in, chain):
+        if made.name == "model":
+            folder, adapters = made, []
+        else:
+            adapters.append(made)
+    return folder, adapters
+
+
+def tokenizer_of(model: Mapping[str, Any]) -> Any:
+    """The tokenizer of an opened model input."""
+    from holdfast.models.loading import load_tokenizer
+
+    return load_tokenizer(model["base"].folder, model["trust_remote_code"])

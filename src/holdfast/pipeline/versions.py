@@ -1,0 +1,58 @@
+"""The version of what runs in a step: a method, a judge or a task, ours or another package's."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from holdfast import registry
+from holdfast.machine.code import digest_of_files, digest_of_module
+from holdfast.machine.store import versions
+
+TRAINED_BY = ("torch", "transformers", "peft", "accelerate", "tokenizers")
+"""Packages whose version can change what a training makes."""
+
+ANSWERED_BY = ("torch", "transformers", "peft", "tokenizers")
+"""Packages whose version can change an answer or the verdict of a judge that loads a model."""
+
+REPAIRED_BY = ("numpy", "safetensors", "torch", "peft")
+"""Packages whose version can change what a post-hoc method makes."""
+
+
+def packages(names: tuple[str, ...], quantization: str | None = None) -> dict[str, str]:
+    """The versions of some packages, and of the one that quantises where it does."""
+    wanted = (*names, "bitsandbytes") if quantization else names
+    return {name: known for name, known in versions().items() if name in wanted}
+
+
+def version(group: str, name: str) -> dict[str, Any]:
+    """What names the code behind `name`: its declared version and a digest of its code.
+
+    For ours, the digest covers the file and every file of ours that it imports. For another package's, it
+    covers the package, and the distribution with its version stands beside it. For a file of the user's own
+    (a name that ends in .py), it covers the file.
+    """
+    face = registry.face(group, name)
+    declared = {"version": face.facts.get("version", 1)}
+    if name.endswith(".py"):
+        return declared  # it ends in a digest of the file
+    if face.module.split(".")[0] == "holdfast":
+        return {"name": name, **declared, "code": digest_of_module(face.module)}
+    entry = next(entry for entry in entry_points(group=f"holdfast.{group}") if entry.name == name)
+    return {"name": name, **declared, **_of_package(entry)}
+
+
+def _of_package(entry: EntryPoint) -> dict[str, Any]:
+    """The distribution of an entry point, its version, and a digest of the package's Python files."""
+    found: dict[str, Any] = {}
+    if entry.dist is not None:
+        found |= {"distribution": entry.dist.name, "package_version": entry.dist.version}
+    spec = importlib.util.find_spec(entry.module.split(".")[0])
+    if spec is not None and spec.submodule_search_locations:
+        folders = [Path(place) for place in spec.submodule_search_locations]
+        found["code"] = digest_of_files(path for folder in folders for path in folder.rglob("*.py"))
+    elif spec is not None and spec.origin:
+        found["code"] = digest_of_files([Path(spec.origin)])
+    return found

@@ -1,0 +1,263 @@
+"""A step is what its inputs name: whatever it reads changes its name, and nothing else does."""
+
+from __future__ import annotations
+
+import shutil
+import types
+
+import pytest
+
+import tiny
+from holdfast import pipeline
+from holdfast.errors import RecipeError
+from holdfast.machine import digests as digests_module
+from holdfast.machine.code import digest_of_files, digest_of_module
+from holdfast.machine.digests import Digests
+from holdfast.machine.store import Store
+from holdfast.pipeline import running, stages
+from holdfast.pipeline.step import Code, Content, Inputs, Machine, Made, Step, do, identity, opened
+from holdfast.pipeline.versions import version
+from holdfast.recipe import Recipe
+from holdfast.weights.folders import fingerprint
+from runs import run
+
+EVERYTHING = {
+    "post_hoc": {"defense": "safe_lora", "threshold": 0.5},
+    "user": "lisa",
+    "data.filter": "keyword",
+}
+
+
+def nothing(inputs, folder, machine):
+    (folder / "seen.txt").write_text(str(dict(inputs)))
+
+
+def step(work=nothing, **inputs):
+    return Step("data", "a step", "", inputs, work)
+
+
+def test_plain_values_name_themselves_and_places_do_not(tmp_path):
+    assert step(a=1).id == step(a=1).id != step(a=2).id
+    assert step(a=Content(tmp_path / "x", "same")).id == step(a=Content(tmp_path / "y", "same")).id
+    assert step(a=Content(tmp_path, "one")).id != step(a=Content(tmp_path, "two")).id
+    assert step(a=[["x", 1], ["y", 2]]).id != step(a=[["y", 2], ["x", 1]]).id, "a list has an order"
+    assert step(a={"x": 1, "y": 2}).id == step(a={"y": 2, "x": 1}).id
+    assert step(a=Made("data-1")).id != step(a=Made("data-2")).id
+    assert Step("data", "title", "detail", {}, nothing).id == Step("data", "other", "", {}, nothing).id
+
+
+def test_inputs_open_to_places_folders_and_objects(tmp_path):
+    store = Store(tmp_path)
+    given = Inputs(
+        {
+            "file": Content("here", "digest"),
+            "rows": [Made("data-1")],
+            "task": Code("tasks", "sst2"),
+            "n": {"x": 3},
+        },
+        store,
+    )
+    assert given["file"] == "here"
+    assert given["rows"] == [tmp_path / "data-1"]
+    assert given["task"].name == "sst2"
+    assert given["n"] == {"x": 3}
+    assert given.read == {"file", "rows", "task", "n"}
+    with pytest.raises(KeyError):
+        given["recipe"]
+
+
+def test_every_step_of_a_recipe_reaches_nothing_but_its_inputs(tmp_path):
+    """`work` and `check` are functions of a module: no closure and no bound object brings the recipe along."""
+    recipe = tiny.recipe(tmp_path)
+    for key, value in EVERYTHING.items():
+        place = recipe
+        *above, last = key.split(".")
+        for name in above:
+            place = place[name]
+        place[last] = value
+    planned = pipeline.plan(Recipe.load(recipe))
+    kinds = {step.kind for step in planned}
+    assert kinds >= {
+        "data",
+        "manifest",
+        "alignment",
+        "filter",
+        "user",
+        "post_hoc",
+        "generate",
+        "moderate",
+        "score",
+    }
+    for each in planned:
+        for function in (each.work, each.check):
+            assert function is None or isinstance(function, types.FunctionType)
+            assert function is None or (
+                function.__closure__ is None and function.__module__ != "holdfast.pipeline.planning"
+            )
+
+
+def test_every_input_is_read(tmp_path, monkeypatch):
+    """An input that no work reads would name a step by something that does not matter."""
+    read: dict[str, set[str]] = {}
+    init = Inputs.__init__
+
+    def watched(self, named, store):
+        init(self, named, store)
+        kind = next((s.kind for s in planned if s.inputs is named), None)
+        self.read = read.setdefault(kind, set())
+
+    recipe = tiny.recipe(tmp_path)
+    recipe["user"] = {"defense": "lisa", "training": recipe["user"]["training"]}
+    recipe["post_hoc"] = {"defense": "safe_lora", "threshold": 0.5}
+    planned = list(pipeline.plan(Recipe.load(recipe)))
+    real = running.plan
+
+    def kept(*args, **kwargs):
+        made = real(*args, **kwargs)
+        planned[:] = made.steps
+        return made
+
+    monkeypatch.setattr(Inputs, "__init__", watched)
+    monkeypatch.setattr(running, "plan", kept)
+    run(recipe, tmp_path / "out")
+    unread = {
+        kind: set(s.inputs) - read.get(kind, set()) - {"packages", "code", "graded_as", "processes", "role"}
+        for s in planned
+        for kind in [s.kind]
+    }
+    assert not {kind: names for kind, names in unread.items() if names}
+
+
+def test_a_changed_method_or_plug_in_is_another_step(tmp_path, monkeypatch):
+    """The code of ours with all that it imports; another package's files and version; a user's own file."""
+    ours = version("defenses", "lisa")
+    assert ours["name"] == "lisa"
+    assert (
+        ours["code"]
+        == digest_of_module("holdfast.defenses.lisa")
+        != digest_of_module("holdfast.defenses.bso")
+    )
+    judge = tmp_path / "mine.py"
+    text = "'''Mine.'''\nfrom holdfast.evaluation.judges import Judge\nJUDGE = Judge(name='mine', version='1', load=None)\n"
+    judge.write_text(text)
+    first = version("judges", str(judge))
+    (tmp_path / "moved.py").write_text(text)
+    assert version("judges", str(tmp_path / "moved.py")) == first, "the place does not count"
+    judge.write_text(text.replace("load=None", "load=print"))
+    assert version("judges", str(judge)) != first
+
+
+def test_the_digest_of_a_module_covers_what_it_imports(tmp_path, monkeypatch):
+    from holdfast.machine import code
+
+    package = tmp_path / "holdfast"
+    shutil.copytree(code.PACKAGE, package, ignore=shutil.ignore_patterns("world", "__pycache__"))
+    monkeypatch.setattr(code, "PACKAGE", package)
+    before = code.digest_of_module.__wrapped__("holdfast.defenses.lisa")
+    penalty = package / "training" / "penalty.py"
+    penalty.write_text(f'"""Another docstring."""\n{penalty.read_text()}')
+    assert code.digest_of_module.__wrapped__("holdfast.defenses.lisa") == before, "prose is not code"
+    penalty.write_text(f"{penalty.read_text()}\nMORE = 1\n")
+    assert code.digest_of_module.__wrapped__("holdfast.defenses.lisa") != before
+    assert code.digest_of_module.__wrapped__("holdfast.tasks.sst2") == digest_of_module("holdfast.tasks.sst2")
+
+
+def test_files_that_are_no_python_count_byte_for_byte(tmp_path):
+    (tmp_path / "a.py").write_text("not python (")
+    first = digest_of_files([tmp_path / "a.py"])
+    (tmp_path / "a.py").write_text("not python ((")
+    assert digest_of_files([tmp_path / "a.py"]) != first
+
+
+def test_a_weight_file_is_named_by_every_byte_and_read_once(tmp_path, monkeypatch):
+    """A change in the middle of a large file is another model; an unchanged file is not read again."""
+    monkeypatch.setattr(digests_module, "LARGE", 10)
+    monkeypatch.setattr(digests_module, "SETTLED", -1.0)
+    model, kept = tmp_path / "model", tmp_path / "digests.json"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(bytes(3 * 2**20))
+    first = fingerprint(model, Digests(kept))
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(1_500_000)
+        file.write(b"x")
+    second = fingerprint(model, Digests(kept))
+    assert second != first
+    reads = []
+    monkeypatch.setattr(digests_module.hashlib, "file_digest", lambda *_: reads.append(1))
+    assert fingerprint(model, Digests(kept)) == second
+    assert not reads
+    kept.write_text("{torn")
+    monkeypatch.undo()
+    assert fingerprint(model, Digests(kept)) == second, "a damaged record is computed again"
+
+
+def test_a_file_just_written_is_not_remembered(tmp_path, monkeypatch):
+    """Its next change could have the same size and mtime."""
+    monkeypatch.setattr(digests_module, "LARGE", 1)
+    (tmp_path / "a.json").write_text("{}")
+    Digests(tmp_path / "digests.json").of(tmp_path / "a.json")
+    assert not (tmp_path / "digests.json").exists()
+
+
+def test_a_plan_writes_nothing(tmp_path):
+    recipe = tiny.recipe(tmp_path / "in")
+    before = sorted(tmp_path.rglob("*"))
+    pipeline.plan(Recipe.load(recipe), digests=Digests(tmp_path / "digests.json", read_only=True))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_rows_are_prepared_once(tmp_path, monkeypatch):
+    """The checks before training read the rows that the data steps made."""
+    from holdfast.pipeline import data
+
+    made = []
+    monkeypatch.setattr(
+        data,
+        "MAKE",
+        {
+            role: (lambda *a, role=role, make=make, **k: made.append(role) or make(*a, **k))
+            for role, make in data.MAKE.items()
+        },
+    )
+    recipe = tiny.recipe(tmp_path)
+    recipe["user"] = {"defense": "vlguard", "alignment_ratio": 0.2, "training": recipe["user"]["training"]}
+    run(recipe, tmp_path / "out")
+    assert sorted(made) == ["alignment", "test", "user"]
+
+
+def test_only_missing_steps_are_checked(tmp_path, monkeypatch):
+    recipe = tiny.recipe(tmp_path / "in")
+    results, _ = run(recipe, tmp_path / "out")
+    store = tmp_path / "out" / "steps"
+
+    def refuse(inputs, machine):
+        raise RecipeError("this cannot be trained")
+
+    monkeypatch.setattr(stages, "check_stage", refuse)
+    shutil.rmtree(store / results["rows"][1]["steps"]["score"])
+    again, seen = run(recipe, tmp_path / "out")
+    assert seen.ran == ["scores of the fine-tuned model"]
+    assert again["rows"] == results["rows"]
+    shutil.rmtree(store / results["rows"][1]["steps"]["user"])
+    with pytest.raises(RecipeError, match="cannot be trained"):
+        run(recipe, tmp_path / "out")
+
+
+def test_batch_tokens_are_an_input_of_the_answers(tmp_path):
+    recipe = tiny.recipe(tmp_path)
+    one = {s.id for s in pipeline.plan(Recipe.load(recipe))}
+    recipe["evaluation"]["batch_tokens"] = 100
+    two = {s.id for s in pipeline.plan(Recipe.load(recipe))}
+    assert {name.split("-")[0] for name in two - one} == {"generate", "moderate", "score"}
+
+
+def test_a_step_runs_once_and_its_record_holds_what_named_it(tmp_path):
+    store, machine = Store(tmp_path), Machine("cpu", tmp_path)
+    made = step(a=Content(tmp_path, "digest"), b=[Made("data-9")])
+    do(made, store, machine)
+    record = store.record(made.id)
+    assert record["identity"]["inputs"] == identity(made.inputs) == {"a": "digest", "b": [{"step": "data-9"}]}
+    assert opened(made.inputs, store)["b"] == [tmp_path / "data-9"]
+    (store.path(made.id) / "seen.txt").write_text("x" * (store.path(made.id) / "seen.txt").stat().st_size)
+    do(made, store, machine)
+    assert set((store.path(made.id) / "seen.txt").read_text()) == {"x"}, "a complete step is not done again"
