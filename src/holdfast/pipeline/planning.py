@@ -226,7 +226,7 @@ class _Planner:
         assert recipe.user is not None
         assert recipe.post_hoc is not None
         inputs = {
-            **self.model,
+            "model": self.model["model"],
             **repairing.repair_inputs(recipe, self.folder, self.digests, self.download),
             "method": Code("defenses", recipe.post_hoc.defense),
             "settings": repair.settings,
