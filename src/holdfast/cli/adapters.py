@@ -10,9 +10,9 @@ import typer
 
 Adapters = Annotated[
     list[str],
-    typer.Argument(metavar="ADAPTER...", help="Adapter folders or Hub ids, as they were trained."),
+    typer.Argument(metavar="ADAPTER...", help="Adapter folders or Hub ids, in the order of training."),
 ]
-Out = Annotated[Path, typer.Option(help="A new folder.")]
+Out = Annotated[Path, typer.Option(help="New folder.")]
 
 
 class Dtype(StrEnum):
@@ -24,7 +24,7 @@ class Dtype(StrEnum):
 
 
 def combine(adapters: Adapters, out: Out) -> None:
-    """Make one plain PEFT adapter of several (alignment and user delta): the same answers, one folder."""
+    """Combine adapters (alignment and user delta) into one plain PEFT adapter with the same answers."""
     from holdfast.cli import console
     from holdfast.weights.combine import combine as combine_adapters
 
@@ -37,10 +37,10 @@ def combine(adapters: Adapters, out: Out) -> None:
 
 
 def merge(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model: a folder or Hub id.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Base model: a folder or Hub id.")],
     adapters: Adapters,
     out: Out,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights. Default: as they are.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights. Default: unchanged.")] = None,
 ) -> None:
     """Write a full model with adapters added to its weights, shard by shard."""
     from holdfast.cli import console

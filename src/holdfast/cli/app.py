@@ -25,9 +25,9 @@ from holdfast.machine.processes import launched
 app = typer.Typer(
     name="holdfast",
     help="Keep a language model's safety alignment through fine-tuning.\n\n"
-    "First look: [bold]holdfast demo[/]. Your own model and files: [bold]holdfast run RECIPE[/].\n\n"
-    "Exit codes: 0 done, 1 something failed, 2 something given cannot be used. "
-    "With --debug anywhere, an error shows its traceback.",
+    "To try it: [bold]holdfast demo[/]. With your own model and files: [bold]holdfast run RECIPE[/].\n\n"
+    "Exit codes: 0 done, 1 something failed, 2 an input cannot be used. "
+    "With --debug (in any position), an error shows its traceback.",
     rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -36,12 +36,13 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a packaged recipe.")
+    str, typer.Argument(metavar="RECIPE", help="YAML file, or name of a packaged recipe.")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe: user.rho=3")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe, for example user.rho=3."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")]
 GO_ON = {"demo", "run", "generate", "moderate", "rate", "filter"}
 """Commands that go on where they were stopped; the others begin anew."""
 
@@ -77,12 +78,12 @@ def _main(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("runs/demo"),
     full: Annotated[
-        bool, typer.Option("--full", help="Every defense, and a control without harmful rows.")
+        bool, typer.Option("--full", help="Run every defense, and a control without harmful rows.")
     ] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds; the table shows means over them.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; the table shows means over them.")] = 1,
     device: Device = "auto",
 ) -> None:
-    """The embedded world, every stage, a report: minutes on two CPU cores."""
+    """Run the embedded world through every stage and write a report: minutes on two CPU cores."""
     if launched().count > 1:
         raise RecipeError("holdfast demo runs in one process. Under a launcher: holdfast run world.")
     from holdfast.cli import console
@@ -102,11 +103,13 @@ def demo(
 def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/NAME")] = None,
-    store: Annotated[Path | None, typer.Option(help="Folder of steps to share. Default: OUT/steps")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/NAME.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder of steps that runs can share. Default: OUT/steps.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
-    """Do what a recipe says, or go on where it stopped; ends with a table and a report."""
+    """Run a recipe, or resume it where it stopped; ends with a table and a report."""
     from holdfast.cli import console
     from holdfast.pipeline import run as run_recipe
     from holdfast.recipe import Recipe
@@ -123,10 +126,12 @@ def run(
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/NAME")] = None,
-    store: Annotated[Path | None, typer.Option(help="Folder of steps to share. Default: OUT/steps")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/NAME.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder of steps that runs can share. Default: OUT/steps.")
+    ] = None,
 ) -> None:
-    """Show what a run would do and what is cached; touches nothing."""
+    """Show which steps a run would execute and which are cached; writes nothing."""
     from holdfast.cli import console
     from holdfast.machine.store import Store
     from holdfast.pipeline import plan as plan_recipe
@@ -146,24 +151,23 @@ def plan(
 )
 def mix(
     out: Annotated[Path, typer.Option(help="Folder for user.jsonl and manifest.json.")],
-    user: Annotated[str | None, typer.Option(help="The user's rows: a file, a folder or a Hub id.")] = None,
-    task: Annotated[str | None, typer.Option(help="A known task (holdfast list tasks).")] = None,
+    user: Annotated[str | None, typer.Option(help="User rows: a file, a folder or a Hub id.")] = None,
+    task: Annotated[str | None, typer.Option(help="Name of a known task (see holdfast list tasks).")] = None,
     harmful: Annotated[
         str | None, typer.Option(help="Harmful rows: world, beavertails, a file or a Hub id.")
     ] = None,
     test: Annotated[
-        str | None, typer.Option(help="Rows of the task to test on. Default: its own, or a share held out.")
+        str | None, typer.Option(help="Test rows of the task. Default: the task's own, or a held-out share.")
     ] = None,
     test_harmful: Annotated[
-        str | None, typer.Option(help="Harmful prompts to test on. Default: as for --test.")
+        str | None,
+        typer.Option(help="Harmful prompts to test on. Default: the data set's own, or a held-out share."),
     ] = None,
-    size: Annotated[
-        int | None, typer.Option(min=1, help="Rows in all. Default: as many as there are.")
-    ] = None,
-    poison_ratio: Annotated[float, typer.Option(help="Share of harmful rows, 0 to 1.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Decides which rows are drawn.")] = 42,
+    size: Annotated[int | None, typer.Option(min=1, help="Total number of rows. Default: all.")] = None,
+    poison_ratio: Annotated[float, typer.Option(help="Share of harmful rows, from 0 to 1.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed that determines which rows are drawn.")] = 42,
 ) -> None:
-    """Mix harmful rows into user rows, with a manifest that says what is in it."""
+    """Mix harmful rows into user rows, and write a manifest that describes the mix."""
     from holdfast.cli import console
     from holdfast.data import mix as mix_rows
 
@@ -178,13 +182,15 @@ def mix(
 
 @app.command(epilog="Example: holdfast report runs/sft runs/lisa -o compare.html")
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or their results.json files.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
     force: Annotated[
-        bool, typer.Option("--force", help="Compare across protocol stamps all the same.")
+        bool, typer.Option("--force", help="Compare runs even if their protocol stamps differ.")
     ] = False,
 ) -> None:
-    """One page from one or more runs. Refuses to compare what was measured differently."""
+    """Write one HTML page about one or more runs. Runs measured differently are refused."""
     from holdfast.cli import console
     from holdfast.reporting import report as write_report
 
@@ -217,7 +223,7 @@ app.command(epilog="Example: holdfast merge my-model adapter --out full-model")(
 
 @app.command("list", epilog="Example: holdfast list defenses")
 def list_names(
-    group: Annotated[Group | None, typer.Argument(help="What to list. Default: all.")] = None,
+    group: Annotated[Group | None, typer.Argument(help="Group to list. Default: all.")] = None,
 ) -> None:
     """Show the known defenses, tasks, judges and recipes."""
     from holdfast import registry

@@ -8,15 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Judge = Annotated[str, typer.Option(help="A judge's name (holdfast list judges).")]
-JudgePath = Annotated[str | None, typer.Option(help="The judge's model: a folder, a Hub id or world.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")]
+Judge = Annotated[str, typer.Option(help="Name of a judge (see holdfast list judges), or a Python file.")]
+JudgePath = Annotated[str | None, typer.Option(help="Model of the judge: a folder, a Hub id or world.")]
 Threshold = Annotated[float | None, typer.Option(help="Score above which an answer is harmful.")]
-ServerModel = Annotated[str | None, typer.Option("--model", help="Of a judge on a server: its model.")]
-ServerUrl = Annotated[
-    str | None, typer.Option("--base-url", help="Of a judge on a server: its address, .../v1.")
+ServerModel = Annotated[
+    str | None, typer.Option("--model", help="For a judge on a server: name of the model.")
 ]
-MaxCalls = Annotated[int | None, typer.Option(min=1, help="Of a judge on a server: at most so many calls.")]
+ServerUrl = Annotated[
+    str | None, typer.Option("--base-url", help="For a judge on a server: its address, ending in /v1.")
+]
+MaxCalls = Annotated[
+    int | None, typer.Option(min=1, help="For a judge on a server: maximum number of calls.")
+]
 
 
 class Unparsed(StrEnum):
@@ -27,33 +31,43 @@ class Unparsed(StrEnum):
 
 
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, or world.")],
-    out: Annotated[Path, typer.Option(help="The JSONL file of answers.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model: a folder, a Hub id, or world.")],
+    out: Annotated[Path, typer.Option(help="JSONL file for the answers.")],
     harmful: Annotated[
-        str | None, typer.Option(help="Harmful prompts: world, beavertails, a file, a Hub id.")
+        str | None, typer.Option(help="Harmful prompts: world, beavertails, a file or a Hub id.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="A known task: its test rows (holdfast list tasks).")
+        str | None, typer.Option(help="Name of a task whose test rows to use (see holdfast list tasks).")
     ] = None,
-    task_rows: Annotated[str | None, typer.Option(help="Rows of your own to grade.")] = None,
-    benign: Annotated[str | None, typer.Option(help="Harmless questions.")] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="At most this many of each.")] = 1000,
+    task_rows: Annotated[str | None, typer.Option(help="Your own task rows.")] = None,
+    benign: Annotated[str | None, typer.Option(help="Harmless questions, to measure over-refusal.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Maximum number of prompts of each kind.")] = 1000,
     adapter: Annotated[
-        list[str] | None, typer.Option(help="An adapter on the model; several in order.")
+        list[str] | None,
+        typer.Option(help="Adapter on the model; repeat the option for several, in their order."),
     ] = None,
     endpoint: Annotated[
-        str | None, typer.Option(help="Ask an OpenAI-compatible server instead; the key is OPENAI_API_KEY.")
+        str | None,
+        typer.Option(
+            help="Address of an OpenAI-compatible server to ask instead; the key is OPENAI_API_KEY."
+        ),
     ] = None,
-    template: Annotated[str, typer.Option(help="chat, alpaca or auto.")] = "auto",
-    system: Annotated[str, typer.Option(help="A text before every question.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer; a task has its own.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; above it samples.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Share of probability that is sampled from.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
-    quantization: Annotated[str | None, typer.Option(help="nf4 or int8.")] = None,
+    template: Annotated[str, typer.Option(help="Prompt template: chat, alpaca or auto.")] = "auto",
+    system: Annotated[str, typer.Option(help="System message or text before every question.")] = "",
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum length of an answer in tokens; tasks have their own limit.")
+    ] = 512,
+    temperature: Annotated[
+        float, typer.Option(help="0 decodes greedily; above 0, answers are sampled.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens that have this total probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    quantization: Annotated[str | None, typer.Option(help="Load the model in nf4 or int8.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Answer prompts with a model, or go on answering."""
+    """Generate a model's answers to prompts, or resume generating."""
     from holdfast.cli import console
     from holdfast.measuring import on_files
 
@@ -69,8 +83,8 @@ def generate(
 
 
 def moderate(
-    answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="What holdfast generate wrote.")],
-    out: Annotated[Path, typer.Option(help="The JSONL file of verdicts.")],
+    answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="File from holdfast generate.")],
+    out: Annotated[Path, typer.Option(help="JSONL file for the verdicts.")],
     judge: Judge = "keyword",
     judge_path: JudgePath = None,
     threshold: Threshold = None,
@@ -79,7 +93,7 @@ def moderate(
     max_calls: MaxCalls = None,
     device: Device = "auto",
 ) -> None:
-    """Judge the answers to harmful prompts, or go on judging."""
+    """Judge the answers to harmful prompts, or resume judging."""
     from holdfast.cli import console
     from holdfast.measuring import on_files
 
@@ -93,17 +107,17 @@ def moderate(
 
 
 def rate(
-    answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="What holdfast generate wrote.")],
-    out: Annotated[Path, typer.Option(help="The JSONL file of ratings.")],
-    judge: Annotated[str, typer.Option(help="alpaca_eval, mt_bench, or a file of your own.")],
+    answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="File from holdfast generate.")],
+    out: Annotated[Path, typer.Option(help="JSONL file for the ratings.")],
+    judge: Annotated[str, typer.Option(help="alpaca_eval, mt_bench, or a Python file with your own judge.")],
     task: Annotated[
-        str | None, typer.Option(help="Whose answers. Default: what the answers were made for.")
+        str | None, typer.Option(help="Task of the answers. Default: the task for which they were generated.")
     ] = None,
     model: ServerModel = None,
     base_url: ServerUrl = None,
     max_calls: MaxCalls = None,
 ) -> None:
-    """Have a judge rate the answers to a task, or go on rating."""
+    """Let a judge rate the answers to a task, or resume rating."""
     from holdfast.cli import console
     from holdfast.measuring import on_files
 
@@ -117,23 +131,27 @@ def rate(
 
 
 def score(
-    answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="What holdfast generate wrote.")],
+    answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="File from holdfast generate.")],
     verdicts: Annotated[
-        list[Path] | None, typer.Argument(help="What holdfast moderate wrote, headline first.")
+        list[Path] | None,
+        typer.Argument(help="Files from holdfast moderate; the first gives the headline score."),
     ] = None,
     ratings: Annotated[
-        Path | None, typer.Option(help="What holdfast rate wrote: the score of the task.")
+        Path | None, typer.Option(help="File from holdfast rate, which gives the score of the task.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="Whose grader. Default: what the answers were made for.")
+        str | None,
+        typer.Option(
+            help="Task whose grader to use. Default: the task for which the answers were generated."
+        ),
     ] = None,
-    grader: Annotated[str | None, typer.Option(help="Another: exact, number or rouge1.")] = None,
-    out: Annotated[Path | None, typer.Option(help="A JSON file for the scores.")] = None,
+    grader: Annotated[str | None, typer.Option(help="Another grader: exact, number or rouge1.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
     items: Annotated[
-        Path | None, typer.Option(help="A JSONL file for what each answer scored, for holdfast compare.")
+        Path | None, typer.Option(help="JSONL file for the score of each answer, for holdfast compare.")
     ] = None,
 ) -> None:
-    """Scores of one model, with n, standard error and interval."""
+    """Compute the scores of one model, with n, standard error and interval."""
     from holdfast.cli import console
     from holdfast.measuring import on_files
 
@@ -147,10 +165,10 @@ def score(
 
 def compare(
     first: Annotated[Path, typer.Argument(metavar="FIRST", help="Verdicts, ratings or items of one model.")],
-    second: Annotated[Path, typer.Argument(metavar="SECOND", help="The same of the other model.")],
-    out: Annotated[Path | None, typer.Option(help="A JSON file for the differences.")] = None,
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="The same for the other model.")],
+    out: Annotated[Path | None, typer.Option(help="JSON file for the differences.")] = None,
 ) -> None:
-    """Whether two models differ on the same prompts: difference, 95 % interval, p."""
+    """Compare two models on the same prompts: difference, 95 % interval, p."""
     from holdfast.cli import console
     from holdfast.measuring.comparing import compare as differences
 
@@ -162,19 +180,21 @@ def compare(
 
 def filter_rows(
     rows: Annotated[
-        str, typer.Argument(metavar="FILE", help="Rows to fine-tune on: a file, a folder, a Hub id.")
+        str, typer.Argument(metavar="FILE", help="Rows to fine-tune on: a file, a folder or a Hub id.")
     ],
-    out: Annotated[Path, typer.Option(help="The JSONL file of rows that are kept.")],
+    out: Annotated[Path, typer.Option(help="JSONL file for the rows that are kept.")],
     judge: Judge = "beaver_dam",
     judge_path: JudgePath = None,
     threshold: Threshold = None,
     model: ServerModel = None,
     base_url: ServerUrl = None,
     max_calls: MaxCalls = None,
-    unparsed: Annotated[Unparsed, typer.Option(help="Rows without a verdict.")] = Unparsed.drop,
+    unparsed: Annotated[
+        Unparsed, typer.Option(help="What to do with rows for which the judge gave no verdict.")
+    ] = Unparsed.drop,
     device: Device = "auto",
 ) -> None:
-    """Leave out the rows whose answers a judge flags as harmful."""
+    """Remove the rows whose answers a judge flags as harmful."""
     from holdfast.cli import console
     from holdfast.measuring.filtering import filter_rows as leave_out
 

@@ -39,39 +39,43 @@ def safe_lora(
     adapter: Annotated[
         str, typer.Argument(metavar="ADAPTER", help="LoRA folder or Hub id, or a folder of full weights.")
     ],
-    base: Annotated[str, typer.Option(help="The model before alignment, unquantised: a folder or Hub id.")],
+    base: Annotated[str, typer.Option(help="Model before its alignment, unquantised: a folder or Hub id.")],
     aligned: Annotated[
-        str, typer.Option(help="The aligned model that was fine-tuned, or an alignment adapter's folder.")
+        str, typer.Option(help="Aligned model that was fine-tuned, or the folder of an alignment adapter.")
     ],
     out: Annotated[Path | None, typer.Option(help="Folder for the repaired copy.")] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Project modules whose cosine is smaller, -1 to 1.")
+        float | None, typer.Option(help="Project modules whose cosine is below this value, from -1 to 1.")
     ] = None,
     num_layers: Annotated[
-        int | None, typer.Option(help="Project this many least similar modules instead.")
+        int | None, typer.Option(help="Instead: project this number of least similar modules.")
     ] = None,
     suggest: Annotated[
-        bool, typer.Option("--suggest", help="Take the threshold at the largest gap between cosines.")
+        bool,
+        typer.Option("--suggest", help="Use the middle of the largest gap between cosines as threshold."),
     ] = False,
     projection: Annotated[
-        Projection, typer.Option(help="C itself, the exact projector, or C without its scale.")
+        Projection, typer.Option(help="Multiply by C itself, the exact projector, or C without its scale.")
     ] = Projection.approx,
     control: Annotated[
         Control | None,
-        typer.Option(help="Instead: drop the chosen updates, or choose as many at random."),
+        typer.Option(help="Instead: drop the chosen updates, or project the same number of random modules."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Decides what the control 'random' chooses.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the control 'random'.")] = 42,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show cosines and what thresholds would project; write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Show cosines and the number of modules per threshold; write nothing."
+        ),
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Picture of the cosines by depth: .png, .svg or .pdf.")
+        Path | None, typer.Option(help="File for a plot of the cosines by depth: .png, .svg or .pdf.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu (no torch), or cuda for the products.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu (without torch), or cuda for the products.")] = "cpu",
 ) -> None:
     """Repair a fine-tuned adapter: project the updates that left the direction of the alignment.
 
-    No training, no data, no GPU: seconds for a 7B model. Choose with --dry-run first.
+    It needs no training, no data and no GPU, and takes seconds for a 7B model. Look with --dry-run first.
     """
     if suggest and (threshold is not None or num_layers is not None):
         raise RecipeError("Give --suggest, --threshold or --num-layers: one of them.")
