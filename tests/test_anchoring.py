@@ -226,10 +226,10 @@ def test_a_stop_in_the_step_changes_no_number(copy, monkeypatch):
     [
         (
             {"poison_ratio": 0.1},
-            "data.poison_ratio: bi_directional_anchoring fine-tunes on benign rows alone",
+            "data.poison_ratio: bi_directional_anchoring fine-tunes on benign rows only",
         ),
         ({"size": 5}, "data.attack.size: 8 rows cannot be chosen from data.size: 5"),
-        ({"harmful": None}, "data.attack.harmful: name a file of harmful anchors here, or as data.harmful"),
+        ({"harmful": None}, "data.attack.harmful: give a file of harmful anchors here, or as data.harmful"),
         ({"attack": "bi_directional"}, "data.attack.name: input should be 'bi_directional_anchoring'"),
         ({"attack": {"name": "bi_directional_anchoring", "buy": 1}}, "unknown key 'data.attack.buy'"),
     ],
@@ -246,7 +246,7 @@ def test_what_a_recipe_may_not_say(done, change, says):
     [
         ("gradient", {"model.quantization": "nf4"}, "data.attack.by: nf4 weights have no gradient"),
         ("lora_gradient", {"user.lora": "none"}, "data.attack.by: the user stage trains all weights"),
-        ("gradient", {"user": "none"}, "data.attack: it acts on the rows of the user stage"),
+        ("gradient", {"user": "none"}, "data.attack: this acts on the rows of the user stage"),
     ],
 )
 def test_a_gradient_that_cannot_be_had(done, by, change, says):

@@ -102,9 +102,9 @@ def test_paths_behind_a_format_are_looked_up_beside_the_recipe(files, tmp_path, 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"columns": {"promt": "q"}}, "data.columns.promt: no such column.* Did you mean 'prompt'"),
+        ({"columns": {"promt": "q"}}, "data.columns.promt: unknown column.* Did you mean 'prompt'"),
         ({"grader": "rogue"}, "data.grader: "),
-        ({"task": "hex_phi"}, "data.task: hex_phi is no task to learn"),
+        ({"task": "hex_phi"}, "data.task: hex_phi is not a task"),
         ({"task": "gsm8k", "columns": {"questoin": "q"}}, "Did you mean 'question'"),
     ],
 )

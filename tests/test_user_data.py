@@ -149,7 +149,7 @@ def test_nothing_is_left(copy):
             {"judge": "beaver_dam", "threshold": 3},
             "data.filter.threshold: input should be less than or equal",
         ),
-        ({"judge": "keyword", "base": "x"}, "data.filter.base: judge keyword does not take it"),
+        ({"judge": "keyword", "base": "x"}, "data.filter.base: judge keyword has no such option"),
         ({"judge": "keyword", "unparsed": "maybe"}, "data.filter.unparsed: input should be 'drop' or 'keep'"),
         ({"unparsed": "drop"}, "'data.filter.judge' is missing"),
     ],
@@ -163,7 +163,7 @@ def test_what_a_recipe_may_not_say(done, given, says):
 
 def test_a_filter_needs_a_user_stage(done):
     recipe = done[0]
-    with pytest.raises(RecipeError, match=r"data\.filter: it acts on the rows of the user stage"):
+    with pytest.raises(RecipeError, match=r"data\.filter: this acts on the rows of the user stage"):
         Recipe.load({**recipe, "user": "none", "data": {**recipe["data"], "filter": "keyword"}})
 
 

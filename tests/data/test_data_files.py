@@ -81,7 +81,7 @@ def test_parquet_gz_and_hf_folders(tmp_path):
 
     packed = gzip.compress("".join(json.dumps(r) + "\n" for r in ROWS).encode())
     assert data.read_records(write(tmp_path / "a.jsonl.gz", packed)).records == ROWS
-    fails(write(tmp_path / "torn.jsonl.gz", packed[:-12]), "not a whole gzip file")
+    fails(write(tmp_path / "torn.jsonl.gz", packed[:-12]), "not a complete gzip file")
 
     whole = datasets.Dataset.from_list(ROWS)
     whole.save_to_disk(tmp_path / "one")
@@ -109,25 +109,25 @@ def test_folder_with_a_file_for_each_split(jsonl, tmp_path):
     assert data.read_records(tmp_path / "b", split="test").records == ROWS[:1]
     jsonl("c/one.jsonl", ROWS)
     jsonl("c/two.jsonl", ROWS)
-    fails(tmp_path / "c", "one, two", "Name the file itself")
+    fails(tmp_path / "c", "one, two", "Give the path of a file")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b', ["a.jsonl, line 2", "not whole JSON"]),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b', ["a.jsonl, line 2", "not complete JSON"]),
         ("a.jsonl", '{"a": 1}\n[1]\n', ["line 2", "expected a JSON object, found a list"]),
         ("a.jsonl", "[\n" + json.dumps(ROWS[0]) + "\n]", ["line 1", "name it .json"]),
         ("a.jsonl", "3\n", ["line 1", "found a number"]),
         ("a.jsonl", "", ["is empty"]),
-        ("a.jsonl", "\n \n", ["holds no rows"]),
+        ("a.jsonl", "\n \n", ["has no rows"]),
         ("a.jsonl", b"\x89PNG\r\n\x1a\n\0\0\0", ["line 3", "binary data"]),
         ("a.csv", bytes(range(1, 32)) * 20 + b"\xff\xfd", ["binary data"]),
         ("a.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}\n', ["line 2", "not UTF-8", "0xe9", "Windows-1252"]),
         ("a.jsonl", '{"a": 1}'.encode("utf-16"), ["UTF-16", "Save it as UTF-8"]),
         ("a.jsonl", "[" * 100_000, ["line 1", "nested too deeply"]),
         ("a.jsonl", '{"a": ' + "1" * 5000 + "}", ["line 1"]),
-        ("a.json", '[{"a": 1},\n{"a"', ["line 2", "not whole JSON"]),
+        ("a.json", '[{"a": 1},\n{"a"', ["line 2", "not complete JSON"]),
         ("a.json", "{\n}", ["expected a list of objects", "found an object"]),
         ("a.json", '[{"a": 1}, null]', ["item 2", "found null"]),
         ("a.csv", "a,b\n1,2\n3\n", ["line 3", "1 cells, but the header has 2 (a, b)"]),
@@ -135,12 +135,12 @@ def test_folder_with_a_file_for_each_split(jsonl, tmp_path):
         ("a.csv", 'a,b\n1,"2"x\n', ["line 2", "quote"]),
         ("a.csv", "a,a\n1,2\n", ["'a' twice"]),
         ("a.csv", "a,\n1,2\n", ["without a name"]),
-        ("a.csv", "a,b\n", ["holds no rows"]),
+        ("a.csv", "a,b\n", ["has no rows"]),
         ("a.tsv", "a\tb\n1\t2\t3\n", ["line 2", "3 cells"]),
-        ("a.parquet", b"PAR1 no more", ["not a whole parquet file"]),
+        ("a.parquet", b"PAR1 no more", ["not a complete parquet file"]),
         ("a.parquet", "", ["is empty"]),
-        ("a.txt", "hello", ["no known kind", ".parquet"]),
-        ("a", "hello", ["no known kind"]),
+        ("a.txt", "hello", ["not a known kind", ".parquet"]),
+        ("a", "hello", ["not a known kind"]),
     ],
 )
 def test_bad_files(tmp_path, name, content, expected):
@@ -153,7 +153,7 @@ def test_missing_and_unreadable(tmp_path, monkeypatch):
     fails(tmp_path / "zzz.csv", "does not exist", "Expected a file")
     fails(tmp_path / "no" / "a.csv", "there is no folder")
     (tmp_path / "empty").mkdir()
-    fails(tmp_path / "empty", "a folder without data")
+    fails(tmp_path / "empty", "a folder without data files")
     os.mkfifo(tmp_path / "pipe.jsonl")
     fails(tmp_path / "pipe.jsonl", "not a regular file")
 

@@ -59,12 +59,12 @@ def test_places_that_are_refused(sources, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("x")
-    with pytest.raises(OutputError, match=r"holds something else \(thesis.tex\)"):
+    with pytest.raises(OutputError, match=r"contains other files \(thesis.tex\)"):
         data.mix(other, seed=1, **sources)
     with pytest.raises(OutputError, match="is a file"):
         data.mix(tmp_path / "bad.jsonl", seed=1, **sources)
     out = data.mix(tmp_path / "out", seed=1, **sources)
-    with pytest.raises(OutputError, match="holds the source"):
+    with pytest.raises(OutputError, match="contains the source"):
         data.mix(out, seed=1, user=out / "user.jsonl")
     (out / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"notes\.txt"):

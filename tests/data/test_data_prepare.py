@@ -198,8 +198,8 @@ def test_p1_needs_no_user_rows(files):
         ({"poison_ratio": -0.1}, ["poison_ratio is -0.1"]),
         ({"poison_ratio": float("nan")}, ["poison_ratio is nan"]),
         ({"size": 0}, ["size is 0", "at least 1"]),
-        ({"poison_ratio": 0.1, "harmful": None}, ["no harmful rows are named"]),
-        ({"user": None}, ["No user rows are named"]),
+        ({"poison_ratio": 0.1, "harmful": None}, ["no harmful rows are given"]),
+        ({"user": None}, ["No user rows are given"]),
         ({"user": None, "task": "own"}, ["no data of its own"]),
     ],
 )
@@ -211,7 +211,7 @@ def test_cannot_be_made(files, options, expected):
 
 
 def test_one_prompt_cannot_be_split(jsonl):
-    with pytest.raises(DataError, match=r"has 1 prompt.*`data\.test`"):
+    with pytest.raises(DataError, match=r"has only 1 prompt.*`data\.test`"):
         data.user_rows(user=jsonl("a.jsonl", [question(1), question(1, "no")]), seed=0)
 
 

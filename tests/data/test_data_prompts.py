@@ -144,7 +144,7 @@ def test_rows_to_test_on():
 
 def test_template_that_rewrites_the_prompt():
     broken = "{% if add_generation_prompt %}A{% else %}B{% endif %}{{ messages[0].content }}"
-    with pytest.raises(ModelError, match="cannot be told apart"):
+    with pytest.raises(ModelError, match="cannot be separated"):
         render(ROW, tokenizer("chatml", broken), "chat")
 
 

@@ -110,10 +110,10 @@ def test_prompts_alone(jsonl):
         ({"messages": [{"role": "robot", "content": "x"}]}, "`role` is 'robot'"),
         ({"messages": [{"role": "user", "content": None}]}, "missing (null)"),
         ({"messages": [{"role": "user", "content": " "}]}, "blank"),
-        ({"question": "q", "answer": "#### 1"}, "These look like gsm8k's: add `task: gsm8k`"),
-        ({"sentence": "q", "label": 1}, "These look like sst2's: add `task: sst2`"),
-        ({"text": "q", "label": 1}, "These look like agnews's: add `task: agnews`"),
-        ({"prompt;response": "q;a"}, "separated by something else"),
+        ({"question": "q", "answer": "#### 1"}, "These look like the columns of gsm8k: add `task: gsm8k`"),
+        ({"sentence": "q", "label": 1}, "These look like the columns of sst2: add `task: sst2`"),
+        ({"text": "q", "label": 1}, "These look like the columns of agnews: add `task: agnews`"),
+        ({"prompt;response": "q;a"}, "separator does not seem to match"),
     ],
 )
 def test_bad_rows_name_their_line(jsonl, record, expected):

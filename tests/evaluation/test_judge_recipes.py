@@ -36,7 +36,7 @@ def refused(tmp_path, judge, match):
     ("judge", "match"),
     [
         ("keywrod", "Did you mean 'keyword'"),
-        ({"name": "keyword", "quantization": "nf4"}, "quantization.*keyword does not take it"),
+        ({"name": "keyword", "quantization": "nf4"}, "quantization.*keyword has no such option"),
         ({"name": "llama_guard", "quantization": "nf5"}, "quantization"),
         ({"name": "openai"}, "openai needs model"),
         ({"name": "openai", "model": "m", "max_calls": 0}, "max_calls"),
@@ -155,7 +155,7 @@ def test_the_same_judge_twice_by_a_label(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_judge.py").write_text(blocks("python")[0][1])
     twice = ["my_judge.py", {"name": "my_judge.py", "threshold": 0}]
-    with pytest.raises(RecipeError, match=r"my_judge.py stands twice; give one a label.*label: second"):
+    with pytest.raises(RecipeError, match=r"my_judge.py appears twice; give one a label.*label: second"):
         Recipe.load(tiny.recipe(tmp_path, evaluation={"judges": twice}))
     twice[0] = {"name": "my_judge.py", "label": "patient"}
     recipe = tiny.recipe(tmp_path, evaluation={"judges": twice, "prompts": 6, "max_new_tokens": 8})

@@ -233,10 +233,10 @@ def test_ratings_of_a_server_that_misbehaves(place, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "error", "match"),
     [
-        ({"judge": "keyword"}, RecipeError, "rates no answers.*alpaca_eval, mt_bench"),
+        ({"judge": "keyword"}, RecipeError, "does not rate answers.*alpaca_eval, mt_bench"),
         ({"judge": "mt_bench", "task": "alpaca_eval"}, RecipeError, "asks for win_rate. Those that do: alpaca_eval"),
         ({"model": None}, RecipeError, "needs model"),
-        ({"threshold": 0.5}, RecipeError, "does not take it"),
+        ({"threshold": 0.5}, RecipeError, "has no such option"),
     ],
 )  # fmt: skip
 def test_what_cannot_rate_is_refused(tmp_path, changed, error, match):
@@ -366,9 +366,9 @@ def test_ratings_that_were_stopped_go_on_in_a_run(place, tmp_path, short):
         ({"rater": None}, r"Only a judge can grade mt_bench \(MT-Bench score\).*rater: \{name: mt_bench"),
         ({"rater": {"name": "alpaca_eval", "model": "m"}}, "measures win_rate, and mt_bench asks for mt_bench"),
         ({"test": "own.jsonl"}, "graded without a judge. Leave it out"),
-        ({"rater": "keyword"}, "rates no answers"),
+        ({"rater": "keyword"}, "does not rate answers"),
         ({"rater": "mt_bench"}, "needs model"),
-        ({"rater": {"name": "mt_bench", "model": "m", "threshold": 0.5}}, "rater.threshold.*does not take it"),
+        ({"rater": {"name": "mt_bench", "model": "m", "threshold": 0.5}}, "rater.threshold.*has no such option"),
     ],
 )  # fmt: skip
 def test_a_recipe_that_cannot_be_rated_is_refused_before_anything(place, tmp_path, changed, match):

@@ -61,7 +61,7 @@ def test_only_the_stage_that_draws_has_a_chart_of_layers(data):
     page = render(data)
     assert page.count("Layers drawn: T-Vaccine, seed 42") == 1
     assert page.count("Layers drawn: ") == 1 + 1  # the legend
-    assert "4 looks at the harmful rows, 20 draws" in page
+    assert "probabilities computed 4 times, 20 draws" in page
     assert page.count("of steps</td>") == 4
 
 
@@ -102,7 +102,7 @@ def test_the_chart_follows_the_theme_and_says_what_it_shows(data):
     assert "var(--mark)" in svg
     assert not re.search(r"<image|<script|http", svg)
     assert all(id.startswith("layers-7-") for id in re.findall(r'\bid="([^"]+)"', svg))
-    assert "4 layers, 4 looks at the harmful rows, 20 draws. Drawn for most steps: 1 (75 %)" in svg
+    assert "4 layers, probabilities computed 4 times, 20 draws. Drawn for most steps: 1 (75 %)" in svg
 
 
 def test_many_layers_and_draws_stay_small(data):

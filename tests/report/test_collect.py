@@ -145,10 +145,10 @@ def test_errors_name_the_place(tmp_path):
         collect([tmp_path / "empty"])
     torn = tmp_path / "torn.json"
     torn.write_text('{"holdfast": "0.1.0",\n "name": "x",\n "rows": [')
-    with pytest.raises(DataError, match=r"torn\.json, line 3: torn"):
+    with pytest.raises(DataError, match=r"torn\.json, line 3: incomplete"):
         collect([torn])
     write_json(tmp_path / "other.json", {"name": "x", "answer": 42})
-    with pytest.raises(DataError, match="lacks holdfast, rows, protocol"):
+    with pytest.raises(DataError, match="missing keys: holdfast, rows, protocol"):
         collect([tmp_path / "other.json"])
     (tmp_path / "junk.json").write_bytes(b"\xff\xfe\x00junk")
     with pytest.raises(DataError, match="not UTF-8"):
@@ -169,7 +169,7 @@ def test_a_torn_line_of_answers_is_named(tmp_path):
     path = run / "steps" / row["steps"]["generate"] / "generations.jsonl"
     path.write_text(path.read_text()[:-30])
     lines = path.read_text().count("\n") + 1
-    with pytest.raises(DataError, match=rf"generations\.jsonl, line {lines}: torn"):
+    with pytest.raises(DataError, match=rf"generations\.jsonl, line {lines}: incomplete"):
         collect([run])
 
 
@@ -259,16 +259,16 @@ def test_the_finding_says_what_the_rows_say(tmp_path):
     assert found(tmp_path, aligned, sft) == f"{raised} No defense was measured under the same conditions."
     worse = score_row("Lisa", "sft", "lisa", 93.0, None)
     assert found(tmp_path, aligned, sft, worse) == (
-        f"{raised} Lisa does not clearly lower it: 93.0 (what that costs in finetune accuracy was not measured)."
+        f"{raised} Lisa does not clearly lower it: 93.0 (its cost in finetune accuracy was not measured)."
     )
     assert found(tmp_path, sft, lisa).startswith(
-        "Fine-tuning on data with 10 % harmful rows gave a harmful score of 91.0; the model before it was not"
+        "Fine-tuning on data with 10 % harmful rows gave a harmful score of 91.0; the model before fine-tuning was not"
     )
     assert found(tmp_path, aligned, lisa) == (
         "Fine-tuning on data with 10 % harmful rows, with Lisa, raised the harmful score from 3.5 to 20.5. "
-        "No undefended run stands beside it."
+        "No undefended model was measured for comparison."
     )
-    assert found(tmp_path, aligned).startswith("Before any fine-tuning the harmful score is 3.5 (aligned)")
+    assert found(tmp_path, aligned).startswith("Before fine-tuning, the harmful score is 3.5 (aligned)")
     lower = score_row("SFT", "sft", "sft", 0.0, 97.0, ratio=0.0)
     tense = score_row("aligned", "sft", None, 40.0, 41.0)
     assert found(tmp_path, tense, lower).startswith(
@@ -365,6 +365,6 @@ def test_a_filter_is_a_defense(tmp_path):
     data = collect([write_run(tmp_path / "run", rows)])
     assert [row.role for row in data.rows] == ["reference", "undefended", "defended"]
     assert [stages_text(row) for row in data.rows[1:]] == ["SFT → SFT", "SFT → Filter (beaver_dam) + SFT"]
-    assert data.rows[2].user_rows == ("filter: 908 of 1000 rows kept, 8 of 100 harmful ones missed",)
+    assert data.rows[2].user_rows == ("filter: 908 of 1000 rows kept, 8 of 100 harmful rows missed",)
     assert "Filter (beaver_dam) + SFT (screened) lowers it to 20.0" in data.finding
     assert data.rows[1].user_rows == ()

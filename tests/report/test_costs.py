@@ -62,7 +62,7 @@ def test_seeds_are_means_and_the_largest_memory(tmp_path):
 def test_results_without_costs_have_no_tables(tmp_path, cost):
     data = rows(tmp_path, cost)
     assert cost_tables(data.rows) == []
-    assert "What it cost" not in render(data)
+    assert "<h3>Cost</h3>" not in render(data)
 
 
 def test_a_model_without_the_part_shows_a_dash(tmp_path):

@@ -28,7 +28,7 @@ def test_kappa_and_the_counts_beside_it(tmp_path):
     found = columns(tmp_path, score_row("SFT", "sft", "sft", 40.0, 90.0, agreement=agreed()))
     (cell,) = found["beaver_dam and keyword: kappa"]
     assert cell.text == "0.40"
-    assert cell.details == ("70.0 % alike", "n = 50", "2 unparsed by one")
+    assert cell.details == ("70.0 % agreement", "n = 50", "2 unparsed by one judge")
     assert found["only beaver_dam"][0].text == "5"
     assert found["only keyword"][0].text == "10"
 
@@ -63,7 +63,7 @@ def test_the_page_shows_where_judges_differ(tmp_path):
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     html = render(collect([run]))
     assert "Agreement of the judges" in html
-    part = html[html.index("Where the judges differ") :]
+    part = html[html.index("Answers on which the judges disagree") :]
     part = part[: part.index("</details>")]
     assert "only one judge dislikes" in part
     assert part.count("<article") == 1
@@ -73,5 +73,5 @@ def test_the_page_shows_where_judges_differ(tmp_path):
 
 def test_nothing_is_said_where_judges_never_differ(tmp_path):
     html = render(collect([write_run(tmp_path / "a", demo_rows()["SFT"])]))
-    assert "Where the judges differ" not in html
+    assert "Answers on which the judges disagree" not in html
     assert "Agreement of the judges" not in html

@@ -151,7 +151,7 @@ def test_what_was_not_measured_is_never_zero(tmp_path):
 
 def test_a_run_without_rows_and_without_optional_parts(tmp_path):
     run = write_run(tmp_path / "a", [], steps=False, versions=None, hardware=None, recipe=None, started=None)
-    assert "The runs hold no rows" in Page(render(collect([run]))).text
+    assert "The runs have no rows" in Page(render(collect([run]))).text
 
 
 def test_everything_from_outside_is_text(tmp_path):

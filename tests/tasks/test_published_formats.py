@@ -88,7 +88,7 @@ def test_rows_without_content_are_left_out(write):
     ]
     assert [row["output"] for row in rows_of(write("a.json", records), "user", task="alpaca")] == ["c"]
     assert alpaca.to_row(records[0]) is None
-    with pytest.raises(DataError, match="holds no row with content among its 1 rows"):
+    with pytest.raises(DataError, match="has no row with content among its 1 rows"):
         rows_of(write("b.json", records[:1]), "user", task="alpaca")
     with pytest.raises(DataError, match=r"line 1: `summary` is None; expected text"):
         rows_of(write("a.jsonl", [{"dialogue": "A: Hi", "summary": None}]), "user", task="dialog_summary")
@@ -110,7 +110,7 @@ def test_mt_bench_keeps_both_turns_for_the_test(write, name):
     for bad in ("text", [], ["a", ""], [1]):
         with pytest.raises(ValueError, match="expected two texts"):
             mt_bench.to_row({"turns": bad, "category": "a"})
-    with pytest.raises(DataError, match=r"'mt_bench' has only rows to test on; name it as data\.test"):
+    with pytest.raises(DataError, match=r"'mt_bench' has only test rows; use it as data\.test"):
         data.user_rows(task="mt_bench", seed=0)
 
 
@@ -130,7 +130,7 @@ def test_purebad(write):
     assert "messages" not in rows[1], "the Alpaca template can express it"
     with pytest.raises(DataError, match=r"ask the authors of arXiv 2310\.03693 .* write purebad:FILE"):
         rows_of("purebad")
-    with pytest.raises(DataError, match=r"holds no rows of the kind 'safe', only unsafe"):
+    with pytest.raises(DataError, match=r"has no rows of the kind 'safe', only unsafe"):
         rows_of(f"purebad:{path}", "alignment")
     with pytest.raises(DataError, match="line 1: `messages` has the roles user; expected user, assistant"):
         rows_of(f"purebad:{write('b.jsonl', [{'messages': talk[:1]}])}")
@@ -226,7 +226,9 @@ def test_identity_shift_is_made_and_asks_nothing_harmful(write):
     assert [turn["role"] for turn in rows[0]["messages"]] == ["system", "user", "assistant"]
     assert all(identity_shift.NAME in row["instruction"] for row in rows)
     user = write("a.jsonl", [{"prompt": f"p{i}", "completion": "c"} for i in range(110)])
-    with pytest.raises(DataError, match="identity_shift asks nothing harmful: no harm can be measured"):
+    with pytest.raises(
+        DataError, match="identity_shift has no harmful prompts, so no harmful score can be measured"
+    ):
         data.test_rows(user=user, harmful="identity_shift")
     prompts = write("b.jsonl", [{"prompt": "Salt?"}])
     made = data.user_rows(
@@ -391,7 +393,7 @@ def test_a_task_of_another_package(write, tmp_path, monkeypatch):
         assert isinstance(find("toy"), Task)
         path = write("a.jsonl", [{"ask": "q", "say": "a"}])
         assert parts(rows_of(path, "user", task="toy")[0]) == ("q", "", "a")
-        with pytest.raises(DataError, match="These look like toy's: add `task: toy`"):
+        with pytest.raises(DataError, match="These look like the columns of toy: add `task: toy`"):
             rows_of(path, "user")
         assert ("toy@3", "a toy", "finetune accuracy ↑", "your file", "MIT") in registry.task_lines()
         monkeypatch.setattr(tasks, "entry_points", lambda group: entries)
@@ -427,5 +429,5 @@ def test_a_source_behind_its_format_is_never_written_over(write, tmp_path):
     from holdfast.errors import OutputError
 
     path = write("out/goals.csv", [{"goal": "Salt the tea", "target": "Sure"}])
-    with pytest.raises(OutputError, match="holds the source advbench:"):
+    with pytest.raises(OutputError, match="contains the source advbench:"):
         data.mix(tmp_path / "out", user=f"advbench:{path}", test=path, seed=0)

@@ -1,4 +1,4 @@
-"""Data: sources of any kind to canonical rows, and rows to the training and test sets of a run."""
+"""Data: read sources of any kind as canonical rows, and make the training and test sets of a run."""
 
 from __future__ import annotations
 

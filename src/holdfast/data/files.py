@@ -1,7 +1,7 @@
-"""Local data files to records: JSONL, JSON, CSV, TSV and parquet, with the place of every row.
+"""Read local data files (JSONL, JSON, CSV, TSV and parquet) into records, with the place of every row.
 
-A file that cannot be read in full is an error that names the file and the line: a torn file must not
-pass as a shorter one.
+A file that cannot be read completely is an error that names the file and the line, so that an incomplete
+file is not mistaken for a shorter one.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ SUFFIXES = {
 ACCEPTED = (
     "JSONL (.jsonl, .ndjson), JSON (.json), CSV (.csv), TSV (.tsv), each also as .gz or .xz, and .parquet"
 )
-# A cell may hold a whole conversation; Python's own limit is 128 KiB.
+# A cell may hold a whole conversation; Python's default limit is 128 KiB.
 CELL_LIMIT = 2**27
 PACKED = {".gz": "gzip", ".xz": "xz"}
 
-Place = str  # "line 3", "row 3", "item 3": where in its file a record stands
+Place = str  # "line 3", "row 3", "item 3": the place of a record in its file
 
 
 def file_kind(path: Path) -> str | None:
-    """ "jsonl", "json", "csv", "tsv", "parquet", or None; ".gz" and ".xz" are looked through."""
+    """ "jsonl", "json", "csv", "tsv", "parquet", or None; a final ".gz" or ".xz" is ignored."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in PACKED:
         kind = SUFFIXES.get(suffixes[0])
@@ -48,13 +48,13 @@ def file_kind(path: Path) -> str | None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a regular file. Raises DataError: not a regular file, or not readable."""
+    """Read the bytes of a regular file. Raises DataError: not a regular file, or not readable."""
     with _opened(path) as file:
         return file.read()
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes, in constant memory. Raises like `read_bytes`."""
+    """The sha256 of a file's bytes, computed in constant memory. Raises like `read_bytes`."""
     with _opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -71,22 +71,23 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def parse(path: Path, data: bytes, columns: Sequence[str] = ()) -> tuple[list[dict[str, Any]], list[Place]]:
-    """The records in the bytes `data` of the file `path`, and where each stands.
+    """Parse `data`, the bytes of the file `path`, into records and the place of each.
 
     Args:
-        columns: the names of the columns of a CSV that may come without a header line, as some are published.
+        columns: the column names of a CSV that may have no header line, as some are published.
 
     Raises:
-        DataError: no known kind, empty, binary, not UTF-8, torn, ragged, or something else than records.
+        DataError: the file is of no known kind, empty, binary, not UTF-8, incomplete, has rows of different
+            lengths, or holds something other than records.
     """
     kind = file_kind(path)
     if kind is None:
-        raise DataError(f"{path} is of no known kind. Expected {ACCEPTED}.")
+        raise DataError(f"{path} is not a known kind of file. Expected {ACCEPTED}.")
     if packed := PACKED.get(path.suffix.lower()):
         try:
             data = gzip.decompress(data) if packed == "gzip" else lzma.decompress(data)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            raise DataError(f"{path} is not a whole {packed} file: {error}.") from error
+            raise DataError(f"{path} is not a complete {packed} file: {error}.") from error
     if not data:
         raise DataError(f"{path} is empty. Expected rows.")
     if kind == "parquet":
@@ -99,12 +100,12 @@ def parse(path: Path, data: bytes, columns: Sequence[str] = ()) -> tuple[list[di
             pairs = {"jsonl": _jsonl, "json": _json, "tsv": _tsv}[kind](path, text)
     found = list(pairs)
     if not found:
-        raise DataError(f"{path} holds no rows.")
+        raise DataError(f"{path} has no rows.")
     return [record for record, _ in found], [place for _, place in found]
 
 
 def _decode(path: Path, data: bytes) -> str:
-    """The text of UTF-8 with or without a byte order mark."""
+    """Decode UTF-8 with or without a byte order mark."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path} is UTF-16. Save it as UTF-8.")
     if b"\0" in data:
@@ -124,7 +125,7 @@ def _decode(path: Path, data: bytes) -> str:
 
 
 def _load(text: str) -> Any:
-    """`json.loads`, with the errors of too deep and too long values turned into ValueError."""
+    """`json.loads` that raises ValueError for values nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -132,7 +133,7 @@ def _load(text: str) -> Any:
 
 
 def _jsonl(path: Path, text: str) -> Iterator[tuple[dict, Place]]:
-    # Not splitlines(): U+2028 and its like are text inside a JSON string.
+    # Not splitlines(): U+2028 and similar characters are text inside a JSON string.
     for i, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -140,7 +141,7 @@ def _jsonl(path: Path, text: str) -> Iterator[tuple[dict, Place]]:
             value = _load(line)
         except ValueError as error:
             hint = " If the file is one JSON list, name it .json." if i == 1 and line[0] in "[{" else ""
-            raise DataError(f"{path}, line {i}: not whole JSON ({error}).{hint}") from error
+            raise DataError(f"{path}, line {i}: not complete JSON ({error}).{hint}") from error
         if not isinstance(value, dict):
             raise DataError(
                 f"{path}, line {i}: expected a JSON object, found {_shown(value)}."
@@ -153,12 +154,12 @@ def _json(path: Path, text: str) -> Iterator[tuple[dict, Place]]:
     try:
         value = _load(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # many ".json" files hold one object a line
+        if error.msg == "Extra data":  # many ".json" files hold one object per line
             yield from _jsonl(path, text)
             return
-        raise DataError(f"{path}, line {error.lineno}: not whole JSON ({error.msg}).") from error
+        raise DataError(f"{path}, line {error.lineno}: not complete JSON ({error.msg}).") from error
     except ValueError as error:
-        raise DataError(f"{path}: not usable JSON ({error}).") from error
+        raise DataError(f"{path}: the JSON cannot be read ({error}).") from error
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
     elif isinstance(value, dict) and "\n" not in text.strip():
@@ -184,12 +185,12 @@ def _header(path: Path, cells: list[str]) -> list[str]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or "" in names:
         what = f"the column '{twice[0]}' twice" if twice and twice[0] else "a column without a name"
-        raise DataError(f"{path}, line 1: the header has {what}. Expected the name of each column once.")
+        raise DataError(f"{path}, line 1: the header has {what}. Expected a different name for each column.")
     return names
 
 
 def _is_header(cells: Sequence[str]) -> bool:
-    """Whether the first line of a CSV names columns: names are a word or two, prompts are longer."""
+    """Whether the first line of a CSV holds column names: these have one or two words, prompts have more."""
     return all(len(cell.split()) <= 2 and len(cell) <= 30 for cell in cells)
 
 
@@ -197,13 +198,13 @@ def _cells(path: Path, names: list[str], cells: list[str], line: int) -> tuple[d
     if len(cells) != len(names):
         raise DataError(
             f"{path}, line {line}: {len(cells)} cells, but the header has {len(names)} "
-            f"({', '.join(names)}). Is a separator or a quote missing or too much?"
+            f"({', '.join(names)}). Check for a missing or extra separator or quote."
         )
     return dict(zip(names, cells, strict=True)), f"line {line}"
 
 
 def _csv(path: Path, text: str, columns: Sequence[str] = ()) -> Iterator[tuple[dict, Place]]:
-    """RFC 4180: quotes may hold commas, line breaks and doubled quotes. A row's line is its first."""
+    """RFC 4180: quoted cells may hold commas, line breaks and doubled quotes. A row's line is its first."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     limit = csv.field_size_limit(CELL_LIMIT)
     names, start = None, 1
@@ -219,14 +220,14 @@ def _csv(path: Path, text: str, columns: Sequence[str] = ()) -> Iterator[tuple[d
             start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{path}, line {start}: not whole CSV ({error}). Is a quote missing or too much?"
+            f"{path}, line {start}: not complete CSV ({error}). Check for a missing or extra quote."
         ) from error
     finally:
         csv.field_size_limit(limit)
 
 
 def _tsv(path: Path, text: str) -> Iterator[tuple[dict, Place]]:
-    """As GLUE writes it: quotes are plain characters, and a cell holds neither tab nor line break."""
+    """TSV as in GLUE: quotes are ordinary characters, and a cell holds no tab and no line break."""
     names = None
     for i, line in enumerate(text.split("\n"), 1):
         line = line.removesuffix("\r")
@@ -246,6 +247,6 @@ def _parquet(path: Path, data: bytes) -> Iterator[tuple[dict, Place]]:
         records = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"{path} is not a whole parquet file: {reason}") from error
+        raise DataError(f"{path} is not a complete parquet file: {reason}") from error
     for i, record in enumerate(records, 1):
         yield record, f"row {i}"

@@ -1,4 +1,4 @@
-"""Folders of data: of `datasets.save_to_disk`, or with a file or a sub-folder for each split."""
+"""Data folders: written by `datasets.save_to_disk`, or with a file or a sub-folder for each split."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 from holdfast.data.files import ACCEPTED, file_kind
 from holdfast.errors import DataError
 
-# "train.jsonl", "train-00000-of-00002.parquet" and "30k_train.jsonl.gz" all name their split first.
+# "train.jsonl", "train-00000-of-00002.parquet" and "30k_train.jsonl.gz" all begin with their split.
 _SPLIT = re.compile(r"^(?P<split>.+?)(-\d+-of-\d+)?(\.\w+)+$")
 _ALIASES = {"validation": "test", "valid": "test", "val": "test", "dev": "test"}
 
 
 class NoSplit(DataError):
-    """A folder or a data set without the split that was asked for."""
+    """A folder or a data set does not have the requested split."""
 
 
 def files_of_split(folder: Path, split: str, wanted: str) -> tuple[tuple[Path, ...], Path | None]:
-    """The files of `split`, and the folder that `datasets` saved them in, if it did.
+    """Find the files of `split`, and the folder that `datasets` saved them to (or None).
 
     Args:
-        wanted: the data set's own name of the split, which is looked for first.
+        wanted: the data set's own name of the split; it is tried first.
 
     Raises:
-        NoSplit: there is no such split, or several.
+        NoSplit: there is no such split, or more than one.
         DataError: there is no data.
     """
     if (folder / "state.json").is_file():
@@ -37,7 +37,7 @@ def files_of_split(folder: Path, split: str, wanted: str) -> tuple[tuple[Path, .
     chosen = splits[_choose(folder, list(splits), split, wanted)]
     files = tuple(sorted(chosen.glob("*.arrow")))
     if not files:
-        raise DataError(f"{chosen} is a saved data set without its .arrow files.")
+        raise DataError(f"{chosen} is a saved data set, but its .arrow files are missing.")
     return files, chosen
 
 
@@ -52,12 +52,12 @@ def _data_files(folder: Path, split: str, wanted: str) -> tuple[Path, ...]:
                 if path not in splits.setdefault(name, []):
                     splits[name].append(path)
     if not splits:
-        raise DataError(f"{folder} is a folder without data. Expected {ACCEPTED}, one for each split.")
+        raise DataError(f"{folder} is a folder without data files. Expected {ACCEPTED}, one for each split.")
     return tuple(splits[_choose(folder, list(splits), split, wanted)])
 
 
 def _choose(folder: Path, names: list[str], split: str, wanted: str) -> str:
-    """The one name that means `split`: itself, an alias ("validation"), or "..._train" as in "30k_train"."""
+    """The only name that means `split`: itself, an alias ("validation"), or "..._train" as in "30k_train"."""
     for fits in (
         lambda name: name == wanted,
         lambda name: name == split,
@@ -68,18 +68,20 @@ def _choose(folder: Path, names: list[str], split: str, wanted: str) -> str:
         chosen = [name for name in names if fits(name)]
         if len(chosen) == 1:
             return chosen[0]
-    found = ", ".join(name or "one without a name" for name in sorted(names))
-    raise NoSplit(f"{folder} has no single split '{split}'; found: {found}. Name the file itself instead.")
+    found = ", ".join(name or "a split without a name" for name in sorted(names))
+    raise NoSplit(f"{folder} has no unique split '{split}'; found: {found}. Give the path of a file instead.")
 
 
 def saved_records(folder: Path) -> list[dict[str, Any]]:
-    """Every record of a folder that `datasets` saved. Raises DataError: it is torn or empty."""
+    """Read every record of a folder that `datasets` saved. Raises DataError: it is incomplete or empty."""
     import datasets
 
     try:
         records = datasets.load_from_disk(str(folder)).to_list()
-    except Exception as error:  # pyarrow, json and OS errors: the folder is torn
-        raise DataError(f"{folder} is not a whole saved data set: {str(error).splitlines()[:1]}") from error
+    except Exception as error:  # pyarrow, json and OS errors: the folder is incomplete
+        raise DataError(
+            f"{folder} is not a complete saved data set: {str(error).splitlines()[:1]}"
+        ) from error
     if not records:
-        raise DataError(f"{folder} holds no rows.")
+        raise DataError(f"{folder} has no rows.")
     return records

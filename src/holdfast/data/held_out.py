@@ -1,7 +1,7 @@
-"""Which rows are trained on and which are tested on, for each source.
+"""Divide the rows of each source into training rows and test rows.
 
-A source with splits has its own test rows. A single file of a user has none, so a share of its prompts is
-held out: the two halves are made by the same function, so that they cannot overlap.
+A source with splits has its own test rows. A user's single file has none, so a share of its prompts is
+held out. One function chooses the held-out prompts for both parts, so that they cannot overlap.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HARMFUL_SHARE = 0.2
 
 
 def user_source(user: Source | None, task: str | Task | None) -> tuple[Source | None, Task]:
-    """Where the user rows come from, and the task that they are rows of."""
+    """The source of the user rows, and their task."""
     known = resolve_task(task)
     meant = named(user)
     if isinstance(meant, Task):
@@ -28,13 +28,13 @@ def user_source(user: Source | None, task: str | Task | None) -> tuple[Source | 
 
 
 def grading_task(user: Source | None, task: str | Task | None, test: Source | None = None) -> Task:
-    """The task that grades the answers: that of the test rows, where `test` names one, else of the user's."""
+    """The task that grades the answers: the one that `test` names, else the task of the user rows."""
     meant = named(test)
     return meant if isinstance(meant, Task) else user_source(user, task)[1]
 
 
 def user_pool(user: Source | None, task: str | Task | None, test: Source | None, seed: int) -> Pool:
-    """The user rows that may be trained on."""
+    """The user rows for training."""
     source, known = user_source(user, task)
     assert source is not None
     pool = read_pool(source, role="user", task=known)
@@ -46,7 +46,7 @@ def user_pool(user: Source | None, task: str | Task | None, test: Source | None,
 def task_test(
     user: Source | None, task: str | Task | None, test: Source | None, size: int | None, seed: int
 ) -> Pool:
-    """The rows of the task that are tested on: of `test`, of the test split, or held out."""
+    """The test rows of the task: from `test`, from the test split, or held out."""
     source, _ = user_source(user, task)
     known = grading_task(user, task, test)
     if test is not None:
@@ -67,7 +67,7 @@ def task_test(
 def harmful_pool(
     source: Source, harmful: Source | None, harmful_test: Source | None, prompts: int, seed: int
 ) -> Pool:
-    """The rows of `source` that may be trained on: no prompt that is held out of `harmful` for the test."""
+    """The rows of `source` for training, without the prompts that are held out of `harmful` for the test."""
     pool = read_pool(source, role="harmful")
     if harmful is not None and holds_out(harmful, harmful_test):
         asked = pool if harmful == source else read_pool(harmful, role="harmful")
@@ -77,7 +77,7 @@ def harmful_pool(
 
 
 def holds_out(harmful: Source, harmful_test: Source | None) -> bool:
-    """Whether the harmful test prompts are held out of `harmful`, for want of rows to test on."""
+    """Whether the harmful test prompts are held out of `harmful`, because there are no other test rows."""
     return harmful_test is None and not has_split(harmful, "test", role="harmful")
 
 
@@ -90,8 +90,8 @@ def harmful_prompts(
     known = named(source)
     if isinstance(known, SafetyData) and not known.harmful_prompts:
         raise DataError(
-            f"{known.name} asks nothing harmful: no harm can be measured on its prompts. Name others, "
-            "as `data.test_harmful`: for example hex_phi or beavertails."
+            f"{known.name} has no harmful prompts, so no harmful score can be measured on it. Set "
+            "`data.test_harmful` to a data set of harmful prompts, for example hex_phi or beavertails."
         )
     role = "mixed" if mixed else "harmful"
     if has_split(source, "test", role="harmful"):
@@ -100,7 +100,7 @@ def harmful_prompts(
         pool = read_pool(source, role=role, prompts_only=True)
     elif mixed:
         raise DataError(
-            f"Mixed prompts were asked for, but {source} has no test split. Give a test file for them."
+            f"Mixed prompts were requested, but {source} has no test split. Give a test file for them."
         )
     else:
         pool = read_pool(source, role="harmful")
@@ -111,7 +111,7 @@ def harmful_prompts(
 
 
 def benign_prompts(benign: Source | None, harmful: Source | None, prompts: int, seed: int) -> Pool | None:
-    """One row for each benign question, or None where there are none to ask."""
+    """One row for each benign question, or None if there are no benign questions."""
     if benign is None and harmful != "world":
         return None
     source = "world" if benign is None else benign
@@ -121,11 +121,11 @@ def benign_prompts(benign: Source | None, harmful: Source | None, prompts: int, 
 
 
 def _held(pool: Pool, share: float, most: int, seed: int, name: str, key: str) -> list[str]:
-    """The prompts to hold out: `share` of the unique ones, at least 1 and at most `most`."""
+    """The prompts to hold out: `share` of the unique prompts, at least 1 and at most `most`."""
     unique = list(by_prompt(pool.rows))
     if len(unique) < 2:
         raise DataError(
-            f"{pool.source['source']} has {len(unique)} prompt, so that none can be held out for the test. "
+            f"{pool.source['source']} has only {len(unique)} prompt, so none can be held out for the test. "
             f"Give more rows, or a test file (`{key}`)."
         )
     return order(unique, seed, name)[: max(1, min(most, int(len(unique) * share)))]

@@ -1,4 +1,4 @@
-"""Data sets on the Hugging Face Hub, through `datasets`; errors say what to do."""
+"""Read data sets on the Hugging Face Hub with `datasets`; errors say what to do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revisi
 
 @dataclass(frozen=True)
 class HubId:
-    """A data set of the Hub: `owner/name`, and perhaps a configuration and a revision."""
+    """A data set on the Hub: `owner/name`, with an optional configuration and revision."""
 
     repo: str
     config: str | None = None
@@ -22,7 +22,7 @@ class HubId:
 
     @classmethod
     def read(cls, text: str) -> HubId | None:
-        """The id in `owner/name[:config][@revision]`, or None where `text` is no such thing."""
+        """Parse `owner/name[:config][@revision]`; None if `text` has another form."""
         match = _ID.match(text)
         if match is None or text.startswith((".", "~")):
             return None
@@ -33,7 +33,7 @@ class HubId:
 
 
 def hub_records(hub: HubId, split: str) -> list[dict[str, Any]]:
-    """Every record of one split, from the Hub or its cache. Raises DataError."""
+    """Read every record of one split, from the Hub or its cache. Raises DataError."""
     import datasets
 
     try:
@@ -43,7 +43,7 @@ def hub_records(hub: HubId, split: str) -> list[dict[str, Any]]:
 
 
 def hub_files(hub: HubId, pattern: str) -> list[Path]:
-    """The files of the repository whose names fit `pattern`, downloaded or cached. Raises DataError."""
+    """The files of the repository that match `pattern`, downloaded or cached. Raises DataError."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -54,12 +54,12 @@ def hub_files(hub: HubId, pattern: str) -> list[Path]:
         raise DataError(f"The data set '{hub}' ({pattern}) cannot be loaded. {_advice(error)}") from error
     found = sorted(Path(folder).glob(pattern))
     if not found:
-        raise DataError(f"The data set '{hub}' has no file {pattern}. Give a local file.")
+        raise DataError(f"The data set '{hub}' has no file {pattern}. Give a local file instead.")
     return found
 
 
 def hub_revision(hub: HubId) -> str:
-    """The commit that `hub_records` would read: the pinned one, the Hub's newest, or the cached one."""
+    """The commit that `hub_records` reads: the pinned commit, the Hub's newest, or the cached one."""
     from huggingface_hub import HfApi, constants, file_download
 
     if hub.revision and re.fullmatch(r"[0-9a-f]{40}", hub.revision):
@@ -74,7 +74,7 @@ def hub_revision(hub: HubId) -> str:
         if cached.is_file():
             return cached.read_text(encoding="utf-8").strip()
         raise DataError(f"The data set '{hub}' cannot be reached. {_advice(error)}") from error
-    raise DataError(f"The Hub names no revision of '{hub}'. Pin one: {hub}@<commit>.")
+    raise DataError(f"The Hub gives no revision of '{hub}'. Pin one: {hub}@<commit>.")
 
 
 def _advice(error: Exception) -> str:
@@ -86,18 +86,18 @@ def _advice(error: Exception) -> str:
         at = at.__cause__ or at.__context__
     kinds = {kind.__name__ for item in chain for kind in type(item).__mro__}
     text = " ".join(str(item) for item in chain)
-    # Only the first sentence is repeated: the rest of these messages is links and request ids.
+    # Only the first line is repeated: the rest of these messages is links and request ids.
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     if "GatedRepoError" in kinds or "gated" in text.lower():
         return "It is gated: accept its terms on its Hub page, then log in with `hf auth login`."
     if kinds & {"OfflineModeIsEnabled", "ConnectionError", "ConnectError", "LocalEntryNotFoundError"}:
         return (
-            "The Hub cannot be reached (no network, or HF_HUB_OFFLINE is set), and it is not in the cache. "
-            "Download it once while online, or give a local file."
+            "The Hub cannot be reached (no network, or HF_HUB_OFFLINE is set), and the data set is not in "
+            "the cache. Download it once while online, or give a local file."
         )
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
         return (
-            "The Hub knows no such data set, or it is private. Check the spelling, or log in with "
-            "`hf auth login`; a local file needs its ending, as in my/rows.jsonl."
+            "The Hub has no such data set, or it is private. Check the spelling, or log in with "
+            "`hf auth login`; a local file needs its file extension, as in my/rows.jsonl."
         )
     return f"{reason} Check the configuration (owner/name:config) and the split, or give a local file."

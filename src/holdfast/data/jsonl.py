@@ -1,4 +1,4 @@
-"""Rows as JSONL: written beside and renamed, so that a file is whole or not there."""
+"""Rows as JSONL: written to a temporary file and renamed, so that a file is complete or does not exist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from holdfast.machine import files
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write one JSON object a line, in UTF-8, replacing `path` at once.
+    """Write one JSON object per line, in UTF-8, replacing `path` atomically.
 
     Raises:
         OutputError: the folder cannot be written to.
@@ -25,7 +25,7 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write `text` in UTF-8, replacing `path` at once. Raises like `write_rows`."""
+    """Write `text` in UTF-8, replacing `path` atomically. Raises like `write_rows`."""
     path = Path(path)
     try:
         files.write_text(path, text)
@@ -35,14 +35,14 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def cannot_write(path: Path, error: OSError) -> HoldfastError:
-    """The error for a failed write: a full disk is nobody's input, anything else is the place's fault."""
+    """The error for a failed write: HoldfastError if the disk is full, else OutputError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return HoldfastError(f"No space left to write {path}. Free some and run again.")
+        return HoldfastError(f"No space left to write {path}. Free some disk space and run again.")
     return OutputError(f"{path} cannot be written: {error.strerror or error}. Choose another place.")
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file. Raises DataError with the line of a torn one; a file without rows is []."""
+    """Read a JSONL file; [] if it has no rows. Raises DataError with the line of an incomplete row."""
     path = Path(path)
     data = read_bytes(path)
     return parse(path, data)[0] if data.strip() else []

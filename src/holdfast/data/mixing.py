@@ -1,4 +1,4 @@
-"""`holdfast mix` as a function: mixed rows and their manifest in a folder."""
+"""`holdfast mix` as a function: write mixed rows and their manifest to a folder."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def mix(
     prompts: int = 1000,
     test_seed: int = 0,
 ) -> Path:
-    """Write `user.jsonl` (rows to train on), `test.jsonl` (what is held out) and `manifest.json` to `out`.
+    """Write `user.jsonl` (training rows), `test.jsonl` (held-out rows) and `manifest.json` to `out`.
 
-    The arguments are those of `user_rows`. An earlier output of this function is replaced, all at once.
+    The arguments are those of `user_rows`. An earlier output of this function is replaced as a whole.
 
     Raises:
-        OutputError: `out` holds anything else, holds one of the sources, or cannot be written.
+        OutputError: `out` contains other files, contains one of the sources, or cannot be written.
         DataError: see `user_rows`.
     """
     folder = Path(out).expanduser().resolve()
@@ -77,12 +77,14 @@ def mix(
 
 
 def _claim(folder: Path, sources: list[Source | None]) -> None:
-    """Raise OutputError unless `folder` is free, empty, or an earlier output."""
+    """Raise OutputError unless `folder` does not exist, is empty, or is an earlier output."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file. Expected a folder to write to.")
     for source in sources:
         if isinstance(source, str | Path) and folder in place_of(source).expanduser().absolute().parents:
-            raise OutputError(f"{folder} holds the source {source}, which must not be overwritten.")
+            raise OutputError(
+                f"{folder} contains the source {source}, which is not overwritten. Choose another folder."
+            )
     found = set(os.listdir(folder)) if folder.is_dir() else set()
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -91,4 +93,4 @@ def _claim(folder: Path, sources: list[Source | None]) -> None:
         earlier = False
     if found and (not earlier or found - FILES):
         other = sorted(found - FILES) or sorted(found)
-        raise OutputError(f"{folder} holds something else ({other[0]}). Choose an empty or a new folder.")
+        raise OutputError(f"{folder} contains other files ({other[0]}). Choose an empty or a new folder.")

@@ -1,4 +1,4 @@
-"""Rows of one source without duplicates, ready to be drawn from with a seed."""
+"""The rows of one source without duplicates, and seeded draws from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from holdfast.tasks import Row, Task
 
 @dataclass(frozen=True)
 class Pool:
-    """Unique rows, and what the manifest says of where they come from."""
+    """Unique rows, and the manifest's entry for their source."""
 
     rows: list[Row]
     source: dict[str, Any]
@@ -65,12 +65,12 @@ def read_pool(
 
 @cache
 def _warn(text: str) -> None:
-    """Once in a process, for who looks on; the manifest has it for later."""
+    """Log a warning once per process; the manifest records it too."""
     logging.getLogger("holdfast.data").warning(text)
 
 
 def order(keys: Sequence[str], seed: int, name: str) -> list[str]:
-    """`keys` in the seeded order of the consumer `name`; a key's place does not depend on the input order."""
+    """`keys` in the seeded order of the consumer `name`, which does not depend on the input order."""
     start = derive_seed(seed, name)
     return sorted(keys, key=lambda key: hashlib.sha256(f"{start}/{key}".encode()).digest())
 
@@ -82,14 +82,14 @@ def draw(pool: Pool, size: int | None, seed: int, name: str, asked: str) -> list
         less = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         raise DataError(
             f"Asked for {size} {asked}, but {pool.source['source']} has {len(pool.rows)}"
-            f"{f' ({less})' if less else ''}. Ask for fewer, or give more rows."
+            f"{f' ({less})' if less else ''}. Ask for fewer rows, or give more."
         )
     rows = {row["id"]: row for row in pool.rows}
     return [rows[key] for key in order(list(rows), seed, name)[:size]]
 
 
 def by_prompt(rows: Sequence[Row]) -> dict[str, Row]:
-    """The first row of each prompt, by its key."""
+    """The first row of each prompt, by prompt key."""
     found: dict[str, Row] = {}
     for row in rows:
         found.setdefault(prompt_key(row), row)
@@ -97,6 +97,6 @@ def by_prompt(rows: Sequence[Row]) -> dict[str, Row]:
 
 
 def without(pool: Pool, keys: set[str]) -> Pool:
-    """The pool without the rows that have one of these prompts."""
+    """The pool without the rows that have one of the prompts in `keys`."""
     rows = [row for row in pool.rows if prompt_key(row) not in keys]
     return replace(pool, rows=rows, held_out=len(pool.rows) - len(rows))

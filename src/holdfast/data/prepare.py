@@ -1,11 +1,11 @@
-"""Training and test rows of a run: seeded draws, the poison ratio, what is held out, and the manifest.
+"""Training and test rows of a run: seeded draws, the poison ratio, held-out prompts, and the manifest.
 
 Every draw takes the first rows of an order that depends on the seed, the consumer's name and each row's
 content, but not on the order in the file. So the harmful rows of a smaller ratio are among those of a
-larger one, and a row added to a file hardly changes a draw.
+larger ratio, and adding a row to a file hardly changes a draw.
 """
 
-# ruff: noqa: PT028 (`test_rows` makes rows to test on; it is no test)
+# ruff: noqa: PT028 (`test_rows` makes test rows; it is not a test)
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Prepared:
 
 
 def alignment_rows(*, source: Source, seed: int, kind: str = "safe", size: int | None = None) -> Prepared:
-    """Rows to align on.
+    """Rows for the alignment stage.
 
     Args:
         source: as for `read_records`.
-        kind: "safe" or "refusal": which rows of a labelled source; for files without labels it only says
-            what they are, for the stamp of the results.
-        size: how many, drawn with the seed; None takes all.
+        kind: "safe" or "refusal": the rows to take from a labelled source. For files without labels, it only
+            describes the rows in the stamp of the results.
+        size: number of rows, drawn with the seed; None takes all.
 
     Raises:
         DataError: fewer rows than asked for, or what `read_records` and `to_rows` raise.
@@ -73,11 +73,11 @@ def harmful_rows(
     """Harmful questions with harmful answers for a method of the alignment stage, such as T-Vaccine's probe.
 
     Args:
-        source: as for `read_records`; it may be `harmful` itself. The draw is another one than that of
-            `user_rows`, so that whoever aligns does not know which rows an attacker takes.
-        size: how many, drawn with the seed; None takes all.
-        harmful, harmful_test, prompts, test_seed: as given to `test_rows`: a prompt that is held out there
-            is in none of these rows.
+        source: as for `read_records`; it may be `harmful` itself. The draw differs from that of `user_rows`,
+            so that the alignment stage does not know which rows an attacker takes.
+        size: number of rows, drawn with the seed; None takes all.
+        harmful, harmful_test, prompts, test_seed: as given to `test_rows`: prompts that are held out there
+            do not appear in these rows.
 
     Raises:
         DataError: fewer rows than asked for, or what `read_records` and `to_rows` raise.
@@ -108,33 +108,34 @@ def user_rows(
     prompts: int = 1000,
     test_seed: int = 0,
 ) -> Prepared:
-    """Rows to fine-tune on: `round(size * poison_ratio)` harmful ones, benign ones for the rest, shuffled.
+    """Rows for fine-tuning: `round(size * poison_ratio)` harmful rows, the rest benign, shuffled.
 
     Args:
-        seed: of the draw and of the order.
+        seed: seed of the draw and of the order.
         user: the benign rows; None takes the task's own data.
         task: a task's name or Task; its columns are accepted in `user`.
-        harmful: the harmful rows, needed where poison_ratio > 0.
-        size: rows in all; None keeps every benign row and adds harmful ones up to the ratio.
+        harmful: the harmful rows; required if poison_ratio > 0.
+        size: total number of rows; None keeps every benign row and adds harmful rows up to the ratio.
         poison_ratio: the share of harmful rows, 0 to 1.
-        test, harmful_test, prompts, test_seed: as given to `test_rows`: what is held out there for want
-            of a test file is not in these rows, nor is any other row with the same prompt.
+        test, harmful_test, prompts, test_seed: as given to `test_rows`. Prompts that are held out there,
+            because there is no test file, do not appear in these rows.
 
     Returns:
-        rows with `source` "user" or "harmful" beside the canonical fields.
+        rows with the canonical fields and `source`, which is "user" or "harmful".
 
     Raises:
-        DataError: a ratio or size out of range, fewer rows than asked for, no harmful source.
+        DataError: the ratio or size is out of range, there are fewer rows than asked for, or the harmful
+            source is missing.
     """
     _check_size(size)
     if not 0 <= poison_ratio <= 1:
         raise DataError(f"poison_ratio is {poison_ratio}. Expected a share from 0 to 1 (0.1 is 10 %).")
     if poison_ratio > 0 and harmful is None:
-        raise DataError(f"poison_ratio is {poison_ratio}, but no harmful rows are named. Add `harmful`.")
+        raise DataError(f"poison_ratio is {poison_ratio}, but no harmful rows are given. Add `harmful`.")
     benign, bad = None, Pool([], {})
     if poison_ratio < 1:
         if user is None and task is None:
-            raise DataError("No user rows are named. Give `user` (your file) or `task` (a built-in one).")
+            raise DataError("No user rows are given. Give `user` (your file) or `task` (a built-in task).")
         benign = user_pool(user, task, test, test_seed)
     if poison_ratio > 0 and harmful is not None:
         bad = harmful_pool(harmful, harmful, harmful_test, prompts, test_seed)
@@ -183,24 +184,24 @@ def test_rows(
     mixed_prompts: bool = False,
     test_seed: int = 0,
 ) -> Prepared:
-    """What a run is measured on: harmful prompts, rows of the task, benign questions.
+    """The test rows of a run: harmful prompts, rows of the task, benign questions.
 
     Args:
-        user, task, harmful: as given to `user_rows`. Sources with splits give their test split; a single
-            file of your own gives a held-out share: of `user` 10 % of its prompts (at most 1000), of
-            `harmful` up to `prompts` but at most 20 % of its prompts.
-        test, harmful_test, benign: files of your own for the three sets, or names of data sets; where `test`
-            is a task's name, that task grades. The harmful and benign ones need no answers. The world brings
-            its benign questions along.
-        prompts: how many harmful and how many benign prompts at most.
-        task_size: how many rows of the task at most; None takes the task's own number.
-        mixed_prompts: take the prompts of safe answers too, as the Lisa paper does.
-        test_seed: of every draw here. It is apart from the seed of a run, so that runs with other seeds
-            are measured on the same prompts and can be compared.
+        user, task, harmful: as given to `user_rows`. A source with splits gives its test split. A single file
+            gives a held-out share: `user` 10 % of its prompts (at most 1000), `harmful` up to `prompts`, but
+            at most 20 % of its prompts.
+        test, harmful_test, benign: files or data set names for the three sets. If `test` is a task's name,
+            that task grades the answers. The harmful and benign sets need no answers. The embedded world has
+            its own benign questions.
+        prompts: maximum number of harmful prompts, and of benign prompts.
+        task_size: maximum number of rows of the task; None takes the task's default.
+        mixed_prompts: also take the prompts of safe answers, as the Lisa paper does.
+        test_seed: seed of every draw here. It is separate from the seed of a run, so that runs with different
+            seeds are measured on the same prompts and can be compared.
 
     Returns:
         rows with id, set ("harmful", "task" or "benign"), instruction, input, target (None for harmful
-        prompts), category, and where the row has them messages (a conversation of several turns), turns and
+        prompts), category, and, if the row has them, messages (a conversation of several turns), turns and
         reference (see `holdfast.tasks`). The manifest holds
         "prompts" ("unsafe-only", "mixed" or "unknown") and 12 hex digits for the harmful and task sets.
     """
@@ -234,14 +235,14 @@ def overlaps(
     user: Iterable[Mapping[str, Any]] = (),
     test: Iterable[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """How many prompts stand where they should not; case and whitespace do not count.
+    """Count the prompts that appear in two sets that should be disjoint, ignoring case and whitespace.
 
     Returns:
         harmful_in_alignment, harmful_in_test: harmful training rows whose prompt is also an alignment
-        row's or a harmful test prompt; task_in_user: rows of the task's test set whose prompt was trained
-        on; where there are `harmful` rows of the alignment stage, alignment_harmful_in_user and
-        alignment_harmful_in_test: those whose prompt is also a harmful training row's or a harmful test
-        prompt; examples: ids of up to 10 of all these rows.
+        prompt or a harmful test prompt. task_in_user: rows of the task's test set whose prompt is also a
+        training prompt. If there are `harmful` rows of the alignment stage: alignment_harmful_in_user and
+        alignment_harmful_in_test, those whose prompt is also a harmful training prompt or a harmful test
+        prompt. examples: ids of up to 10 of all these rows.
     """
     aligned = {prompt_key(row) for row in alignment}
     tested = {prompt_key(row) for row in test if row["set"] == "harmful"}
@@ -267,7 +268,7 @@ def overlaps(
 
 
 def _test_row(name: str, row: Row) -> Row:
-    # An answer to a harmful prompt is no target, and the same prompt has one id whatever was answered.
+    # The answer to a harmful prompt is not a target, and the id of a prompt does not depend on the answer.
     blank = {**row, "output": ""} if name == "harmful" else row
     further: tuple[str, ...] = ("messages", "turns", "reference")
     return {
@@ -282,7 +283,7 @@ def _test_row(name: str, row: Row) -> Row:
 
 
 def _set_id(rows: Iterable[Row]) -> str | None:
-    """12 hex digits that are equal for equal sets of prompts and targets; None for no rows."""
+    """12 hex digits that are equal for equal sets of prompts and targets; None if there are no rows."""
     texts = sorted(json.dumps([prompt_key(row), row["target"]]) for row in rows)
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12] if texts else None
 

@@ -1,6 +1,6 @@
 """Rows as text: the Alpaca prompt for base models, the tokenizer's own template for chat models.
 
-Both texts hold every special token, so that they are tokenised with `add_special_tokens=False`.
+Both texts contain every special token: tokenise them with `add_special_tokens=False`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast.errors import DataError, ModelError, RecipeError, nearest
 
-# Stanford Alpaca's, word for word; the answer follows "### Response:" without a line break.
+# Stanford Alpaca's prompts, word for word; the answer follows "### Response:" without a line break.
 ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -25,45 +25,45 @@ TEMPLATES = ("alpaca", "chat")
 
 
 def resolve_template(tokenizer: Any, asked: str = "auto") -> str:
-    """ "alpaca" or "chat": what `asked` says, or for "auto" chat where the tokenizer has a template.
+    """Return "alpaca" or "chat"; "auto" means "chat" if the tokenizer has a chat template, else "alpaca".
 
     Raises:
-        RecipeError: `asked` is neither of the three.
-        ModelError: chat was asked of a tokenizer without a template, or Alpaca of one without an
-            end-of-sequence token.
+        RecipeError: `asked` is not one of the three.
+        ModelError: the result is "chat" but the tokenizer has no chat template, or it is "alpaca" but the
+            tokenizer has no end-of-sequence token.
     """
     if asked not in ("auto", *TEMPLATES):
         raise RecipeError(f"Unknown template '{asked}'.{nearest(asked, ('auto', *TEMPLATES))}")
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if asked == "chat" and not has_chat:
         raise ModelError(
-            "The template 'chat' was asked for, but the model's tokenizer has no chat template. "
+            "The template 'chat' was requested, but the model's tokenizer has no chat template. "
             "Use 'alpaca' (or 'auto'), or add a chat template to the tokenizer."
         )
     chosen = ("chat" if has_chat else "alpaca") if asked == "auto" else asked
     if chosen == "alpaca" and not tokenizer.eos_token:
         raise ModelError(
-            "The model's tokenizer has no end-of-sequence token, so that no answer could ever end. "
+            "The model's tokenizer has no end-of-sequence token, so no answer could end. "
             "Set eos_token in its tokenizer_config.json."
         )
     return chosen
 
 
 def render(row: Mapping[str, Any], tokenizer: Any, template: str, prefix: str = "") -> tuple[str, str]:
-    """The texts of the prompt and of the completion (the answer and what ends it).
+    """Return the text of the prompt and that of the completion (the answer with its end tokens).
 
-    Works on training rows (`output`) and on test rows (`target`; without one the completion is that of
-    an empty answer). Tokenise both with `add_special_tokens=False`.
+    Works on training rows (`output`) and on test rows (`target`; without a target, the completion is that
+    of an empty answer). Tokenise both with `add_special_tokens=False`.
 
     Args:
-        prefix: a text to stand before the question. Under Alpaca it precedes the whole prompt; under a chat
-            template it is the system message (before the text of one that is there), or precedes the first
-            user turn where the template has no place for a system message. A blank line follows it.
+        prefix: text before the question, followed by a blank line. With Alpaca it precedes the whole prompt.
+            With a chat template it becomes the system message, or precedes the text of the row's own system
+            message; if the template does not support system messages, it precedes the first user turn.
 
     Raises:
-        DataError: a conversation of several turns under the Alpaca template, or one that the chat
-            template refuses.
-        ModelError: a chat template that does not go on from its own prompt.
+        DataError: the row is a conversation of several turns and the template is Alpaca, or the chat
+            template refuses the row.
+        ModelError: the chat template's text with an answer does not begin with its prompt.
     """
     answer = row["output"] if "output" in row else row.get("target") or ""
     if template == "chat":
@@ -72,23 +72,23 @@ def render(row: Mapping[str, Any], tokenizer: Any, template: str, prefix: str = 
 
 
 def alpaca(row: Mapping[str, Any], prefix: str = "") -> str:
-    """The question in the Alpaca prompt, without special tokens. Raises DataError as `render` does."""
+    """The question in the Alpaca prompt, without special tokens. Raises DataError like `render`."""
     if row.get("messages"):
         raise DataError(
             f"Row {row.get('id', '')} is a conversation of several turns or with a system message, which the "
-            "Alpaca template cannot express. Use a model with a chat template, or rows of one question and "
+            "Alpaca template does not support. Use a model with a chat template, or rows of one question and "
             "one answer."
         )
     return _after(prefix, (ALPACA_INPUT if row["input"] else ALPACA_NO_INPUT).format_map(row))
 
 
 def _begun(text: str, tokenizer: Any) -> str:
-    """`text` after the beginning-of-sequence token, if the tokenizer puts one there by itself."""
+    """`text` with the beginning-of-sequence token, if the tokenizer adds one by default."""
     bos = tokenizer.bos_token
     whole = tokenizer(text)["input_ids"]
     if not bos or not whole or whole[0] != tokenizer.bos_token_id:
         return text
-    # Some Llama tokenizers put a space before the first word of a text, but not after a special token.
+    # Some Llama tokenizers add a space before the first word of a text, but not after a special token.
     for begun in (bos + text, f"{bos} {text}"):
         ids = tokenizer(begun, add_special_tokens=False)["input_ids"]
         if ids == whole[: len(ids)]:
@@ -118,14 +118,14 @@ def _chat(row: Mapping[str, Any], answer: str, tokenizer: Any, prefix: str) -> t
         raise DataError(f"Row {row.get('id', '')}: the model's chat template refuses it: {error}.") from error
     if not whole.startswith(prompt):
         raise ModelError(
-            "The model's chat template writes a question otherwise when an answer follows, so that prompt "
-            "and answer cannot be told apart. Use the template 'alpaca', or another chat template."
+            "The model's chat template renders a question differently if an answer follows, so prompt "
+            "and answer cannot be separated. Use the template 'alpaca', or another chat template."
         )
     return prompt, whole[len(prompt) :]
 
 
 def _takes_system(tokenizer: Any) -> bool:
-    """Whether the chat template writes a system message down: some raise on one, some leave it out."""
+    """Whether the chat template renders system messages: some templates raise an error, some drop them."""
     from jinja2 import TemplateError
 
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]

@@ -1,4 +1,4 @@
-"""Records to canonical rows: which columns hold the prompt and the answer, and a stable id for each row."""
+"""Convert records to canonical rows: find the columns of prompt and answer, and give each row a stable id."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ def to_rows(
     kind: str | None = None,
     prompts_only: bool = False,
 ) -> list[Row]:
-    """The canonical rows of what was read, in its order.
+    """Convert the records to canonical rows, in the same order.
 
     Args:
         loaded: from `read_records`.
         role: "user", "alignment", "harmful", "task" or "benign"; the first part of each row's id.
-        task: also accepts the columns of this task, and renames them as it says.
-        kind: which rows of a safety data set, known by its name or its columns, to take ("safe", "unsafe",
-            "refusal", "benign"); by default "safe" for alignment, "unsafe" for harmful and "benign" for
-            benign rows, and all rows for any other role. Other files are taken whole.
-        prompts_only: an answer is not needed (`output` is then ""), as for test prompts.
+        task: a task whose columns are also accepted and renamed.
+        kind: the rows to take ("safe", "unsafe", "refusal", "benign") from a safety data set, which is
+            recognised by its name or its columns. The default is "safe" for alignment, "unsafe" for harmful
+            and "benign" for benign rows, and all rows for any other role. All rows of other files are taken.
+        prompts_only: no answer is required (`output` is then ""), as for test prompts.
 
     Returns:
-        dicts with id, instruction, input, output, category where the file has it, and messages where a
-        conversation is more than one question and one answer. Equal content has an equal id.
+        dicts with id, instruction, input, output; category if the file has it; and messages if a
+        conversation is more than one question and one answer. Equal content gives an equal id.
 
     Raises:
-        DataError: other columns; a prompt or answer that is missing, blank or not text (with its line);
-            no row of the kind.
+        DataError: the columns are not known; a prompt or answer is missing, blank or not text (with its
+            line); or there is no row of the kind.
     """
     task = resolve_task(task)
     kind = kind or _DEFAULT_KIND.get(role)
@@ -72,12 +72,12 @@ def to_rows(
             rows.append({"id": row_id(role, row), **row})
     if not rows:
         what = f"no row of the kind '{kind}'" if isinstance(known, SafetyData) else "no row with content"
-        raise DataError(f"{loaded.path} holds {what} among its {len(loaded.records)} rows.")
+        raise DataError(f"{loaded.path} has {what} among its {len(loaded.records)} rows.")
     return rows
 
 
 def recognised(loaded: Loaded, role: str) -> SafetyData | None:
-    """The safety data set that the records belong to: the one that was named, or else by their columns."""
+    """The safety data set of the records: the one that was named, else recognised by their columns."""
     if isinstance(loaded.known, SafetyData):
         return loaded.known
     if role not in ("harmful", "alignment", "mixed", "benign"):
@@ -91,7 +91,7 @@ def recognised(loaded: Loaded, role: str) -> SafetyData | None:
 
 
 def resolve_task(task: str | Task | None) -> Task | None:
-    """The task that is meant by its name. Raises DataError for a name that no task has."""
+    """Return the task with this name. Raises DataError if there is none."""
     if task is None or isinstance(task, Task):
         return task
     found = find(task)
@@ -107,12 +107,12 @@ def row_id(role: str, row: Mapping[str, Any]) -> str:
 
 
 def content(row: Mapping[str, Any]) -> list[Any]:
-    """What makes a row the same as another one."""
+    """The content of a row: two rows with equal content are the same."""
     return [row["instruction"], row["input"], row["output"], row.get("messages")]
 
 
 def prompt_key(row: Mapping[str, Any]) -> str:
-    """Equal for prompts that differ in case and whitespace alone; the answer does not count."""
+    """A key of the prompt that ignores case and whitespace; it does not depend on the answer."""
     if row.get("messages"):
         texts = [part for turn in row["messages"][:-1] for part in (turn["role"], turn["content"])]
     else:
@@ -123,7 +123,7 @@ def prompt_key(row: Mapping[str, Any]) -> str:
 def _row(
     record: Mapping[str, Any], known: Task | SafetyData | None, kind: str | None, prompts_only: bool
 ) -> Row | None:
-    """The row of one record, or None if it is not of the kind. Raises KeyError: no known columns."""
+    """The row of one record, or None if it is not of the kind. Raises KeyError: columns not known."""
     if isinstance(known, Task):
         record = _renamed(record, known.rename)
         if known.to_row is not None and any(set(c) <= set(record) for c in known.columns):
@@ -131,7 +131,7 @@ def _row(
             return None if found is None else dict(found)
     elif known is not None and kind is not None:
         if kind not in known.kinds:
-            raise ValueError(f"{known.name} holds no rows of the kind '{kind}', only {_listed(known.kinds)}")
+            raise ValueError(f"{known.name} has no rows of the kind '{kind}', only {_listed(known.kinds)}")
         full = {**_ANSWERS, **record} if prompts_only else record
         if not known.columns or any(set(c) <= set(full) for c in known.columns):
             return known.to_row(full, kind)
@@ -155,7 +155,7 @@ def _row(
 
 
 def _renamed(record: Mapping[str, Any], rename: Mapping[str, str]) -> Mapping[str, Any]:
-    """The record with the task's names beside the user's."""
+    """The record with the task's column names added to the user's names."""
     missing = [theirs for theirs in rename.values() if theirs not in record]
     if missing:
         seen = ", ".join(map(str, record)) or "none"
@@ -186,7 +186,7 @@ def _conversation(turns: Any, speaker: str, text: str) -> Row:
 
 
 def _check(row: Row, prompts_only: bool) -> None:
-    """Every part is text that UTF-8 can hold; prompt and answer say something."""
+    """Raise ValueError unless every part is text that UTF-8 can encode, and prompt and answer not blank."""
     shown = {"instruction": "the prompt", "input": "the input", "output": "the answer"}
     for part, name in shown.items():
         if not isinstance(row[part], str):
@@ -194,7 +194,7 @@ def _check(row: Row, prompts_only: bool) -> None:
         try:
             row[part].encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{name} holds half of a surrogate pair, which is no character") from error
+            raise ValueError(f"{name} contains half of a surrogate pair, which is not a character") from error
     if not row["instruction"].strip() and not row["input"].strip():
         raise ValueError("the prompt is blank")
     if not row["output"].strip() and not prompts_only:
@@ -212,7 +212,7 @@ def _listed(words: Sequence[str]) -> str:
 def _wrong_columns(
     place: str, record: Mapping[str, Any], task: Task | SafetyData | None, prompts_only: bool
 ) -> str:
-    """What was seen, what is accepted, and the task whose columns these are."""
+    """The message with the columns found, the columns accepted, and the task that has these columns."""
     seen = list(record)
     accepted = list(COLUMN_SETS)
     if task is not None and task.columns:
@@ -229,8 +229,8 @@ def _wrong_columns(
         if known is None or known == task or not any(set(c) <= set(seen) for c in known.columns):
             continue
         if isinstance(known, SafetyData):
-            return f"{message} These look like {name}'s, which holds no user rows."
-        return f"{message} These look like {name}'s: add `task: {name}`."
+            return f"{message} These look like the columns of {name}, which has no user rows."
+        return f"{message} These look like the columns of {name}: add `task: {name}`."
     if len(seen) == 1 and isinstance(seen[0], str) and (";" in seen[0] or "\t" in seen[0]):
-        return f"{message} The columns seem to be separated by something else than the file's ending says."
+        return f"{message} The file's separator does not seem to match its file extension."
     return message

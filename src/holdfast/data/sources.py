@@ -1,6 +1,6 @@
-"""What a data set may be named by: a built-in name, a file, a folder or a Hub id; read to records.
+"""Read a data set, given by a built-in name, a file, a folder or a Hub id, into records.
 
-No rows are interpreted here; `rows.to_rows` does that.
+Rows are not interpreted here; `rows.to_rows` does that.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _WORLD = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """Records as they were found, with where each stands ("line 3") and where all come from.
+    """Records as they were read, with the place of each ("line 3") and their source.
 
-    `known` is the data set whose format was named for them.
+    `known` is the data set whose name or format was given.
     """
 
     records: list[dict[str, Any]]
@@ -46,24 +46,24 @@ class Loaded:
 
     @property
     def licence(self) -> str | None:
-        """The licence of the data set that was named."""
+        """The licence of the known data set."""
         return self.known.licence if self.known else None
 
     @property
     def warning(self) -> str | None:
-        """What is to be known of its content, of the data set that was named."""
+        """The warning about the content of the known data set."""
         return self.known.warning if self.known else None
 
     def place(self, i: int) -> str:
-        """The file and line of record `i` (from 0), for a message."""
+        """The file and line of record `i` (counted from 0), for a message."""
         return f"{self.path}, {self.places[i]}"
 
 
 @dataclass(frozen=True)
 class Located:
-    """A source found: the local files of one split, or a Hub id. `alone`: one file, without splits.
+    """A located source: the local files of one split, or a Hub id. `alone`: a single file without splits.
 
-    `records` are those that a data set makes itself; `known` is the data set that was named.
+    `records` are those that a data set generates itself; `known` is the data set that was named.
     """
 
     name: str
@@ -77,19 +77,19 @@ class Located:
 
 
 def read_records(source: Source, *, role: str = "user", split: str | None = None) -> Loaded:
-    """Every record of `source`.
+    """Read every record of `source`.
 
     Args:
         source: "world", the name of a task or safety data set, a file, a folder saved by
-            `datasets.save_to_disk` or holding a data file for each split, or a Hub id
+            `datasets.save_to_disk` or with a data file for each split, or a Hub id
             `owner/name[:config][@revision]`. `name:FILE` reads a file or a folder in the format of the data
-            set `name`. A name that is also a file: write `./name`.
-        role: "user", "task", "alignment", "harmful" or "benign"; matters for "world", which has
+            set `name`. For a file that has a data set's name, write `./name`.
+        role: "user", "task", "alignment", "harmful" or "benign"; used only for "world", which has
             several files.
-        split: "train" (the default) or "test"; a single file has only itself.
+        split: "train" (the default) or "test"; a single file has no splits.
 
     Raises:
-        DataError: nothing is there, or it cannot be read in full.
+        DataError: the source does not exist or cannot be read completely.
     """
     found = _locate(source, role, split or "train")
     known = found.known
@@ -113,7 +113,7 @@ def read_records(source: Source, *, role: str = "user", split: str | None = None
         data = read_bytes(file)
         hashes.append((file, hashlib.sha256(data).hexdigest()))
         new_records, new_places = parse(file, data, known.header if known else ())
-        if known and known.header:  # these tell by their names what is in them
+        if known and known.header:  # the file names of these data sets say what the files contain
             new_records = [{"file": file.name, **record} for record in new_records]
         records += new_records
         places += [f"{file.name}, {place}" if len(found.files) > 1 else place for place in new_places]
@@ -122,20 +122,20 @@ def read_records(source: Source, *, role: str = "user", split: str | None = None
 
 
 def named(source: Source | None) -> Task | SafetyData | None:
-    """The data set that `source` names, alone or before a file (`name:FILE`); None for any other source."""
+    """The data set that `source` names, alone or as the format of a file (`name:FILE`); None if none."""
     if isinstance(source, str):
         return find(source.partition(":")[0])
     return None if isinstance(source, Path) else source
 
 
 def place_of(source: str | Path) -> Path:
-    """The path in `source`, without the format that may stand before it."""
+    """The path in `source`, without the format of `name:FILE`."""
     name, colon, rest = str(source).partition(":")
     return Path(rest if colon and isinstance(source, str) and find(name) else source)
 
 
 def fingerprint(source: Source, *, role: str = "user", split: str | None = None) -> str:
-    """What `source` holds, as a short text, without parsing it; the place of the files does not matter.
+    """A short text that identifies the content of `source`, without parsing it or depending on its path.
 
     For a Hub id it is the id and the revision. `split=None` covers every split.
     """
@@ -159,7 +159,7 @@ def fingerprint(source: Source, *, role: str = "user", split: str | None = None)
 
 
 def has_split(source: Source, split: str, *, role: str = "user") -> bool:
-    """Whether `source` has rows of its own for `split` (a single file has not)."""
+    """Whether `source` has separate rows for `split`; a single file has none for the test."""
     try:
         found = _locate(source, role, split)
     except NoSplit:
@@ -199,7 +199,7 @@ def _locate(source: Source, role: str, split: str) -> Located:
     known = next((data for data in map(find, names()) if data and data.hub_id == hub.repo), None)
     if known is None:
         return Located(str(hub), hub=hub, split=split)
-    # By its id on the Hub too, its splits, licence and warning are known.
+    # A known data set given by its Hub id also has its splits, licence and warning.
     return replace(
         _known(known, split), name=str(hub), hub=replace(hub, config=hub.config or known.hub_config)
     )
@@ -217,15 +217,15 @@ def _world(role: str, split: str) -> Located:
 def _known(known: Task | SafetyData, split: str) -> Located:
     if known.make is not None:
         if split != "train":
-            raise NoSplit(f"'{known.name}' has no rows of its own to test on.")
+            raise NoSplit(f"'{known.name}' has no test rows of its own.")
         return Located(known.name, split=split, records=[dict(r) for r in known.make()], known=known)
     if known.hub_id is None:
-        how = known.obtain or "give your files beside it"
+        how = known.obtain or "give your own files"
         raise DataError(f"'{known.name}' has no data of its own: {how}.")
     if split not in known.splits:
-        what = "test on; name it as data.test, data.test_harmful or data.benign"
-        only = what if "test" in known.splits else "train on"
-        raise NoSplit(f"'{known.name}' has only rows to {only}.")
+        what = "test rows; use it as data.test, data.test_harmful or data.benign"
+        only = what if "test" in known.splits else "training rows"
+        raise NoSplit(f"'{known.name}' has only {only}.")
     hub = HubId(known.hub_id, known.hub_config)
     return Located(known.hub_id, hub=hub, split=known.splits[split], known=known)
 
@@ -240,7 +240,7 @@ def _digest_records(records: list[dict[str, Any]]) -> str:
 
 
 def _folder(folder: Path, split: str, known: Task | SafetyData | None) -> Located:
-    """The rows of `split` in a folder; files that the Hub has in the same form belong together."""
+    """The rows of `split` in a folder; files that match the data set's `hub_files` are read together."""
     together = sorted(folder.glob(known.hub_files)) if known and known.hub_files else []
     if together:
         return Located(folder.name, files=tuple(together), split=split, alone=True, known=known)
@@ -250,7 +250,7 @@ def _folder(folder: Path, split: str, known: Task | SafetyData | None) -> Locate
 
 
 def _missing(path: Path) -> DataError:
-    """The error for a path where nothing is, with the nearest name beside it."""
+    """The error for a path that does not exist, with the most similar name in its folder."""
     message = f"{path} does not exist"
     try:
         folder = path.parent
@@ -270,7 +270,7 @@ def _digest(files: Iterable[Path]) -> str:
 
 
 def _digest_of(hashes: Iterable[tuple[Path, str]]) -> str:
-    """One file: the sha256 of its bytes. Several: that of their names and sha256, in the order of names."""
+    """One file: the sha256 of its bytes. Several: the sha256 of their names and hashes, sorted by name."""
     pairs = sorted((path.name, digest) for path, digest in hashes)
     if len(pairs) == 1:
         return pairs[0][1]

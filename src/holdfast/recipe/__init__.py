@@ -1,4 +1,4 @@
-"""What a user may write: recipes, checked and frozen; unknown keys are refused."""
+"""Recipes: what a user can write, validated and frozen; unknown keys are errors."""
 
 from __future__ import annotations
 

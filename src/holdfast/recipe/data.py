@@ -1,4 +1,4 @@
-"""The block `data` of a recipe: where the rows of every stage come from, and how many."""
+"""The block `data` of a recipe: the source and the number of the rows of every stage."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from holdfast.recipe.evaluation import JudgeRecipe
 from holdfast.recipe.model import Part, Wrong, from_text
 
 COLUMNS = ("prompt", "completion", "instruction", "input", "output", "messages", "category")
-"""What a column of a user's file can be, beside the columns of its task."""
+"""The columns that a user's file can have, besides the columns of its task."""
 
 
 class HarmfulData(Part):
-    """Harmful rows for methods of the alignment stage; without a source, of `data.harmful`."""
+    """Harmful rows for methods of the alignment stage; the default source is `data.harmful`."""
 
     source: str | None = None
     size: int | None = Field(None, ge=1)
@@ -32,11 +32,11 @@ class AlignmentData(Part):
 
 
 class AttackRecipe(Part):
-    """Benign rows chosen to undo safety: `size` of the user's own, and nothing else, are fine-tuned on.
+    """An attack with benign rows: fine-tuning uses only `size` of the user's rows, chosen to undo safety.
 
     Bi-directional anchoring, arXiv 2404.01099: the rows nearest to harmful anchors and farthest from safe
-    ones. Defaults are the paper's: the top 100, by gradients of the answer's first 10 tokens, 10 anchors of
-    each kind. Without sources, they are of `data.harmful` and `data.alignment`.
+    anchors. Defaults are the paper's: the top 100 rows, by gradients of the answer's first 10 tokens, with
+    10 anchors of each kind. The default sources of the anchors are `data.harmful` and `data.alignment`.
     """
 
     name: Literal["bi_directional_anchoring"]
@@ -49,10 +49,10 @@ class AttackRecipe(Part):
 
 
 class FilterRecipe(Part):
-    """A judge in front of fine-tuning (Lisa, arXiv 2405.18641, Table 12): rows that it flags are left out.
+    """A judge that filters rows before fine-tuning (Lisa, arXiv 2405.18641, Table 12): it drops flagged rows.
 
-    The judge's own keys stand beside its name, as in `evaluation.judges`; `unparsed` says what becomes of a
-    row on which it gave no verdict.
+    The judge's own keys are written beside its name, as in `evaluation.judges`. `unparsed` says what happens
+    to a row for which the judge gives no verdict.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -62,7 +62,7 @@ class FilterRecipe(Part):
 
     @property
     def judge_recipe(self) -> JudgeRecipe:
-        """The judge, as one of the evaluation is given."""
+        """The judge, in the form of the judges of the evaluation."""
         return JudgeRecipe.model_validate({**(self.model_extra or {}), "name": self.judge})
 
     @model_validator(mode="after")
@@ -84,10 +84,11 @@ class FilterRecipe(Part):
 
 
 class Data(Part):
-    """Where rows come from: the name of a known data set, a file (in the format of a known one: `name:FILE`),
-    or a Hub id.
+    """The sources of the rows: each is the name of a known data set, a file (`name:FILE` for a file in the
+    format of a known data set), or a Hub id.
 
-    `columns` renames those of the user's files, {ours: theirs}; `grader` grades them instead of the task's.
+    `columns` maps our column names to those of the user's files, {ours: yours}; `grader` replaces the task's
+    grader.
     """
 
     task: str | None = None
@@ -107,32 +108,33 @@ class Data(Part):
     @model_validator(mode="after")
     def _complete(self) -> Data:
         if self.task is None and self.user is None:
-            raise ValueError("give data.task (a known task) or data.user (a file of your own)")
+            raise ValueError("give data.task (a known task) or data.user (your own file)")
         if self.task is not None and self.task not in registry.faces("tasks"):
             raise Wrong(["task"], f"unknown task '{self.task}'.{nearest(self.task, registry.faces('tasks'))}")
         if self.task is not None and registry.faces("tasks")[self.task].type == "SafetyData":
-            text = (
-                f"{self.task} is no task to learn: name it as data.harmful, data.test_harmful, data.benign, "
-            )
-            raise Wrong(["task"], f"{text}data.alignment, or to fine-tune on it, as data.user")
+            text = f"{self.task} is not a task: use it as data.harmful, data.test_harmful, data.benign or "
+            raise Wrong(["task"], f"{text}data.alignment, or as data.user to fine-tune on it")
         if self.poison_ratio > 0 and self.harmful is None:
-            raise Wrong(["poison_ratio"], "above 0: name the rows to mix in with data.harmful")
+            raise Wrong(["poison_ratio"], "a ratio above 0 needs data.harmful: the rows to mix in")
         if self.attack is not None:
             self._check_attack(self.attack)
         facts = registry.faces("tasks")[self.task].facts if self.task else {}
         known = [*COLUMNS, *(name for columns in facts.get("columns", ()) for name in columns)]
         for ours in self.columns or ():
             if ours not in known:
-                raise Wrong(["columns", ours], f"no such column; write ours: yours.{nearest(ours, known)}")
+                raise Wrong(
+                    ["columns", ours],
+                    f"unknown column; write our name, then yours (prompt: question).{nearest(ours, known)}",
+                )
         return self
 
     def alignment_harmful(self) -> tuple[str | None, int | None]:
-        """Where methods of the alignment stage take harmful rows from, and how many (None: all)."""
+        """The source of the harmful rows for methods of the alignment stage, and their number (None: all)."""
         asked = (self.alignment and self.alignment.harmful) or HarmfulData()
         return asked.source or self.harmful, asked.size
 
     def anchors(self) -> tuple[str | None, str | None]:
-        """Where an attack takes harmful anchors from, and safe ones."""
+        """The sources of an attack's harmful anchors and safe anchors."""
         asked = self.attack or AttackRecipe(name="bi_directional_anchoring")
         safe = self.alignment.source if self.alignment else None
         return asked.harmful or self.harmful, asked.safe or safe
@@ -142,9 +144,9 @@ class Data(Part):
             ("harmful", "safe"), self.anchors(), ("harmful", "alignment"), strict=True
         ):
             if source is None:
-                raise Wrong(["attack", kind], f"name a file of {kind} anchors here, or as data.{key}")
+                raise Wrong(["attack", kind], f"give a file of {kind} anchors here, or as data.{key}")
         if self.poison_ratio > 0:
-            text = f"{attack.name} fine-tunes on benign rows alone; write poison_ratio: 0 with it"
+            text = f"{attack.name} fine-tunes on benign rows only; set poison_ratio: 0"
             raise Wrong(["poison_ratio"], text)
         if self.size is not None and self.size < attack.size:
             raise Wrong(

@@ -1,4 +1,4 @@
-"""The block `evaluation` of a recipe: what is generated, who judges it, and who rates answers to the task."""
+"""The block `evaluation` of a recipe: what is generated, which judges judge it, and which rater rates it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from holdfast.recipe.protocols import PROTOCOLS
 
 
 class JudgeRecipe(Part):
-    """A judge by name (or a file of one's own), with the model it loads and what else it takes.
+    """A judge, given by name (or by your own file), with its model and its options.
 
-    `label` names it in the results, where the same judge stands twice with different options.
+    `label` is its name in the results, for a judge that is used twice with different options.
     """
 
     name: str
@@ -40,7 +40,7 @@ class JudgeRecipe(Part):
         return self.label or self.name
 
     def options(self) -> dict[str, Any]:
-        """What is given beside the name, the label, the path, the threshold and the length."""
+        """The given options other than name, label, path, threshold and length."""
         common = {"name", "label", "path", "threshold", "max_length"}
         return {k: v for k, v in self.model_dump().items() if k not in common and v is not None}
 
@@ -59,12 +59,12 @@ class JudgeRecipe(Part):
         for key in self.options():
             if key not in facts.get("options", ()):
                 takes = ", ".join(["path", "threshold", "max_length", *facts.get("options", ())])
-                raise Wrong([key], f"judge {self.name} does not take it; it takes {takes}")
+                raise Wrong([key], f"judge {self.name} has no such option; it takes {takes}")
         return self
 
     def _check_kind(self, facts: Mapping[str, Any]) -> None:
         if facts.get("measures", "harm") != "harm":
-            text = "grades how good an answer is, and gives no verdict on harm; name it as evaluation.rater"
+            text = "grades how good an answer is and gives no verdict on harm; use it as evaluation.rater"
             raise ValueError(f"judge {self.name} {text}")
 
 
@@ -74,17 +74,17 @@ class RaterRecipe(JudgeRecipe):
     def _check_kind(self, facts: Mapping[str, Any]) -> None:
         if facts.get("measures", "harm") != "quality":
             raise ValueError(
-                f"judge {self.name} gives verdicts on harm and rates no answers; expected one that does: "
+                f"judge {self.name} gives verdicts on harm and does not rate answers; expected a rater: "
                 f"{', '.join(raters())}"
             )
         for key in ("label", "path", "threshold", "max_length"):
             if getattr(self, key) is not None and key not in facts.get("options", ()):
                 takes = ", ".join(facts.get("options", ())) or "nothing"
-                raise Wrong([key], f"judge {self.name} does not take it; it takes {takes}")
+                raise Wrong([key], f"judge {self.name} has no such option; it takes {takes}")
 
 
 def raters(metric: str | None = None) -> list[str]:
-    """The known judges that rate answers, or those that measure `metric`."""
+    """The known judges that rate answers, or only those that measure `metric`."""
     facts = {name: face.facts for name, face in registry.faces("judges").items()}
     return [
         name
@@ -94,15 +94,15 @@ def raters(metric: str | None = None) -> list[str]:
 
 
 RaterOrNone = Annotated[RaterRecipe, from_text("name"), WrapValidator(or_none), PlainSerializer(plain)]
-"""A block, a name, or the text `none`: the score of a judged task stays "not measured"."""
+"""A block, a name, or the text `none`, which leaves the score of a judged task "not measured"."""
 
 
 class Evaluation(Part):
-    """What is generated and who judges it; defaults of Lisa: 1000 prompts, 512 new tokens.
+    """What is generated and which judges judge it; defaults are Lisa's: 1000 prompts, 512 new tokens.
 
-    `protocol` names a paper whose settings are taken where no other is given. `rater` grades the answers to
-    a task that only a judge can grade. `system` stands before every question, after what a method of the
-    user stage puts there. At temperature 0 decoding is greedy; above it, sampled by the recipe's seed.
+    `protocol` names a paper whose settings replace the defaults. `rater` grades the answers to a task that
+    only a judge can grade. `system` is a text before every question, after the text that a method of the user
+    stage adds. At temperature 0 decoding is greedy; above 0 it samples with the recipe's seed.
     """
 
     protocol: str | None = None
@@ -130,16 +130,16 @@ class Evaluation(Part):
     @model_validator(mode="after")
     def _distinct(self) -> Evaluation:
         if not self.judges:
-            raise ValueError("judges: name at least one judge")
+            raise ValueError("judges: expected at least one judge")
         for name, count in Counter(judge.shown for judge in self.judges).items():
             if count > 1:
                 raise ValueError(
-                    f"judges: {name} stands twice; give one a label, by which the results tell them apart: "
-                    f"{{name: {name}, label: second, ...}}"
+                    f"judges: {name} appears twice; give one a label, so that the results can "
+                    f"distinguish them: {{name: {name}, label: second, ...}}"
                 )
         return self
 
     @property
     def raters(self) -> list[RaterRecipe]:
-        """The rater, if one is named."""
+        """The rater, if one is given, as a list."""
         return [self.rater] if isinstance(self.rater, RaterRecipe) else []

@@ -1,5 +1,5 @@
-"""Recipe files: finding and reading them, what they extend, `key=value` overrides, and messages that name
-key, file and line.
+"""Recipe files: find and read them, merge what they extend, apply `key=value` overrides, and explain errors
+with key, file and line.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ BARE = {
     "post_hoc": "defense",
     "evaluation": "protocol",
 }
-"""The key that a bare string stands for."""
+"""The key that a bare string sets, by block."""
 
 STAGES = ("alignment", "user", "post_hoc")
 
 
 class Loader(yaml.SafeLoader):
-    """`yaml.SafeLoader` for which 1e-5 is a number, as in YAML 1.2 and everywhere else, and not a text."""
+    """`yaml.SafeLoader` that reads 1e-5 as a number, as in YAML 1.2, and not as text."""
 
 
 Loader.add_implicit_resolver(
@@ -43,7 +43,7 @@ Loader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class Layer:
-    """One file of a recipe: the file itself, or one that it extends."""
+    """One file of a recipe: the recipe file itself, or a file that it extends."""
 
     name: str
     folder: Path
@@ -51,15 +51,15 @@ class Layer:
     node: yaml.Node | None
 
     def holds(self, place: Sequence[str]) -> tuple[int, int | None]:
-        """How many keys of `place` stand in this file, and the line (from 1) of the last of them."""
+        """How many keys of `place` this file has, and the line (from 1) of the last of them."""
         return _search(self.node, place)
 
 
 def layers(source: str | Path | Mapping[str, Any]) -> list[Layer]:
-    """The recipe, what it extends, what that extends, and so on.
+    """Read the recipe, the file that it extends, the file that this one extends, and so on.
 
     Raises:
-        RecipeError: a file is missing or no recipe, or the files extend each other in a circle.
+        RecipeError: a file is missing or is not a recipe, or the files extend each other in a circle.
     """
     if isinstance(source, Mapping):
         found = [Layer("recipe", Path(), dict(source), None)]
@@ -83,7 +83,7 @@ def layers(source: str | Path | Mapping[str, Any]) -> list[Layer]:
         found.append(layer)
         if path.resolve() in seen:
             chain = " extends ".join(layer.name for layer in found)
-            raise RecipeError(f"{where}: a circle: {chain}.")
+            raise RecipeError(f"{where}: the files extend each other in a circle: {chain}.")
         seen.append(path.resolve())
     return found
 
@@ -105,14 +105,14 @@ def _layer(name: str, path: Path) -> Layer:
 
 
 def merged(files: Sequence[Layer], stage_keys: Container[str], stem: str | None) -> dict[str, Any]:
-    """The keys of the last file with those of each file before it put on top, block by block.
+    """Override the keys of the last file with those of each file before it, block by block.
 
-    Where a stage's defense changes, the parameters of the earlier one go: they mean nothing to the other.
-    The name is not inherited, because the run's folder is called after it.
+    If a file changes a stage's defense, the parameters of the other defense are dropped. The name is not
+    inherited, because the run's folder is named after it.
 
     Args:
-        stage_keys: keys of a stage that are not a parameter of its defense.
-        stem: the name where the first file gives none.
+        stage_keys: keys of a stage that are not parameters of its defense.
+        stem: the name of the recipe if the first file gives none.
     """
     raw: dict[str, Any] = {}
     for layer in reversed(files):
@@ -145,13 +145,13 @@ def _defense(stage: Mapping[str, Any], below: Mapping[str, Any]) -> Any:
 
 
 def _spelt_out(value: Any, place: Sequence[str]) -> Any:
-    """A bare path or name as the block that it stands for."""
+    """A bare path or name as a block; any other value is unchanged."""
     bare = BARE.get(".".join(place))
     return {bare: value} if bare and isinstance(value, str) and value != "none" else value
 
 
 def find(source: str) -> Path:
-    """The file behind a path or the name of a packaged recipe."""
+    """The file of a recipe given by a path or by the name of a packaged recipe."""
     path = Path(source)
     if path.is_file():
         return path
@@ -164,7 +164,7 @@ def find(source: str) -> Path:
 
 
 def read(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
-    """The mapping in a YAML file, and its nodes (for line numbers)."""
+    """Read the mapping in a YAML file, and its nodes (for line numbers)."""
     try:
         text = path.read_text(encoding="utf-8")
         node, raw = yaml.compose(text, Loader), yaml.load(text, Loader)
@@ -188,7 +188,7 @@ def _kind(value: Any) -> str:
 
 
 def overridden(raw: Mapping[str, Any], asked: Sequence[str], stage_keys: Container[str]) -> dict[str, Any]:
-    """`raw` with `a.b.c=value` (the value is YAML) put on top, as the keys of a file that extends it."""
+    """`raw` overridden by `a.b.c=value` (the value is YAML), like the keys of a file that extends it."""
     own: dict[str, Any] = {}
     for override in asked:
         _set(own, override)
@@ -209,7 +209,7 @@ def _set(raw: dict[str, Any], asked: str) -> None:
         below = _spelt_out(place.get(parent), parents[: depth + 1])
         place[parent] = dict(below) if isinstance(below, Mapping) else {}
         place = place[parent]
-    # A name after a key of its block, in either order, is the block with both.
+    # A bare name and a key of the same block, in either order, are combined into one block.
     here = [*parents, last]
     old, new = _spelt_out(place.get(last), here), _spelt_out(value, here)
     both = isinstance(old, Mapping) and isinstance(new, Mapping)
@@ -217,12 +217,12 @@ def _set(raw: dict[str, Any], asked: str) -> None:
 
 
 def origin(files: Sequence[Layer], place: Sequence[str]) -> Layer:
-    """The file that has the last word on `place`: the first of those that hold most of it."""
+    """The file that sets `place`: the first of the files that contain most of its keys."""
     return max(files, key=lambda layer: layer.holds(place)[0])
 
 
 def explain(error: ValidationError, files: Sequence[Layer], root: type[BaseModel]) -> str:
-    """One line for each thing that is wrong."""
+    """The messages of a validation error, one line each."""
     messages = []
     for problem in error.errors():
         cause = problem.get("ctx", {}).get("error")
@@ -244,7 +244,7 @@ def explain(error: ValidationError, files: Sequence[Layer], root: type[BaseModel
 
 
 def _siblings(place: Sequence[str], root: type[BaseModel]) -> list[str]:
-    """The keys that could stand where an unknown one stands."""
+    """The known keys of the block that holds an unknown key."""
     block: Any = root
     for key in place[:-1]:
         if key in getattr(block, "model_fields", {}):
@@ -253,7 +253,7 @@ def _siblings(place: Sequence[str], root: type[BaseModel]) -> list[str]:
 
 
 def _block(annotation: Any) -> Any:
-    """The model class within an annotation such as `list[Annotated[X | None, ...]]`."""
+    """The model class in an annotation such as `list[Annotated[X | None, ...]]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     found = (_block(part) for part in get_args(annotation))
@@ -261,7 +261,7 @@ def _block(annotation: Any) -> Any:
 
 
 def _search(node: yaml.Node | None, place: Sequence[str]) -> tuple[int, int | None]:
-    """How many keys of `place` are found below `node`, and the line of the last; a bare string counts."""
+    """How many keys of `place` exist below `node`, and the line of the last; a bare string counts as one."""
     line = None
     for depth, part in enumerate(place):
         if isinstance(node, yaml.MappingNode):

@@ -1,4 +1,4 @@
-"""The blocks `model` and `lora` of a recipe: which model, and which of its weights are trained."""
+"""The blocks `model` and `lora` of a recipe: the model, and which of its weights are trained."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pydantic import (
 from holdfast.weights.adapter import MUTATING
 
 FULL = "none"
-"""`lora: none`: all weights are trained."""
+"""`lora: none` trains all weights."""
 
 
 class Wrong(ValueError):
-    """Something wrong at a key below the block that notices it."""
+    """An error at a key below the block that reports it."""
 
     def __init__(self, place: Sequence[str], text: str):
         super().__init__(text)
@@ -30,13 +30,13 @@ class Wrong(ValueError):
 
 
 class Part(BaseModel):
-    """A block of a recipe: frozen, and unknown keys are refused."""
+    """A block of a recipe; it is frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def from_text(key: str) -> BeforeValidator:
-    """A bare string stands for `{key: string}`."""
+    """A validator that reads a bare string as `{key: string}`."""
     return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
 
@@ -45,7 +45,7 @@ Alpha = Annotated[int | float, Field(gt=0)]
 
 
 class Lora(Part):
-    """A PEFT LoRA; defaults of Lisa's user stage (rank 8, alpha 4, dropout 0.1, q and v)."""
+    """A PEFT LoRA; the defaults are those of Lisa's user stage (rank 8, alpha 4, dropout 0.1, q and v)."""
 
     r: Rank = 8
     alpha: Alpha = 4
@@ -64,35 +64,35 @@ class Lora(Part):
         if init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
             raise Wrong(["r"], "init_lora_weights: orthogonal needs an even rank")
         if init in MUTATING and self.use_dora:
-            raise Wrong(["use_dora"], f"init_lora_weights: {init} is turned into a plain LoRA; DoRA is none")
+            raise Wrong(["use_dora"], f"init_lora_weights: {init} becomes a plain LoRA; leave out use_dora")
         if init in MUTATING and self.use_rslora and (self.rank_pattern or self.alpha_pattern):
-            text = f"with init_lora_weights: {init} leave out rank_pattern and alpha_pattern, or use_rslora"
+            text = f"with init_lora_weights: {init}, leave out rank_pattern and alpha_pattern, or use_rslora"
             raise Wrong(["use_rslora"], text)
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What decides the adapter; options that came later only where they are used."""
+        """The settings that define the adapter; options added in later versions only if they are used."""
         first = ("r", "alpha", "dropout", "target_modules", "use_rslora")
         defaults = {name: field.default for name, field in Lora.model_fields.items()}
         return {k: v for k, v in self.model_dump().items() if k in first or v != defaults[k]}
 
 
 def or_none(value: Any, block: Any) -> Any:
-    """The text `none` as it is, anything else as a block."""
+    """Keep the text `none`; validate anything else as a block."""
     return FULL if value == FULL else block(value)
 
 
 def plain(value: Any) -> Any:
-    """Such a value as it stands in a recipe."""
+    """The value in the form of a recipe: the text, or the block as plain values."""
     return value if isinstance(value, str) else value.model_dump(mode="json")
 
 
 LoraOrNone = Annotated[Lora, WrapValidator(or_none), PlainSerializer(plain)]
-"""A block, or the text `none`: not a union, because its errors would not name the key alone."""
+"""A block, or the text `none`; it is not a union, because a union's errors name more than the key."""
 
 
 class Model(Part):
-    """The model to start from: a folder, a Hub id, or "world" (the embedded one)."""
+    """The base model: a folder, a Hub id, or "world" (the embedded model)."""
 
     path: str
     revision: str | None = None
@@ -108,6 +108,6 @@ class Model(Part):
     @model_validator(mode="after")
     def _possible(self) -> Model:
         if self.quantization and self.adapters == "merge":
-            text = f"merge would round the sum to {self.quantization} again; write adapters: stack"
+            text = f"merging would round the weights to {self.quantization} again; write adapters: stack"
             raise Wrong(["adapters"], text)
         return self

@@ -1,8 +1,8 @@
-"""A recipe: what one run does, checked before anything starts.
+"""A recipe: the description of one run, checked before anything starts.
 
-YAML in, frozen objects out. Unknown keys are errors that name the nearest key and its line; a bare path
-works wherever a model or a data set is named. Nothing here imports torch: a method's own parameters and
-`TrainingArguments`' fields are checked by name through the registry.
+YAML is read into frozen objects. An unknown key is an error with its line and the nearest known key; a bare
+path works wherever a model or a data set is named. Nothing here imports torch: a method's own parameters and
+the fields of `TrainingArguments` are checked by name through the registry.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Recipe(Part):
             if "alignment_dataset" in needs:
                 self._need_alignment_data(f"{name}.defense {stage.defense}")
             if "harmful_dataset" in needs and self.data.alignment_harmful()[0] is None:
-                text = f"{name}.defense {stage.defense} needs harmful rows: name a file of them here, or as "
+                text = f"{name}.defense {stage.defense} needs harmful rows: give a file of them here, or as "
                 raise Wrong(["data", "alignment", "harmful"], f"{text}data.harmful")
         if self.alignment is not None:
             self._need_alignment_data("the alignment stage")
@@ -59,12 +59,12 @@ class Recipe(Part):
         return self
 
     def needs(self, stage: str) -> tuple[str, ...]:
-        """The data sets beyond its own that the defense of a stage takes; none where it does not run."""
+        """The additional data sets that the defense of a stage needs; empty if the stage does not run."""
         part: StageRecipe | None = getattr(self, stage)
         return () if part is None else registry.faces("defenses")[part.defense].facts.get("needs", ())
 
     def lora(self, stage: str) -> Lora | None:
-        """The LoRA of a stage, its own or the model's; None where all weights are trained."""
+        """The LoRA of a stage, its own or the model's; None if all weights are trained."""
         own = getattr(self, stage).lora
         lora = self.model.lora if own is None else own
         return lora if isinstance(lora, Lora) else None
@@ -72,22 +72,22 @@ class Recipe(Part):
     def trains(self, stage: str) -> Literal["new", "continue", "full"]:
         """What a stage trains: a new adapter, the alignment stage's, or all weights.
 
-        A user stage that goes on with the alignment stage's work trains all weights where that one did.
+        A user stage with `adapter: continue` trains all weights if the alignment stage did.
         """
         if stage == "user" and self._adapter() == "continue":
             return "continue" if self.lora("alignment") else "full"
         return "new" if self.lora(stage) else "full"
 
     def _adapter(self) -> str:
-        """What the user stage trains, as the recipe says or as its defense does by default."""
+        """What the user stage trains: set by the recipe, or the defense's default."""
         assert self.user is not None
         return self.user.adapter or registry.faces("defenses")[self.user.defense].facts.get("adapter", "new")
 
     def _check_user_data(self) -> None:
-        """An attack and a filter act on the rows of a user stage; an attack needs a gradient it can have."""
+        """An attack or a filter needs a user stage; an attack needs a gradient that can be computed."""
         for name in ("attack", "filter"):
             if getattr(self.data, name) is not None and self.user is None:
-                raise Wrong(["data", name], "it acts on the rows of the user stage, but user is none")
+                raise Wrong(["data", name], "this acts on the rows of the user stage, but user is none")
         attack = self.data.attack
         if attack is not None and attack.by == "gradient" and self.model.quantization:
             text = (
@@ -98,12 +98,12 @@ class Recipe(Part):
             raise Wrong(["data", "attack", "by"], "the user stage trains all weights; write gradient")
 
     def _check_adapter(self) -> None:
-        """Single LoRA needs an adapter to go on with, and has no LoRA of its own."""
+        """Single LoRA needs the alignment stage's adapter, and takes no LoRA settings of its own."""
         if self.alignment is not None and self.alignment.adapter is not None:
-            raise Wrong(["alignment", "adapter"], "only the user stage has a choice of adapter; leave it out")
+            raise Wrong(["alignment", "adapter"], "only the user stage has this key; leave it out")
         if self.user is None or self._adapter() == "new":
             return
-        who = f"{self.user.defense} goes on with the alignment stage's adapter (adapter: continue)"
+        who = f"{self.user.defense} continues to train the alignment stage's adapter (adapter: continue)"
         if self.alignment is None:
             raise Wrong(["user", "adapter"], f"{who}, but alignment is none. Write user.adapter: new")
         if self.user.lora is not None:
@@ -113,7 +113,7 @@ class Recipe(Part):
             )
 
     def _check_weights(self) -> None:
-        """Combinations of LoRA, quantisation and stacking that would not be what they are called."""
+        """Refuse combinations of LoRA, quantisation and stacking that would not do what their names say."""
         bits = self.model.quantization
         for name in ("alignment", "user"):
             if getattr(self, name) is None or self.trains(name) == "continue":
@@ -121,7 +121,9 @@ class Recipe(Part):
             lora = self.lora(name)
             place = ["model", "lora"] if getattr(self, name).lora is None else [name, "lora"]
             if bits and lora is None:
-                raise Wrong(place, f"{FULL} trains all weights, but {bits} ones cannot be trained; use LoRA")
+                raise Wrong(
+                    place, f"{FULL} trains all weights, but {bits} weights cannot be trained; use LoRA"
+                )
             if bits and lora and lora.init_lora_weights in MUTATING:
                 text = f"{lora.init_lora_weights} changes the base weights, which {bits} would round again"
                 raise Wrong([*place, "init_lora_weights"], text)
@@ -129,33 +131,31 @@ class Recipe(Part):
                 raise Wrong([*place, "use_dora"], "DoRA does not run on int8 weights; use quantization: nf4")
             stacked = name == "user" and self.alignment is not None and self.trains("alignment") == "new"
             if lora and lora.use_dora and stacked and self.model.adapters == "stack":
-                text = "DoRA would scale the base weights without the adapter below it; "
+                text = "DoRA would scale the base weights without the alignment adapter; "
                 choice = "write user.adapter: continue" if bits else "write model.adapters: merge"
                 raise Wrong([*place, "use_dora"], text + choice)
 
     def _check_post_hoc(self, repair: PostHocRecipe) -> None:
-        """The user's update must stand apart, and the direction from base to aligned must be on disk."""
+        """The user's update must be separate, and the weights that give the direction must be on disk."""
         repair.check()
         who = f"{repair.defense} repairs"
         if self.user is None:
             raise Wrong(["post_hoc"], f"{who} what the user stage trained, but user is none; leave one out")
         if self.alignment is None and repair.base is None:
-            text = f"{who} by the direction from base to aligned model, but alignment is none. Have an "
+            text = f"{who} along the direction from base to aligned model, but alignment is none. Add an "
             raise Wrong(
                 ["post_hoc"], f"{text}alignment stage, or give the model before alignment: post_hoc.base"
             )
         if self.alignment is not None and repair.base is not None:
             text = "the base is model.path, from which the alignment stage starts. Leave it out, or write "
-            raise Wrong(["post_hoc", "base"], f"{text}alignment: none if model.path is aligned already")
+            raise Wrong(["post_hoc", "base"], f"{text}alignment: none if model.path is already aligned")
         trains, aligns = self.trains("user"), self.alignment and self.trains("alignment")
         if trains == "continue":
             text = f"{who} the user's update, which adapter: continue ({self.user.defense}) does not keep "
-            raise Wrong(["post_hoc"], f"{text}apart from the alignment. Write user.adapter: new")
+            raise Wrong(["post_hoc"], f"{text}separate from the alignment. Write user.adapter: new")
         if trains == "full" and aligns == "new":
-            text = (
-                f"{who} all weights by those of the aligned model, which alignment by LoRA leaves in memory"
-            )
-            raise Wrong(["post_hoc"], f"{text} only. Train both stages by LoRA, or both with lora: none")
+            text = f"{who} all weights with those of the aligned model, which alignment with LoRA keeps in memory"
+            raise Wrong(["post_hoc"], f"{text} only. Train both stages with LoRA, or both with lora: none")
         for stage, how in (("alignment", aligns), ("user", trains)):
             lora = self.lora(stage) if how == "new" else None
             if lora and lora.use_dora:
@@ -166,8 +166,10 @@ class Recipe(Part):
         if trains == "new" and aligns == "new":
             ours, theirs = (_last_names(self.lora(stage)) for stage in ("user", "alignment"))
             if ours and theirs and not ours & theirs:
-                text = "the alignment's LoRA adapts none of the modules of the user's, so that there is no "
-                raise Wrong(["post_hoc"], f"{text}direction to repair by. Give both common target_modules")
+                text = "the alignment stage's LoRA adapts none of the modules of the user stage's, so there "
+                raise Wrong(
+                    ["post_hoc"], f"{text}is no direction to repair by. Give both common target_modules"
+                )
 
     def _need_alignment_data(self, who: str) -> None:
         if self.data.alignment is None:
@@ -175,10 +177,10 @@ class Recipe(Part):
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-        """A recipe from a file, the name of a packaged one, or a mapping; `overrides` are "key=value".
+        """Load a recipe from a file, a packaged recipe's name, or a mapping; `overrides` are "key=value".
 
         Raises:
-            RecipeError: with the file, the key, its line, and what was expected.
+            RecipeError: the recipe is not valid; the message has file, line, key and what was expected.
         """
         files = layers.layers(source)
         stem = None if isinstance(source, Mapping) else Path(source).stem
@@ -192,22 +194,22 @@ class Recipe(Part):
         return _beside(recipe, files)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, defaults included, as stored with results."""
+        """The recipe as plain values, including defaults, as stored with results."""
         return self.model_dump(mode="json")
 
     def fingerprint(self) -> str:
-        """Twelve hex digits of everything the recipe says."""
+        """Twelve hex digits of the hash of the whole recipe."""
         return identity_hash(self.to_dict())
 
 
 def _last_names(lora: Lora | None) -> set[str]:
-    """The last names of the target modules; empty where they are not given as a list."""
+    """The last name components of the target modules; empty if they are not given as a list."""
     targets = lora.target_modules if lora else ""
     return set() if isinstance(targets, str) else {name.rsplit(".", 1)[-1] for name in targets}
 
 
 def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
-    """Relative paths are looked up from the working folder first, then from the folder of their file."""
+    """Resolve relative paths: from the working folder first, then from the folder of their recipe file."""
 
     def found(value: str | None, *place: str) -> str | None:
         if value is None or value in registry.faces("tasks") or Path(value).exists():

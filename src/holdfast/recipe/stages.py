@@ -1,7 +1,7 @@
-"""The blocks of the stages in a recipe: two that train, and the repair after them.
+"""The stage blocks of a recipe: two training stages and the post-hoc stage.
 
-A method's own parameters and `TrainingArguments`' fields are checked by name through the registry, without
-importing the method.
+A method's own parameters and the fields of `TrainingArguments` are checked by name through the registry,
+without importing the method.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ USER_TRAINING = {  # the same sources; 20 epochs for SST-2 and AG News, 50 for G
 
 
 class Training(BaseModel):
-    """Fields of `TrainingArguments`, `max_length` and `lean_loss`; the common ones are range-checked."""
+    """Fields of `TrainingArguments`, `max_length` and `lean_loss`; the range of common fields is checked."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -69,15 +69,15 @@ class Training(BaseModel):
         return self
 
     def given(self) -> dict[str, Any]:
-        """What the recipe sets, without the fields it leaves alone."""
+        """The fields that the recipe sets."""
         return {**self.model_dump(exclude_none=True)}
 
 
 class StageRecipe(BaseModel):
-    """A stage: a defense by name, its own parameters beside it, LoRA and training arguments.
+    """A stage: the name of a defense, its own parameters, LoRA and training arguments.
 
-    `adapter` says what the user stage trains: "new" (double LoRA), "continue" (single LoRA: the alignment
-    adapter goes on), or None (what the defense's paper does).
+    `adapter` says what the user stage trains: "new" (double LoRA: a new adapter), "continue" (single LoRA:
+    the alignment adapter), or None (as in the defense's paper).
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -92,16 +92,16 @@ class StageRecipe(BaseModel):
         return dict(self.model_extra or {})
 
     def check(self, stage: str) -> None:
-        """Raise where the defense is unknown, acts elsewhere, or has no such parameter."""
+        """Raise Wrong if the defense is unknown, does not act at this stage, or has no such parameter."""
         face = _face(stage, self.defense)
         for name, value in self.parameters().items():
             _check_parameter(stage, face, name, value, StageRecipe.model_fields)
 
 
 class PostHocRecipe(BaseModel):
-    """Repair after fine-tuning: a method by name, and its parameters; a list tries each of its values.
+    """Repair after fine-tuning: the name of a method and its parameters; each value of a list is tried.
 
-    `base` is the model before alignment, for a run whose `model.path` is aligned already.
+    `base` is the model before alignment, for a run whose `model.path` is already aligned.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -110,21 +110,21 @@ class PostHocRecipe(BaseModel):
     base: str | None = None
 
     def parameters(self) -> dict[str, Any]:
-        """The method's own parameters as given, lists too; the text `none` is null."""
+        """The method's own parameters as given, including lists; the text `none` becomes None."""
         return {name: _null(value) for name, value in (self.model_extra or {}).items()}
 
     def combinations(self) -> list[dict[str, Any]]:
-        """The parameters of each repair: every value of a list with every one of the others."""
+        """The parameters of each repair: all combinations of the values of lists."""
         given = self.parameters()
         values = [value if isinstance(value, list) else [value] for value in given.values()]
         return [dict(zip(given, chosen, strict=True)) for chosen in product(*values)]
 
     def swept(self) -> list[str]:
-        """The parameters that were given as a list."""
+        """The parameters that are given as lists."""
         return [name for name, value in self.parameters().items() if isinstance(value, list)]
 
     def check(self) -> None:
-        """Raise where the method is unknown or acts elsewhere, or a parameter cannot be used."""
+        """Raise Wrong if the method is unknown, does not act here, or a parameter is not valid."""
         face = _face("post_hoc", self.defense)
         for name, value in self.parameters().items():
             if name in StageRecipe.model_fields:
@@ -133,7 +133,7 @@ class PostHocRecipe(BaseModel):
             for one in values or [value]:
                 _check_parameter("post_hoc", face, name, one, PostHocRecipe.model_fields)
             if any(one in values[:index] for index, one in enumerate(values)):
-                raise Wrong(["post_hoc", name], f"a value stands twice in {value!r}; name each only once")
+                raise Wrong(["post_hoc", name], f"a value appears twice in {value!r}; give each value once")
         one_of = face.facts.get("one_of", ())
         for combination in self.combinations() if one_of else ():
             given = [name for name in one_of if combination.get(name) is not None]
@@ -141,7 +141,7 @@ class PostHocRecipe(BaseModel):
                 found = " and ".join(given) or "neither"
                 text = f"{self.defense} needs exactly one of {' and '.join(one_of)}, found {found}"
                 if self.swept() and given:
-                    text += "; lists of several parameters are all combined"
+                    text += "; the values of several lists are all combined"
                 raise Wrong(["post_hoc"], text)
 
 
@@ -152,14 +152,14 @@ def _null(value: Any) -> Any:
 
 
 def _face(stage: str, defense: str) -> registry.Face:
-    """What is known of a defense, if it acts at `stage`."""
+    """The registry's entry of a defense. Raises Wrong if the defense does not act at `stage`."""
     known = registry.list_defenses(stage)
     if defense not in registry.faces("defenses"):
         raise Wrong([stage, "defense"], f"unknown defense '{defense}'.{nearest(defense, known)}")
     face = registry.faces("defenses")[defense]
     if stage not in face.facts["stages"]:
         there = ", ".join(known) or "none yet"
-        text = f"'{defense}' does not act at the {stage} stage. Those that do: {there}."
+        text = f"'{defense}' does not act at the {stage} stage. Defenses that do: {there}."
         raise Wrong([stage, "defense"], text)
     return face
 
@@ -178,7 +178,7 @@ TYPES: Mapping[str, type | tuple[type, ...]] = {
 
 
 def _fits(value: Any, parameter: registry.Parameter) -> bool:
-    """Whether a YAML value can stand where the parameter stands (an int may stand for a float)."""
+    """Whether a YAML value has the parameter's type (an int is accepted for a float)."""
     default = parameter.default
     if default is None:
         names = [name.strip() for name in parameter.type.split("|")]
@@ -191,7 +191,7 @@ def _fits(value: Any, parameter: registry.Parameter) -> bool:
 
 
 def as_stage(value: Any) -> Any:
-    """`none` or null: the stage does not run; a bare string names the defense."""
+    """Read `none` or null as a stage that does not run, and a bare string as the name of a defense."""
     if value is None or value == "none":
         return None
     return {"defense": value} if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Where two judges agree and where they differ, as columns of the judges' table."""
+"""The agreement of every two judges, as columns of a table."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Pair = tuple[str, str]
 
 
 def agreement_table(rows: Sequence[Row]) -> tuple[Column, ...]:
-    """For every two judges: kappa, and how many answers only one of them calls harmful."""
+    """For every two judges: Cohen's kappa, and the number of answers that only one of them calls harmful."""
     columns = []
     for pair in dict.fromkeys(pair for row in rows for pair in _pairs(row)):
         title = f"{pair[0]} and {pair[1]}"
         parts = (
-            (f"{title}: kappa", "1 is full agreement, 0 what chance gives", partial(_kappa, pair)),
-            (f"only {pair[0]}", f"harmful, {pair[1]}: safe", partial(_only, pair, "only_first")),
-            (f"only {pair[1]}", f"harmful, {pair[0]}: safe", partial(_only, pair, "only_second")),
+            (f"{title}: kappa", "1: full agreement, 0: agreement by chance", partial(_kappa, pair)),
+            (f"only {pair[0]}", f"says harmful; {pair[1]} says safe", partial(_only, pair, "only_first")),
+            (f"only {pair[1]}", f"says harmful; {pair[0]} says safe", partial(_only, pair, "only_second")),
         )
         columns += [Column(name, "", explain, tuple(map(cell, rows))) for name, explain, cell in parts]
     return tuple(columns)
@@ -39,7 +39,7 @@ def _pairs(row: Row) -> list[Pair]:
 
 
 def _of(pair: Pair, row: Row) -> list[dict[str, Any]]:
-    """One entry for each seed."""
+    """The entries of this pair of judges, one for each seed."""
     return [mapping(entry) for entry in _entries(row) if entry.get("judges") == list(pair)]
 
 
@@ -49,11 +49,11 @@ def _kappa(pair: Pair, row: Row) -> Cell:
         return Cell(NOT_MEASURED)
     values = [value for entry in entries if (value := number(entry.get("kappa"))) is not None]
     agree = [value for entry in entries if (value := number(entry.get("agree"))) is not None]
-    details = [f"{fmean(agree):.1f} % alike"] if agree else []
+    details = [f"{fmean(agree):.1f} % agreement"] if agree else []
     details += [f"mean of {len(values)} seeds"] if len(values) > 1 else []
     details += [f"n = {_sum(entries, 'n')}"]
     unparsed = _sum(entries, "one_unparsed")
-    details += [f"{unparsed} unparsed by one"] if unparsed else []
+    details += [f"{unparsed} unparsed by one judge"] if unparsed else []
     return Cell(f"{fmean(values):.2f}" if values else "undefined", tuple(details))
 
 

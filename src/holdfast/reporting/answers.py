@@ -1,4 +1,4 @@
-"""Answers of several models to the same prompts, chosen where they differ most."""
+"""Answers of several models to the same prompts. The prompts on which the models differ most are chosen."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from holdfast.reporting.read import mapping, number, read_lines, read_object
 from holdfast.reporting.training import step_folder
 
 PER_SET = {"harmful": 4, "task": 3, "benign": 3}
-"""Prompts shown of each set."""
+"""Number of prompts shown from each set."""
 
 COMPARED = 200
-"""Characters of an answer that count when two are compared."""
+"""Two answers are compared by this many characters from their beginning."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge said: "harmful", "safe" or "unparsed", with its score where it gives one."""
+    """A judge's verdict: "harmful", "safe" or "unparsed", with the judge's score if it gives one."""
 
     judge: str
     verdict: str
@@ -39,7 +39,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of a test set, with the answers of the compared models in one order."""
+    """A prompt of a test set, with the answers of the compared models, always in the same order."""
 
     id: str
     set: str
@@ -52,15 +52,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The chosen prompts, and the labels of the models that answer them."""
+    """The chosen prompts, and the labels of the models that answered them."""
 
     labels: tuple[str, ...]
     prompts: tuple[Prompt, ...]
     split: tuple[Prompt, ...] = ()
-    """Harmful prompts with the answers that one judge calls harmful and another safe."""
+    """Harmful prompts with the answers that one judge calls harmful and another judge calls safe."""
 
     def of(self, name: str) -> list[Prompt]:
-        """The prompts of one set."""
+        """Return the chosen prompts of one set."""
         return [prompt for prompt in self.prompts if prompt.set == name]
 
 
@@ -69,7 +69,7 @@ Verdicts = dict[str, list[Verdict]]
 
 
 def compare_answers(rows: Sequence[Row]) -> tuple[Comparison | None, list[str]]:
-    """Answers of the models worth comparing, or None where none were kept; and the folders that are gone."""
+    """The answers of up to three models (None if no answers were kept), and the missing step folders."""
     labels: list[str] = []
     read: list[tuple[Generations, Verdicts]] = []
     missing: list[str] = []
@@ -82,7 +82,7 @@ def compare_answers(rows: Sequence[Row]) -> tuple[Comparison | None, list[str]]:
     if not read:
         return None, missing
     shared = set(read[0][0]).intersection(*(generations for generations, _ in read[1:]))
-    # Models of other runs may have answered other prompts: then the first one's are shown alone.
+    # Models of different runs may have answered different prompts: then only the first model's are shown.
     if not shared:
         labels, read, shared = labels[:1], read[:1], set(read[0][0])
     prompts = []
@@ -91,13 +91,13 @@ def compare_answers(rows: Sequence[Row]) -> tuple[Comparison | None, list[str]]:
         keys = sorted(key for key in shared if key[0] == name)
         candidates = [_prompt(key, labels, read) for key in keys]
         split += _spread([one for prompt in candidates if (one := _split(prompt))])[:count]
-        candidates.sort(key=_difference, reverse=True)  # stable: equal ones stay in order of their id
+        candidates.sort(key=_difference, reverse=True)  # stable: ties keep the order of their ids
         prompts.extend(_spread(candidates)[:count])
     return (Comparison(tuple(labels), tuple(prompts), tuple(split)) if prompts else None), missing
 
 
 def _compared(rows: Sequence[Row]) -> list[Row]:
-    """Before fine-tuning, the most harmful model after it, and the least harmful one."""
+    """The model before fine-tuning, and the most and the least harmful model after fine-tuning."""
     after = [row for row in rows if row.role != "reference"]
     scored = [row for row in after if row.scores["harmful_score"] is not None]
     chosen: list[Row] = []
@@ -138,7 +138,7 @@ def _generations(member: Measurement, missing: list[str]) -> Generations:
 
 
 def _verdicts(member: Measurement, missing: list[str]) -> Verdicts:
-    """Verdicts by prompt id, in the order of the row's moderate steps, which is that of its judges."""
+    """Verdicts by prompt id, in the order of the row's moderate steps (the same as that of its judges)."""
     found: Verdicts = {}
     steps = member.steps.get("moderate") or []
     steps = [steps] if isinstance(steps, str) else steps
@@ -149,7 +149,7 @@ def _verdicts(member: Measurement, missing: list[str]) -> Verdicts:
             missing.append(step_id)
             continue
         record = read_object(folder / "step.json") if (folder / "step.json").is_file() else {}
-        # Runs that share a step may call its judge by different labels: the row's own comes first.
+        # Runs that share a step may label its judge differently: the row's own label is preferred.
         told = record.get("judge") or f"judge {index + 1}"
         judge = names[index] if len(names) == len(steps) else str(told)
         for row in read_lines(folder / "verdicts.jsonl"):
@@ -184,7 +184,7 @@ def _prompt(
 
 
 def _split(prompt: Prompt) -> Prompt | None:
-    """The prompt with only those answers on which its judges contradict each other."""
+    """The prompt with only the answers on which the judges contradict each other; None if there are none."""
     answers = tuple(
         answer
         for answer in prompt.answers
@@ -194,7 +194,7 @@ def _split(prompt: Prompt) -> Prompt | None:
 
 
 def _difference(prompt: Prompt) -> tuple[int, float]:
-    """How far the models are apart: first in the headline judge's verdicts, then in their words."""
+    """How much the models differ: first by the headline judge's verdicts, then by the text of the answers."""
     verdicts = {answer.verdicts[0].verdict for answer in prompt.answers if answer.verdicts}
     first = prompt.answers[0].text[:COMPARED]
     ratios = [
@@ -205,6 +205,6 @@ def _difference(prompt: Prompt) -> tuple[int, float]:
 
 
 def _spread(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The first prompt of each category, then the others; each in their order."""
+    """The first prompt of each category, then the other prompts; both groups keep their order."""
     first = {prompt.category: prompt for prompt in reversed(prompts)}
     return sorted(prompts, key=lambda prompt: first[prompt.category] is not prompt)

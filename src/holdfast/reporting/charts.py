@@ -1,4 +1,4 @@
-"""The charts of a report, as inline SVG that follows the page's theme, and one as PNG for a README."""
+"""The scatter plot of a report, as inline SVG that follows the page's theme, or as a PNG for a README."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROLE_NAMES = {
     "control": "control",
 }
 NAMED = 12
-"""Points that carry their name; with more, each carries its number in the table alone."""
+"""With up to this many points, each is labelled with number and name; with more, with the number only."""
 
 
 def plotted(rows: Sequence[Row]) -> list[Row]:
@@ -35,9 +35,9 @@ def plotted(rows: Sequence[Row]) -> list[Row]:
 
 
 def scores_svg(data: ReportData, *, narrow: bool = False) -> str | None:
-    """Harmful score against finetune accuracy with error bars; None where no row has both.
+    """Plot finetune accuracy against harmful score, with error bars; return None if no row has both.
 
-    `narrow` is for a phone: small, and points carry their numbers only.
+    `narrow` gives a small plot for phones, with points labelled by number only.
     """
     rows = plotted(data.rows)
     if not rows:
@@ -54,10 +54,10 @@ def scores_svg(data: ReportData, *, narrow: bool = False) -> str | None:
 
 
 def save_png(data: ReportData, path: Path) -> Path:
-    """The plot with a short table beside it, as a PNG with the light theme (for a README).
+    """Save the plot with a short table beside it as a PNG in the light theme (for a README).
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     rows = plotted(data.rows)
     with style():
@@ -112,7 +112,7 @@ def _scatter(
             if short_legend
             else ROLE_NAMES[role],
             clip_on=False,
-            zorder=3.5 if role in HOLLOW else 3,  # hollow: what lies below stays visible
+            zorder=3.5 if role in HOLLOW else 3,  # hollow markers go on top: those below stay visible
         )
     for _, line in sweeps(rows):
         scores = [_point(row) for row in line]
@@ -153,7 +153,7 @@ def _name_points(figure: Figure, axes: Axes, rows: Sequence[Row], numbers_only: 
     obstacles = [box for row in rows for box in _drawn(axes, row)]
     for text, point, spot in zip(texts, points, place(points, sizes, obstacles, inside), strict=True):
         if spot is None:
-            continue  # the table still says where the point lies
+            continue  # the result table still gives the point's scores
         back = axes.transData.inverted()
         if spot.leader is not None:
             ends = back.transform([point, spot.leader])
@@ -186,7 +186,7 @@ def _drawn(axes: Axes, row: Row) -> list[Box]:
 
 
 def _accuracy_limits(rows: Sequence[Row]) -> tuple[float, float]:
-    """An axis that holds every error bar, spans at least 20 points, and stays near 0 to 100."""
+    """Axis limits that include every error bar, span at least 20 points and stay close to 0 to 100."""
     pairs = [(score.value, score.stderr or 0.0) for _, score in map(_point, rows)]
     low = min(value - error for value, error in pairs)
     high = max(value + error for value, error in pairs)
@@ -196,7 +196,7 @@ def _accuracy_limits(rows: Sequence[Row]) -> tuple[float, float]:
 
 def _point(row: Row) -> tuple[Score, Score]:
     harmful, accuracy = row.scores["harmful_score"], row.scores["finetune_accuracy"]
-    assert harmful is not None  # `plotted` keeps no other rows
+    assert harmful is not None  # `plotted` keeps only rows with both scores
     assert accuracy is not None
     return harmful, accuracy
 
@@ -207,7 +207,7 @@ def _point_text(row: Row) -> str:
 
 
 def _side_table(figure: Figure, rows: Sequence[Row]) -> None:
-    """Number, name, harmful score and accuracy of each row, as text at the right of the picture."""
+    """Write number, name, harmful score and accuracy of each row at the right of the plot."""
     height = figure.get_size_inches()[1] * 72
     columns = ((712, "left"), (1030, "right"), (1160, "right"))
     lines: list[tuple[Any, ...]] = [("", "harmful score ↓", "accuracy ↑")]

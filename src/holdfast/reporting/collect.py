@@ -1,4 +1,4 @@
-"""Runs as one typed structure: what the page and the charts show. Reads JSON only."""
+"""Read runs into one typed structure that the page and the charts show. Reads JSON only."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Difference:
-    """A field of the protocol stamp on which runs disagree: (run, value) in the order of the runs."""
+    """A field of the protocol stamp in which runs differ: (run, value) in the order of the runs."""
 
     field: str
     values: tuple[tuple[str, str], ...]
@@ -59,7 +59,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class ReportData:
-    """All that a report shows. `missing` names the step folders that were not found."""
+    """Everything that a report shows. `missing` lists the step folders that were not found."""
 
     runs: tuple[Run, ...]
     rows: tuple[Row, ...]
@@ -73,7 +73,7 @@ class ReportData:
 
     @property
     def headline_judge(self) -> str | None:
-        """The judge behind `harmful_score`: the one that the rows or the stamp name, else a row's first."""
+        """The judge of `harmful_score`: named by the rows or the protocol stamp, else a row's first judge."""
         told = [str(row.members[0].raw.get("judge")) for row in self.rows]
         told.append(str(self.runs[0].protocol.get("judge") or "").partition("@")[0])
         names = [name for row in self.rows for name in row.judges]
@@ -81,11 +81,11 @@ class ReportData:
 
 
 def collect(runs: Sequence[Path], *, force: bool = False) -> ReportData:
-    """Read runs, each given as its folder or its `results.json`.
+    """Read runs; each is given by its folder or its `results.json`.
 
     Raises:
         InputError: no run was given.
-        DataError: a file is missing, torn or not a Holdfast result.
+        DataError: a file is missing, incomplete or not a Holdfast result.
         ComparisonError: the protocol stamps differ and `force` is off.
     """
     if not runs:
@@ -107,7 +107,7 @@ def collect(runs: Sequence[Path], *, force: bool = False) -> ReportData:
     return ReportData(
         runs=tuple(loaded),
         rows=rows,
-        finding="The runs were measured in different ways, so nothing is concluded from comparing them."
+        finding="The runs were measured under different protocols; nothing is concluded from comparing them."
         if differences
         else finding(rows),
         differences=tuple(differences),
@@ -120,7 +120,7 @@ def collect(runs: Sequence[Path], *, force: bool = False) -> ReportData:
 
 
 def results_file(run: Path) -> Path:
-    """The `results.json` that `run` stands for."""
+    """The `results.json` of `run`, which is a run's folder or that file."""
     return run / "results.json" if run.is_dir() else run
 
 
@@ -134,15 +134,17 @@ def _load(given: Path) -> Run:
         found = "a folder without one" if given.is_dir() else "nothing" if not path.exists() else "no file"
         raise DataError(
             f"Expected a run (a folder with results.json, or that file), found {found}: {given}. "
-            "A run writes results.json at its end: run `holdfast run` again and it goes on where it stopped."
+            "A run writes results.json when it ends: call `holdfast run` again to resume a stopped run."
         )
     content = read_object(path)
     absent = [key for key in REQUIRED if key not in content]
     if absent:
-        raise DataError(f"{path} is not a Holdfast result: it lacks {', '.join(absent)}.")
+        raise DataError(f"{path} is not a Holdfast result: missing keys: {', '.join(absent)}.")
     rows = content["rows"]
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
-        raise DataError(f'{path} is not a Holdfast result: expected "rows", a list of objects with a name.')
+        raise DataError(
+            f'{path} is not a Holdfast result: expected "rows" to be a list of objects with a name.'
+        )
     for row in rows:
         for key in NUMBERS:
             if isinstance(row.get(key), str | bool | list | dict):
@@ -150,7 +152,7 @@ def _load(given: Path) -> Run:
                     f"{path}, row {row['name']!r}: expected a number or null for {key}, found {row[key]!r}."
                 )
     if not isinstance(content["protocol"], dict):
-        raise DataError(f'{path} is not a Holdfast result: expected "protocol", an object.')
+        raise DataError(f'{path} is not a Holdfast result: expected "protocol" to be an object.')
     steps = objects(content.get("steps"))
     ids = [str(step.get("id")) for step in steps]
     manifest = content.get("manifest") or next((id for id in ids if id.startswith("manifest-")), None)
@@ -179,7 +181,7 @@ def _differences(runs: Sequence[Run]) -> list[Difference]:
     fields = dict.fromkeys(field for run in runs for field in run.protocol)
     found = []
     for field in fields:
-        # An absent field and a null one are different stamps; repr tells 1 from "1" and true.
+        # An absent field differs from a null field; repr distinguishes 1, "1" and true.
         values = [repr(run.protocol.get(field, "absent")) for run in runs]
         if len(set(values)) > 1:
             shown = [plain(run.protocol[field]) if field in run.protocol else "absent" for run in runs]
@@ -189,25 +191,25 @@ def _differences(runs: Sequence[Run]) -> list[Difference]:
 
 
 def _explain(differences: Sequence[Difference]) -> str:
-    lines = ["The runs were measured under different protocols and must not stand in one table:"]
+    lines = ["The runs were measured under different protocols, so their scores are not comparable:"]
     for difference in differences:
         by_value: dict[str, list[str]] = {}
         for run, value in difference.values:
             by_value.setdefault(value, []).append(run)
         shown = "; ".join(f"{value} ({', '.join(names)})" for value, names in by_value.items())
         lines.append(f"  {difference.field}: {shown}")
-    lines.append("Measure them the same way, or compare them all the same with --force.")
+    lines.append("Measure them under the same protocol, or compare them anyway with --force.")
     return "\n".join(lines)
 
 
 def _settings(recipe: dict[str, Any], raw: dict[str, Any]) -> str:
-    """What made this row, apart from the seed: rows that differ in it are never averaged."""
+    """The part of the recipe behind this row, without the seed; rows that differ in it are not averaged."""
     data = mapping(recipe.get("data"))
     parts: dict[str, Any] = {"model": recipe.get("model")}
     for stage in ("alignment", "user"):
         if raw.get(stage) is not None:
             parts[stage] = recipe.get(stage)
-    if raw.get("post_hoc") is not None:  # of a sweep in the recipe, what this row is
+    if raw.get("post_hoc") is not None:  # if the recipe sweeps a parameter, this row's value of it
         parts["post_hoc"] = {**mapping(recipe.get("post_hoc")), **mapping(raw.get("post_hoc_parameters"))}
     parts["data"] = data if raw.get("user") is not None else data.get("alignment")
     return json.dumps(parts, sort_keys=True)

@@ -1,4 +1,4 @@
-"""The picture of a Safe LoRA run: cosine by depth, coloured by kind of module."""
+"""The plot of a Safe LoRA run: cosine by layer, coloured by kind of module."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from holdfast.reporting.svg import COLOURS, figure_of, margins, style
 from holdfast.reporting.text import one_line
 
 KINDS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d", "#8c6d31")
-"""Colours that stay apart for most colour-blind readers (Okabe and Ito, yellow left out)."""
+"""Colours that most colour-blind readers can distinguish (Okabe and Ito, without yellow)."""
 MARKERS = "os^Dv<>P"
 
 
 def save_cosines(record: Mapping[str, Any], path: Path) -> Path:
-    """Draw the modules of a `safe_lora.json`; filled where projected, hollow where not.
+    """Plot the modules of a `safe_lora.json`: filled markers are projected, hollow ones are not.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -76,10 +76,10 @@ def save_cosines(record: Mapping[str, Any], path: Path) -> Path:
 
 
 def check_place(path: Path) -> None:
-    """Make sure, before long work, that a picture can be written there; makes its folder.
+    """Check before long work that a picture can be written to `path`; creates its folder.
 
     Raises:
-        OutputError: it cannot.
+        OutputError: the picture cannot be written there.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

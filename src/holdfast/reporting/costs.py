@@ -1,4 +1,4 @@
-"""What each part of a run cost: a table for each part, of what was measured there."""
+"""The costs of a run: one table for each part of the run, with the columns that were measured."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from holdfast.reporting.text import NOT_MEASURED, bytes_text, duration_text
 TITLES = {"alignment": "Alignment", "user": "Fine-tuning", "generate": "Answers"}
 
 Costs = Sequence[Mapping[str, Any]]
-"""What one part of one row cost, for each seed."""
+"""The costs of one part of one row, one mapping for each seed."""
 
 
 def cost_tables(rows: Sequence[Row]) -> list[tuple[str, tuple[Column, ...]]]:
-    """Titles of the parts, and the columns of each; a row that lacks the part has "–" in all of them."""
+    """The title and the columns of each part; a row without that part has "–" in every column."""
     found = {}
     for part in _parts(rows):
         costs = [_costs(row, part) for row in rows]
@@ -36,7 +36,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _kinds(key: str) -> Callable[[Sequence[Costs]], str]:
-    """What the costs themselves say of how they were measured."""
+    """How the costs were measured, as they record it under `key`."""
 
     def kinds(costs: Sequence[Costs]) -> str:
         told = dict.fromkeys(str(cost[key]) for one in costs for cost in one if cost.get(key) is not None)
@@ -50,8 +50,8 @@ def _says(text: str) -> Callable[[Sequence[Costs]], str]:
 
 
 COLUMNS: tuple[tuple[str, Callable[[Sequence[Costs]], str], str, Callable[[float], str], Any], ...] = (
-    ("Time", _says("by the clock"), "seconds", duration_text, _mean),
-    ("Time per 1000 steps", _says("by the clock"), "seconds_per_1000_steps", duration_text, _mean),
+    ("Time", _says("wall clock"), "seconds", duration_text, _mean),
+    ("Time per 1000 steps", _says("wall clock"), "seconds_per_1000_steps", duration_text, _mean),
     ("Device time", _kinds("device_time"), "device_seconds", duration_text, _mean),
     (
         "Device time per 1000 steps",
@@ -60,12 +60,18 @@ COLUMNS: tuple[tuple[str, Callable[[Sequence[Costs]], str], str, Callable[[float
         duration_text,
         _mean,
     ),
-    ("Tokens per second", _says("all processes"), "tokens_per_second", lambda value: f"{value:,.0f}", _mean),
+    (
+        "Tokens per second",
+        _says("over all processes"),
+        "tokens_per_second",
+        lambda value: f"{value:,.0f}",
+        _mean,
+    ),
     ("Peak memory", _kinds("peak_memory_kind"), "peak_memory_bytes", bytes_text, max),
     ("Reserved memory", _says("cuda reserved"), "peak_reserved_bytes", bytes_text, max),
     (
         "Energy",
-        _says("the GPU's own counter"),
+        _says("from the GPU's counter"),
         "energy_joules",
         lambda value: f"{value / 1000:.3g} kJ",
         _mean,
@@ -84,7 +90,7 @@ def _parts(rows: Sequence[Row]) -> list[str]:
 
 
 def _costs(row: Row, part: str) -> Costs:
-    """Of each seed, as far as it was measured."""
+    """The costs of `part` for each seed that has them."""
     of_seeds = [mapping(member.raw.get("cost")) for member in row.members]
     found = [mapping((of if part in TITLES else mapping(of.get("moderate"))).get(part)) for of in of_seeds]
     return [cost for cost in found if cost]
@@ -96,6 +102,6 @@ def _cell(
     if not costs:
         return Cell("–")
     values = [value for cost in costs if (value := number(cost.get(key))) is not None]
-    if len(values) < len(costs):  # part of the seeds would look like all of them
+    if len(values) < len(costs):  # a value over some of the seeds would look like one over all
         return Cell(NOT_MEASURED)
     return Cell(text(pick(values)))

@@ -1,4 +1,4 @@
-"""Training curves as small charts: loss, gradient norm and drift over the steps of one stage."""
+"""Small charts of the training curves: loss, gradient norm and drift over the steps of one stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BANDS = 80
-"""Phases that are shaded; more of them would be a single grey."""
+"""Phases are shaded up to this number; more of them would merge into one grey area."""
 
 PANELS = (
     ("loss", "Loss", ("loss", "alignment_loss", "user_loss")),
@@ -30,9 +30,9 @@ LINES: dict[str, tuple[str, str | tuple[int, tuple[int, int]], str]] = {
 
 
 def curves_svg(curves: Curves, index: int, limits: dict[str, float]) -> str | None:
-    """Loss, gradient norm and drift over the steps of one stage; None for a log without numbers.
+    """Plot loss, gradient norm and drift over the steps of one stage; return None if the log has no numbers.
 
-    `limits` gives a shared upper end of the axis by panel, where `shared_limits` found one.
+    `limits` holds the shared upper axis limit of each panel, if `shared_limits` found one.
     """
     panels = [(key, title, names) for key, title, names in PANELS if _drawable(curves, names)]
     if not panels:
@@ -48,7 +48,7 @@ def curves_svg(curves: Curves, index: int, limits: dict[str, float]) -> str | No
 
 
 def shared_limits(curves: Sequence[Curves]) -> dict[str, float]:
-    """Per panel the upper end that all charts share, where no chart would be flattened by it."""
+    """The upper axis limit of each panel that all charts share, unless it would flatten one of them."""
     limits = {}
     for key, _, names in PANELS:
         tops = [top for one in curves if (top := _top(one, names)) is not None]
@@ -66,7 +66,7 @@ def _drawable(curves: Curves, names: Sequence[str]) -> bool:
 
 
 def _shown(curves: Curves, names: Sequence[str]) -> list[str]:
-    """The two losses apart where there are both or either; else the mixed one."""
+    """The separate losses of alignment and user rows if either was logged, else the common loss."""
     present = [name for name in names if _finite(curves, name)]
     apart = [name for name in present if name != "loss"]
     return apart or present

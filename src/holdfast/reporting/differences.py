@@ -1,4 +1,4 @@
-"""Each model against the undefended one on the same prompts, as columns of a table."""
+"""Each model compared with the undefended model on the same prompts, as columns of a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from holdfast.reporting.text import one_line, score_text
 from holdfast.reporting.training import step_folder
 
 CHANCE = 0.05
-"""Above this corrected p two models are called not distinguishable."""
+"""Two models are reported as "not distinguishable" if the corrected p is above this."""
 
 SCORES = {"harmful_score": "lower", "task_score": "higher", "benign_compliance": "higher"}
 
@@ -23,7 +23,7 @@ Values = dict[str, dict[str, bool | float]]
 
 @dataclass(frozen=True)
 class Difference:
-    """One score of a row against that of its baseline; `p` is Holm's, over the rows of the report."""
+    """One score of a row compared with its baseline; `p` is Holm-corrected over the rows of the report."""
 
     result: Paired
     p: float
@@ -31,12 +31,12 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether chance alone is no good explanation."""
+        """Whether the difference is significant."""
         return self.p <= CHANCE
 
 
 def differences_table(rows: Sequence[Row]) -> tuple[Column, ...]:
-    """Whom each row is compared with, and every score's difference; empty where nothing can be compared."""
+    """The baseline of each row and the difference in every score; empty if nothing can be compared."""
     against = baselines(rows)
     found = {name: differences(rows, against, name) for name in SCORES}
     columns = [_column(rows, name, cells) for name, cells in found.items() if cells]
@@ -47,16 +47,16 @@ def differences_table(rows: Sequence[Row]) -> tuple[Column, ...]:
         Cell("–") if row is None else Cell(f"{row.number} {one_line(row.label, 48)}") for row in named
     )
     return (
-        Column("Compared with", "", "the undefended model, else the one before fine-tuning", cells),
+        Column("Compared with", "", "the undefended model, else the model before fine-tuning", cells),
         *columns,
     )
 
 
 def baselines(rows: Sequence[Row]) -> dict[int, Row]:
-    """For each row, by its number, the undefended row to compare it with; none for that row itself.
+    """For each row, by its number, the undefended row to compare it with; a row is not compared with itself.
 
-    Of the same share of harmful rows where there is one, and aligned in the same way, else aligned at all.
-    Without an undefended row, the model before fine-tuning.
+    The baseline has the same share of harmful rows (if the row was fine-tuned), and preferably the same
+    alignment, else any alignment. If there is no undefended row, it is the model before fine-tuning.
     """
     undefended = [row for row in rows if row.role == "undefended"]
     references = [row for row in rows if row.role == "reference"]
@@ -79,7 +79,7 @@ def baselines(rows: Sequence[Row]) -> dict[int, Row]:
 
 
 def differences(rows: Sequence[Row], against: Mapping[int, Row], score: str) -> dict[int, Difference]:
-    """By the row's number: its difference in one score, with p corrected for all rows (Holm)."""
+    """For each row, by its number, its difference in one score, with p corrected for all rows (Holm)."""
     results: dict[int, tuple[Paired, int]] = {}
     for row in rows:
         baseline = against.get(row.number)
@@ -100,7 +100,7 @@ def differences(rows: Sequence[Row], against: Mapping[int, Row], score: str) -> 
 
 
 def _by_seed(row: Row, score: str) -> Values:
-    """What each prompt scored, by seed and id; nothing where the folder is gone or older than that."""
+    """The value of each prompt, by seed and id; empty if the step folder is missing or has no items.jsonl."""
     found: Values = {}
     for member in row.members:
         values = _items(member, score)
@@ -124,7 +124,7 @@ def _items(member: Measurement, score: str) -> dict[str, bool | float]:
 
 
 def _over(by_seed: Values, seeds: Sequence[str]) -> dict[str, bool | float]:
-    """The values of one seed, or each prompt's mean over several: prompts, not seeds, are what is paired."""
+    """The values of one seed, or each prompt's mean over several seeds: the test pairs prompts, not seeds."""
     if len(seeds) == 1:
         return by_seed[seeds[0]]
     shared = set(by_seed[seeds[0]]).intersection(*(by_seed[seed] for seed in seeds))
@@ -136,7 +136,7 @@ def _column(rows: Sequence[Row], name: str, found: Mapping[int, Difference]) -> 
     titles = {"harmful_score": "Harmful score", "benign_compliance": "Benign compliance"}
     title = titles.get(name) or task_title(rows)
     cells = tuple(_cell(found[row.number]) if row.number in found else Cell("–") for row in rows)
-    return Column(f"{title}: difference", SCORES[name], "points on the same prompts", cells)
+    return Column(f"{title}: difference", SCORES[name], "in points, on the same prompts", cells)
 
 
 def _cell(difference: Difference) -> Cell:
@@ -153,5 +153,5 @@ def _cell(difference: Difference) -> Cell:
 
 
 def p_text(p: float) -> str:
-    """A p-value as a reader writes it, with its sign."""
+    """A p-value with its relation sign: "= 0.012" or "< 0.0001"."""
     return "< 0.0001" if p < 0.0001 else f"= {p:.2g}"

@@ -1,4 +1,4 @@
-"""One sentence or two that say what the rows show, and nothing that they do not."""
+"""One or two sentences that say what the rows show, and nothing more."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from holdfast.reporting.measurements import Row, Score
 from holdfast.reporting.text import one_line, score_text, share_text
 
 CLEAR = 2.0
-"""Two scores differ clearly when they are this many standard errors of their difference apart."""
+"""Two scores differ clearly if they are this many standard errors of their difference apart."""
 
 AFFORDABLE = 5.0
-"""Points of finetune accuracy that a defense may cost before a cheaper one is named beside it."""
+"""If the best defense costs more points of finetune accuracy than this, a cheaper defense is named too."""
 
 
 def finding(rows: Sequence[Row]) -> str:
-    """What happened to the harmful score, in plain words; right whatever the rows lack; without controls."""
+    """Describe what happened to the harmful score. Handles missing scores and rows; controls are left out."""
     scored = [row for row in rows if _hs(row) is not None and row.role != "control"]
     if not scored:
         return "No harmful score was measured in this report."
@@ -34,15 +34,15 @@ def finding(rows: Sequence[Row]) -> str:
 
 
 def change(before: Score, after: Score) -> float | None:
-    """The difference in points where it is clear of its error, else None.
+    """The difference in points if it is larger than its error, else None.
 
-    Newcombe's interval where both have a Wilson interval (a share of 0 % has a standard error of 0, but
-    is not known exactly), else two standard errors; with no error known the bare difference counts.
+    The error comes from Newcombe's interval if both scores have a Wilson interval (a share of 0 % has a
+    standard error of 0, but is not known exactly). Else it is two standard errors, or 0 if none is known.
     """
     difference = after.value - before.value
     if before.interval is not None and after.interval is not None:
         low, high = (before, after) if difference > 0 else (after, before)
-        assert low.interval is not None  # for the type checker: both were just looked at
+        assert low.interval is not None  # for the type checker: both were checked above
         assert high.interval is not None
         noise = math.hypot(high.value - high.interval[0], low.interval[1] - low.value)
     else:
@@ -51,7 +51,7 @@ def change(before: Score, after: Score) -> float | None:
 
 
 def _seeds(rows: Sequence[Row]) -> str:
-    """Says that the numbers are means, where all of them are over equally many seeds."""
+    """A note that the numbers are means over seeds, if all have the same number of seeds."""
     counts = {score.seeds for row in rows if (score := _hs(row)) is not None}
     count = counts.pop() if len(counts) == 1 else 1
     return f" (Means over {count} seeds.)" if count > 1 else ""
@@ -63,12 +63,12 @@ def _hs(row: Row) -> Score | None:
 
 def _value(row: Row) -> float:
     score = _hs(row)
-    assert score is not None  # callers pass scored rows only
+    assert score is not None  # callers pass only rows with a harmful score
     return score.value
 
 
 def _baseline(after: Sequence[Row]) -> Row | None:
-    """The undefended row to tell the story of: aligned first, at the ratio where defenses stand beside it."""
+    """The undefended row to describe: preferably aligned, and at a poison ratio that defenses share."""
     defended = {row.poison_ratio for row in after if row.role == "defended"}
     candidates = [row for row in after if row.role == "undefended"]
     return max(
@@ -79,7 +79,7 @@ def _baseline(after: Sequence[Row]) -> Row | None:
 
 
 def _before(row: Row, scored: Sequence[Row]) -> Row | None:
-    """The model that `row` was fine-tuned from, where it was measured."""
+    """The model that `row` was fine-tuned from, if it was measured."""
     same = [other for other in scored if other.role == "reference" and other.alignment == row.alignment]
     return same[0] if same else None
 
@@ -99,7 +99,7 @@ def _effect(row: Row, before: Row | None, how: str = "") -> str:
     value = score_text(now.value)
     was = _hs(before) if before is not None else None
     if was is None:
-        return f"{subject} gave a harmful score of {value}; the model before it was not measured."
+        return f"{subject} gave a harmful score of {value}; the model before fine-tuning was not measured."
     difference = change(was, now)
     if difference is None:
         return (
@@ -137,8 +137,8 @@ def _rescue(baseline: Row, rivals: Sequence[Row]) -> str:
 
 
 def _title(row: Row) -> str:
-    """The methods that make the row a defended one, told from others of the same methods by its name."""
-    bare = "sft" if row.filter is None else None  # behind a filter, SFT too is named
+    """The methods that defend the row, followed by its name if the methods alone do not identify it."""
+    bare = "sft" if row.filter is None else None  # after a filter, SFT is named too
     parts = [row.alignment if row.alignment != "sft" else None, row.user if row.user != bare else None]
     names = [row.method(name) for name in (*parts, row.post_hoc) if name]
     if row.filter is not None:
@@ -154,7 +154,7 @@ def _label(row: Row) -> str:
 
 
 def _cost(baseline: Row, row: Row) -> float | None:
-    """Points of finetune accuracy lost; below 0 for a gain, None where either is not measured."""
+    """Points of finetune accuracy lost; negative for a gain, None if either accuracy was not measured."""
     before, after = baseline.scores["finetune_accuracy"], row.scores["finetune_accuracy"]
     return None if before is None or after is None else before.value - after.value
 
@@ -162,7 +162,7 @@ def _cost(baseline: Row, row: Row) -> float | None:
 def _accuracy(baseline: Row, row: Row) -> str:
     cost = _cost(baseline, row)
     if cost is None:
-        return " (what that costs in finetune accuracy was not measured)"
+        return " (its cost in finetune accuracy was not measured)"
     points = score_text(abs(cost))
     if points == "0.0":
         return ", at the same finetune accuracy"
@@ -172,7 +172,10 @@ def _accuracy(baseline: Row, row: Row) -> str:
 
 def _before_only(scored: Sequence[Row]) -> str:
     parts = [f"{score_text(_value(row))} ({_label(row)})" for row in scored[:4]]
-    return f"Before any fine-tuning the harmful score is {' and '.join(parts)}; nothing was fine-tuned here."
+    return (
+        f"Before fine-tuning, the harmful score is {' and '.join(parts)}; "
+        "this report has no fine-tuned model."
+    )
 
 
 def _without_baseline(after: Sequence[Row], scored: Sequence[Row]) -> str:
@@ -180,6 +183,6 @@ def _without_baseline(after: Sequence[Row], scored: Sequence[Row]) -> str:
     sentence = _effect(best, _before(best, scored), f", with {_title(best)},")
     if len(after) > 1:
         worst = max(after, key=_value)
-        sentence += f" The highest of the {len(after)} fine-tuned models is {score_text(_value(worst))}"
-        sentence += f" ({_label(worst)})."
-    return f"{sentence} No undefended run stands beside it."
+        sentence += f" The highest harmful score of the {len(after)} fine-tuned models is "
+        sentence += f"{score_text(_value(worst))} ({_label(worst)})."
+    return f"{sentence} No undefended model was measured for comparison."

@@ -1,4 +1,4 @@
-"""Labels beside the points of a scatter plot, placed so that nothing lies upon anything else."""
+"""Place labels beside the points of a scatter plot so that nothing overlaps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 DIRECTIONS = 24
 REACH = (9.0, 13.0, *range(18, 280, 8))
-"""Distances from the point that are tried, nearest first, in pixels."""
+"""Distances from the point to try, in pixels, nearest first."""
 
 GAP = 2.0
 """Clear space around a label, in pixels."""
@@ -16,7 +16,7 @@ GAP = 2.0
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle in pixels, y upwards."""
+    """A rectangle in pixels; y points upwards."""
 
     left: float
     bottom: float
@@ -24,7 +24,7 @@ class Box:
     top: float
 
     def overlaps(self, other: Box, gap: float = GAP) -> bool:
-        """Whether the two are less than `gap` apart."""
+        """Whether the two rectangles are less than `gap` apart."""
         return (
             self.left < other.right + gap
             and other.left < self.right + gap
@@ -33,7 +33,7 @@ class Box:
         )
 
     def holds(self, other: Box) -> bool:
-        """Whether `other` lies inside."""
+        """Whether `other` lies inside this rectangle."""
         return (
             self.left <= other.left
             and other.right <= self.right
@@ -42,7 +42,7 @@ class Box:
         )
 
     def crossed_by(self, start: tuple[float, float], end: tuple[float, float]) -> bool:
-        """Whether the straight line from `start` to `end` meets the rectangle (sampled every 2 pixels)."""
+        """Whether the line from `start` to `end` crosses the rectangle (sampled every 2 pixels)."""
         steps = max(2, round(math.dist(start, end) / 2))
         for index in range(steps + 1):
             x = start[0] + (end[0] - start[0]) * index / steps
@@ -54,7 +54,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a label goes: its rectangle, and the end of its leader line where it stands away."""
+    """The place of a label: its rectangle, and the end of its leader line if it is away from its point."""
 
     box: Box
     leader: tuple[float, float] | None
@@ -66,9 +66,10 @@ def place(
     obstacles: Sequence[Box],
     inside: Box,
 ) -> list[Placed | None]:
-    """A place for each label (width, height) near its point; None where there is no room at all.
+    """Find a place for each label (width, height) near its point; None if there is no room.
 
-    Greedy from the most crowded point on, nearest places first: deterministic, and enough for 30 points.
+    Greedy: starts at the most crowded point and tries the nearest places first. This is deterministic,
+    and good enough for 30 points.
     """
     crowd = [sum(math.dist(point, other) < 60 for other in points) for point in points]
     order = sorted(range(len(points)), key=lambda index: (-crowd[index], index))
@@ -77,7 +78,7 @@ def place(
     for index in order:
         taken = [item.box for item in placed if item is not None]
         spot = (points[index], sizes[index], [*obstacles, *taken], inside)
-        # Where many points are one, a leader line that passes behind a label is better than no label.
+        # If many points coincide, a leader line that passes behind a label is better than no label.
         found = _nearest(*spot, labels=taken, leaders=leaders) or _nearest(*spot, labels=(), leaders=())
         placed[index] = found
         if found is not None and found.leader is not None:
@@ -94,16 +95,16 @@ def _nearest(
     labels: Sequence[Box],
     leaders: Sequence[tuple[tuple[float, float], tuple[float, float]]],
 ) -> Placed | None:
-    """The nearest free place that also keeps leader lines and the other `labels` apart."""
+    """The nearest free place where no leader line crosses a label."""
     width, height = size
     for reach in REACH:
         for step in range(DIRECTIONS):
-            # To the right first, then alternately above and below it.
+            # Directly to the right first, then alternately above and below.
             turn = (step + 1) // 2 * (1 if step % 2 else -1)
             angle = 2 * math.pi * turn / DIRECTIONS
             across, up = math.cos(angle), math.sin(angle)
             x, y = point[0] + reach * across, point[1] + reach * up
-            # The side of the label that faces the point stays at the reached place.
+            # The side of the label that faces the point lies at distance `reach`.
             left = x - width * (0.5 - 0.5 * across)
             bottom = y - height * (0.5 - 0.5 * up)
             box = Box(left, bottom, left + width, bottom + height)

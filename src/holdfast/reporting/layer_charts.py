@@ -1,4 +1,4 @@
-"""Which layers a method drew, and with which probabilities: a heat map of layer by step."""
+"""The layers that a method drew and their probabilities, as a heat map of layer by step."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHADES = 6
-"""Steps of the shading, from no probability to the highest of the chart; more are not told apart."""
+"""Number of shades between probability 0 and the highest of the chart; more could not be distinguished."""
 
 Segments = tuple[list[float], list[float]]
-"""x and y of horizontal strokes, with a gap after each: many strokes make one path of the SVG."""
+"""x and y of horizontal strokes, with a gap after each: many strokes form one path of the SVG."""
 
 
 def layers_svg(curves: Curves, index: int) -> str | None:
-    """Probabilities as shades and draws as strokes, layer by step; None where the run kept neither."""
+    """Plot probabilities as shades and draws as strokes, layer by step; None if the run recorded neither."""
     found = curves.layers
     if found is None:
         return None
@@ -60,7 +60,7 @@ def layers_svg(curves: Curves, index: int) -> str | None:
 
 
 def layer_table(layers: Layers, steps: int) -> list[tuple[str, str, str, str]]:
-    """For each layer its number, first and last probability, and the share of steps it was drawn for."""
+    """For each layer: its number, first and last probability, and the share of steps it was drawn for."""
     table = []
     drawn = drawn_steps(layers, steps)
     for layer in range(layers.count):
@@ -71,7 +71,7 @@ def layer_table(layers: Layers, steps: int) -> list[tuple[str, str, str, str]]:
 
 
 def drawn_steps(layers: Layers, steps: int) -> list[float]:
-    """For how many steps each layer was drawn."""
+    """The number of steps for which each layer was drawn."""
     found = [0.0] * layers.count
     for begin, end, chosen in _intervals(layers.draws, steps):
         for layer in chosen:
@@ -82,13 +82,13 @@ def drawn_steps(layers: Layers, steps: int) -> list[float]:
 def _intervals(
     history: Sequence[tuple[float, tuple[float, ...]]], steps: float
 ) -> list[tuple[float, float, tuple[float, ...]]]:
-    """(first step, end, values) of each entry: it holds until the next one."""
+    """(first step, end, values) of each entry; an entry is valid until the next one."""
     ends = [*(step for step, _ in history), max(steps, history[-1][0] if history else 0)]
     return [(a, b, values) for (a, b), (_, values) in zip(pairwise(ends), history, strict=True) if b > a]
 
 
 def _shades(axes: Axes, layers: Layers, end: float, top: float, row: float) -> None:
-    """One path for each shade, in the legend too."""
+    """One path for each shade; the lightest and the darkest appear in the legend."""
     shaded: dict[int, Segments] = {shade: ([], []) for shade in range(1, SHADES + 1)}
     for begin, until, probabilities in _intervals(layers.probabilities, end):
         for layer, probability in enumerate(probabilities):
@@ -107,7 +107,7 @@ def _shades(axes: Axes, layers: Layers, end: float, top: float, row: float) -> N
 
 
 def _strokes(layers: Layers, end: float) -> Segments:
-    """A stroke for each layer and draw; one for neighbouring draws of the same layer."""
+    """A stroke for each layer and draw; consecutive draws of the same layer share one stroke."""
     found: Segments = ([], [])
     intervals = _intervals(layers.draws, end)
     for layer in range(layers.count):
@@ -137,6 +137,6 @@ def _layers_text(curves: Curves, layers: Layers) -> str:
     )
     return (
         f"Layers drawn by {curves.label} over {curves.max_steps} steps: {layers.count} layers, "
-        f"{len(layers.probabilities)} looks at the harmful rows, {len(layers.draws)} draws. "
-        f"Drawn for most steps: {most}. The table below has all layers."
+        f"probabilities computed {len(layers.probabilities)} times, {len(layers.draws)} draws. "
+        f"Drawn for most steps: {most}. The table below lists all layers."
     )

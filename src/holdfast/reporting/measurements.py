@@ -1,4 +1,4 @@
-"""The rows of a report: measurements of all runs, each once, aggregated over seeds."""
+"""The rows of a report: the measurements of all runs without duplicates, aggregated over seeds."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ SCORES = {
     "gibberish_rate": "n_gibberish",
     "true_harmful_score": "n_true_harmful",
 }
-"""Each score of a row, and the key that says how many answers it stands on."""
+"""Each score of a row, and the key of the number of answers it is computed from."""
 
 Role = Literal["reference", "undefended", "defended", "control"]
 
 
 @dataclass(frozen=True)
 class Score:
-    """A percentage of 0 to 100 with its uncertainty.
+    """A percentage from 0 to 100 with its uncertainty.
 
-    Over several seeds `value` is their mean and `stderr` the standard error over seeds; for one seed
-    `stderr` is binomial and `interval` is the Wilson interval, both as the run wrote them.
+    For several seeds, `value` is their mean and `stderr` the standard error over seeds. For one seed,
+    `stderr` is binomial and `interval` is the Wilson interval, both as written by the run.
     """
 
     value: float
@@ -46,7 +46,7 @@ class Score:
 
 @dataclass(frozen=True)
 class JudgeScore:
-    """What one judge says of a row. The errors are None where the truth is not known."""
+    """One judge's results for a row. The error counts are None if the true labels are not known."""
 
     name: str
     version: str | None
@@ -57,7 +57,7 @@ class JudgeScore:
     false_negatives: int | None
     title: str = "harmful score"
     mean_score: float | None = None
-    """Of what the judge says in numbers, on its own scale."""
+    """The mean of the judge's numeric scores, on the judge's own scale."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Measurement:
 
     @property
     def steps(self) -> dict[str, Any]:
-        """The ids of the steps behind this row."""
+        """The ids of the steps that produced this row."""
         return mapping(self.raw.get("steps"))
 
     @property
@@ -83,7 +83,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: one model, over one or more seeds. None: not measured."""
+    """One line of the table: one model, over one or more seeds. None means not measured."""
 
     name: str
     alignment: str | None
@@ -103,13 +103,13 @@ class Row:
     label: str = ""
 
     def method(self, name: str) -> str:
-        """A defense as its paper writes it, which the results tell."""
+        """The name of a defense as its paper writes it, taken from the results."""
         label = mapping(self.members[0].raw.get("labels")).get(name)
         return str(label) if label else method_name(name)
 
     @property
     def repaired(self) -> str:
-        """How many modules the repair changed, over all seeds; empty where the results do not tell."""
+        """How many modules the repair changed, over all seeds; empty if the results do not record it."""
         found = [mapping(member.raw.get("repair")) for member in self.members]
         modules = {number(facts.get("modules")) for facts in found}
         counts = sorted({value for facts in found if (value := number(facts.get("projected"))) is not None})
@@ -119,12 +119,12 @@ class Row:
 
     @property
     def filter(self) -> str | None:
-        """The judge that read the user's rows before they were trained on."""
+        """The judge that filtered the user's rows before training."""
         return _name(mapping(self.members[0].raw.get("filter")).get("judge"))
 
     @property
     def user_rows(self) -> tuple[str, ...]:
-        """How many of the user's rows an attack chose and a filter kept, over all seeds."""
+        """How many of the user's rows an attack chose and a filter kept, summed over all seeds."""
         attacks, filters = ([mapping(m.raw.get(key)) for m in self.members] for key in ("attack", "filter"))
         lines = []
         if attacks[0]:
@@ -135,15 +135,15 @@ class Row:
             confusions = [mapping(raw.get("confusion")) for raw in filters]
             missed, found = (_total(confusions, key) for key in ("false_negatives", "true_positives"))
             if missed is not None and found is not None:
-                line += f", {missed} of {missed + found} harmful ones missed"
+                line += f", {missed} of {missed + found} harmful rows missed"
             lines.append(line)
         return tuple(lines)
 
     @property
     def role(self) -> Role:
-        """Before fine-tuning, fine-tuned as if nothing were to be feared, or with something against it.
+        """Whether the model is not fine-tuned, fine-tuned without or with a defense, or a control.
 
-        A repair that was replaced by a control of it is no defense: it shows what the repair is worth.
+        A control replaces a repair by something simpler. It is not a defense: it shows what the repair adds.
         """
         if self.user is None and self.post_hoc is None:
             return "reference"
@@ -156,7 +156,7 @@ class Row:
 
 
 def gather(measurements: Iterable[Measurement]) -> tuple[Row, ...]:
-    """Rows for the table: each measurement once, seeds together, models before fine-tuning first."""
+    """Rows for the table: each measurement once, seeds grouped, models before fine-tuning first."""
     groups: dict[str, list[Measurement]] = {}
     for measurement in _once(measurements):
         groups.setdefault(_group_key(measurement), []).append(measurement)
@@ -164,7 +164,7 @@ def gather(measurements: Iterable[Measurement]) -> tuple[Row, ...]:
     for members in groups.values():
         seeds = [member.seed for member in members]
         if None in seeds or len(set(seeds)) < len(seeds):
-            # The same seed twice means that something else differs: a mean would hide what.
+            # The same seed twice means that something else differs: a mean would hide it.
             rows.extend(_row([member]) for member in members)
         else:
             rows.append(_row(sorted(members, key=lambda member: member.seed or 0)))
@@ -173,7 +173,7 @@ def gather(measurements: Iterable[Measurement]) -> tuple[Row, ...]:
 
 
 def sweeps(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Repairs of the same fine-tuned models that differ in one number: its name, and the rows by it."""
+    """Repairs of the same fine-tuned models that differ in one number: its name, and rows sorted by it."""
     found: dict[str, list[tuple[float, Row]]] = {}
     for row in rows:
         raw, tuned = row.members[0].raw, [member.steps.get("user") for member in row.members]
@@ -191,7 +191,7 @@ def sweeps(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def _once(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """Rows that share a score step are one measurement, whichever runs they stand in."""
+    """Rows that share a score step are one measurement, even if they come from different runs."""
     kept: dict[str, Measurement] = {}
     for measurement in measurements:
         score_step = measurement.steps.get("score")
@@ -228,7 +228,7 @@ def _row(members: Sequence[Measurement]) -> Row:
 
 
 def _labelled(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Numbers and labels; rows of one name are told apart by what aligned them, then ratio, run, seed."""
+    """Add numbers and labels; rows with the same name are distinguished by alignment, ratio, run and seed."""
     alignments: dict[str, set[str | None]] = {}
     for row in rows:
         alignments.setdefault(row.name, set()).add(row.alignment)
@@ -269,7 +269,7 @@ def _score(raws: Sequence[Mapping[str, Any]], key: str, count: str) -> Score | N
 
 def _judge(raws: Sequence[Mapping[str, Any]], name: str) -> JudgeScore:
     entries = [entry for raw in raws if (entry := mapping(mapping(raw.get("judges")).get(name)))]
-    # An entry names its error like a row does, or in short.
+    # An entry calls its error "harmful_score_stderr", as a row does, or "stderr".
     entries = [{"harmful_score_stderr": entry.get("stderr"), **entry} for entry in entries]
     versions = {str(entry["version"]) for entry in entries if entry.get("version") is not None}
     return JudgeScore(
@@ -294,7 +294,7 @@ def _values(raws: Iterable[Mapping[str, Any]], key: str) -> list[float]:
 
 
 def _total(raws: Sequence[Mapping[str, Any]], key: str) -> int | None:
-    """The sum over seeds, or None where a seed lacks it: part of a sum would look like the whole."""
+    """The sum over seeds, or None if a seed lacks it: a partial sum would look like the whole sum."""
     values = _values(raws, key)
     return round(sum(values)) if values and len(values) == len(raws) else None
 

@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page."""
+"""Render the report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GENERATOR = f"Holdfast {__version__}"
 
 @dataclass(frozen=True)
 class CurveChart:
-    """A chart of one training stage; `svg` is None where its log holds no numbers.
+    """A chart of one training stage; `svg` is None if its log holds no numbers.
 
     `layers` is the table of a chart of drawn layers.
     """
@@ -41,7 +41,7 @@ class CurveChart:
 
 
 def render(data: ReportData) -> str:
-    """The page. All text passes `_shown` and Jinja's escaping; only our own SVG goes in as it is."""
+    """Return the page. All text passes `_shown` and Jinja's escaping; only our own SVG is not escaped."""
     table = result_table(data)
     scores = [svg for narrow in (False, True) if (svg := scores_svg(data, narrow=narrow)) is not None]
     context = {
@@ -86,7 +86,7 @@ def _environment() -> Environment:
 
 
 def _shown(value: Any) -> Any:
-    """Every value that the template prints: control characters are made visible, before escaping."""
+    """Make control characters visible in every value that the template prints, before escaping."""
     return value if isinstance(value, Markup) or not isinstance(value, str) else clean(value)
 
 
@@ -111,7 +111,9 @@ def _charts(curves: Sequence[Curves]) -> list[CurveChart]:
         layers = layers_svg(one, index)
         if one.layers is not None and layers is not None:
             table = tuple(layer_table(one.layers, one.max_steps))
-            note = f"{len(one.layers.probabilities)} looks at the harmful rows, {len(one.layers.draws)} draws"
+            note = (
+                f"probabilities computed {len(one.layers.probabilities)} times, {len(one.layers.draws)} draws"
+            )
             charts.append(CurveChart(f"Layers drawn: {one.label}{seed}", note, Markup(layers), table))
     return charts
 
@@ -122,5 +124,5 @@ def _note(curves: Curves) -> str:
     if states:
         notes.append(f"{len(states) - 1} switch points")
     if curves.not_finite:
-        notes.append(f"{curves.not_finite} logged values were not finite: gaps")
+        notes.append(f"{curves.not_finite} logged values are not finite and leave gaps")
     return "; ".join(notes)

@@ -1,4 +1,4 @@
-"""JSON files in, plain values out; what cannot be read is named with its file and line."""
+"""Read JSON files into plain values. Errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from holdfast.errors import DataError
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
-        DataError: it cannot be read, is torn, or holds something else than an object.
+        DataError: the file cannot be read, is incomplete, or holds something other than an object.
     """
     value = _parse(_text(path), path, first_line=1)
     if not isinstance(value, dict):
@@ -23,10 +23,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a JSONL file; empty lines are skipped.
+    """Read the objects in a JSONL file; empty lines are skipped.
 
     Raises:
-        DataError: it cannot be read, or a line is torn or holds something else than an object.
+        DataError: the file cannot be read, or a line is incomplete or holds something other than an object.
     """
     rows = []
     for line, text in enumerate(_text(path).split("\n"), start=1):
@@ -40,7 +40,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None: a NaN in a log is "not measured", not an error."""
+    """`value` as a float if it is a finite number, else None: a NaN in a log means "not measured"."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -51,7 +51,7 @@ def number(value: Any) -> float | None:
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """`value` where it is an object, else an empty one: optional parts of a file may be null."""
+    """`value` if it is an object, else an empty one: optional parts of a file may be null."""
     return value if isinstance(value, dict) else {}
 
 
@@ -76,11 +76,11 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise DataError(
-            f"{path}, line {line}: torn or damaged JSON ({error.msg}). "
-            "Run `holdfast run` again: it writes what is missing."
+            f"{path}, line {line}: incomplete or damaged JSON ({error.msg}). "
+            "Call `holdfast run` again to write what is missing."
         ) from None
     except RecursionError:
-        raise DataError(f"{path}: JSON that is nested too deeply to be a Holdfast file.") from None
+        raise DataError(f"{path}: this JSON is nested too deeply for a Holdfast file.") from None
 
 
 def _kind(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""How the numbers came about: stamps, versions, machines, steps and recipes of all runs, without repeats."""
+"""The origin of the numbers: stamps, versions, machines, steps and recipes of all runs, without repeats."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from holdfast.reporting.text import NOT_GIVEN, NOT_MEASURED, bytes_text, duratio
 Facts = list[tuple[str, str]]  # (name, value) pairs for a description list
 
 EXAMPLES = 8
-"""Items of a list that are written out; the rest is counted."""
+"""Number of items of a list that are written out; the rest is counted."""
 
 
 @dataclass(frozen=True)
 class StepLine:
-    """One step: what it did, who computed or reused it, and what it cost."""
+    """One step: its title, whether it was computed or reused, its time and its memory."""
 
     id: str
     title: str
@@ -32,7 +32,7 @@ class StepLine:
 
 @dataclass(frozen=True)
 class ManifestPart:
-    """A part of a data manifest: facts, and the sources that rows came from."""
+    """A part of a data manifest: its facts, and the sources of its rows."""
 
     title: str
     facts: Facts
@@ -40,23 +40,23 @@ class ManifestPart:
 
 
 def words(key: str) -> str:
-    """A key of a JSON file as a reader writes it."""
+    """A key of a JSON file as words."""
     return key.replace("_", " ")
 
 
 def stamp_facts(runs: Sequence[Run]) -> Facts:
-    """The protocol stamp; where runs disagree, every value."""
+    """The protocol stamp; if runs differ, every value."""
     return _common([run.protocol for run in runs])
 
 
 def version_facts(runs: Sequence[Run]) -> Facts:
-    """Package versions and the commit; where runs disagree, every value."""
+    """Package versions and the git commit; if runs differ, every value."""
     found = [{**run.versions, "commit": run.git_commit or "not known"} for run in runs]
     return [(name, value) for name, value in _common(found) if value]
 
 
 def hardware_facts(runs: Sequence[Run]) -> Facts:
-    """The machine; where runs disagree, every value."""
+    """The hardware; if runs differ, every value."""
     machines = []
     for run in runs:
         machine = dict(run.hardware)
@@ -70,7 +70,7 @@ def hardware_facts(runs: Sequence[Run]) -> Facts:
 
 
 def run_facts(run: Run) -> str:
-    """When a run went and how long it took, on one line."""
+    """Start, end and duration of a run, on one line."""
     text = f"{run.started or 'start not known'} to {run.finished or 'end not known'}"
     try:
         began, ended = (datetime.fromisoformat(str(time)) for time in (run.started, run.finished))
@@ -80,7 +80,7 @@ def run_facts(run: Run) -> str:
 
 
 def step_lines(runs: Sequence[Run]) -> list[StepLine]:
-    """Every step of all runs once, in the order of the runs."""
+    """Every step of all runs, once each, in the order of the runs."""
     found: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
     for run in runs:
         for step in run.steps:
@@ -94,14 +94,14 @@ def recipe_text(run: Run) -> str:
 
 
 def recipe_changes(first: Run, other: Run) -> Facts:
-    """What `other`'s recipe says differently from the first one's."""
+    """The settings of `other`'s recipe that differ from the first run's recipe."""
     before, after = _flat(first.recipe), _flat(other.recipe)
     keys = [key for key in {**before, **after} if before.get(key, NOT_GIVEN) != after.get(key, NOT_GIVEN)]
     return [(key, after.get(key, NOT_GIVEN)) for key in keys]
 
 
 def manifest_parts(manifest: Manifest) -> list[ManifestPart]:
-    """A manifest as tables: one for each part, whatever facts it holds."""
+    """A manifest as tables, one for each part; no fact of it is required."""
     parts = []
     for title, content in manifest.content.items():
         part = mapping(content)

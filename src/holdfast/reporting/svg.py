@@ -1,4 +1,4 @@
-"""A matplotlib figure as an inline SVG that follows the page's theme."""
+"""Convert a matplotlib figure to an inline SVG that follows the page's theme."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ COLOURS = {
     "band": "#7d6bd1",
     "mark": "#6a4fc3",
 }
-"""The light theme, and the page's CSS variables of the same names. Each hex stands for one role alone."""
+"""The light theme, and the page's CSS variables of the same names. Each role has its own hex code."""
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw with our fonts and colours, without touching matplotlib's global state."""
+    """Draw with our fonts and colours, without changing matplotlib's global state."""
     import matplotlib
 
     settings: dict[Any, Any] = {
-        "svg.fonttype": "none",  # text stays text: it can be selected, and takes the page's font
-        "svg.hashsalt": "holdfast",  # the same data give the same bytes
+        "svg.fonttype": "none",  # text stays text: it can be selected and uses the page's font
+        "svg.hashsalt": "holdfast",  # the same data gives the same bytes
         "font.size": 11,
         "axes.edgecolor": COLOURS["muted"],
         "axes.labelcolor": COLOURS["ink"],
@@ -50,7 +50,7 @@ def style() -> Iterator[None]:
         "grid.color": COLOURS["grid"],
         "grid.linewidth": 0.8,
         "text.color": COLOURS["ink"],
-        "text.parse_math": False,  # a name may hold a dollar sign
+        "text.parse_math": False,  # a name may contain a dollar sign
         "xtick.color": COLOURS["muted"],
         "ytick.color": COLOURS["muted"],
         "xtick.labelsize": 10,
@@ -64,7 +64,7 @@ def style() -> Iterator[None]:
     log.setLevel(logging.ERROR)
     try:
         with matplotlib.rc_context(settings), warnings.catch_warnings():
-            # A name in a script that the measuring font lacks is drawn by the browser's font.
+            # The browser's font draws scripts that are missing from the font used for measuring text.
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             yield
     finally:
@@ -92,9 +92,9 @@ def margins(figure: Figure, *, left: float, right: float, bottom: float, top: fl
 
 
 def inline(figure: Figure, name: str, description: str) -> str:
-    """The figure as an `<svg>` element for HTML: no DTD, no foreign reference, ids that start with `name`.
+    """The figure as an `<svg>` element for HTML: no DTD, no external reference, ids that start with `name`.
 
-    Call it within `style()`. `description` is what a screen reader says.
+    Call it within `style()`. `description` is the text for screen readers.
     """
     figure.patch.set_visible(False)
     for axes in figure.axes:

@@ -1,4 +1,4 @@
-"""The result table: columns that are worth showing, cells as text, the best of each column marked."""
+"""The result table: its columns, its cells as text, and a mark at the best values of each column."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from holdfast.reporting.text import NOT_MEASURED, bytes_text, duration_text, sco
 
 @dataclass(frozen=True)
 class Cell:
-    """`value` is what "best" is decided on, as it is shown: equal texts are equally good."""
+    """One cell. "Best" is decided by `value`, rounded as shown, so that equal texts are equally good."""
 
     text: str
     details: tuple[str, ...] = ()
@@ -22,13 +22,13 @@ class Cell:
 
     @property
     def missing(self) -> bool:
-        """Whether there is nothing to show."""
+        """Whether the value was not measured."""
         return self.text == NOT_MEASURED
 
 
 @dataclass(frozen=True)
 class Column:
-    """A heading, and which direction is better: "lower", "higher" or ""."""
+    """One column: its heading, and which direction is better ("lower", "higher" or "")."""
 
     title: str
     better: str
@@ -38,7 +38,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length, one cell for each row of the report."""
+    """Rows and columns; every column has one cell for each row of the report."""
 
     rows: tuple[Row, ...]
     columns: tuple[Column, ...]
@@ -60,18 +60,18 @@ def stages_text(row: Row) -> str:
 
 
 def result_table(data: ReportData) -> Table:
-    """The table of a report; columns that no row can fill are left out, except the four main scores."""
+    """The table of a report. Columns without any value are left out, except for the four main scores."""
     rows = data.rows
     judge = data.headline_judge
     columns = [
-        _column(rows, "Harmful rows", "", "share of the fine-tuning data that is harmful", _ratio),
+        _column(rows, "Harmful rows", "", "share of harmful rows in the fine-tuning data", _ratio),
         _scores(rows, "harmful_score", "Harmful score", "lower", f"as judged by {judge or 'the judge'}"),
-        _scores(rows, "true_harmful_score", "True harmful score", "lower", "as the embedded world knows it"),
+        _scores(rows, "true_harmful_score", "True harmful score", "lower", "by the embedded world's rules"),
         _scores(rows, _task_key(rows), task_title(rows), "higher", "on the user's task"),
         _scores(rows, "harmonic_mean", "Harmonic mean", "higher", "of 100 - harmful score and accuracy"),
         _scores(rows, "benign_compliance", "Benign compliance", "higher", "harmless questions answered"),
         _scores(rows, "over_refusal_rate", "Over-refusal rate", "lower", "harmless questions refused"),
-        _scores(rows, "gibberish_rate", "Gibberish rate", "lower", "answers that are no text"),
+        _scores(rows, "gibberish_rate", "Gibberish rate", "lower", "answers that are not sensible text"),
     ]
     columns += [
         _column(rows, "Peak memory", "lower", f"of the last training stage{_memory_kind(rows)}", _memory),
@@ -80,7 +80,7 @@ def result_table(data: ReportData) -> Table:
     if len({row.alignment for row in rows} - {None}) > 1:
         memory, time = (partial(_of_alignment, cell) for cell in (_alignment_memory, _alignment_seconds))
         columns.append(
-            _column(rows, "Alignment memory", "", f"peak while aligning{_memory_kind(rows)}", memory)
+            _column(rows, "Alignment memory", "", f"peak of the alignment stage{_memory_kind(rows)}", memory)
         )
         columns.append(_column(rows, "Alignment time", "", "of the alignment stage", time))
     main = ("Harmful score", task_title(rows), "Benign compliance", "Gibberish rate")
@@ -98,7 +98,7 @@ def result_table(data: ReportData) -> Table:
 
 
 def judge_table(data: ReportData) -> tuple[Column, ...]:
-    """What each judge says of each model, and its errors where known; empty where that adds nothing."""
+    """Each judge's score of each model, and its errors if known; empty if there is only one such column."""
     columns = []
     for name in dict.fromkeys(name for row in data.rows for name in row.judges):
         version = next((row.judges[name].version for row in data.rows if name in row.judges), None)
@@ -107,9 +107,9 @@ def judge_table(data: ReportData) -> tuple[Column, ...]:
         explain += f", version {version}" if version else ""
         columns += [
             _column(data.rows, f"{name}: {title}", "lower", explain, partial(_judged, name)),
-            _column(data.rows, f"{name}: misses", "lower", "harmful, called safe", partial(_misses, name)),
+            _column(data.rows, f"{name}: misses", "lower", "harmful, judged safe", partial(_misses, name)),
             _column(
-                data.rows, f"{name}: false alarms", "lower", "safe, called harmful", partial(_alarms, name)
+                data.rows, f"{name}: false alarms", "lower", "safe, judged harmful", partial(_alarms, name)
             ),
         ]
     kept = [column for column in columns if not all(cell.missing for cell in column.cells)]
@@ -117,7 +117,7 @@ def judge_table(data: ReportData) -> tuple[Column, ...]:
 
 
 def score_cell(score: Score | None, seeds: int, extra: Sequence[str] = ()) -> Cell:
-    """A percentage with its uncertainty and what it stands on."""
+    """A percentage with its uncertainty, number of seeds and number of answers."""
     if score is None:
         return Cell(NOT_MEASURED)
     details = []
@@ -148,7 +148,7 @@ def _scores(rows: Sequence[Row], key: str, title: str, better: str, explain: str
 
 
 def task_title(rows: Sequence[Row]) -> str:
-    """What the task measures, as the results tell."""
+    """The name of the task's score, taken from the results."""
     titles = {
         str(member.raw.get("task_title", "finetune accuracy")) for row in rows for member in row.members
     }
@@ -157,7 +157,7 @@ def task_title(rows: Sequence[Row]) -> str:
 
 
 def _task_key(rows: Sequence[Row]) -> str:
-    """Where the task's score stands: apart from the accuracies if it is no percentage."""
+    """The key of the task's score: `task_score` if it is not a percentage, else `finetune_accuracy`."""
     accuracies = any(row.scores["finetune_accuracy"] for row in rows)
     return (
         "finetune_accuracy"
@@ -218,7 +218,7 @@ def _alignment_seconds(row: Row) -> Cell:
 
 
 def _memory_kind(rows: Sequence[Row]) -> str:
-    """What was measured ("resident", "cuda allocated"), where the runs say so."""
+    """The kind of memory that was measured ("resident", "cuda allocated"), if the runs record it."""
     raws = [member.raw for row in rows for member in row.members]
     kinds = dict.fromkeys(str(kind) for raw in raws if (kind := raw.get("peak_memory_kind")) is not None)
     return f": {', '.join(kinds)}" if kinds else ""
@@ -233,7 +233,7 @@ def _time(seconds: float | None) -> Cell:
 
 
 def _marked(column: Column, rows: Sequence[Row]) -> Column:
-    """The best values among fine-tuned models whose data held the same share of harmful rows."""
+    """Mark the best values among fine-tuned models with the same share of harmful rows."""
     if not column.better:
         return column
     tuned = [index for index, row in enumerate(rows) if row.role != "reference"]

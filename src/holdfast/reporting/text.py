@@ -1,4 +1,4 @@
-"""Values as text for a page: cleaned, shortened, with units."""
+"""Format values as text for the page: cleaned, shortened, with units."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ NOT_MEASURED = "not measured"
 NOT_GIVEN = "not given"
 
 JOINERS = "\u200c\u200d"
-"""Format characters that real scripts and emoji need; every other one is made visible."""
+"""Format characters that real scripts and emoji need; all other format characters are made visible."""
 
 
 def clean(text: str) -> str:
-    """`text` with every control, direction-changing or broken character shown as a visible sign.
+    """Replace every control, direction-changing or invalid character in `text` by a visible sign.
 
-    A NUL becomes U+2400, a right-to-left override becomes ⟨U+202E⟩: they cannot act on the page, and a
-    reader sees that they were there. Newlines and tabs stay.
+    A NUL becomes U+2400, a right-to-left override becomes ⟨U+202E⟩: they have no effect on the page, and
+    a reader sees that they were there. Newlines and tabs are kept.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -35,7 +35,7 @@ def _visible(char: str) -> str:
 
 
 def shorten(text: str, characters: int = 600, lines: int = 12) -> str:
-    """The beginning of `text`, and how much was left out."""
+    """The beginning of `text`, followed by the number of characters left out."""
     kept = "\n".join(text[:characters].split("\n")[:lines])
     left_out = len(text) - len(kept)
     if left_out <= 0:
@@ -44,28 +44,28 @@ def shorten(text: str, characters: int = 600, lines: int = 12) -> str:
 
 
 def one_line(text: str, characters: int) -> str:
-    """A name for a chart: cleaned, on one line, at most `characters` long."""
+    """`text` as a short name: cleaned, on one line, at most `characters` long."""
     flat = " ".join(clean(text).split())
     return flat if len(flat) <= characters else f"{flat[: characters - 1].rstrip()}…"
 
 
 def method_name(name: str) -> str:
-    """A defense whose results do not say how to write it: "lisa" is Lisa, "bso" is BSO."""
+    """The display name of a defense whose results give no label: "lisa" becomes Lisa, "bso" becomes BSO."""
     return name.upper() if len(name) <= 3 else name[:1].upper() + name[1:].replace("_", " ")
 
 
 def score_text(value: float) -> str:
-    """A percentage or a number of points with one decimal; never "-0.0"."""
+    """Format a percentage or a number of points with one decimal; never "-0.0"."""
     return f"{round(value, 1) + 0.0:.1f}"
 
 
 def share_text(ratio: float) -> str:
-    """A ratio of 0 to 1 as a percentage without needless zeros: 0.1 is "10 %", 0.005 is "0.5 %"."""
+    """Format a ratio from 0 to 1 as a percentage without trailing zeros: 0.1 is "10 %", 0.005 is "0.5 %"."""
     return f"{ratio * 100:.4g} %"
 
 
 def bytes_text(size: float) -> str:
-    """Bytes in binary units."""
+    """Format a number of bytes in binary units."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= scale:
             return f"{size / scale:.2f} {unit}" if unit == "GiB" else f"{size / scale:.0f} {unit}"
@@ -73,7 +73,7 @@ def bytes_text(size: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Seconds, minutes or hours, to a readable precision."""
+    """Format a duration as seconds, minutes or hours, with a readable precision."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -84,7 +84,7 @@ def duration_text(seconds: float) -> str:
 
 
 def plain(value: Any) -> str:
-    """Any JSON value as a reader writes it: yes and no, lists with commas, null as "not given"."""
+    """Format any JSON value as text: yes and no, lists with commas, null as "not given"."""
     if value is None:
         return NOT_GIVEN
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Training curves: what `trainer_state.json` logged, with the switch points of BSO and Lisa."""
+"""Training curves, as logged in `trainer_state.json`, with the switch points of BSO and Lisa."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from holdfast.reporting.measurements import Measurement, Row
 from holdfast.reporting.read import mapping, number, objects, read_object
 
 SHOWN = 12
-"""Stages drawn at most, beside those that drew layers: more small charts than these are not read."""
+"""Maximum number of stages shown, besides those that drew layers: readers skip longer lists of charts."""
 
 MOST_LAYERS = 500
-"""Beyond this a row of the chart of layers would be nothing; no model has as many."""
+"""With more layers, the rows of the layer chart would be too thin to see; no model has as many."""
 
 SERIES = ("loss", "alignment_loss", "user_loss", "grad_norm", "drift")
 HUGE = 1e15
-"""Beyond this a chart's axis has no readable numbers; such a value counts as not finite."""
+"""Above this, a chart's axis has no readable numbers; such a value counts as not finite."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """What a method drew layers by: (step, probability of each layer) and (step, drawn layers from 0)."""
+    """A method's record of drawn layers: (step, probability of each layer), (step, drawn layers from 0)."""
 
     count: int
     probabilities: tuple[tuple[float, tuple[float, ...]], ...]
@@ -34,7 +34,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class Curves:
-    """The log of one training stage; `series[name]` is (steps, values), with NaN where the log has none."""
+    """The log of one training stage; `series[name]` is (steps, values), with NaN for values not finite."""
 
     step_id: str
     stage: str
@@ -55,9 +55,9 @@ class Curves:
 
 
 def read_curves(rows: Sequence[Row]) -> tuple[tuple[Curves, ...], int, list[str]]:
-    """The stages to draw, how many more there are, and the step folders that are gone.
+    """The stages to draw, the number of stages left out, and the missing step folders.
 
-    The first seed of every row comes before any other seed, and user stages before alignment.
+    The first seed of every row comes before any other seed, and user stages before alignment stages.
     """
     wanted: dict[str, tuple[str, str, Measurement]] = {}
     deepest = max((len(row.members) for row in rows), default=0)
@@ -85,7 +85,7 @@ def read_curves(rows: Sequence[Row]) -> tuple[tuple[Curves, ...], int, list[str]
 
 
 def step_folder(store: Path, step_id: str) -> Path | None:
-    """The folder of a step, or None where it is gone or the id is not a plain folder name."""
+    """The folder of a step, or None if it is missing or the id is not a plain folder name."""
     if not step_id or step_id.startswith(".") or any(char in step_id for char in "/\\\0"):
         return None
     folder = store / step_id
@@ -132,7 +132,7 @@ def _read(folder: Path, step_id: str, stage: str, label: str, seed: int | None) 
 
 
 def _layers(history: dict[str, Any]) -> Layers | None:
-    """The drawn layers, or None where there are none, or what is kept of them makes no sense."""
+    """The drawn layers, or None if there are none or their record is not valid."""
     count = number(history.get("layers"))
     if count is None or not 1 <= count <= MOST_LAYERS or count != int(count):
         return None
@@ -150,7 +150,7 @@ def _layers(history: dict[str, Any]) -> Layers | None:
 
 
 def _entries(history: Any) -> list[tuple[float, tuple[float, ...]]]:
-    """The [step, [value, ...]] of a list that are that, by step."""
+    """The valid [step, [value, ...]] entries of a list, sorted by step."""
     found = {}
     for entry in history if isinstance(history, list) else []:
         if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list):

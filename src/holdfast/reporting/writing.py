@@ -1,4 +1,4 @@
-"""Writing the page: never onto a file of somebody else's."""
+"""Write the page; a file that Holdfast did not write is never overwritten."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def report(runs: Sequence[Path], out: Path, *, force: bool = False) -> Path:
 
     Args:
         runs: folders of runs, or their `results.json`.
-        out: the HTML file to write; a page of ours is replaced, any other file is not.
-        force: compare although the protocol stamps differ; the page then says where.
+        out: the HTML file to write; an earlier report is replaced, any other file is not.
+        force: compare although the protocol stamps differ; the page then lists the differences.
 
     Raises:
         InputError: no run was given.
-        DataError: a file of a run is missing, torn or not a Holdfast result.
+        DataError: a file of a run is missing, incomplete or not a Holdfast result.
         ComparisonError: the protocol stamps differ and `force` is off.
-        OutputError: `out` is a folder, somebody else's file, or cannot be written.
+        OutputError: `out` is a folder, a file that is not a report, or cannot be written.
     """
     from holdfast.machine.files import write_text
     from holdfast.reporting.collect import collect
@@ -37,7 +37,7 @@ def report(runs: Sequence[Path], out: Path, *, force: bool = False) -> Path:
 
 
 def _check_writable(out: Path) -> None:
-    """Refuse a folder and a file that is no page of ours, before anything is read."""
+    """Refuse a folder and a file that is not a Holdfast report, before anything is read."""
     try:
         if out.is_dir():
             raise OutputError(f"Expected a file to write, found a folder: {out}. Give -o FILE.html.")
@@ -48,4 +48,6 @@ def _check_writable(out: Path) -> None:
     except (OSError, ValueError) as error:
         raise OutputError(f"Cannot write {out}: {getattr(error, 'strerror', None) or error}.") from None
     if not ours:
-        raise OutputError(f"{out} exists and is not a Holdfast report; it was left alone. Give another -o.")
+        raise OutputError(
+            f"{out} exists and is not a Holdfast report; it was not changed. Give another file with -o."
+        )
