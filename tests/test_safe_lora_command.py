@@ -84,9 +84,9 @@ def test_suggest_with_a_folder_projects(place, tmp_path):
         (["--threshold", "0.3", "--out", "o", "--plot", "adapter/adapter_config.json/x.png"], ["Cannot write"]),
         (["--threshold", "0.3", "--out", "o", "--device", "gpu7"], ["device 'gpu7'"]),
         (["--threshold", "0.3", "--out", "o", "--projection", "exakt"], ["exakt"]),
-        (["--threshold", "0.3", "--out", "o", "--base", "bsae"], ["No such model folder|neither a folder"]),
+        (["--threshold", "0.3", "--out", "o", "--base", "bsae"], ["No such model folder|neither a local folder"]),
         (["--threshold", "0.3", "--out", "o", "--aligned", "adapter/../gone/x"], ["No such model folder"]),
-        (["--threshold", "0.3", "--out", "o", "--base", "a b/c@d"], ["no name that the Hub could have: 'a b/c@d'"]),
+        (["--threshold", "0.3", "--out", "o", "--base", "a b/c@d"], ["not a valid Hub name: 'a b/c@d'"]),
         (["--threshold", "0.3", "--out", "o", "--aligned", "adapter"], ["the aligned model .adapter. are the same"]),
     ],
 )  # fmt: skip

@@ -90,7 +90,7 @@ def test_an_adapter_for_another_model_is_refused(three, tmp_path):
         (base, tmp_path / "short", r"no weight 'model\.layers\.2"),
         (tmp_path / "gpt2", tmp_path / "gpt2", "another architecture"),
         (tmp_path / "wide", aligned, r"adapts a weight of shape \[32, 48\].*has \[64, 48\]"),
-        (base, tmp_path / "wide", "must be two models of one architecture"),
+        (base, tmp_path / "wide", "must have the same architecture"),
         (adapter, aligned, "an adapter folder"),
         (base, tmp_path / "nothing", "No such model folder"),
     ):

@@ -183,13 +183,13 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj"
     ("change", "message"),
     [
         ({"r": 5}, "its rank is 5"),
-        ({"r": 0}, "a positive number as r"),
-        ({"r": True}, "a positive number as r"),
-        ({"lora_alpha": "many"}, "a positive number as lora_alpha"),
-        ({"lora_alpha": float("nan")}, "a positive number as lora_alpha"),
-        ({"rank_pattern": [3]}, "rank_pattern is no table"),
-        ({"alpha_pattern": {"(": 3}}, "which is no pattern"),
-        ({"alpha_pattern": {"q_proj": None}}, "a positive number as alpha_pattern"),
+        ({"r": 0}, "a positive number for r"),
+        ({"r": True}, "a positive number for r"),
+        ({"lora_alpha": "many"}, "a positive number for lora_alpha"),
+        ({"lora_alpha": float("nan")}, "a positive number for lora_alpha"),
+        ({"rank_pattern": [3]}, "rank_pattern is not a table"),
+        ({"alpha_pattern": {"(": 3}}, "which is not a valid pattern"),
+        ({"alpha_pattern": {"q_proj": None}}, "a positive number for alpha_pattern"),
         ({"peft_type": ["LORA"]}, "expected a LoRA adapter"),
         ({"init_lora_weights": 1}, "init_lora_weights is '1'"),
     ],
@@ -202,8 +202,8 @@ def test_a_configuration_that_does_not_fit_is_refused(tmp_path, change, message)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(f"{KEY}.lora_A.weight"), "a lora_B alone"),
-        (lambda t: t.update({f"{KEY}.lora_magnitude_vector": torch.ones(32)}), "no part of a plain LoRA"),
+        (lambda t: t.pop(f"{KEY}.lora_A.weight"), "has only lora_B"),
+        (lambda t: t.update({f"{KEY}.lora_magnitude_vector": torch.ones(32)}), "not part of a plain LoRA"),
         (lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(8)}), r"shape \[8\]"),
         (lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(8, 0)}), r"shape \[8, 0\]"),
         (lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(8, 32, 1, 1)}), "convolutions"),
@@ -221,7 +221,7 @@ def test_what_is_no_adapter_is_refused(tmp_path):
         read_adapter(tmp_path / "nothing")
     with pytest.raises(ModelError, match="found none at"):
         read_adapter(tmp_path)
-    with pytest.raises(ModelError, match="neither a folder here nor in the local Hub cache"):
+    with pytest.raises(ModelError, match="neither a local folder nor in the local Hub cache"):
         read_adapter("nobody/nothing")
     save(tmp_path, target_modules=["q_proj"])
     path = tmp_path / "adapter_model.safetensors"
@@ -232,7 +232,7 @@ def test_what_is_no_adapter_is_refused(tmp_path):
     with pytest.raises(ModelError, match="is missing"):
         read_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text("[")
-    with pytest.raises(ModelError, match="is no JSON"):
+    with pytest.raises(ModelError, match="is not JSON"):
         read_adapter(tmp_path)
 
 

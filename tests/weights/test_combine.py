@@ -254,7 +254,7 @@ MISFITS = {
     "bias": (lambda a: edit(a, bias="all"), "bias"),
     "invocation": (lambda a: edit(a, alora_invocation_tokens=[1]), "alora_invocation_tokens"),
     "tokens": (lambda a: edit(a, trainable_token_indices=[1]), "trainable_token_indices"),
-    "torn": (lambda a: (a / "adapter_model.safetensors").write_bytes(b"x" * 20), "torn"),
+    "torn": (lambda a: (a / "adapter_model.safetensors").write_bytes(b"x" * 20), "damaged"),
     "gone": (lambda a: (a / "adapter_model.safetensors").unlink(), "missing"),
 }
 
@@ -301,7 +301,7 @@ def test_copies_of_whole_modules_do_not_add_up(tmp_path):
     combine(adapters[:1], tmp_path / "alone")
     path = adapters[1] / "adapter_model.safetensors"
     save_file({k: t + 1 if "v_proj" in k else t for k, t in load_file(path).items()}, path)
-    with pytest.raises(ModelError, match="differs; such copies do not add up"):
+    with pytest.raises(ModelError, match="the two differ; they do not add up"):
         combine(adapters[:2], tmp_path / "out")
     with pytest.raises(ModelError, match=r"v_proj' has LoRA in .*adapter2 and is trained as a whole"):
         combine([adapters[0], adapters[2]], tmp_path / "out")
@@ -332,7 +332,7 @@ def test_tied_weights_are_not_merged(tmp_path, target):
         merge(base, adapters, tmp_path / "out")
     config = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
     base, adapters = chain(tmp_path / "whole", [config])
-    with pytest.raises(ModelError, match="embedding and output head at once"):
+    with pytest.raises(ModelError, match="both the embedding and the output head"):
         merge(base, adapters, tmp_path / "out")
 
 

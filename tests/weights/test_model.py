@@ -99,7 +99,7 @@ def test_what_is_no_model_is_refused(folders, tmp_path):
         find_model(str(adapter))
     with pytest.raises(ModelError, match="No such model folder"):
         find_model(str(model.parent / "modle"))
-    with pytest.raises(ModelError, match="neither a folder here nor in the local Hub cache"):
+    with pytest.raises(ModelError, match="neither a local folder nor in the local Hub cache"):
         find_model("nobody/nothing")
     shutil.copytree(model, tmp_path / "bin")
     (tmp_path / "bin" / "model.safetensors").rename(tmp_path / "bin" / "pytorch_model.bin")

@@ -1,4 +1,4 @@
-"""Weights and adapters as files: found, named, read and written a tensor at a time, without torch."""
+"""Weights and adapters as files: find, name, read and write them one tensor at a time, without torch."""
 
 __all__ = [
     "adapter",

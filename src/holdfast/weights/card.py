@@ -1,6 +1,6 @@
-"""The model card of what is handed out: what it was made from, with hashes, and what was not measured.
+"""The model card of a combined or merged model: its sources, with hashes, and what was not measured.
 
-A card names a folder by its last part: no path of this machine is handed out.
+A card names a folder by its last part, so that no path of this machine is published.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ HOW = {
 
 
 def is_hub_id(path: str | Path) -> bool:
-    """Whether `path` names a model on the Hub instead of a folder here."""
+    """Whether `path` names a model on the Hub and not a local folder."""
     return not looks_local(str(path)) and not Path(path).exists()
 
 
 def public_name(path: str | Path) -> str:
-    """A Hub id, also of a folder in the Hub's cache, or the last part of another folder's name."""
+    """Return a Hub id (also for a folder in the Hub's cache), or the last part of a folder's name."""
     if is_hub_id(path):
         return str(path)
     folder = Path(path).resolve()
@@ -39,11 +39,11 @@ def public_name(path: str | Path) -> str:
 
 
 def write_card(folder: Path, what: str, base: str | None, adapters: Sequence[Path], notes: str = "") -> None:
-    """`README.md` in `folder`, as the Hub reads it.
+    """Write `README.md` into `folder`, in the format that the Hub reads.
 
     Args:
         what: "combined" or "merged".
-        base: a Hub id or a folder.
+        base: a Hub id or a folder, or None if it is unknown.
     """
     head = ["---"]
     if base and is_hub_id(base):

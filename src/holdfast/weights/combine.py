@@ -1,15 +1,15 @@
-"""A chain of adapters as one thing to hand out: one plain adapter, or a full model with all of them added.
+"""Turn a chain of adapters into one plain adapter, or add all of them to a full model.
 
-The updates of adapters that are stacked add up, and a sum of low-rank products is one product:
+The updates of stacked adapters add up, and a sum of low-rank products is one product:
 
     sum_i s_i B_i A_i = [s_1 B_1 | ... | s_n B_n] [A_1; ...; A_n]
 
-with s_i the scaling of adapter i. So `combine` is exact up to float32 rounding (of s_i B_i alone). It is not
-what the user trained where training ran on a model whose weights had been merged and rounded to bf16.
+where s_i is the scaling of adapter i. So `combine` is exact up to the float32 rounding of s_i B_i. It is not
+the model that the user trained if training ran on weights that had been merged and rounded to bf16.
 
-The combined adapter has one rank r for every module, the largest that one of them needs, the others filled
-up with zeros, and alpha = r, a scaling of 1. PEFT would take a rank and an alpha per module; servers that
-read r and alpha alone would then scale those modules wrongly, without a word.
+The combined adapter has one rank r for every module: the largest rank that a module needs. Modules that need
+less are padded with zeros. alpha = r, so the scaling is 1. PEFT would accept a rank and an alpha per module,
+but servers that read only r and alpha would scale those modules wrongly without an error.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from holdfast.weights.writer import (
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """Adapters of one base model that add up.
+    """Adapters of one base model whose updates add up.
 
     Attributes:
-        updates: by module, the adapters' updates of it in order.
-        whole: copies of whole tensors that take the place of the base model's, by their names in it
-            (with `.base_layer` where the module has LoRA, too).
+        updates: for each module, the updates of the adapters in order.
+        whole: copies of whole tensors that replace those of the base model, by their names in the base model
+            (with `.base_layer` if the module also has LoRA).
     """
 
     adapters: tuple[Adapter, ...]
@@ -53,33 +53,33 @@ class Chain:
 
     @property
     def base(self) -> str | None:
-        """The base model's name, or None where no adapter says it."""
+        """The base model's name, or None if no adapter records it."""
         return self.setting("base_model_name_or_path")
 
     @property
     def folders(self) -> list[Path]:
-        """Where the adapters are."""
+        """The folders of the adapters."""
         return [adapter.folder for adapter in self.adapters]
 
     @property
     def rank(self) -> int:
-        """The largest sum of ranks in one module."""
+        """The largest sum of ranks in a module."""
         return max(sum(part.rank for part in parts) for parts in self.updates.values())
 
     def setting(self, key: str) -> Any:
-        """A setting of the first adapter that has it."""
+        """The value of a setting in the first adapter that has it."""
         return next((a.config[key] for a in self.adapters if a.config.get(key)), None)
 
 
 @dataclass(frozen=True)
 class Combined:
-    """What `combine` wrote.
+    """The result of `combine`.
 
     Attributes:
         folder: the combined adapter.
         rank: r of every module.
-        modules: how many modules it adapts.
-        padded: how many of them needed less than r.
+        modules: the number of adapted modules.
+        padded: the number of modules that needed less than r.
     """
 
     folder: Path
@@ -89,15 +89,15 @@ class Combined:
 
 
 def combine(adapters: Sequence[str | Path], out: str | Path) -> Combined:
-    """Write one plain PEFT adapter that does what `adapters`, stacked, do.
+    """Write one plain PEFT adapter that is equivalent to `adapters` stacked.
 
     Args:
-        adapters: adapter folders or Hub ids, of any ranks, scalings and targets, on one base model.
+        adapters: adapter folders or Hub ids for one base model, with any ranks, scalings and targets.
         out: a new folder.
 
     Raises:
-        ModelError: an adapter is missing, torn or no plain LoRA; or they do not add up.
-        OutputError: `out` is not new, lies in an adapter, or cannot be written.
+        ModelError: an adapter is missing, damaged or not a plain LoRA, or the adapters do not add up.
+        OutputError: `out` is not new, is inside an adapter folder, or cannot be written.
     """
     with open_chain(adapters) as chain:
         rank = chain.rank
@@ -116,11 +116,11 @@ def combine(adapters: Sequence[str | Path], out: str | Path) -> Combined:
 
 @contextmanager
 def open_chain(adapters: Sequence[str | Path]) -> Iterator[Chain]:
-    """The adapters, checked to add up; leaving the block closes their files.
+    """Open the adapters and check that they add up. Leaving the block closes their files.
 
     Raises:
-        ModelError: one cannot be read, or they do not add up: different base models, shapes or kinds of
-            layers, or two that bring their own copy of a module.
+        ModelError: an adapter cannot be read, or the adapters do not add up: different base models, shapes
+            or kinds of layers, or two adapters with their own copies of a module.
     """
     if not adapters:
         raise ModelError("Expected at least one adapter, found none.")
@@ -129,7 +129,7 @@ def open_chain(adapters: Sequence[str | Path]) -> Iterator[Chain]:
         for i, adapter in enumerate(opened):
             _check_alone(adapter)
             if any(adapter.folder.samefile(other.folder) for other in opened[:i]):
-                raise ModelError(f"{adapter.folder} is given twice; it would be added twice. Name it once.")
+                raise ModelError(f"{adapter.folder} is given twice and would be added twice. Name it once.")
         for key in ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out"):
             _check_same(opened, key)
         whole = _whole(opened)
@@ -137,11 +137,11 @@ def open_chain(adapters: Sequence[str | Path]) -> Iterator[Chain]:
 
 
 def _check_alone(adapter: Adapter) -> None:
-    """Refuse what adds something else than B A to the model."""
+    """Refuse an adapter that adds something other than B A to the model."""
     for key in ("alora_invocation_tokens", "trainable_token_indices"):
         if adapter.config.get(key):
             raise ModelError(
-                f"{adapter.folder}: {key} is set, so its update does not hold for every token and cannot be "
+                f"{adapter.folder}: {key} is set, so its update does not apply to every token and cannot be "
                 "added to others."
             )
     if any(".lora_embedding_" in key for key in adapter.left_alone):
@@ -158,8 +158,8 @@ def _check_same(adapters: Sequence[Adapter], key: str) -> None:
         if here != there and not (key == "base_model_name_or_path" and _one_place(here, there)):
             raise ModelError(
                 f"The adapters differ in {key}: {str(here)[:200]!r} in {known[0].folder}, "
-                f"{str(there)[:200]!r} in {adapter.folder}. Only adapters of one base model add up; if it is "
-                f"the same, make {CONFIG} say so."
+                f"{str(there)[:200]!r} in {adapter.folder}. Only adapters of one base model add up. If it is "
+                f"the same model, write the same name into each {CONFIG}."
             )
 
 
@@ -171,7 +171,7 @@ def _one_place(here: Any, there: Any) -> bool:
 
 
 def _whole(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """Copies of whole tensors, trained (`modules_to_save`) or saved along (a head with LoRA)."""
+    """Collect copies of whole tensors: trained (`modules_to_save`) or saved with the adapter (LoRA head)."""
     found: dict[str, Tensor] = {}
     for adapter in adapters:
         for key in adapter.left_alone:
@@ -179,8 +179,8 @@ def _whole(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
             other = found.setdefault(key.removeprefix(PREFIX), tensor)
             if other is not tensor and not same_bytes(other, tensor):
                 raise ModelError(
-                    f"'{key}' stands as a whole (modules_to_save, resized embeddings) in two adapters, "
-                    f"{other.file.path.parent} and {adapter.folder}, and differs; such copies do not add up. "
+                    f"'{key}' is a whole tensor (modules_to_save, resized embeddings) in two adapters, "
+                    f"{other.file.path.parent} and {adapter.folder}, and the two differ; they do not add up. "
                     "Leave one adapter out."
                 )
     return found
@@ -194,21 +194,21 @@ def _updates(adapters: Sequence[Adapter], whole: Mapping[str, Tensor]) -> dict[s
             if parts and parts[0].shape != module.shape:
                 raise ModelError(
                     f"'{module.name}' is {list(parts[0].shape)} in {adapters[0].folder} and "
-                    f"{list(module.shape)} in {adapter.folder}: adapters of two architectures."
+                    f"{list(module.shape)} in {adapter.folder}: the adapters belong to two architectures."
                 )
             if f"{module.name}.weight" in whole:
                 raise ModelError(
                     f"'{module.name}' has LoRA in {adapter.folder} and is trained as a whole "
-                    "(modules_to_save) in another adapter; the two do not add up. Leave one out."
+                    "(modules_to_save) in another adapter; these two do not add up. Leave one out."
                 )
             parts.append(module)
     if not updates:
-        raise ModelError("The adapters hold no LoRA at all; there is nothing to combine.")
+        raise ModelError("The adapters hold no LoRA, so there is nothing to combine.")
     return updates
 
 
 def _stacked(name: str, parts: Sequence[LoraModule], rank: int) -> dict[str, Entry]:
-    """A (rank x in) and B (out x rank) of one module, in float32, read when they are written."""
+    """A (rank x in) and B (out x rank) of one module in float32; they are read when they are written."""
     out, inner = parts[0].shape
 
     def a() -> Iterator[Any]:
@@ -230,7 +230,7 @@ def _stacked(name: str, parts: Sequence[LoraModule], rank: int) -> dict[str, Ent
 
 
 def _config(chain: Chain) -> dict[str, Any]:
-    """A PEFT configuration; its targets are the modules' full names, which leave nothing to be matched."""
+    """Build a PEFT configuration. Its targets are full module names, so no pattern has to match."""
     saved: list[str] = []
     for adapter in chain.adapters:
         names = adapter.config.get("modules_to_save") or []

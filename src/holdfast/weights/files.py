@@ -1,7 +1,7 @@
-"""Files of a folder that somebody else made: never followed out of it, never believed to be small.
+"""Read files of a folder from an untrusted source: no links out of it, no assumption about sizes.
 
-A file may be a link within its folder, or into the `blobs` of the Hub cache that the folder belongs to; a
-link to anywhere else is refused, because a downloaded folder must not be able to name other files of the
+A file may be a link within its folder, or a link into the `blobs` of the Hub cache that the folder belongs
+to. A link to any other place is refused, so that a downloaded folder cannot point to other files of the
 machine.
 """
 
@@ -16,14 +16,15 @@ from typing import Any
 from holdfast.errors import ModelError
 
 JSON_LIMIT = 200_000_000
-"""Bytes of an index or a configuration that are read at most."""
+"""The largest index or configuration that is read, in bytes."""
 
 
 def safe_path(folder: Path, name: str) -> Path:
-    """The path of the file `name` in `folder`, not followed out of it.
+    """Return the path of the file `name` in `folder`, after checking that it stays inside the folder.
 
     Raises:
-        ModelError: it is missing, a broken link, no plain file name, or a link to somewhere else.
+        ModelError: the file is missing, is a broken link, is not a plain file name, or links out of the
+            folder.
     """
     if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
         raise ModelError(f"Expected a plain file name in {folder}, found {name[:200]!r}. Fetch it again.")
@@ -39,16 +40,16 @@ def safe_path(folder: Path, name: str) -> Path:
     if not any(target.is_relative_to(place) for place in allowed):
         raise ModelError(
             f"{path} is a link to {target}, outside its folder; links out of a model folder are not "
-            "followed. Copy the file there, or give the folder that it lies in."
+            "followed. Copy the file into the folder, or give the folder that holds it."
         )
     return path
 
 
 def read_config(path: Path) -> Any:
-    """The value in a JSON file of a model folder.
+    """Return the value in a JSON file of a model folder.
 
     Raises:
-        ModelError: it cannot be read, is too big, or is no JSON.
+        ModelError: the file cannot be read, is too big, or is not JSON.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -59,4 +60,4 @@ def read_config(path: Path) -> Any:
     except OSError as error:
         raise ModelError(f"Cannot read {path}: {error.strerror or error}.") from None
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is no JSON ({str(error)[:80]}). Fetch or save it again.") from None
+        raise ModelError(f"{path} is not JSON ({str(error)[:80]}). Fetch or save it again.") from None

@@ -1,4 +1,4 @@
-"""bf16, fp16, fp32 and fp64 bytes to float32 arrays and back; bf16, which numpy lacks, is half a float32."""
+"""Convert bf16, fp16, fp32 and fp64 bytes to float32 arrays and back; numpy has no bf16 (half a float32)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 FLOATS = ("BF16", "F16", "F32", "F64")
-"""The dtypes that can be read as float32, as safetensors writes them."""
+"""The dtypes that can be read as float32, in the spelling of safetensors."""
 
 
 def to_float32(raw: NDArray[np.uint8], dtype: str, out: Floats | None = None) -> Floats:
-    """The values of little-endian bytes of one of `FLOATS`, flat; into `out` (flat, as long) if given."""
+    """Return the values of little-endian bytes of one of `FLOATS`, flat, in `out` (same length) if given."""
     if dtype == "BF16":
         out = np.empty(raw.size // 2, np.float32) if out is None else out
         np.left_shift(raw.view("<u2"), 16, out=out.view(np.uint32), dtype=np.uint32, casting="unsafe")
@@ -25,12 +25,12 @@ def to_float32(raw: NDArray[np.uint8], dtype: str, out: Floats | None = None) ->
 
 
 def from_float32(values: Floats, dtype: str) -> NDArray[np.uint8]:
-    """Little-endian bytes of `values` in one of `FLOATS`, rounded to the nearest, ties to even; flat."""
+    """Return `values` as little-endian bytes of one of `FLOATS`, flat, rounded to nearest, ties to even."""
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)
     if dtype != "BF16":
-        with np.errstate(over="ignore"):  # beyond fp16 is infinity; the caller looks
+        with np.errstate(over="ignore"):  # values beyond fp16 become infinity; the caller checks
             return flat.astype({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).view(np.uint8)
     bits = flat.view(np.uint32)
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    rounded = np.where(np.isnan(flat), (bits >> 16) | 0x40, rounded)  # the carry would turn a NaN into 0
+    rounded = np.where(np.isnan(flat), (bits >> 16) | 0x40, rounded)  # the carry could turn a NaN into 0
     return rounded.astype("<u2").view(np.uint8)

@@ -1,4 +1,4 @@
-"""A model or adapter folder, or a Hub id: finding it and naming its content; nothing here needs torch."""
+"""Find a model or adapter folder or Hub id and fingerprint its content. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from holdfast.machine.digests import Digests
 
 
 def model_path(path: str) -> str | Path:
-    """The folder or Hub id of the model; "world" is the embedded one."""
+    """Return the folder or Hub id of a model; "world" is the embedded model."""
     if path == "world":
         from holdfast import world
 
@@ -20,13 +20,13 @@ def model_path(path: str) -> str | Path:
 
 
 def find_model(path: str, revision: str | None = None, download: bool = True) -> Path:
-    """The local folder of a model folder or Hub id, checked to hold a config and safetensors weights.
+    """Return the local folder of a model folder or Hub id that has a config and safetensors weights.
 
     Args:
-        download: fetch a Hub id that is not in the local cache; otherwise only look.
+        download: fetch a Hub id that is not in the local cache. If False, only search the cache.
 
     Raises:
-        ModelError: nothing is there, or it is not a model that can be loaded safely.
+        ModelError: nothing is found, or the folder is not a model that can be loaded safely.
     """
     folder = Path(path)
     if not folder.exists():
@@ -37,7 +37,7 @@ def find_model(path: str, revision: str | None = None, download: bool = True) ->
         raise ModelError(f"Expected a model folder, found a file: {path}.")
     if not (folder / "config.json").is_file():
         what = (
-            "an adapter folder; name its base model" if (folder / "adapter_config.json").exists() else folder
+            "an adapter folder; give its base model" if (folder / "adapter_config.json").exists() else folder
         )
         raise ModelError(f"Expected a model folder with config.json, found {what} at {path}.")
     if not any(folder.glob("*.safetensors")):
@@ -62,10 +62,10 @@ def _neighbour(folder: Path) -> str:
 
 
 def from_hub(repo: str, revision: str | None, download: bool) -> Path:
-    """The folder of a Hub id in the local cache, fetched if it is not there and `download`.
+    """Return the folder of a Hub id in the local cache. If it is missing and `download` is true, fetch it.
 
     Raises:
-        ModelError: it is gated, unknown, or neither cached nor to be reached.
+        ModelError: the repository is gated or unknown, or it is not cached and the Hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -86,13 +86,13 @@ def from_hub(repo: str, revision: str | None, download: bool) -> Path:
         ) from None
     except LocalEntryNotFoundError:
         raise ModelError(
-            f"{repo} is neither a folder here nor in the local Hub cache, and the Hub cannot be reached. "
-            "Check the name, or download it where there is a network."
+            f"{repo} is neither a local folder nor in the local Hub cache, and the Hub cannot be reached. "
+            "Check the name, or download it on a machine with network access."
         ) from None
     except HFValidationError:
-        raise ModelError(f"No such folder, and no name that the Hub could have: {repo[:200]!r}.") from None
+        raise ModelError(f"Not an existing folder and not a valid Hub name: {repo[:200]!r}.") from None
     except HfHubHTTPError as error:
-        raise ModelError(f"The Hub does not give {repo}: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"The Hub did not return {repo}: {str(error).splitlines()[0]}") from None
 
 
 NAMED_BY = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken", ".py")
@@ -112,10 +112,10 @@ def fingerprint(folder: Path, digests: Digests | None = None) -> str:
 
 
 def parameter_count(folder: Path) -> int:
-    """How many numbers the weight files hold, from their headers alone.
+    """Return how many numbers the weight files hold, from their headers alone.
 
     Raises:
-        ModelError: a file is not what safetensors writes.
+        ModelError: a file is not a valid safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -126,11 +126,11 @@ def parameter_count(folder: Path) -> int:
                 total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{path} is torn or no safetensors file ({first_line(error)}). Fetch or save it again."
+                f"{path} is damaged or not a safetensors file ({first_line(error)}). Fetch or save it again."
             ) from None
     return total
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind."""
+    """Return the first line of an error's message, or the name of its class."""
     return str(error).strip().split("\n")[0][:300] or type(error).__name__

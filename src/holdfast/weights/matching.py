@@ -1,4 +1,4 @@
-"""Which weight on disk belongs to a module: by name, never by position."""
+"""Find the weight on disk that belongs to a module: by name, never by position."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ CONV1D = {
     "imagegpt": ("c_attn", "c_proj", "c_fc", "q_attn"),
     "decision_transformer": ("c_attn", "c_proj", "c_fc", "q_attn"),
 }
-"""Modules whose weight transformers stores as (in, out), by model type; the shape tells it elsewhere."""
+"""Modules whose weight transformers stores as (in, out), by model type. Elsewhere the shape decides."""
 
 TOKENS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
-"""Last names of token embeddings, with which an output head may be tied."""
+"""Last name parts of token embeddings, which an output head may be tied to."""
 EMBEDDINGS = (*TOKENS, "wpe", "embed_positions", "position_embeddings", "tokens_embed", "positions_embed")
-"""Last names of embeddings: tables that are looked up, not linear maps."""
+"""Last name parts of embeddings: lookup tables, not linear maps."""
 HEADS = ("lm_head", "embed_out", "output", "score", "classifier")
-"""Last names of output heads, which PEFT's "all-linear" leaves out too."""
+"""Last name parts of output heads, which PEFT's "all-linear" also leaves out."""
 
 
 def model_config(weights: Weights) -> Mapping[str, Any]:
-    """The `config.json` of a model.
+    """Return the `config.json` of a model.
 
     Raises:
-        ModelError: it is no table of settings.
+        ModelError: the file is not a table of settings.
     """
     config = read_config(safe_path(weights.folder, "config.json"))
     if not isinstance(config, dict):
-        raise ModelError(f"{weights.folder / 'config.json'} is no table of settings. Fetch it again.")
+        raise ModelError(f"{weights.folder / 'config.json'} is not a table of settings. Fetch it again.")
     return config
 
 
 def find_weight(weights: Weights, module: str) -> Tensor:
-    """The weight of `module`: of that name, or the only one that differs by a prefix alone.
+    """Find the weight of `module`: the weight with that name, or the only one that differs by a prefix.
 
     A checkpoint may lack the prefix of the module that holds the layers (`h.0...` for `transformer.h.0...`),
     and a tied output head is stored as the embedding.
 
     Raises:
-        ModelError: there is none, or more than one.
+        ModelError: no weight matches, or more than one does.
     """
     wanted = f"{module}.weight"
     if wanted in weights:
@@ -60,16 +60,16 @@ def find_weight(weights: Weights, module: str) -> Tensor:
     close = nearest(wanted, weights)
     raise ModelError(
         f"{weights.folder} has no weight '{wanted}'.{close if 'Did you mean' in close else ''} "
-        "The adapter is for another architecture, or the weight is stored under another name there (fused "
-        "or renamed when loaded), which is not supported."
+        "The adapter is for another architecture, or the weight has another name there (fused or renamed "
+        "at loading), which is not supported."
     )
 
 
 def is_transposed(module: LoraModule, weight: Tensor, model_type: object) -> bool:
-    """Whether `weight` is stored as (in, out): by its shape, for a square one by what the model is.
+    """Whether `weight` is stored as (in, out): decided by its shape, or by the model type if it is square.
 
     Raises:
-        ModelError: the shape fits neither way, or nothing tells which way a square one is stored.
+        ModelError: the shape fits neither way, or the layout of a square weight is unknown.
     """
     out, into = module.shape
     straight, turned = weight.shape == (out, into), weight.shape == (into, out)
@@ -83,14 +83,14 @@ def is_transposed(module: LoraModule, weight: Tensor, model_type: object) -> boo
     if module.fan_in_fan_out and str(model_type) not in CONV1D:
         raise ModelError(
             f"fan_in_fan_out is set, but a model of type {str(model_type)[:80]!r} is not known to store "
-            f"weights as (in, out), and the square shape of '{module.name}' does not tell. Unset it in "
-            "adapter_config.json if its layers are torch.nn.Linear."
+            f"weights as (in, out), and the shape of '{module.name}' is square, so it cannot tell. Unset "
+            "it in adapter_config.json if the layers are torch.nn.Linear."
         )
     return module.kind in CONV1D.get(str(model_type), ())
 
 
 def check_pair(aligned: Tensor, base: Tensor) -> None:
-    """Make sure that two weights can be subtracted.
+    """Check that two weights can be subtracted.
 
     Raises:
         ModelError: their shapes differ, or they are quantised.
@@ -100,12 +100,12 @@ def check_pair(aligned: Tensor, base: Tensor) -> None:
     if aligned.shape != base.shape:
         raise ModelError(
             f"The aligned '{aligned.name}' has shape {list(aligned.shape)}, the base one {list(base.shape)}: "
-            "base and aligned must be two models of one architecture. Check --base and --aligned."
+            "base and aligned must have the same architecture. Check --base and --aligned."
         )
 
 
 def linear_weights(weights: Weights) -> dict[str, Tensor]:
-    """The weights of linear modules by module: every matrix but embeddings and output heads."""
+    """Return the weights of linear modules by module name: every matrix but embeddings and output heads."""
     return {
         name.removesuffix(".weight"): tensor
         for name, tensor in weights.items()

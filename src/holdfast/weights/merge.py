@@ -1,7 +1,7 @@
-"""A full model with a chain of adapters added to its weights, W + sum_i s_i B_i A_i, streamed to a folder.
+"""Add a chain of adapters to the weights of a model, W + sum_i s_i B_i A_i, and stream them to a folder.
 
-File by file and tensor by tensor as the base model has them, a block of rows in memory. Sums are taken in
-float32 and rounded once, to the dtype that the weight has (PEFT rounds the update first, then the sum).
+The output has the files and tensors of the base model; one block of rows is in memory at a time. Sums are
+computed in float32 and rounded once, to the dtype of the weight (PEFT rounds the update first, then the sum).
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge` wrote.
+    """The result of `merge`.
 
     Attributes:
         folder: the full model.
-        changed: how many tensors of the base model were changed.
-        tensors: how many it has.
-        nbytes: of all tensors.
+        changed: how many tensors of the base model changed.
+        tensors: how many tensors the model has.
+        nbytes: size of all tensors.
     """
 
     folder: Path
@@ -61,14 +61,14 @@ def merge(
         base: a model folder or Hub id with plain weights (bf16, fp16, fp32), in any number of files.
         adapters: as for `combine`.
         out: a new folder.
-        dtype: of the floating-point weights: "bfloat16", "float16" or "float32". Default: as they are.
+        dtype: dtype of the floating-point weights: "bfloat16", "float16" or "float32". Default: unchanged.
 
     Raises:
-        ModelError: the model or an adapter is missing, torn or quantised, or they do not fit.
-        OutputError: `out` is not new, lies in a source, or cannot be written.
+        ModelError: the model or an adapter is missing, damaged or quantised, or they do not fit together.
+        OutputError: `out` is not new, is inside a source, or cannot be written.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise ModelError(f"Expected a dtype of {', '.join(DTYPES)}, found '{dtype}'.")
+        raise ModelError(f"Expected a dtype out of {', '.join(DTYPES)}, found '{dtype}'.")
     with open_weights(base) as weights, open_chain(adapters) as chain:
         config = _config(weights)
         updates = _updates(weights, chain)
@@ -82,8 +82,8 @@ def merge(
         tied = {name for name in changed if _tied(weights, name, config)}
         if tied:
             raise ModelError(
-                f"'{min(tied)}' is embedding and output head at once (tied weights); an update of one of "
-                "them cannot be merged. Hand out the adapter instead."
+                f"'{min(tied)}' is both the embedding and the output head (tied weights), so an update of "
+                "one of them cannot be merged. Use the adapter instead."
             )
         with new_folder(Path(out), [weights.folder, *chain.folders]) as folder:
             copy_beside(weights.folder, folder, leave=[INDEX])
@@ -99,14 +99,14 @@ def _config(weights: Weights) -> Mapping[str, Any]:
     config = model_config(weights)
     if config.get("quantization_config"):
         raise ModelError(
-            f"{weights.folder} is a quantised model; adding to its weights would lose them twice. Give the "
+            f"{weights.folder} is a quantised model; adding to its weights would round them twice. Give the "
             "folder of the unquantised model."
         )
     return config
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The configuration saying `dtype` wherever it says one."""
+    """Return the configuration with `dtype` in place of every dtype that it names."""
     changed = {}
     for key, value in config.items():
         said = dtype if key in ("dtype", "torch_dtype") else value
@@ -115,16 +115,16 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _place(weights: Weights, name: str) -> str:
-    """The name on disk of a tensor that an adapter has a copy of."""
+    """Return the name on disk of a tensor that an adapter has a copy of."""
     module, _, part = name.replace(".base_layer.", ".").rpartition(".")
     place = f"{find_weight(weights, module).name.removesuffix('.weight')}.{part}"
     if place not in weights:
-        raise ModelError(f"{weights.folder} has no '{place}', of which an adapter holds a copy.")
+        raise ModelError(f"{weights.folder} has no '{place}', but an adapter holds a copy of it.")
     return place
 
 
 def _updates(weights: Weights, chain: Chain) -> dict[str, Sequence[LoraModule]]:
-    """The updates by the names that the weights have on disk."""
+    """Return the updates by the names of the weights on disk."""
     found: dict[str, Sequence[LoraModule]] = {}
     for module, parts in chain.updates.items():
         tensor = find_weight(weights, module)
@@ -138,13 +138,13 @@ def _check_copies(weights: Weights, copies: Mapping[str, Tensor]) -> None:
         whole.check_floats()
         if whole.shape != weights[name].shape:
             raise ModelError(
-                f"'{name}' has shape {list(weights[name].shape)} in {weights.folder}, the adapter's trained "
-                f"copy of it {list(whole.shape)}: an adapter of another model, or another vocabulary."
+                f"'{name}' has shape {list(weights[name].shape)} in {weights.folder}, but the adapter's "
+                f"trained copy has {list(whole.shape)}: the adapter is for another model or vocabulary."
             )
 
 
 def _tied(weights: Weights, name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a weight has a row for every token and there is no second one, or the two are tied."""
+    """Whether a weight has a row for every token and is the only such weight, or is tied to the other one."""
     text = config.get("text_config")
     settings = {**config, **(text if isinstance(text, dict) else {})}
     rows = settings.get("vocab_size")
@@ -155,14 +155,14 @@ def _tied(weights: Weights, name: str, config: Mapping[str, Any]) -> bool:
 def _turned(
     tensor: Tensor, parts: Sequence[LoraModule], config: Mapping[str, Any]
 ) -> list[tuple[LoraModule, bool]]:
-    """The updates of a weight, each with whether the weight is stored as (in, out)."""
+    """Return the updates of a weight, each with whether the weight is stored as (in, out)."""
     return [(part, is_transposed(part, tensor, config.get("model_type"))) for part in parts]
 
 
 def _entry(
     tensor: Tensor, parts: Sequence[tuple[LoraModule, bool]], whole: Tensor | None, dtype: str | None
 ) -> Entry:
-    """What is written for a tensor of the base model."""
+    """Return the entry to write for a tensor of the base model."""
     if tensor.dtype not in FLOATS or (not parts and whole is None and dtype in (None, tensor.dtype)):
         return raw_entry(tensor)
     target = dtype or tensor.dtype
@@ -170,7 +170,7 @@ def _entry(
 
 
 def _blocks(tensor: Tensor, parts: Sequence[tuple[LoraModule, bool]], dtype: str) -> Iterator[Any]:
-    """W + sum_i s_i B_i A_i by blocks of rows, rounded to `dtype`; of W^T where it is stored transposed."""
+    """W + sum_i s_i B_i A_i in blocks of rows, rounded to `dtype`; W^T if it is stored transposed."""
     factors = []
     for part, transposed in parts:
         a, b = part.a.read(), part.b.read() * np.float32(part.scaling)
@@ -181,12 +181,12 @@ def _blocks(tensor: Tensor, parts: Sequence[tuple[LoraModule, bool]], dtype: str
             rows += left[first:last] @ right
         written = from_float32(rows, dtype)
         if dtype == "F16" and np.isinf(written.view("<f2")).any() and np.isfinite(rows).all():
-            raise ModelError(f"'{tensor.name}' does not fit into float16. Ask for bfloat16 or float32.")
+            raise ModelError(f"'{tensor.name}' does not fit into float16. Use bfloat16 or float32.")
         yield written
 
 
 def _write(weights: Weights, entries: Mapping[str, Entry], folder: Path) -> int:
-    """The base model's files with the new entries, and the index where there are several."""
+    """Write the files of the base model with the new entries, and the index if there are several files."""
     total = 0
     places: dict[str, str] = {}
     for file in weights.files:

@@ -1,9 +1,9 @@
-"""Weights on disk as name -> lazy tensor: safetensors files, sharded or not, read without torch.
+"""Weights on disk as a mapping from name to lazy tensor: safetensors files, sharded or not, without torch.
 
-A tensor is read into a buffer of the caller's, whole or by blocks of rows, with positioned reads: threads
-share a file, and no mapped page stays resident.
+A tensor is read whole or in blocks of rows, into a buffer that the caller may give. Reads are positioned, so
+threads can share a file, and no mapped page stays resident.
 
-A header is not believed: lengths, offsets and shapes are checked against the file before a byte of a
+Headers are not trusted: lengths, offsets and shapes are checked against the file before any byte of a
 tensor is read. Links out of the folder are not followed (see `weights/files.py`).
 """
 
@@ -31,7 +31,7 @@ from holdfast.weights.folders import find_model
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEADER_LIMIT = 100_000_000
-"""Bytes; the limit of the safetensors format."""
+"""The limit of the safetensors format, in bytes."""
 
 BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8"), 8),
@@ -41,14 +41,14 @@ BITS = {
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
     **dict.fromkeys(("F4", "F6_E2M3", "F6_E3M2"), 0),  # packed: the size is not checked
 }
-"""Bits of a value, by the dtype's name in a safetensors header."""
+"""Bits per value, by the name of the dtype in a safetensors header."""
 
 
 class WeightFile:
-    """One open safetensors file: its tensors by name, and reads at a place that threads may share.
+    """One open safetensors file: its tensors by name, and positioned reads that threads can share.
 
     Raises:
-        ModelError: it cannot be read, or its header is not what safetensors writes.
+        ModelError: the file cannot be read, or its header is not valid safetensors.
     """
 
     def __init__(self, path: Path):
@@ -68,21 +68,21 @@ class WeightFile:
             raise
 
     def close(self) -> None:
-        """Give the file back; tensors of it can no longer be read."""
+        """Close the file. Its tensors can no longer be read."""
         self._file.close()
 
     def read_into(self, buffer: memoryview, start: int) -> None:
-        """Fill `buffer` with the bytes from `start` on.
+        """Fill `buffer` with the bytes from position `start`.
 
         Raises:
-            ModelError: the file ends before, or cannot be read.
+            ModelError: the file is too short, or it cannot be read.
         """
         done = 0
         try:
             while done < len(buffer):
                 got = self._pread(buffer[done:], start + done)
                 if not got:
-                    raise ModelError(f"{self.path} ended while it was read. Fetch or save it again.")
+                    raise ModelError(f"{self.path} ended while it was being read. Fetch or save it again.")
                 done += got
         except OSError as error:
             raise ModelError(f"Cannot read {self.path}: {error.strerror or error}.") from None
@@ -100,7 +100,7 @@ class WeightFile:
     def _pread(self, buffer: memoryview, start: int) -> int:
         if hasattr(os, "preadv"):
             return os.preadv(self._file.fileno(), [buffer], start)
-        with self._lock:  # a system without positioned reads
+        with self._lock:  # the system has no positioned reads
             self._file.seek(start)
             return self._file.readinto(buffer) or 0
 
@@ -132,15 +132,15 @@ class WeightFile:
     def _parse(self, text: bytes) -> dict[str, Any]:
         def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             if len(dict(pairs)) < len(pairs):
-                raise ValueError("a name stands twice")
+                raise ValueError("a name appears twice")
             return dict(pairs)
 
         try:
             header = json.loads(text, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
-            raise self._torn(f"its header is no JSON: {str(error)[:80]}") from None
+            raise self._torn(f"its header is not JSON: {str(error)[:80]}") from None
         if not isinstance(header, dict):
-            raise self._torn("its header is no table of tensors")
+            raise self._torn("its header is not a table of tensors")
         return header
 
     def _tensor(self, name: str, entry: Any, data: int) -> Tensor:
@@ -151,16 +151,16 @@ class WeightFile:
         except (TypeError, KeyError, ValueError):
             sound = False
         if not sound:
-            raise self._torn(f"{name[:200]!r} has no dtype, shape and offsets that safetensors knows")
+            raise self._torn(f"{name[:200]!r} has no valid dtype, shape and offsets")
         if not first <= last <= self.size - data:
-            raise self._torn(f"'{name}' lies beyond the end of the file")
+            raise self._torn(f"'{name}' extends beyond the end of the file")
         if BITS[dtype] and math.prod(shape) * BITS[dtype] // 8 != last - first:
             raise self._torn(f"'{name}' of shape {list(shape)} and dtype {dtype} has {last - first:,} bytes")
         return Tensor(name, dtype, shape, self, data + first, last - first)
 
     def _torn(self, found: str) -> ModelError:
         return ModelError(
-            f"{self.path} is torn or no safetensors file ({found[:300]}). Fetch or save it again."
+            f"{self.path} is damaged or not a safetensors file ({found[:300]}). Fetch or save it again."
         )
 
 
@@ -169,9 +169,9 @@ class Tensor:
     """A tensor that is still on disk.
 
     Attributes:
-        dtype: as safetensors writes it: "BF16", "F16", "F32", ...
-        offset: of its first byte in the file.
-        nbytes: how many bytes it has there.
+        dtype: in the spelling of safetensors: "BF16", "F16", "F32", ...
+        offset: position of its first byte in the file.
+        nbytes: size in the file.
     """
 
     name: str
@@ -183,11 +183,11 @@ class Tensor:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row: of all that stands under one index of the first dimension."""
+        """Bytes per row, that is, per index of the first dimension."""
         return self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
 
     def raw(self, first: int = 0, last: int | None = None, out: NDArray[np.uint8] | None = None) -> Any:
-        """The bytes of rows `first` to `last` as they are on disk: uint8, into the head of `out` if given."""
+        """Return the bytes of rows `first` to `last` as stored: uint8, at the start of `out` if given."""
         last = (self.shape[0] if self.shape else 1) if last is None else last
         size = (last - first) * self.row_bytes
         buffer = np.empty(size, np.uint8) if out is None else out[:size]
@@ -195,10 +195,10 @@ class Tensor:
         return buffer
 
     def read(self, first: int = 0, last: int | None = None) -> Floats:
-        """Rows `first` to `last` (the whole tensor by default) as a new float32 array.
+        """Return rows `first` to `last` (by default the whole tensor) as a new float32 array.
 
         Raises:
-            ModelError: the tensor does not hold plain floating-point numbers, or the file ended.
+            ModelError: the tensor does not hold plain floating-point numbers, or the file is too short.
         """
         self.check_floats()
         rows = (self.shape[0] if last is None else last) - first if self.shape else 1
@@ -206,10 +206,10 @@ class Tensor:
         return to_float32(self.raw(first, last), self.dtype).reshape(shape)
 
     def check_floats(self) -> None:
-        """Refuse what has no plain values: quantised weights.
+        """Check that the tensor holds plain floating-point values and not quantised weights.
 
         Raises:
-            ModelError: its dtype is none of `FLOATS`.
+            ModelError: its dtype is not in `FLOATS`.
         """
         if self.dtype not in FLOATS:
             raise ModelError(
@@ -219,7 +219,7 @@ class Tensor:
 
 
 class Weights(Mapping[str, Tensor]):
-    """All tensors of a model by name. A context manager: leaving it closes the files."""
+    """All tensors of a model by name. It is a context manager that closes the files on exit."""
 
     def __init__(self, folder: Path, files: list[WeightFile], tensors: dict[str, Tensor]):
         self.folder = folder
@@ -244,15 +244,15 @@ class Weights(Mapping[str, Tensor]):
 
 
 def open_weights(model: str | Path, revision: str | None = None) -> Weights:
-    """The weights of a model folder or Hub id; only headers are read.
+    """Open the weights of a model folder or Hub id. Only headers are read.
 
     Raises:
-        ModelError: there is no such model, a file of it is missing, torn, unreadable or a link to a place
-            outside the folder, or the index does not fit the files.
+        ModelError: there is no such model; one of its files is missing, damaged, unreadable or a link out of
+            the folder; or the index does not match the files.
     """
     folder = find_model(str(model), revision)
     single, index = folder / SINGLE, folder / INDEX
-    if single.exists() or single.is_symlink():  # the order of transformers
+    if single.exists() or single.is_symlink():  # the same order as in transformers
         return open_files(folder, [SINGLE])
     if index.exists() or index.is_symlink():
         return _open_sharded(folder, index)
@@ -260,7 +260,7 @@ def open_weights(model: str | Path, revision: str | None = None) -> Weights:
     if len(found) == 1:
         return open_files(folder, found)
     raise ModelError(
-        f"{folder} holds {len(found)} safetensors files but no {INDEX} that says which tensor is where. "
+        f"{folder} holds {len(found)} safetensors files but no {INDEX} that maps tensors to files. "
         "Fetch or save the model again."
     )
 
@@ -283,10 +283,10 @@ def _same_bytes(one: WeightFile, other: WeightFile, block: int = 2**24) -> bool:
 
 
 def open_files(folder: Path, names: list[str]) -> Weights:
-    """The tensors of the safetensors files `names` in `folder`, which must not share a tensor name.
+    """Open the safetensors files `names` in `folder`, which must not share a tensor name.
 
     Raises:
-        ModelError: as `open_weights`.
+        ModelError: as in `open_weights`.
     """
     files: list[WeightFile] = []
     tensors: dict[str, Tensor] = {}
@@ -295,7 +295,7 @@ def open_files(folder: Path, names: list[str]) -> Weights:
             files.append(WeightFile(safe_path(folder, name)))
             twice = tensors.keys() & files[-1].tensors.keys()
             if twice:
-                raise ModelError(f"'{min(twice)}' stands in two weight files of {folder}. Save it again.")
+                raise ModelError(f"'{min(twice)}' is in two weight files of {folder}. Save it again.")
             tensors |= files[-1].tensors
     except BaseException:
         for file in files:
@@ -308,10 +308,10 @@ def _open_sharded(folder: Path, index: Path) -> Weights:
     table = read_config(safe_path(folder, index.name))
     places = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-        raise ModelError(f"{index} has no weight_map from tensor to file. Fetch the model again.")
+        raise ModelError(f"{index} has no weight_map from tensors to files. Fetch the model again.")
     weights = open_files(folder, sorted(set(places.values())))
     for name, file in places.items():
         if name not in weights or weights[name].file.path.name != Path(file).name:
             weights.__exit__()
-            raise ModelError(f"{index} says that '{name}' is in {file}, where it is not. Fetch it again.")
+            raise ModelError(f"{index} says that '{name}' is in {file}, but it is not. Fetch it again.")
     return weights

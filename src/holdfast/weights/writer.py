@@ -1,4 +1,4 @@
-"""New folders of weights: written beside their place and renamed, so that a half one is never seen."""
+"""Write new folders of weights under a temporary name and rename them, so none is ever seen half-written."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from holdfast.weights.files import safe_path
 from holdfast.weights.reader import Tensor
 
 BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
-"""Bytes of a value, by the dtype's name in a safetensors header."""
+"""Bytes per value, by the name of the dtype in a safetensors header."""
 BLOCK = 2**24
-"""Bytes of a tensor that are in memory at a time, at most."""
+"""The largest part of a tensor that is in memory at a time, in bytes."""
 BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
-"""What belongs to a model or an adapter beside its weights."""
+"""Files that belong to a model or an adapter in addition to its weights."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written.
+    """A tensor to write.
 
     Attributes:
-        dtype: as safetensors writes it: "BF16", "F16", "F32", ...
-        nbytes: how many bytes `blocks` give in all.
-        blocks: its bytes in order; asked for once, when the tensors before it are written.
+        dtype: in the spelling of safetensors: "BF16", "F16", "F32", ...
+        nbytes: the total size of `blocks`.
+        blocks: its bytes in order, iterated once, after the tensors before it are written.
     """
 
     dtype: str
@@ -45,12 +45,12 @@ class Entry:
 
 
 def float_entry(dtype: str, shape: tuple[int, ...], blocks: Iterable[Any]) -> Entry:
-    """An `Entry` whose size follows from its dtype (one of `BYTES`) and shape."""
+    """Return an `Entry` whose size follows from its dtype (one of `BYTES`) and shape."""
     return Entry(dtype, shape, math.prod(shape) * BYTES[dtype], blocks)
 
 
 def raw_entry(tensor: Tensor) -> Entry:
-    """A tensor on disk as it is, byte for byte."""
+    """Return an `Entry` that copies a tensor on disk byte for byte."""
     return Entry(tensor.dtype, tensor.shape, tensor.nbytes, _raw_blocks(tensor))
 
 
@@ -60,14 +60,14 @@ def _raw_blocks(tensor: Tensor) -> Iterator[Any]:
 
 
 def same_bytes(here: Tensor, there: Tensor) -> bool:
-    """Whether two tensors on disk are alike in dtype, shape and every byte."""
+    """Whether two tensors on disk have the same dtype, shape and bytes."""
     if (here.dtype, here.shape) != (there.dtype, there.shape):
         return False
     return all(np.array_equal(here.raw(*rows), there.raw(*rows)) for rows in row_blocks(here))
 
 
 def row_blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """The rows of a tensor by blocks of at most `BLOCK` bytes (or one row)."""
+    """Yield row ranges of a tensor in blocks of at most `BLOCK` bytes (or one row)."""
     rows = tensor.shape[0] if tensor.shape else 1
     step = max(1, BLOCK // max(1, tensor.row_bytes))
     for first in range(0, rows, step):
@@ -76,15 +76,16 @@ def row_blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def new_folder(out: Path, sources: Iterable[Path], record: str | None = None) -> Iterator[Path]:
-    """A folder beside `out`; it takes the name `out` when the block ends, and goes if the block fails.
+    """Yield a temporary folder next to `out`. It is renamed to `out` at the end, or deleted on failure.
 
     Args:
-        sources: folders that must stay as they are.
-        record: an earlier result, a folder with this JSON file of ours in it, is replaced.
+        sources: folders that must not change.
+        record: name of a JSON file of ours; an existing folder that contains it is an earlier result and is
+            replaced.
 
     Raises:
-        OutputError: `out` is neither new nor empty nor an earlier result, or overlaps a source; or it cannot
-            be written.
+        OutputError: `out` is not new, empty or an earlier result; it overlaps a source; or it cannot be
+            written.
     """
     check_new(out, sources, record)
     place = Path(os.path.realpath(out))
@@ -96,14 +97,14 @@ def new_folder(out: Path, sources: Iterable[Path], record: str | None = None) ->
         scratch.chmod(0o755)
         _put_in_place(scratch, place)
     except OSError as error:
-        raise OutputError(f"Cannot write {out}: {error.strerror or error}. Nothing was left there.") from None
+        raise OutputError(f"Cannot write {out}: {error.strerror or error}. Nothing was written.") from None
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _put_in_place(scratch: Path, place: Path) -> None:
-    """Give a folder its name; what has it comes back if that fails."""
+    """Rename `scratch` to `place`. If that fails, an existing folder there is restored."""
     if not place.exists():
         scratch.rename(place)
         return
@@ -119,21 +120,21 @@ def _put_in_place(scratch: Path, place: Path) -> None:
 
 
 def check_new(out: Path, sources: Iterable[Path], record: str | None = None) -> None:
-    """Refuse a folder that something stands in or that would change a source.
+    """Refuse an output folder that is not empty or that would change a source.
 
     Raises:
-        OutputError: as `new_folder`.
+        OutputError: as in `new_folder`.
     """
     place = Path(os.path.realpath(out))
     for source in sources:
         home = Path(os.path.realpath(source))
         if place.is_relative_to(home) or home.is_relative_to(place):
             raise OutputError(
-                f"The output folder {out} overlaps {source}, which must stay as it is. Give another --out."
+                f"The output folder {out} overlaps {source}, which must not change. Give another --out."
             )
     try:
         if out.is_symlink() or (out.exists() and not out.is_dir()):
-            raise OutputError(f"Expected a new folder to write to, found a file or link: {out}.")
+            raise OutputError(f"Expected a new output folder, found a file or link: {out}.")
         if out.exists() and any(out.iterdir()) and not (record and _is_ours(out / record)):
             who = " and was not made by this command" if record else ""
             raise OutputError(f"{out} is not empty{who}; nothing was written. Give a new folder with --out.")
@@ -149,10 +150,10 @@ def _is_ours(record: Path) -> bool:
 
 
 def copy_beside(source: Path, folder: Path, leave: Iterable[str] = ()) -> None:
-    """Copy what belongs to weights: configuration, tokenizer, templates, code, licence.
+    """Copy the files that belong to weights: configuration, tokenizer, templates, code, licence.
 
     Raises:
-        ModelError: a link out of `source`.
+        ModelError: a file is a link out of `source`.
     """
     names = {path.name for pattern in BESIDE for path in source.glob(pattern) if not path.is_dir()}
     for name in sorted(names - {"trainer_state.json", *leave}):
@@ -160,7 +161,7 @@ def copy_beside(source: Path, folder: Path, leave: Iterable[str] = ()) -> None:
 
 
 def overwrite(folder: Path, tensor: Tensor, values: NDArray[np.uint8]) -> None:
-    """Give `tensor` other bytes in the copy of its file in `folder`; nothing else there changes."""
+    """Replace the bytes of `tensor` in the copy of its file in `folder`; nothing else in it changes."""
     if values.nbytes != tensor.nbytes:
         raise ValueError(f"{tensor.name} has {tensor.nbytes} bytes, not {values.nbytes}")
     with (folder / tensor.file.path.name).open("r+b") as file:
@@ -169,7 +170,7 @@ def overwrite(folder: Path, tensor: Tensor, values: NDArray[np.uint8]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Entry]) -> int:
-    """Write a safetensors file, one block of one tensor in memory; returns the bytes of all tensors."""
+    """Write a safetensors file with one block of one tensor in memory. Return the size of all tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, entry in tensors.items():
