@@ -150,10 +150,11 @@ class _Job:
         from holdfast.machine.processes import Processes
         from holdfast.models.device import choose_device
         from holdfast.models.loading import load_model, load_tokenizer
+        from holdfast.weights.adapter import find_adapter
         from holdfast.weights.folders import find_model, fingerprint, model_path
 
         folder = find_model(str(model_path(model.path)), model.revision, download=True)
-        chain = [_adapter_folder(one) for one in adapters]
+        chain = [find_adapter(str(one))[0] for one in adapters]
         tokenizer = load_tokenizer(folder, model.trust_remote_code)
         template = resolve_template(tokenizer, model.template)
         check_template(self.rows, template)
@@ -185,12 +186,3 @@ def _asked(row: Mapping[str, Any], template: str, system: str) -> list[dict[str,
         return alpaca(row, system)
     turns = row["messages"][:-1] if row.get("messages") else [{"role": "user", "content": question(row)}]
     return [{"role": "system", "content": system}, *turns] if system else list(turns)
-
-
-def _adapter_folder(path: str | Path) -> Path:
-    """The local folder of an adapter folder or Hub id."""
-    from holdfast.weights.folders import from_hub, looks_local
-
-    if Path(path).is_dir() or looks_local(str(path)):
-        return Path(path)
-    return from_hub(str(path), None, True)

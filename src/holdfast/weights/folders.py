@@ -6,7 +6,7 @@ import hashlib
 import math
 from pathlib import Path
 
-from holdfast.errors import ModelError, nearest
+from holdfast.errors import ModelError, first_line, nearest
 
 
 def model_path(path: str) -> str | Path:
@@ -48,6 +48,19 @@ def find_model(path: str, revision: str | None = None, download: bool = True) ->
             f"{path} holds no safetensors weights. Holdfast loads nothing else (a .bin file can run code); "
             "convert it: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW_PATH)."
         )
+    return folder
+
+
+def check_adapter(folder: Path) -> Path:
+    """The folder itself, checked to hold an adapter that can be loaded safely.
+
+    Raises:
+        ModelError: there is no adapter, or its weights are not in safetensors.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"Expected an adapter folder with adapter_config.json, found none at {folder}.")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"The adapter in {folder} has no adapter_model.safetensors; nothing else is loaded.")
     return folder
 
 
@@ -95,7 +108,7 @@ def from_hub(repo: str, revision: str | None, download: bool) -> Path:
     except HFValidationError:
         raise ModelError(f"No such folder, and no name that the Hub could have: {repo[:200]!r}.") from None
     except HfHubHTTPError as error:
-        raise ModelError(f"The Hub does not give {repo}: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"The Hub does not give {repo}: {first_line(error)}") from None
 
 
 def fingerprint(folder: Path) -> str:
@@ -140,8 +153,3 @@ def parameter_count(folder: Path) -> int:
                 f"{path} is torn or no safetensors file ({first_line(error)}). Fetch or save it again."
             ) from None
     return total
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind."""
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
