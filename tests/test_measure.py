@@ -260,7 +260,7 @@ def test_a_wrong_address_name_or_key_is_one_error(place, tmp_path, serve, monkey
         with pytest.raises(ModelError, match=text) as error:
             asked(place, tmp_path / f"{status}.jsonl", endpoint=serve([status]).address)
         assert "secret-key-of-mine" not in str(error.value)
-    monkeypatch.setattr("holdfast.evaluation.endpoint.RETRIES", 0)
+    monkeypatch.setattr("holdfast.evaluation.client.RETRIES", 0)
     with pytest.raises(ModelError, match="No server answers"):
         asked(place, tmp_path / "none.jsonl", endpoint="http://127.0.0.1:9/v1")
     monkeypatch.delenv("OPENAI_API_KEY")
