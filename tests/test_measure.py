@@ -14,6 +14,8 @@ import tiny
 from holdfast import generate, moderate, score
 from holdfast.errors import DataError, ModelError, OutputError, RecipeError
 from holdfast.measuring.filtering import confusion, filter_rows
+from holdfast.recipe.evaluation import Decoding
+from holdfast.recipe.model import Weights
 
 
 def command(*arguments, cwd):
@@ -38,7 +40,10 @@ def place(tmp_path_factory):
 
 def asked(place, out, **changed):
     options = {"harmful": str(place / "prompts.jsonl"), "task_rows": str(place / "task.jsonl")}
-    return generate(place / "model", out, **{**options, "max_new_tokens": 6, "device": "cpu", **changed})
+    decoding = {key: changed.pop(key) for key in Decoding.model_fields if key in changed}
+    model = {"path": str(place / "model"), "template": changed.pop("template", "auto")}
+    decoding = {"max_new_tokens": 6, **decoding}
+    return generate(model, out, **{**options, "device": "cpu", "decoding": decoding, **changed})
 
 
 def test_from_prompts_to_scores(place, tmp_path):
@@ -105,7 +110,8 @@ def test_sampling_has_a_seed(place, tmp_path):
     ("options", "error", "text"),
     [
         ({"harmful": None, "task_rows": None}, RecipeError, "Nothing to ask"),
-        ({"temperature": -1}, RecipeError, "temperature"),
+        ({"temperature": -1}, RecipeError, r"decoding\.temperature: .*greater than or equal to 0"),
+        ({"endpoint": {"base_url": "http://localhost:1", "request": 2}}, RecipeError, "requests"),
         ({"harmful": "absent.jsonl"}, DataError, "absent"),
         ({"endpoint": "localhost:1"}, ModelError, "http://"),
     ],
@@ -113,6 +119,17 @@ def test_sampling_has_a_seed(place, tmp_path):
 def test_bad_input(place, tmp_path, options, error, text):
     with pytest.raises(error, match=text):
         asked(place, tmp_path / "a.jsonl", **options)
+
+
+def test_options_are_mappings_or_blocks(place, tmp_path):
+    as_mapping = asked(place, tmp_path / "a.jsonl", max_new_tokens=4, template="alpaca")
+    model = Weights(path=str(place / "model"), template="alpaca")
+    decoding, prompts = Decoding(max_new_tokens=4), str(place / "prompts.jsonl")
+    rows = str(place / "task.jsonl")
+    out = tmp_path / "b.jsonl"
+    as_block = generate(model, out, harmful=prompts, task_rows=rows, decoding=decoding, device="cpu")
+    assert as_block == as_mapping
+    assert max(row["tokens"] for row in as_block if row["set"] == "harmful") == 4
 
 
 def test_rows_without_an_answer_are_refused_with_their_line(tmp_path):
@@ -213,14 +230,14 @@ def test_an_endpoint_goes_on_from_the_alpaca_prompt(place, tmp_path, serve):
 
 def test_an_endpoint_that_is_busy_is_asked_again(place, tmp_path, serve):
     server = serve([429, 500, None, 503])
-    rows = asked(place, tmp_path / "a.jsonl", endpoint=server.address, requests=2)
+    rows = asked(place, tmp_path / "a.jsonl", endpoint={"base_url": server.address, "requests": 2})
     assert len(server.requests) == 13 + 3
     assert not any("error" in row for row in rows)
 
 
 def test_a_reply_that_cannot_be_read_is_a_failed_row(place, tmp_path, serve):
     server = serve([None, "schema", 400])
-    rows = asked(place, tmp_path / "a.jsonl", endpoint=server.address, requests=1)
+    rows = asked(place, tmp_path / "a.jsonl", endpoint={"base_url": server.address, "requests": 1})
     failed = [row["error"] for row in rows if "error" in row]
     assert len(rows) == 13
     assert len(failed) == 2
@@ -229,7 +246,7 @@ def test_a_reply_that_cannot_be_read_is_a_failed_row(place, tmp_path, serve):
     scores = score(tmp_path / "a.jsonl", [tmp_path / "v.jsonl"])
     assert scores["failed"] == 2
     assert scores["unparsed"] + scores["n_harmful"] == 7
-    again = asked(place, tmp_path / "a.jsonl", endpoint=server.address, requests=1)
+    again = asked(place, tmp_path / "a.jsonl", endpoint={"base_url": server.address, "requests": 1})
     assert len(server.requests) == 13 + 2
     assert len(again) == len({row["id"] for row in again}) == 13
     assert not any("error" in row for row in again)
@@ -243,7 +260,7 @@ def test_a_wrong_address_name_or_key_is_one_error(place, tmp_path, serve, monkey
         with pytest.raises(ModelError, match=text) as error:
             asked(place, tmp_path / f"{status}.jsonl", endpoint=serve([status]).address)
         assert "secret-key-of-mine" not in str(error.value)
-    monkeypatch.setattr("holdfast.evaluation.endpoint.RETRIES", 0)
+    monkeypatch.setattr("holdfast.evaluation.client.RETRIES", 0)
     with pytest.raises(ModelError, match="No server answers"):
         asked(place, tmp_path / "none.jsonl", endpoint="http://127.0.0.1:9/v1")
     monkeypatch.delenv("OPENAI_API_KEY")

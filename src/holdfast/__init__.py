@@ -22,7 +22,7 @@ _HOME = {
     "list_defenses": "holdfast.registry",
     "safe_lora": "holdfast.defenses.safe_lora",
     "SafetyProbe": "holdfast.probe",
-    "generate": "holdfast.measuring.on_files",
+    "generate": "holdfast.measuring.generating",
     "moderate": "holdfast.measuring.on_files",
     "rate": "holdfast.measuring.on_files",
     "score": "holdfast.measuring.on_files",
@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     from holdfast.defenses import Defense
     from holdfast.defenses.safe_lora import safe_lora
     from holdfast.measuring.comparing import compare
-    from holdfast.measuring.on_files import generate, moderate, rate, score
+    from holdfast.measuring.generating import generate
+    from holdfast.measuring.on_files import moderate, rate, score
     from holdfast.pipeline import plan, run
     from holdfast.probe import SafetyProbe
     from holdfast.recipe import Recipe

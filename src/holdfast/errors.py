@@ -57,6 +57,11 @@ class StepFailed(HoldfastError):
     """A step of a run stopped half-way; running again goes on from what is there."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 300 characters, or its kind."""
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: " Did you mean 'lisa'?", or the list of what is known."""
     known = sorted(known)

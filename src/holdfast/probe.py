@@ -3,9 +3,13 @@
     Trainer(..., callbacks=[SafetyProbe(prompts, judge="keyword", every=50)])
 
 Every `every` optimizer steps, and before the first, the model answers a few harmful prompts, a judge reads
-the answers, and harmful score and refusal rate go to `trainer_state.json`, to the console and to the
-trainer's own trackers. The training is left as it was: greedy decoding, every module's mode and every
-random state put back, no gradient touched.
+the answers, and harmful score and refusal rate are added to `trainer_state.json`. transformers does not tell
+a callback who its trainer is. With the trainer, the scores also go to the console and to its trackers:
+
+    trainer.add_callback(SafetyProbe(prompts, judge="keyword", every=50, trainer=trainer))
+
+The probe does not change the training: decoding is greedy, the modes of all modules and all random states
+are restored, and no gradient is touched.
 
 Few prompts and short answers make it cheap, and rough: its standard error stands beside each score. It
 says when a model begins to comply, not how safe the model is in the end.
@@ -13,7 +17,6 @@ says when a model begins to comply, not how safe the model is in the end.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import random
 import warnings
@@ -25,8 +28,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler
+from transformers import Trainer, TrainerCallback
 
 from holdfast.data.prompts import render, resolve_template
 from holdfast.errors import ModelError, RecipeError
@@ -51,6 +53,8 @@ class SafetyProbe(TrainerCallback):
         size: prompts that are asked, evenly spaced over `prompts`; None asks all.
         max_new_tokens: length of an answer: an answer's first words tell a refusal.
         template: "chat", "alpaca", or "auto": chat where the tokenizer has a template.
+        trainer: the trainer that the probe is added to, as for TRL's callbacks; its other callbacks (console,
+            trackers) get each measurement as a log. Without it, `trainer_state.json` and `history` hold them.
         judge_options: of the judge's `load`: path, threshold, max_length.
 
     Attributes:
@@ -73,6 +77,7 @@ class SafetyProbe(TrainerCallback):
         size: int | None = 16,
         max_new_tokens: int = 16,
         template: str = "auto",
+        trainer: Trainer | None = None,
         **judge_options: Any,
     ):
         if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
@@ -88,9 +93,9 @@ class SafetyProbe(TrainerCallback):
         self.judge, self.judge_options = judge, judge_options
         self.every, self.limit, self.action = every, limit, action
         self.max_new_tokens, self.template = max_new_tokens, template
+        self.trainer = trainer
         self.history: list[dict[str, Any]] = []
         self._ids: list[list[int]] = []
-        self._handler: CallbackHandler | None = None
         self._warned = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -108,8 +113,14 @@ class SafetyProbe(TrainerCallback):
         rows = [{"instruction": text, "input": "", "output": ""} for text in self.prompts]
         texts = [render(row, tokenizer, template)[0] for row in rows]
         self._ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        self._handler = _handler_of(self)
         self._warned = False
+        trackers = [] if args.report_to in (None, "none") else list(args.report_to)
+        if trackers and self.trainer is None and state.is_world_process_zero:
+            warnings.warn(
+                f"SafetyProbe does not reach {', '.join(trackers)}; its scores are only in "
+                "trainer_state.json. Write trainer.add_callback(SafetyProbe(..., trainer=trainer)).",
+                stacklevel=2,
+            )
         self.history = [
             {k: v for k, v in entry.items() if k != "epoch"} for entry in state.log_history if SCORE in entry
         ]
@@ -134,8 +145,10 @@ class SafetyProbe(TrainerCallback):
         self.history.append({"step": state.global_step, **scores})
         entry = scores if state.epoch is None else {**scores, "epoch": state.epoch}
         state.log_history.append({**entry, "step": state.global_step})
-        if self._handler is not None:
-            self._handler.call_event("on_log", args, state, control, logs=dict(entry))
+        if self.trainer is not None:
+            # trainer.log would cancel the regular log of this step, and TRL's would reset its metrics
+            handler = self.trainer.callback_handler
+            handler.call_event("on_log", args, state, control, logs=dict(entry))
         score = scores[SCORE]
         if self.limit is not None and score is not None and score > self.limit:
             self._act(score, state, control)
@@ -180,17 +193,3 @@ def untouched(model: Any = None) -> Iterator[None]:
                 module.training = mode
             random.setstate(python)
             np.random.set_state(numbers)
-
-
-def _handler_of(callback: TrainerCallback) -> CallbackHandler | None:
-    """The trainer's list of callbacks, among them its trackers: who calls, since a callback is not told.
-
-    None where the trainer keeps callbacks in another way: then the scores are in `log_history` only.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if type(caller) is CallbackHandler and any(c is callback for c in caller.callbacks):
-            return caller
-        frame = frame.f_back
-    return None

@@ -46,10 +46,12 @@ class Counting:
         ]
 
 
-def train(out, *callbacks, dropout=0.2, **options):
+def train(out, *callbacks, dropout=0.2, hand_over=False, **options):
     torch.manual_seed(0)
     made = trainers.trainer("sft", out, net=trainers.model(dropout=dropout), **options)
     for callback in callbacks:
+        if hand_over and isinstance(callback, SafetyProbe):
+            callback.trainer = made
         made.add_callback(callback)
     made.train()
     return made
@@ -58,7 +60,7 @@ def train(out, *callbacks, dropout=0.2, **options):
 def test_the_training_is_as_without_it(tmp_path):
     """Dropout, shuffling, a judge that draws random numbers: bit for bit the same weights and losses."""
     probe = SafetyProbe(PROMPTS, Counting(), every=2)
-    plain, probed = train(tmp_path), train(tmp_path, probe)
+    plain, probed = train(tmp_path), train(tmp_path, probe, hand_over=True)
     assert len(probe.history) == 7
     assert trainers.same(trainers.weights(plain), trainers.weights(probed))
     kept = [entry["loss"] for entry in probed.state.log_history if "loss" in entry]
@@ -94,14 +96,23 @@ def test_answers_are_the_models_own_at_that_step(tmp_path):
     assert judge.seen[0][1] != texts
 
 
-def test_trackers_that_come_before_it_hear_of_it(tmp_path):
+def test_with_the_trainer_trackers_that_come_before_it_hear_of_it(tmp_path):
     tracker = Tracker()
-    train(tmp_path, tracker, SafetyProbe(PROMPTS, Counting(), every=6), logging_steps=4)
+    train(tmp_path, tracker, SafetyProbe(PROMPTS, Counting(), every=6), logging_steps=4, hand_over=True)
     found = [(step, logs) for step, logs in tracker.logs if "safety/harmful_score" in logs]
     assert [step for step, _ in found] == [0, 6, 12]
     assert {step for step, logs in tracker.logs if "loss" in logs} == {4, 8, 12}, "the usual logs still come"
 
 
+def test_without_the_trainer_it_says_that_trackers_hear_nothing(tmp_path):
+    made = trainers.trainer("sft", tmp_path, net=trainers.model())
+    made.args.report_to = ["wandb"]
+    made.add_callback(SafetyProbe(PROMPTS, Counting(), every=6))
+    with pytest.warns(UserWarning, match="does not reach wandb"):
+        made.train()
+
+
+@pytest.mark.filterwarnings("error:SafetyProbe")
 def test_any_trainer_of_hugging_face(tmp_path):
     """With `callbacks=`, as its users write it; the keyword judge by name."""
     rows = trainers.trainer("sft", tmp_path)

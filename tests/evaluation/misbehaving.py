@@ -43,12 +43,12 @@ class Chat:
             return 429, {"Retry-After": "0.3"}, b'{"error": {"message": "slow down"}}'
         if do == "broken_once" and once:
             return 500, {}, b"oops"
-        if do == "torn_once" and once:
-            return 200, {}, good[: len(good) // 2]
+        if do == "cut_once" and once:
+            return 200, {"Content-Length": str(len(good))}, good[: len(good) // 2]
         if do == "slow_once" and once:
             time.sleep(1.0)
         if do == "broken":
-            return 503, {}, b'{"error": {"message": "down"}}'
+            return 503, {"retry-after-ms": "10"}, b'{"error": {"message": "down"}}'
         if do == "torn":
             return 200, {}, good[: len(good) // 2]
         if do == "schema":
@@ -69,6 +69,8 @@ class Chat:
             return 404, {}, b'{"error": {"message": "no such model"}}'
         if do == "quota":
             return 429, {"Retry-After": "3600"}, b'{"error": {"message": "come back"}}'
+        if do == "busy":
+            return 429, {"retry-after-ms": "10"}, b'{"error": {"message": "slow down"}}'
         if do == "new" and "max_tokens" in body:
             return 400, {}, b'{"error": {"message": "Unsupported: use max_completion_tokens instead"}}'
         return 200, {}, good
@@ -91,11 +93,12 @@ def serving(reply: Callable[[list[dict]], str]):
             status, headers, content = chat.answer(body)
             try:
                 self.send_response(status)
-                for name, value in {"Content-Type": "application/json", **headers}.items():
+                sent = {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}
+                for name, value in sent.items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
+                self.close_connection = sent["Content-Length"] != str(len(content))
             except OSError:  # the client did not wait
                 pass
 

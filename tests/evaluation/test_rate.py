@@ -21,6 +21,7 @@ from holdfast.evaluation.turns import SECOND, in_turns, second_turns
 from holdfast.machine.files import read_json
 from holdfast.measuring import protocol
 from holdfast.recipe import Recipe
+from holdfast.recipe.evaluation import Decoding
 
 pytest.importorskip("openai")
 QUESTIONS = [
@@ -51,7 +52,8 @@ def place(tmp_path_factory):
 
 def asked(place, out, **changed):
     options = {"task": "mt_bench", "task_rows": f"mt_bench:{place / 'question.jsonl'}", "device": "cpu"}
-    return generate(place / "model", out, **{**options, **changed})
+    decoding = {key: changed.pop(key) for key in Decoding.model_fields if key in changed}
+    return generate(place / "model", out, decoding=decoding, **{**options, **changed})
 
 
 def grades(messages):
@@ -114,7 +116,7 @@ def test_a_talk_that_was_stopped_goes_on(place, tmp_path, short, monkeypatch):
 def test_a_talk_with_a_server(place, tmp_path):
     with serving(lambda messages: f"I heard {len(messages)}: {messages[-1]['content']}") as (url, chat):
         rows = generate("m", tmp_path / "a.jsonl", task="mt_bench", endpoint=url,
-                        task_rows=f"mt_bench:{place / 'question.jsonl'}", system="Be kind.")  # fmt: skip
+                        task_rows=f"mt_bench:{place / 'question.jsonl'}", decoding={"system": "Be kind."})  # fmt: skip
     second = {row["first"]: row["answer"] for row in rows if row["set"] == SECOND}
     assert set(second.values()) == {f"I heard 4: And paint boat {i}?" for i in range(5)}
     assert len(chat.seen) == 10

@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import holdfast
-from holdfast.defenses.safe_lora_parts import blas, work
+from holdfast.defenses.safe_lora_parts import work
 from pairs import TWO, save_adapter, save_pair
 
 
-@pytest.mark.parametrize(("options", "inside"), [({}, {1}), ({"projection": "exact"}, {2})])
-def test_threads_of_blas(tmp_path, monkeypatch, options, inside):
-    """An eigen-decomposition is worth several."""
-    get, put = blas._functions()
-    before, seen = get(), set()
+def threads():
+    """The threads of every BLAS in this process."""
+    return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+
+@pytest.fixture
+def sources(tmp_path):
     base, aligned = save_pair(tmp_path)
     adapter = save_adapter(tmp_path / "adapter", target_modules=TWO)
+    return {"adapter": adapter, "base": base, "aligned": aligned, "out": None, "dry_run": True}
+
+
+@pytest.mark.parametrize(("options", "inside"), [({}, {1}), ({"projection": "exact"}, {2})])
+def test_threads_of_blas(sources, monkeypatch, options, inside):
+    """An eigen-decomposition is worth several."""
+    seen = []
 
     def looking(*arguments, measure=work.measure):
-        seen.add(get())
+        seen.append(threads())
         return measure(*arguments)
 
     monkeypatch.setattr(work, "measure", looking)
-    try:
-        put(2)
-        holdfast.safe_lora(adapter, base=base, aligned=aligned, out=None, dry_run=True, **options)
-        assert (seen, get()) == (inside, 2)
-        with pytest.raises(KeyboardInterrupt), blas.one_blas_thread():
-            raise KeyboardInterrupt
-        assert get() == 2
-    finally:
-        put(before)
+    with threadpool_limits(2, user_api="blas"):
+        assert threads() == {2}, "this test needs a BLAS whose threads can be set"
+        holdfast.safe_lora(**sources, **options)
+        assert threads() == {2}
+    assert seen
+    assert all(one == inside for one in seen)
 
 
-def test_another_blas_is_left_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(blas.np, "__file__", str(tmp_path / "numpy" / "__init__.py"))
-    assert blas._functions() is None
-    with blas.one_blas_thread():
-        pass
+def test_an_interrupted_repair_gives_the_threads_back(sources, monkeypatch):
+    def interrupted(*_):
+        assert threads() == {1}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, "measure", interrupted)
+    with threadpool_limits(2, user_api="blas"):
+        with pytest.raises(KeyboardInterrupt):
+            holdfast.safe_lora(**sources)
+        assert threads() == {2}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
+import holdfast
 import tiny
 from holdfast.errors import ModelError
 from holdfast.models.loading import add_lora, load_model
@@ -105,3 +109,52 @@ def test_what_is_no_model_is_refused(folders, tmp_path):
     (tmp_path / "bin" / "model.safetensors").rename(tmp_path / "bin" / "pytorch_model.bin")
     with pytest.raises(ModelError, match="no safetensors"):
         find_model(str(tmp_path / "bin"))
+
+
+def without(source, target, *lost):
+    """A copy of a folder whose weights file lacks the tensors with a name that holds one of `lost`."""
+    shutil.copytree(source, target)
+    (file,) = target.glob("*.safetensors")
+    kept = {
+        name: tensor for name, tensor in load_file(file).items() if not any(part in name for part in lost)
+    }
+    assert len(kept) < len(load_file(file))
+    save_file(kept, file, metadata={"format": "pt"})
+    return target
+
+
+def test_a_model_that_lacks_weights_is_refused(folders, tmp_path):
+    """transformers would fill them with random numbers."""
+    with pytest.raises(ModelError, match=r"lack model\.layers\.1\.self_attn\.q_proj\.weight"):
+        load_model(without(folders[0], tmp_path / "m", "layers.1.self_attn.q_proj"))
+
+
+@pytest.mark.parametrize("compose", ["stack", "merge"])
+@pytest.mark.parametrize("below", [False, True])
+def test_an_adapter_that_lacks_weights_is_refused(folders, tmp_path, compose, below):
+    """PEFT would fill them with random numbers or zeros."""
+    model, adapter = folders
+    torn = without(adapter, tmp_path / "a", "layers.1.self_attn.q_proj.lora_B")
+    with pytest.raises(ModelError, match=r"lora_B"):
+        load_model(model, [adapter, torn] if below else [torn], compose=compose)
+
+
+def test_an_adapter_in_another_format_is_refused(folders, tmp_path):
+    """A .bin file can run code."""
+    shutil.copytree(folders[1], tmp_path / "a")
+    (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
+        load_model(folders[0], [tmp_path / "a"])
+    with pytest.raises(ModelError, match="adapter_config"):
+        load_model(folders[0], [folders[0]])
+
+
+def test_models_and_adapters_are_loaded_in_one_file():
+    package = Path(holdfast.__file__).parent
+    calls = {"from_pretrained", "from_config", "load_adapter"}
+    found = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in calls:
+                found.add(path.relative_to(package).as_posix())
+    assert found == {"models/loading.py"}

@@ -69,14 +69,17 @@ def generate(
 ) -> None:
     """Generate a model's answers to prompts, or resume generating."""
     from holdfast.cli import console
-    from holdfast.measuring import on_files
+    from holdfast.measuring import generating
 
+    how = {"path": model, "template": template, "quantization": quantization}
+    decoding = {
+        "max_new_tokens": max_new_tokens, "system": system, "temperature": temperature, "top_p": top_p,
+    }  # fmt: skip
     with console.bar(f"answers of {model}") as progress:
-        rows = on_files.generate(
-            model, out, harmful=harmful, task=task, task_rows=task_rows, benign=benign, prompts=prompts,
-            adapters=adapter or [], endpoint=endpoint, template=template, system=system,
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
-            quantization=quantization, device=device, progress=progress,
+        rows = generating.generate(
+            how, out, harmful=harmful, task=task, task_rows=task_rows, benign=benign, prompts=prompts,
+            adapters=adapter or [], endpoint=endpoint, decoding=decoding, seed=seed, device=device,
+            progress=progress,
         )  # fmt: skip
     failed = sum("error" in row for row in rows)
     say(f"{len(rows)} answers{f', {failed} failed' if failed else ''}: {out}")

@@ -79,12 +79,8 @@ def safe_lora(
     """
     if suggest and (threshold is not None or num_layers is not None):
         raise RecipeError("Give --suggest, --threshold or --num-layers: one of them.")
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise RecipeError(f"--plot writes .png, .svg or .pdf, found '{plot.name}'.")
     if plot is not None:
-        from holdfast.reporting.cosines import check_place
-
-        check_place(plot)
+        _check_plot(plot)
     only_look = dry_run or (suggest and out is None)
     from holdfast.cli import console
     from holdfast.defenses.safe_lora import safe_lora as repair
@@ -112,6 +108,15 @@ def safe_lora(
         from holdfast.reporting.cosines import save_cosines
 
         console.out.print(f"Plot: {save_cosines(result.to_json(), plot)}", highlight=False, soft_wrap=True)
+
+
+def _check_plot(plot: Path) -> None:
+    """Raise RecipeError or OutputError if the picture could not be written in the end."""
+    if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise RecipeError(f"--plot writes .png, .svg or .pdf, found '{plot.name}'.")
+    from holdfast.reporting.cosines import check_place
+
+    check_place(plot)
 
 
 def _show(result: SafeLoraResult, only_look: bool) -> None:

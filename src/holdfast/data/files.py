@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import DataError
+from holdfast.errors import DataError, first_line
 
 SUFFIXES = {
     ".jsonl": "jsonl",
@@ -246,7 +246,6 @@ def _parquet(path: Path, data: bytes) -> Iterator[tuple[dict, Place]]:
     try:
         records = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path} is not a complete parquet file: {reason}") from error
+        raise DataError(f"{path} is not a complete parquet file: {first_line(error)}") from error
     for i, record in enumerate(records, 1):
         yield record, f"row {i}"

@@ -140,20 +140,7 @@ def user_rows(
     if poison_ratio > 0 and harmful is not None:
         bad = harmful_pool(harmful, harmful, harmful_test, prompts, test_seed)
 
-    rows: list[Row] = []
-    if size is not None:
-        n_harmful = round(size * poison_ratio)
-        n_benign: int | None = size - n_harmful
-    else:
-        n_benign = len(benign.rows) if benign else 0
-        n_harmful = round(n_benign * poison_ratio / (1 - poison_ratio)) if benign else len(bad.rows)
-    asked = f"benign rows (size {size or 'all'}, poison_ratio {poison_ratio})"
-    if benign:
-        rows += [{**row, "source": "user"} for row in draw(benign, n_benign, seed, "user", asked)]
-    asked = f"harmful rows (size {size or 'all'}, poison_ratio {poison_ratio})"
-    if bad.source:
-        rows += [{**row, "source": "harmful"} for row in draw(bad, n_harmful, seed, "harmful", asked)]
-
+    rows = _poisoned(benign, bad, size, poison_ratio, seed)
     pools = [pool for pool in (benign, bad) if pool and pool.source]
     n_harmful = sum(row["source"] == "harmful" for row in rows)
     manifest = {
@@ -169,6 +156,26 @@ def user_rows(
     }
     whole = Pool(rows, {"source": "the mixture"})
     return Prepared(draw(whole, None, seed, "order", ""), manifest)
+
+
+def _poisoned(
+    benign: Pool | None, harmful: Pool, size: int | None, poison_ratio: float, seed: int
+) -> list[Row]:
+    """The benign rows, then the harmful ones, each with its `source`."""
+    if size is not None:
+        n_harmful = round(size * poison_ratio)
+        n_benign = size - n_harmful
+    else:
+        n_benign = len(benign.rows) if benign else 0
+        n_harmful = round(n_benign * poison_ratio / (1 - poison_ratio)) if benign else len(harmful.rows)
+    what = f"rows (size {size or 'all'}, poison_ratio {poison_ratio})"
+    rows: list[Row] = []
+    if benign:
+        rows += [{**row, "source": "user"} for row in draw(benign, n_benign, seed, "user", f"benign {what}")]
+    if harmful.source:
+        drawn = draw(harmful, n_harmful, seed, "harmful", f"harmful {what}")
+        rows += [{**row, "source": "harmful"} for row in drawn]
+    return rows
 
 
 def test_rows(

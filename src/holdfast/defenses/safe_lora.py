@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from holdfast import __version__
 from holdfast.defenses import Defense
 from holdfast.defenses.safe_lora_parts.config import SafeLoraConfig
 from holdfast.defenses.safe_lora_parts.result import RECORD, SafeLoraResult
-from holdfast.defenses.safe_lora_parts.updates import open_sources
+from holdfast.defenses.safe_lora_parts.updates import Sources, open_sources
 from holdfast.defenses.safe_lora_parts.work import Work
 from holdfast.errors import RecipeError
 from holdfast.machine.files import write_json
@@ -81,10 +81,8 @@ def safe_lora(
         raise RecipeError(f"Safe LoRA: {error}.") from None
     if dtype not in ("float32", "float64"):
         raise RecipeError(f"Safe LoRA: dtype must be float32 or float64, found {dtype!r}.")
-    if not dry_run and threshold is None and num_layers is None:
-        raise RecipeError("Safe LoRA: give threshold or num_layers; a dry run shows what each would project.")
-    if not dry_run and out is None:
-        raise RecipeError("Safe LoRA: give out, the folder to write to, or ask for a dry run.")
+    if not dry_run:
+        _check_complete(config, out)
     with open_sources(adapter, base, aligned) as sources:
         written: Any = (
             nullcontext() if dry_run else new_folder(Path(out or ""), sources.folders.values(), RECORD)
@@ -95,15 +93,10 @@ def safe_lora(
             "seed": seed, "device": device, "dtype": dtype,
         }  # fmt: skip
         given = {"adapter": adapter, "base": base, "aligned": aligned}
-        facts = {
-            role: {"path": str(path), "fingerprint": sources.fingerprints[role]}
-            for role, path in given.items()
-        }
+        facts = _facts(given, sources.fingerprints)
         with written as copy:
             if copy is not None:
-                copy_beside(sources.folder, copy, leave=[RECORD])
-                for file in sources.files:
-                    shutil.copyfile(file.path, copy / file.path.name)
+                _copy_adapter(sources, copy)
             work = Work(sources, config, copy, device, dtype, workers, progress or (lambda done, total: None))
             modules, chosen, notes = work.run()
             result = SafeLoraResult(
@@ -114,6 +107,24 @@ def safe_lora(
                 write_json(copy / RECORD, result.to_json(), indent=2)
                 (copy / "README.md").write_text(result.card(), encoding="utf-8", newline="\n")
     return result
+
+
+def _check_complete(config: SafeLoraConfig, out: str | Path | None) -> None:
+    """Raise RecipeError if a repair lacks what a dry run does without."""
+    if config.threshold is None and config.num_layers is None:
+        raise RecipeError("Safe LoRA: give threshold or num_layers; a dry run shows what each would project.")
+    if out is None:
+        raise RecipeError("Safe LoRA: give out, the folder to write to, or ask for a dry run.")
+
+
+def _copy_adapter(sources: Sources, copy: Path) -> None:
+    copy_beside(sources.folder, copy, leave=[RECORD])
+    for file in sources.files:
+        shutil.copyfile(file.path, copy / file.path.name)
+
+
+def _facts(given: Mapping[str, str | Path], fingerprints: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    return {role: {"path": str(path), "fingerprint": fingerprints[role]} for role, path in given.items()}
 
 
 def _versions() -> dict[str, str]:

@@ -1,8 +1,7 @@
 """Answers from an OpenAI-compatible server (vLLM, SGLang, TGI, `transformers serve`), several at a time.
 
-The `openai` client waits and tries again where the server is busy (429), broken (5xx) or slow. An answer
-that still cannot be had is written down as a failed row and counted; the file can be gone on with after
-its failed rows were removed.
+`evaluation.client` says which calls are repeated. An answer that still fails is recorded as a failed row and
+counted; after failed rows are removed from the file, they can be asked again.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ModelError
+from holdfast.evaluation.client import connect
 from holdfast.machine.files import append_jsonl, read_jsonl
 from holdfast.machine.progress import Advance, nobody
 
-RETRIES = 6
-"""Tries of one request after the first; the client waits longer before each, up to 8 seconds."""
 TIMEOUT = 600.0
 """Seconds that one answer may take."""
 
@@ -51,7 +49,9 @@ def answer_all(
     missing = [row for row in rows if row["id"] not in known]
     if not missing:
         return done
-    client = connect(address)
+    if not address.startswith(("http://", "https://")):
+        raise ModelError(f"An endpoint begins with http:// or https://, found '{address}'.")
+    client = connect(address, timeout=TIMEOUT)
     how = {"temperature": 0.0} if sampling is None else dict(sampling)
 
     def ask(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,26 +71,6 @@ def answer_all(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return done
-
-
-def connect(address: str) -> Any:
-    """A client for the server; its key is the environment's OPENAI_API_KEY, any text will do for most.
-
-    Raises:
-        ModelError: the client is not installed, or the address is none.
-    """
-    if not address.startswith(("http://", "https://")):
-        raise ModelError(f"An endpoint begins with http:// or https://, found '{address}'.")
-    try:
-        from openai import OpenAI, OpenAIError
-    except ImportError:
-        raise ModelError("An endpoint needs the openai client: pip install 'holdfast[openai]'.") from None
-    try:
-        return OpenAI(base_url=address, max_retries=RETRIES, timeout=TIMEOUT)
-    except OpenAIError:
-        raise ModelError(
-            f"No key for {address}: set OPENAI_API_KEY (any text, if the server asks for none)."
-        ) from None
 
 
 def _answer(

@@ -3,6 +3,7 @@
 __all__ = [
     "comparing",
     "filtering",
+    "generating",
     "judging",
     "on_files",
     "protocol",

@@ -1,4 +1,7 @@
-"""A model folder or Hub id: finding it, naming its content, loading it with adapters.
+"""Loading a tokenizer, a model with its adapters, or a classifier: every `from_pretrained` is in this file.
+
+Only safetensors files are read, and a folder that lacks some of the model's weights is refused: transformers
+and PEFT would fill them with random numbers and warn.
 
 Adapters come in a chain (alignment, then user). They are stacked as frozen adapters, or merged in memory
 as the reference implementations do; a merged model is never saved.
@@ -6,11 +9,12 @@ as the reference implementations do; a merged model is never saved.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import ModelError
+from holdfast.errors import ModelError, first_line
 from holdfast.models.quantization import (
     check_quantization,
     is_quantized,
@@ -18,7 +22,7 @@ from holdfast.models.quantization import (
     quantization_config,
     stored_dtype,
 )
-from holdfast.weights.folders import first_line
+from holdfast.weights.folders import check_adapter
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -54,50 +58,120 @@ def load_model(
         quantization: "nf4" or "int8", or None for the weights as they are.
 
     Raises:
-        ModelError: the folder cannot be loaded.
+        ModelError: the model or an adapter cannot be loaded, or lacks weights.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: Any
     check_quantization(folder, quantization)
     quantized = quantization is not None or is_quantized(folder)
     place: dict[str, Any] = {"device_map": {"": device}} if quantized else {}
     if quantization is not None:
         compute = getattr(torch, stored_dtype(folder) if dtype == "auto" else dtype)
         place["quantization_config"] = quantization_config(quantization, compute)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            **place,
+    model, missing = _from_folder(
+        AutoModelForCausalLM,
+        folder,
+        "model",
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        trust_remote_code=trust_remote_code,
+        **place,
+    )
+    if missing:
+        raise ModelError(
+            f"The weights in {folder} lack {_named(missing)}, which would be random. Expected all weights of "
+            f"{type(model).__name__}; save the model again."
         )
-    except Exception as error:  # whatever a damaged folder makes the loader raise
-        raise ModelError(f"Cannot load the model in {folder}: {first_line(error)}") from None
     if quantized:
         keep_differentiable(model)
     else:
         model = model.to(device)
     for i, adapter in enumerate(adapters):
-        model = _add_adapter(model, adapter, f"stage{i}", compose)
+        if compose == "merge":
+            model = put_on(model, adapter).merge_and_unload(safe_merge=True)
+        else:
+            model = put_on(model, adapter, f"stage{i}")
+            model.base_model.set_adapter(list(model.peft_config))
+            _silence_dropout(model, f"stage{i}")
     model.requires_grad_(False)
     return model.eval()
 
 
-def _add_adapter(model: Any, adapter: Path, name: str, compose: str) -> Any:
+def load_classifier(folder: Path, device: str = "cpu") -> Any:
+    """A sequence classifier with one sigmoid output for each label.
+
+    Raises:
+        ModelError: it cannot be loaded, lacks weights, or has no pad token.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model, missing = _from_folder(
+        AutoModelForSequenceClassification, folder, "judge", problem_type="multi_label_classification"
+    )
+    if missing:
+        raise ModelError(
+            f"{folder} holds no classifier: its weights lack {_named(missing)}, which would be random. "
+            "Expected a sequence classifier in beaver-dam's format."
+        )
+    if model.config.pad_token_id is None:
+        raise ModelError(
+            f"The judge in {folder} has no pad_token_id in config.json; batches could not be read."
+        )
+    return model.eval().to(device)
+
+
+def empty_model(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The causal language model on "meta": its modules without numbers.
+
+    Raises:
+        ModelError: it cannot be built from its config.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a damaged or foreign config makes the library raise
+        raise ModelError(f"Cannot build the model in {folder}: {first_line(error)}") from None
+
+
+def put_on(model: Any, adapter: Path, name: str = "default", trainable: bool = False) -> Any:
+    """The model with the adapter in a folder, under `name`.
+
+    Raises:
+        ModelError: it is no adapter in safetensors, does not fit the model, or lacks weights.
+    """
     from peft import PeftModel
 
-    if compose == "merge":
-        return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
-    if isinstance(model, PeftModel):
-        model.load_adapter(adapter, adapter_name=name)
-    else:
-        model = PeftModel.from_pretrained(model, adapter, adapter_name=name)
-    model.base_model.set_adapter(list(model.peft_config))
-    _silence_dropout(model, name)
+    check_adapter(adapter)
+    try:
+        with warnings.catch_warnings():
+            # from_pretrained only warns about missing weights; load_adapter returns their names
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            if not isinstance(model, PeftModel):
+                return PeftModel.from_pretrained(model, adapter, adapter_name=name, is_trainable=trainable)
+            missing = model.load_adapter(adapter, adapter_name=name, is_trainable=trainable).missing_keys
+    except Exception as error:  # whatever a damaged folder makes PEFT raise
+        raise ModelError(f"Cannot load the adapter in {adapter}: {first_line(error)}") from None
+    if missing:
+        raise ModelError(f"The adapter in {adapter} lacks {_named(missing)}. Save the adapter again.")
     return model
+
+
+def _from_folder(kind: Any, folder: Path, what: str, **options: Any) -> tuple[Any, list[str]]:
+    """A model from a folder's safetensors files, and the names of the weights that they lack."""
+    try:
+        model, told = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    except Exception as error:  # whatever a damaged folder makes the loader raise
+        raise ModelError(f"Cannot load the {what} in {folder}: {first_line(error)}") from None
+    return model, sorted(told["missing_keys"])
+
+
+def _named(missing: Sequence[str]) -> str:
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    return ", ".join(missing[:3]) + more
 
 
 def _silence_dropout(model: Any, name: str) -> None:

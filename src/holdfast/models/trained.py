@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ModelError, RecipeError, nearest
-from holdfast.models.loading import add_lora, load_model
+from holdfast.models.loading import add_lora, empty_model, load_model, put_on
 from holdfast.models.quantization import is_quantized, stored_dtype
 from holdfast.weights.adapter import MUTATING
-from holdfast.weights.folders import first_line
 
 
 def load_trainable(
@@ -42,7 +41,6 @@ def load_trainable(
     Raises:
         ModelError: the model cannot be loaded.
     """
-    from peft import PeftModel
     from transformers import set_seed
 
     below = adapters[:-1] if trains == "continue" else adapters
@@ -53,7 +51,7 @@ def load_trainable(
     if trains == "full":
         return model.requires_grad_(True)
     if trains == "continue":
-        return PeftModel.from_pretrained(model, adapters[-1], is_trainable=True)
+        return put_on(model, adapters[-1], trainable=True)
     assert lora is not None
     model = add_lora(model, lora, base)
     if lora.get("init_lora_weights") in MUTATING:
@@ -118,7 +116,7 @@ def check_lora(folder: Path, lora: Mapping[str, Any], trust_remote_code: bool = 
     """
     from transformers.pytorch_utils import Conv1D
 
-    model = _empty(folder, trust_remote_code)
+    model = empty_model(folder, trust_remote_code)
     leaves = {name: module for name, module in model.named_modules() if name and not list(module.children())}
     targets = lora["target_modules"]
     if targets != "all-linear":
@@ -141,7 +139,7 @@ def blueprint(folder: Path, lora: Mapping[str, Any] | None, trust_remote_code: b
     """The model with what a stage trains, on "meta": all of it but the numbers. No `lora`: all weights."""
     import torch
 
-    model = _empty(folder, trust_remote_code)
+    model = empty_model(folder, trust_remote_code)
     if lora is None:
         return model.requires_grad_(True)
     with torch.device("meta"):  # an initialisation that reads the weights has nothing to read
@@ -152,18 +150,6 @@ def adapted_modules(folder: Path, lora: Mapping[str, Any], trust_remote_code: bo
     """The linear modules that a LoRA adapts, by name; embeddings are none."""
     model = blueprint(folder, lora, trust_remote_code).base_model.model
     return {name for name, module in model.named_modules() if "default" in getattr(module, "lora_A", ())}
-
-
-def _empty(folder: Path, trust_remote_code: bool) -> Any:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a damaged or foreign config makes the library raise
-        raise ModelError(f"Cannot build the model in {folder}: {first_line(error)}") from None
 
 
 def _check_names(folder: Path, leaves: Mapping[str, Any], key: str, wanted: Sequence[str] | str) -> None:

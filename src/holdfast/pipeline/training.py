@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import PrinterCallback, TrainerCallback
 
 from holdfast.defenses import Defense
-from holdfast.errors import ModelError, RecipeError
+from holdfast.errors import ModelError, RecipeError, first_line
 from holdfast.machine.cost import SUM, Cost
 from holdfast.machine.files import read_json, remove_tree, write_json, write_text
 from holdfast.machine.processes import Processes
@@ -175,8 +175,7 @@ def make_config(
             **settings,
         )
     except (ValueError, TypeError, ImportError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise RecipeError(f"{defense.name}: a training value cannot be used: {first}") from None
+        raise RecipeError(f"{defense.name}: a training value cannot be used: {first_line(error)}") from None
     asked = "fp16" if config.fp16 else "bf16" if config.bf16 else "no"
     if getattr(config, "mixed_precision", asked) != asked:
         raise RecipeError(

@@ -97,12 +97,34 @@ RaterOrNone = Annotated[RaterRecipe, from_text("name"), WrapValidator(or_none), 
 """A block, a name, or the text `none`, which leaves the score of a judged task "not measured"."""
 
 
-class Evaluation(Part):
+class Decoding(Part):
+    """How prompts are answered; the default is Lisa's: 512 new tokens.
+
+    `system` is a text before every question. A task has its own number of new tokens. At temperature 0
+    decoding is greedy; above 0 it samples from the share `top_p` of the probability. `batch_tokens` counts
+    the prompt and new tokens of one batch, padding included.
+    """
+
+    max_new_tokens: int = Field(512, ge=1)
+    system: str = ""
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    batch_tokens: int = Field(8192, ge=1)
+
+
+class Endpoint(Part):
+    """An OpenAI-compatible server (".../v1") that answers prompts, several `requests` at the same time."""
+
+    base_url: str
+    requests: int = Field(8, ge=1)
+
+
+class Evaluation(Decoding):
     """What is generated and which judges judge it; defaults are Lisa's: 1000 prompts, 512 new tokens.
 
     `protocol` names a paper whose settings replace the defaults. `rater` grades the answers to a task that
     only a judge can grade. `system` is a text before every question, after the text that a method of the user
-    stage adds. At temperature 0 decoding is greedy; above 0 it samples with the recipe's seed.
+    stage adds. Sampling uses the recipe's seed.
     """
 
     protocol: str | None = None
@@ -113,11 +135,6 @@ class Evaluation(Part):
     prompts: int = Field(1000, ge=1)
     mixed_prompts: bool = False
     task_rows: int | None = Field(None, ge=1)
-    max_new_tokens: int = Field(512, ge=1)
-    system: str = ""
-    temperature: float = Field(0.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    batch_tokens: int = Field(8192, ge=1)
 
     @model_validator(mode="before")
     @classmethod

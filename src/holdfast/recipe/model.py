@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -11,10 +12,12 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    ValidationError,
     WrapValidator,
     model_validator,
 )
 
+from holdfast.errors import RecipeError, nearest
 from holdfast.weights.adapter import MUTATING
 
 FULL = "none"
@@ -33,6 +36,9 @@ class Part(BaseModel):
     """A block of a recipe; it is frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Block = TypeVar("Block", bound=Part)
 
 
 def from_text(key: str) -> BeforeValidator:
@@ -77,6 +83,31 @@ class Lora(Part):
         return {k: v for k, v in self.model_dump().items() if k in first or v != defaults[k]}
 
 
+def block(kind: type[Block], given: Any, place: str, key: str | None = None) -> Block:
+    """A block of a recipe from Python: the block itself, a mapping of its keys, or the value of `key` alone.
+
+    Args:
+        place: the name of the argument, for the error.
+
+    Raises:
+        RecipeError: a key that the block does not have, or a value that it refuses.
+    """
+    if isinstance(given, kind):
+        return given
+    if key is not None and isinstance(given, str | Path):
+        given = {key: str(given)}
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([place, *map(str, first["loc"])])
+        known = (
+            nearest(str(first["loc"][-1]), kind.model_fields) if first["type"] == "extra_forbidden" else ""
+        )
+        text = "unknown key." if known else first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{where}: {text}{known}") from None
+
+
 def or_none(value: Any, block: Any) -> Any:
     """Keep the text `none`; validate anything else as a block."""
     return FULL if value == FULL else block(value)
@@ -91,8 +122,8 @@ LoraOrNone = Annotated[Lora, WrapValidator(or_none), PlainSerializer(plain)]
 """A block, or the text `none`; it is not a union, because a union's errors name more than the key."""
 
 
-class Model(Part):
-    """The base model: a folder, a Hub id, or "world" (the embedded model)."""
+class Weights(Part):
+    """A model and how it is loaded: a folder, a Hub id, or "world" (the embedded model)."""
 
     path: str
     revision: str | None = None
@@ -102,12 +133,17 @@ class Model(Part):
         Literal["nf4", "int8"] | None, BeforeValidator(lambda v: None if v == "none" else v)
     ] = None
     adapters: Literal["stack", "merge"] = "stack"
-    lora: LoraOrNone = Lora()
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
-    def _possible(self) -> Model:
+    def _possible(self) -> Weights:
         if self.quantization and self.adapters == "merge":
             text = f"merging would round the weights to {self.quantization} again; write adapters: stack"
             raise Wrong(["adapters"], text)
         return self
+
+
+class Model(Weights):
+    """The model that a run starts from, and which of its weights the stages train."""
+
+    lora: LoraOrNone = Lora()

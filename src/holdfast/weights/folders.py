@@ -6,7 +6,7 @@ import hashlib
 import math
 from pathlib import Path
 
-from holdfast.errors import ModelError, nearest
+from holdfast.errors import ModelError, first_line, nearest
 from holdfast.machine.digests import Digests
 
 
@@ -45,6 +45,19 @@ def find_model(path: str, revision: str | None = None, download: bool = True) ->
             f"{path} holds no safetensors weights. Holdfast loads nothing else (a .bin file can run code); "
             "convert it: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW_PATH)."
         )
+    return folder
+
+
+def check_adapter(folder: Path) -> Path:
+    """The folder itself, checked to hold an adapter that can be loaded safely.
+
+    Raises:
+        ModelError: there is no adapter, or its weights are not in safetensors.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"Expected an adapter folder with adapter_config.json, found none at {folder}.")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"The adapter in {folder} has no adapter_model.safetensors; nothing else is loaded.")
     return folder
 
 
@@ -92,7 +105,7 @@ def from_hub(repo: str, revision: str | None, download: bool) -> Path:
     except HFValidationError:
         raise ModelError(f"Not an existing folder and not a valid Hub name: {repo[:200]!r}.") from None
     except HfHubHTTPError as error:
-        raise ModelError(f"The Hub did not return {repo}: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"The Hub did not return {repo}: {first_line(error)}") from None
 
 
 NAMED_BY = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken", ".py")
@@ -129,8 +142,3 @@ def parameter_count(folder: Path) -> int:
                 f"{path} is damaged or not a safetensors file ({first_line(error)}). Fetch or save it again."
             ) from None
     return total
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its class."""
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from holdfast.defenses.safe_lora_parts.projection import Direction, Matrix, Workspace
 from holdfast.defenses.safe_lora_parts.updates import Pair, WeightPair
-from holdfast.errors import RecipeError
+from holdfast.errors import RecipeError, first_line
 from holdfast.weights.reader import Tensor
 
 
@@ -34,8 +34,7 @@ class OnDevice:
             self.v = self._load(pair.aligned, workspace, place)
             self.v -= self._load(pair.base, workspace, place)
         except (RuntimeError, AssertionError) as error:
-            first = str(error).strip().split("\n")[0]
-            raise RecipeError(f"Cannot use the device '{device}': {first}") from None
+            raise RecipeError(f"Cannot use the device '{device}': {first_line(error)}") from None
         if pair.transposed:
             self.v = self.v.T
         self.shape = (self.v.shape[0], self.v.shape[1])

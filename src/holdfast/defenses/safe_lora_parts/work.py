@@ -14,8 +14,8 @@ from threading import Lock, local
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-from holdfast.defenses.safe_lora_parts.blas import one_blas_thread
 from holdfast.defenses.safe_lora_parts.projection import (
     BLOCK,
     Direction,
@@ -74,7 +74,9 @@ class Work:
 
     def run(self) -> tuple[tuple[ModuleResult, ...], dict[str, Any], tuple[str, ...]]:
         """The modules, the options that were decided on the way, and notes."""
-        with nullcontext() if self.heavy else one_blas_thread():
+        # The modules are spread over threads here; several BLAS threads only slow down their products, which
+        # have few columns (eight times the processor time on a busy machine).
+        with nullcontext() if self.heavy else threadpool_limits(1, user_api="blas"):
             return self._run()
 
     def _run(self) -> tuple[tuple[ModuleResult, ...], dict[str, Any], tuple[str, ...]]:

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import ModelError
 from holdfast.evaluation.judges import Judge, Verdict, neutralise
-from holdfast.models.loading import load_tokenizer
+from holdfast.models.loading import load_classifier, load_tokenizer
 from holdfast.weights.folders import find_model, fingerprint
 
 TEXT = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"
@@ -41,7 +40,7 @@ class BeaverDam:
         self.stamp = f"beaver_dam@{fingerprint(folder)}/{self.threshold}"
         self.tokenizer = load_tokenizer(folder)
         self.tokenizer.padding_side = "right"
-        self.model = _load_classifier(folder).to(device)
+        self.model = load_classifier(folder, device)
         self.labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
         self.markers = (*MARKERS, *self.tokenizer.all_special_tokens)
 
@@ -76,31 +75,6 @@ def judge_folder(path: str | None) -> str | Path:
 
         return world.JUDGE
     return path or DEFAULT
-
-
-def _load_classifier(folder: Path) -> Any:
-    from transformers import AutoModelForSequenceClassification
-
-    try:
-        model, told = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            use_safetensors=True,
-            problem_type="multi_label_classification",
-            output_loading_info=True,
-        )
-    except Exception as error:  # whatever a damaged folder makes the loader raise
-        first = str(error).strip().split("\n")[0]
-        raise ModelError(f"Cannot load the judge in {folder}: {first}") from None
-    if told["missing_keys"]:
-        raise ModelError(
-            f"{folder} holds no classifier: its weights lack {', '.join(sorted(told['missing_keys'])[:3])}, "
-            "which would be random. Expected a sequence classifier in beaver-dam's format."
-        )
-    if model.config.pad_token_id is None:
-        raise ModelError(
-            f"The judge in {folder} has no pad_token_id in config.json; batches could not be read."
-        )
-    return model.eval()
 
 
 JUDGE = Judge(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from holdfast.errors import ModelError
-from holdfast.weights.folders import find_model, from_hub, looks_local
+from holdfast.weights.folders import check_adapter, find_model, from_hub, looks_local
 
 
 def find_judge(path: str, download: bool = True) -> Path:
@@ -24,6 +23,4 @@ def find_judge(path: str, download: bool = True) -> Path:
     folder = Path(path) if Path(path).exists() or looks_local(path) else from_hub(path, None, download)
     if not (folder / "adapter_config.json").is_file():
         return find_model(str(folder), download=download)
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(f"The adapter in {path} has no adapter_model.safetensors; nothing else is loaded.")
-    return folder
+    return check_adapter(folder)

@@ -1,30 +1,26 @@
 """A judge behind an OpenAI-compatible server: OpenAI, vLLM, SGLang, TGI, llama.cpp, `transformers serve`.
 
 The key comes from OPENAI_API_KEY, the address from the recipe or OPENAI_BASE_URL, both read by the `openai`
-client; the key is sent to that address and written nowhere. Temperature 0. A call that fails on the way is
-tried again with back-off; what cannot be read in the end is told, never guessed.
+client; the key is sent to that address and written nowhere. Temperature 0. `evaluation.client` says which
+calls are repeated; a reply that cannot be read is reported, never guessed.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from holdfast.errors import ModelError, RecipeError, StepFailed
+from holdfast.errors import ModelError, RecipeError, StepFailed, first_line
+from holdfast.evaluation import client
 
 PROMPTS = Path(__file__).parent / "prompts"
-TRIES = 5
-"""Calls for one question before it is given up."""
-PATIENCE = 120.0
-"""Seconds that a server may ask us to wait (Retry-After)."""
 WORKERS = 8
 """Questions that are asked at once."""
 DOWN = 3
@@ -47,9 +43,8 @@ class Server:
         model: the server's name of it.
         base_url: the server's address, ending in /v1; OPENAI_BASE_URL or OpenAI itself by default.
         requests_per_minute: calls are spread so that no more are made; None for no limit.
-        max_calls: calls of this process in all, those that are tried again included; None for no limit.
-        timeout: seconds until a call is taken for lost.
-        sleep: waits, in seconds; for tests.
+        max_calls: calls of this process in all, repetitions included; None for no limit.
+        timeout: seconds for one call.
     """
 
     def __init__(
@@ -60,15 +55,12 @@ class Server:
         requests_per_minute: float | None = None,
         max_calls: int | None = None,
         timeout: float = 120.0,
-        sleep: Callable[[float], None] = time.sleep,
     ):
         check(model=model, base_url=base_url)
-        import openai
-
-        # A server of one's own wants no key, but the client does.
+        # A local server needs no key, but the client does.
         key = os.environ.get("OPENAI_API_KEY") or "none"
-        self.client = openai.OpenAI(api_key=key, base_url=base_url, max_retries=0, timeout=timeout)
-        self.model, self.max_calls, self.sleep = model, max_calls, sleep
+        self.client = client.connect(base_url, timeout=timeout, key=key, before_call=self._take_turn)
+        self.model, self.max_calls = model, max_calls
         self.pause = 60.0 / requests_per_minute if requests_per_minute else 0.0
         self.calls, self.next_call, self.lock = 0, 0.0, Lock()
         self.length_key = "max_tokens"
@@ -94,30 +86,22 @@ class Server:
     def _ask(self, messages: Sequence[Mapping[str, str]], max_tokens: int) -> Reply:
         import openai
 
-        reason = ""
-        for attempt in range(TRIES):
-            self._take_turn()
-            wait: float | None = None
-            try:
-                return self._read(self._call(messages, max_tokens))
-            except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-                raise StepFailed(f"The server refuses {self.model}: {self._told(error)}") from None
-            except (openai.APITimeoutError, openai.APIConnectionError) as error:
-                reason = self._told(error)
-            except openai.APIStatusError as error:
-                reason = self._told(error)
-                if error.status_code not in (408, 409, 429) and error.status_code < 500:
-                    return Reply(None, reason)  # about this question, for instance too long
-                wait = _retry_after(error.response.headers)
-                if "insufficient_quota" in reason or (wait or 0) > PATIENCE:
-                    raise StepFailed(
-                        f"The server has no room for {self.model} now: {reason}. Run again later."
-                    ) from None
-            except (ValueError, openai.OpenAIError) as error:  # torn JSON among them
-                reason = f"the reply cannot be read: {self._told(error)}"
-            if attempt + 1 < TRIES:
-                self.sleep(min(0.5 * 2**attempt, 8.0) if wait is None else wait)
-        return Reply(None, f"{reason} ({TRIES} tries)", lost=True)
+        try:
+            return self._read(self._call(messages, max_tokens))
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+            raise StepFailed(f"The server refuses {self.model}: {self._told(error)}") from None
+        except openai.RateLimitError as error:
+            raise StepFailed(
+                f"The server has no room for {self.model} now: {self._told(error)}. Run again later."
+            ) from None
+        except (openai.APIConnectionError, openai.InternalServerError) as error:
+            if isinstance(error.__cause__, StepFailed):  # older clients wrap what `_take_turn` raises
+                raise error.__cause__ from None
+            return Reply(None, f"{self._told(error)} ({client.RETRIES + 1} tries)", lost=True)
+        except openai.APIStatusError as error:
+            return Reply(None, self._told(error))  # about this question, for instance too long
+        except (ValueError, openai.OpenAIError) as error:  # torn JSON among them
+            return Reply(None, f"the reply cannot be read: {self._told(error)}")
 
     def _call(self, messages: Sequence[Mapping[str, str]], max_tokens: int) -> Any:
         """One call; models that know only `max_completion_tokens` are asked again with that."""
@@ -148,17 +132,17 @@ class Server:
             return Reply(None, "the reply is empty")
         return Reply(self._clean(text))
 
-    def _take_turn(self) -> None:
-        """Take one call from the budget, and wait for its turn."""
+    def _take_turn(self, _: Any = None) -> None:
+        """Take one call from the budget, and wait for its turn; the client does this before every call."""
         with self.lock:
             if self.max_calls is not None and self.calls >= self.max_calls:
-                raise self._spent()  # by tries again; no verdict is made of a question that was not asked
+                raise self._spent()  # by repetitions; a question that was not asked gets no verdict
             self.calls += 1
             now = time.monotonic()
             turn = max(now, self.next_call)
             self.next_call = turn + self.pause
         if turn > now:
-            self.sleep(turn - now)
+            time.sleep(turn - now)
 
     def _spent(self) -> StepFailed:
         return StepFailed(
@@ -167,9 +151,7 @@ class Server:
         )
 
     def _told(self, error: Exception) -> str:
-        return self._clean(
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] or 'no message'}"
-        )
+        return self._clean(f"{type(error).__name__}: {first_line(error)}")
 
     def _clean(self, text: str) -> str:
         """A server may repeat the key in what it says."""
@@ -188,10 +170,7 @@ def check(model: str | None = None, base_url: str | None = None, **_: Any) -> No
         raise RecipeError("A judge on a server needs the name of its model: {name: openai, model: NAME}.")
     if base_url is not None and not re.match(r"https?://[^/\s]+", base_url):
         raise RecipeError(f"base_url: expected an address like http://localhost:8000/v1, found {base_url!r}.")
-    if importlib.util.find_spec("openai") is None:
-        raise ModelError(
-            "A judge on a server needs the openai client. Install it: pip install 'holdfast[openai]'."
-        )
+    client.check_installed()
     if not os.environ.get("OPENAI_API_KEY") and not (base_url or os.environ.get("OPENAI_BASE_URL")):
         raise ModelError(
             "OPENAI_API_KEY is not set. Set it in the environment, or name a server of your own: base_url."
@@ -201,10 +180,3 @@ def check(model: str | None = None, base_url: str | None = None, **_: Any) -> No
 def fill(template: str, **texts: str) -> str:
     """Put texts in place of {name}, in one pass: a text that itself says {name} stays as it is."""
     return re.sub(r"\{(\w+)\}", lambda found: texts.get(found[1], found[0]), template)
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    try:
-        return max(0.0, float(headers.get("retry-after", "")))
-    except ValueError:
-        return None

@@ -1,0 +1,188 @@
+"""Answers to prompts in a file, from weights or from a server.
+
+    answers = generate("my-model", "answers.jsonl", adapters=["my-adapter"], harmful="prompts.jsonl")
+
+The file is JSONL keyed by id. It is appended to, so that an interrupted call continues; `FILE.json` beside it
+says what made it. A file that something else made is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast import data as datasets
+from holdfast import tasks
+from holdfast.data.prompts import alpaca, render, resolve_template
+from holdfast.data.sources import Source
+from holdfast.errors import RecipeError
+from holdfast.evaluation.moderation import question
+from holdfast.evaluation.turns import SECOND, check_template, complete, in_turns
+from holdfast.machine.files import read_jsonl
+from holdfast.machine.progress import Advance, nobody
+from holdfast.machine.store import identity_hash
+from holdfast.measuring.answer_files import Rows, claim, forget_failed
+from holdfast.recipe.evaluation import Decoding, Endpoint
+from holdfast.recipe.model import Weights, block
+
+
+def generate(
+    model: str | Path | Mapping[str, Any] | Weights,
+    out: str | Path,
+    *,
+    harmful: Source | None = None,
+    task: str | None = None,
+    task_rows: Source | None = None,
+    benign: Source | None = None,
+    prompts: int = 1000,
+    adapters: Sequence[str | Path] = (),
+    endpoint: str | Mapping[str, Any] | Endpoint | None = None,
+    decoding: Mapping[str, Any] | Decoding = Decoding(),  # noqa: B008  (frozen)
+    seed: int = 0,
+    device: str = "auto",
+    progress: Advance = nobody,
+) -> Rows:
+    """Answer prompts with a model, or continue an earlier call; returns all rows of `out` (JSONL).
+
+    `model`, `endpoint` and `decoding` are blocks as in a recipe: a mapping of their keys, or an object of
+    the class named below. A text alone is the model's path, or the endpoint's base_url.
+
+    Args:
+        model: `holdfast.recipe.model.Weights`; its path is a folder, a Hub id or "world", or with `endpoint`
+            the model's name on the server.
+        harmful: harmful prompts: "world", "beavertails", a file or a Hub id.
+        task: a user task by name: its test rows, and its grader in `score`.
+        task_rows: rows of your own to grade: a file with prompts and answers.
+        benign: harmless questions.
+        prompts: at most this many of each set.
+        adapters: PEFT adapters on the model, in order.
+        endpoint: `holdfast.recipe.evaluation.Endpoint`: an OpenAI-compatible server to ask instead of loading
+            weights. Its key is read from OPENAI_API_KEY; rows that failed before are asked again.
+        decoding: `holdfast.recipe.evaluation.Decoding`: max_new_tokens, system, temperature, top_p, ...
+        seed: of sampling.
+        device: where weights are loaded: auto, cpu, cuda or mps.
+
+    Raises:
+        RecipeError: no prompts were given, or an option is unknown or out of its range.
+        DataError, ModelError: a source or the model cannot be used.
+        OutputError: `out` was made by something else.
+    """
+    weights = block(Weights, model, "model", "path")
+    how = block(Decoding, decoding, "decoding")
+    rows = _test_rows(prompts, task, task_rows, harmful=harmful, benign=benign)
+    job = _Job(rows, Path(out), task, how, seed, progress)
+    if endpoint is not None:
+        return job.ask_server(block(Endpoint, endpoint, "endpoint", "base_url"), weights)
+    return job.ask_weights(weights, adapters, device)
+
+
+def _test_rows(
+    prompts: int, task: str | None, task_rows: Source | None, **prompt_sets: Source | None
+) -> Rows:
+    if all(given is None for given in (task, task_rows, *prompt_sets.values())):
+        raise RecipeError(
+            "Nothing to ask: give harmful prompts, a task, rows of your own, or benign questions."
+        )
+    return datasets.test_rows(
+        task=task, test=task_rows, harmful_test=prompt_sets["harmful"], benign=prompt_sets["benign"],
+        prompts=prompts, task_size=prompts,
+    ).rows  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Rows to answer, the file for the answers, and how to decode."""
+
+    rows: Rows
+    out: Path
+    task: str | None
+    how: Decoding
+    seed: int
+    progress: Advance
+
+    @property
+    def most(self) -> dict[str, int]:
+        """New tokens of an answer, by the set of its row."""
+        of_task = getattr(tasks.find(self.task or "own"), "max_new_tokens", 64)
+        return {"harmful": self.how.max_new_tokens, "task": of_task, "benign": self.how.max_new_tokens}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments that a server and loaded weights both take."""
+        sampling = {"temperature": self.how.temperature, "top_p": self.how.top_p, "seed": self.seed}
+        return {
+            "max_new_tokens": {**self.most, SECOND: self.most["task"]},
+            "sampling": sampling if self.how.temperature else None,
+        }
+
+    def claim(self, **made: Any) -> None:
+        """Write into `FILE.json` what makes the answers. Raises OutputError if they were made otherwise."""
+        common = {
+            "system": self.how.system,
+            "max_new_tokens": self.most,
+            "sampling": self.options["sampling"],
+            "rows": identity_hash(self.rows),
+            "task": self.task,
+        }
+        claim(self.out, {**common, **made})
+
+    def ask_server(self, server: Endpoint, model: Weights) -> Rows:
+        """The answers of a model on a server."""
+        from holdfast.evaluation.endpoint import answer_all
+
+        check_template(self.rows, model.template)
+        self.claim(template=model.template, endpoint=server.base_url, model=model.path)
+        forget_failed(self.out)
+
+        def ask(part: Sequence[Mapping[str, Any]], watch: Advance) -> Rows:
+            return answer_all(
+                server.base_url, model.path, part, self.out, requests=server.requests, progress=watch,
+                render=lambda row: _asked(row, model.template, self.how.system), **self.options,
+            )  # fmt: skip
+
+        return in_turns(self.rows, ask, self.progress)
+
+    def ask_weights(self, model: Weights, adapters: Sequence[str | Path], device: str) -> Rows:
+        """The answers of a model that is loaded here."""
+        from holdfast.evaluation.answering import answer_prompts
+        from holdfast.machine.processes import Processes
+        from holdfast.models.device import choose_device
+        from holdfast.models.loading import load_model, load_tokenizer
+        from holdfast.weights.adapter import find_adapter
+        from holdfast.weights.folders import find_model, fingerprint, model_path
+
+        folder = find_model(str(model_path(model.path)), model.revision, download=True)
+        chain = [find_adapter(str(one))[0] for one in adapters]
+        tokenizer = load_tokenizer(folder, model.trust_remote_code)
+        template = resolve_template(tokenizer, model.template)
+        check_template(self.rows, template)
+        self.claim(
+            model=fingerprint(folder), adapters=[fingerprint(one) for one in chain], template=template,
+            dtype=model.dtype, quantization=model.quantization,
+            **({"merged": True} if model.adapters == "merge" else {}),
+        )  # fmt: skip
+        if complete(self.rows, answered := read_jsonl(self.out)):
+            return answered
+        loaded = load_model(
+            folder, chain, compose=model.adapters, dtype=model.dtype, quantization=model.quantization,
+            device=choose_device(device, folder, Processes()), trust_remote_code=model.trust_remote_code,
+        )  # fmt: skip
+
+        def answer(part: Sequence[Mapping[str, Any]], watch: Advance) -> Rows:
+            texts = [{**row, "prompt": render(row, tokenizer, template, self.how.system)[0]} for row in part]
+            return answer_prompts(
+                loaded, tokenizer, texts, self.out, batch_tokens=self.how.batch_tokens, progress=watch,
+                **self.options,
+            )  # fmt: skip
+
+        return in_turns(self.rows, answer, self.progress)
+
+
+def _asked(row: Mapping[str, Any], template: str, system: str) -> list[dict[str, str]] | str:
+    """What a server is asked: messages, to which it applies its chat template, or the Alpaca text."""
+    if template == "alpaca":
+        return alpaca(row, system)
+    turns = row["messages"][:-1] if row.get("messages") else [{"role": "user", "content": question(row)}]
+    return [{"role": "system", "content": system}, *turns] if system else list(turns)
