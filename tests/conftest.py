@@ -13,9 +13,19 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
+
+
+def pytest_configure(config):
+    """Hide the GPUs, before torch is imported: a process that has used one cannot be forked.
+
+    Only a run that asks for the marker `gpu` alone sees one, the first.
+    """
+    if config.option.markexpr == "gpu":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)
