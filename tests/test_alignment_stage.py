@@ -237,7 +237,8 @@ def test_more_layers_than_there_are_stop_before_training(tmp_path):
 
 def test_t_vaccine_keeps_what_it_drew_for_the_report(tmp_path):
     settings = {"num_layers": 1, "probability_steps": 2, "resample_steps": 1}
-    results, _ = run(recipe(tmp_path / "in", {"size": 4}, defense="tvaccine", **settings), tmp_path / "out")
+    made = recipe(tmp_path / "in", {"size": 4}, defense="tvaccine", **settings)
+    results, _ = run(made, tmp_path / "out", page=True)
     step = tmp_path / "out" / "steps" / results["rows"][0]["steps"]["alignment"] / "step.json"
     history = json.loads(step.read_text())["training"]["layer_history"]
     assert history["layers"] == 2

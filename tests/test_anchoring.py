@@ -169,7 +169,7 @@ def attacked(recipe, **more):
 def test_a_run_trains_on_the_chosen_rows_alone(by, copy):
     recipe, out = copy
     recipe = attacked(recipe, by=by)
-    results, seen = run(recipe, out)
+    results, seen = run(recipe, out, page=by == "gradient")
     tuned = results["rows"][1]
     folder = out / "steps" / tuned["steps"]["attack"]
     scores, chosen = read_rows(folder / "scores.jsonl"), read_rows(folder / "rows.jsonl")
@@ -183,7 +183,8 @@ def test_a_run_trains_on_the_chosen_rows_alone(by, copy):
     assert found["mean_score_kept"] > found["mean_score"]
     step = json.loads((out / "steps" / tuned["steps"]["user"] / "step.json").read_text())
     assert step["training"]["steps"] == 2
-    assert "chosen by bi_directional_anchoring" in (out / "report.html").read_text()
+    if by == "gradient":
+        assert "chosen by bi_directional_anchoring" in (out / "report.html").read_text()
     title = "user rows that bi_directional_anchoring chooses"
     assert seen.ran.index(title) < seen.ran.index("user fine-tuning with Lisa")
     results, again = run(recipe, out)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -13,13 +15,7 @@ import yaml
 
 import holdfast
 import tiny
-
-
-def command(*arguments, cwd=None, timeout=120):
-    return subprocess.run(
-        [sys.executable, "-m", "holdfast", *map(str, arguments)],
-        capture_output=True, text=True, cwd=cwd, timeout=timeout, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+from commands import holdfast_command as command
 
 
 def refused(done, *words, code=2):
@@ -55,7 +51,7 @@ def recipe(tmp_path):
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list"], ["--version"]])
 def test_help_answers_before_torch_could(arguments):
     began = time.monotonic()
-    done = command(*arguments)
+    done = subprocess.run([sys.executable, "-m", "holdfast", *arguments], capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout.strip()
     assert time.monotonic() - began < 5, "torch alone takes this long on a busy machine"
@@ -158,18 +154,12 @@ def test_an_output_folder_that_holds_something_else(recipe, tmp_path):
 
 def test_a_disk_that_is_full(recipe, tmp_path):
     """A limit on the size of files makes every write beyond it fail, as a full disk does."""
-    script = (
-        "import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
-        "from holdfast.cli.app import main\n"
-        "sys.argv = ['holdfast', *sys.argv[1:]]\n"
-        "main()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, "run", str(recipe()), "--out", str(tmp_path / "out")],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+
+    def full():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+
+    done = command("run", recipe(), "--out", tmp_path / "out", before=full)
     refused(done, "alignment with SFT", code=1)
     assert not list((tmp_path / "out").glob("steps/alignment-*/step.json"))
     assert not (tmp_path / "out" / "results.json").exists()

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 import tiny
+from commands import holdfast_command as command
 from holdfast import generate, moderate, score
 from holdfast.errors import DataError, ModelError, OutputError, RecipeError
 from holdfast.measuring.filtering import confusion, filter_rows
-
-
-def command(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "holdfast", *map(str, arguments)],
-        capture_output=True, text=True, cwd=cwd, timeout=120, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
 
 
 def lines(path):
@@ -198,7 +190,7 @@ def test_an_endpoint_is_asked_instead(place, tmp_path, serve):
     assert path == "/v1/chat/completions"
     assert [turn["role"] for turn in body["messages"]] == ["system", "user"]
     assert body["temperature"] == 0
-    assert {body["max_tokens"] for _, body in server.requests} == {6, 128}
+    assert {body["max_tokens"] for _, body in server.requests} == {6, 12}
     assert "secret-key-of-mine" not in (tmp_path / "a.jsonl.json").read_text()
 
 

@@ -10,6 +10,7 @@ import tiny
 from holdfast import pipeline, registry
 from holdfast.recipe import Recipe, layers
 from holdfast.recipe.stages import ALIGNMENT_TRAINING, USER_TRAINING
+from runs import run
 
 TASK_ROWS = {
     "sst2": [{"sentence": f"film number {i}", "label": i % 2} for i in range(40)],
@@ -90,7 +91,7 @@ def test_planned(name, files):
 @pytest.mark.parametrize("name", RUN)
 def test_run(name, files, tmp_path):
     recipe = load_tiny(name, files)
-    results = pipeline.run(recipe, out=tmp_path / "out", device="cpu")
+    results, _ = run(recipe, tmp_path / "out")
     row = results["rows"][-1]
     ratio = 0 if recipe.data.attack else 0.1
     assert (row["name"], row["user"], row["poison_ratio"]) == (name, recipe.user.defense, ratio)
@@ -104,7 +105,7 @@ def test_safe_lora_repairs_what_sft_trained(files, tmp_path):
     shared = {step.id for step in pipeline.plan(sft)}
     new = [step for step in pipeline.plan(recipe) if step.id not in shared]
     assert {step.kind for step in new} == {"post_hoc", "generate", "moderate", "score"}
-    rows = pipeline.run(recipe, out=tmp_path / "out", device="cpu")["rows"]
+    rows = run(recipe, tmp_path / "out")[0]["rows"]
     assert [row["name"] for row in rows[1:]] == [
         "safe-lora-agnews",
         *(f"safe-lora-agnews, threshold={t}, control={c}" for t in (0.35, 0.6) for c in ("none", "drop")),

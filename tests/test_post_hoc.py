@@ -30,7 +30,7 @@ def swept(done, tmp_path_factory):
     copy = tmp_path_factory.mktemp("swept") / "out"
     shutil.copytree(out, copy)
     recipe = {**recipe, "post_hoc": SWEEP}
-    results, seen = run(recipe, copy)
+    results, seen = run(recipe, copy, page=True)
     return recipe, copy, {row["name"]: row for row in results["rows"]}, seen
 
 
@@ -168,7 +168,7 @@ def test_a_run_from_an_aligned_model_with_its_base(tmp_path):
     recipe["user"] = {**recipe["user"], "defense": "sft"}
     del recipe["user"]["alignment_steps"], recipe["user"]["finetune_steps"]
     recipe["post_hoc"] = {"defense": "safe_lora", "num_layers": 3, "base": str(base)}
-    results, _ = run(recipe, tmp_path / "out")
+    results, _ = run(recipe, tmp_path / "out", page=True)
     assert [row["name"] for row in results["rows"]] == ["base", "tiny", "tiny + Safe LoRA"]
     row = results["rows"][2]
     assert row["repair"]["projected"] == 3

@@ -13,15 +13,13 @@ import pytest
 from peft import PeftModel
 
 import tiny
+from commands import holdfast_command
 from pairs import SEVEN, digest, save_adapter, save_pair
 from test_imports import HEAVY
 
 
 def command(*arguments, cwd, code=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "holdfast", "safe-lora", *map(str, arguments)],
-        capture_output=True, text=True, cwd=cwd, timeout=120, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    done = holdfast_command("safe-lora", *arguments, cwd=cwd)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done

@@ -56,7 +56,7 @@ def kinds(recipe):
 def test_what_is_left_out_and_what_is_counted(copy, screen):
     recipe, out = copy
     recipe = with_filter(recipe, screen)
-    results, seen = run(recipe, out)
+    results, seen = run(recipe, out, page=True)
     assert seen.ran.index(f"user rows that {screen} lets pass") < seen.ran.index("user fine-tuning with Lisa")
     aligned, tuned = results["rows"]
     assert "filter" not in aligned
