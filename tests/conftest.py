@@ -61,10 +61,11 @@ def what_is_imported_stays():
 @pytest.fixture(scope="session")
 def real_rows() -> Path:
     """The folder of real rows beside the checkout; tests that need it skip where it is missing."""
-    folder = Path(__file__).parents[2] / "shared" / "data"
-    if not folder.is_dir():
+    from places import SHARED
+
+    if not SHARED.is_dir():
         pytest.skip("the folder with real rows is not beside this checkout")
-    return folder
+    return SHARED
 
 
 @pytest.fixture(scope="session")

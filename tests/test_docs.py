@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -14,13 +13,7 @@ from commands import holdfast_command
 from holdfast import registry
 from holdfast.recipe import Recipe, data, evaluation
 from holdfast.recipe import recipe as recipes
-
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)
+from places import DOCS, ROOT, blocks
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "defenses" / "lisa.md"], ids=lambda p: p.name)

@@ -6,7 +6,6 @@ import json
 import re
 
 import pytest
-from misbehaving import serving
 
 import tiny
 from commands import holdfast_command
@@ -20,6 +19,7 @@ from holdfast.evaluation.turns import SECOND, in_turns, second_turns
 from holdfast.machine.files import read_json
 from holdfast.measuring import protocol
 from holdfast.recipe import Recipe
+from misbehaving import serving
 
 pytest.importorskip("openai")
 QUESTIONS = [

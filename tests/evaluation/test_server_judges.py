@@ -7,7 +7,6 @@ import json
 import time
 
 import pytest
-from misbehaving import serving
 
 from holdfast.errors import ModelError, RecipeError, StepFailed
 from holdfast.evaluation.judges import alpaca_eval, mt_bench, openai
@@ -16,6 +15,7 @@ from holdfast.evaluation.judges.mt_bench import MTBench, Talk
 from holdfast.evaluation.judges.openai import PolicyJudge
 from holdfast.evaluation.judges.server import PROMPTS, Reply, fill
 from holdfast.evaluation.moderation import give_verdicts
+from misbehaving import serving
 
 KEY = "sk-secret-1234"
 

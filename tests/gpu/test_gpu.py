@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import trainers
 
 import holdfast
 import pairs
 import repairs
+import trainers
 from holdfast import pipeline, world
 from holdfast.evaluation.answering import answer_prompts
 from holdfast.models.device import choose_device
