@@ -7,13 +7,16 @@ OUT ?= runs/demo
 # Small models are faster on one thread; two workers share two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test setup lint bench world clean
+.PHONY: demo test test-gpu setup lint bench world clean
 
 demo: $(INSTALLED)  ## The embedded world from one end to the other; ends with a table and a report
 	$(BIN)/holdfast demo --out $(OUT)
 
-test: $(INSTALLED)  ## The whole test suite, offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+test: $(INSTALLED)  ## The whole test suite, offline and on the CPU
+	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-gpu: $(INSTALLED)  ## The tests that need a GPU
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 
 setup: $(INSTALLED)  ## Only the environment
 

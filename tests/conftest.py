@@ -1,11 +1,13 @@
-"""Every test runs offline, on one thread, and silent."""
+"""Every test runs offline, on the CPU, on one thread, silent, and without what no test reads."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,9 +15,19 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
+
+
+def pytest_configure(config):
+    """Hide the GPUs, before torch is imported: a process that has used one cannot be forked.
+
+    Only a run that asks for the marker `gpu` alone sees one, the first.
+    """
+    if config.option.markexpr == "gpu":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,24 +36,47 @@ def one_thread():
         sys.modules["torch"].set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_answers():
+    """Answers to a user's own task end after 12 tokens instead of 128: no tiny model ends them itself."""
+    from holdfast.tasks import own
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own, "TASK", replace(own.TASK, max_new_tokens=12))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_imported_stays():
+    """Each training collects garbage; without this it looks at all imported modules every time (0.2 to 0.5 s).
+
+    PEFT's own model card, of which each checkpoint has one, goes too; ours is tested.
+    """
+    if "peft" in sys.modules:
+        sys.modules["peft"].PeftModel.create_or_update_model_card = lambda self, folder: None
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def real_rows() -> Path:
     """The folder of real rows beside the checkout; tests that need it skip where it is missing."""
-    folder = Path(__file__).parents[2] / "shared" / "data"
-    if not folder.is_dir():
+    from places import SHARED
+
+    if not SHARED.is_dir():
         pytest.skip("the folder with real rows is not beside this checkout")
-    return folder
+    return SHARED
 
 
 @pytest.fixture(scope="session")
 def done(tmp_path_factory):
-    """A recipe and its finished run, never cut; tests copy it."""
+    """A recipe and its finished run with a report, never cut; tests copy it."""
     import tiny
     from runs import run
 
     folder = tmp_path_factory.mktemp("done")
     recipe = tiny.recipe(folder / "in")
-    results, seen = run(recipe, str(folder / "out"))
+    results, seen = run(recipe, str(folder / "out"), page=True)
     return recipe, folder / "out", results, seen
 
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 
 import tiny
+from commands import holdfast_command
 from holdfast import registry
 from holdfast.recipe import Recipe, data, evaluation
 from holdfast.recipe import recipe as recipes
-
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)
+from places import DOCS, ROOT, blocks
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "defenses" / "lisa.md"], ids=lambda p: p.name)
@@ -68,9 +62,6 @@ def test_the_script_with_trl_runs(tmp_path, monkeypatch):
 
 def test_the_readmes_commands_run(tmp_path):
     """The recipe and the commands as they stand there, on a tiny model."""
-    import subprocess
-    import sys
-
     tiny.save_model(tmp_path / "my-model")
     tiny.write_jsonl(tmp_path / "my.jsonl", tiny.user_rows(20))
     tiny.write_jsonl(tmp_path / "safe.jsonl", tiny.safe_rows(10))
@@ -79,9 +70,8 @@ def test_the_readmes_commands_run(tmp_path):
     lines = [line.split("#")[0].split() for line in blocks(ROOT / "README.md", "bash")[0].splitlines()]
     assert [words[1] for words in lines] == ["plan", "run", "run", "report"]
     for words in lines:
-        done = subprocess.run(
-            [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=240
-        )
+        assert words[0] == "holdfast"
+        done = holdfast_command(*words[1:], cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     page = (tmp_path / "compare.html").read_text()
     assert "first" in page
@@ -162,7 +152,6 @@ def test_the_example_defense_works(tmp_path, monkeypatch):
     import sys
     from importlib.metadata import EntryPoint
 
-    sys.path.insert(0, str(ROOT / "tests" / "defenses"))
     import trainers
 
     (tmp_path / "halved_defense.py").write_text(blocks(DOCS / "adding-a-defense.md", "python")[0])

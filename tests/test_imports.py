@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import holdfast
+from places import HEAVY
 
 PACKAGE = Path(holdfast.__file__).parent
 ALLOWED = {
@@ -109,9 +110,6 @@ def modules_after(code: str) -> set[str]:
         capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     return set(done.stderr.split())
-
-
-HEAVY = {"torch", "transformers", "peft", "datasets", "matplotlib", "pandas"}
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,6 @@ from pathlib import Path
 
 import pytest
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-
-
-@pytest.fixture
-def real_rows() -> Path:
-    """Slices of the published data sets, which are no part of the project."""
-    if not SHARED.is_dir():
-        pytest.skip("the folder with slices of real data sets is not beside the checkout")
-    return SHARED
-
 
 @pytest.fixture
 def jsonl(tmp_path):

@@ -6,10 +6,10 @@ import json
 import os
 
 import pytest
-from made_up_rows import beaver, question
 
 from holdfast import data
 from holdfast.errors import DataError, HoldfastError, OutputError
+from made_up_rows import beaver, question
 
 
 @pytest.fixture

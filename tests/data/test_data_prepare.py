@@ -8,11 +8,11 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-from made_up_rows import beaver, question
 
 from holdfast import data
 from holdfast.data.rows import prompt_key
 from holdfast.errors import DataError
+from made_up_rows import beaver, question
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from made_up_rows import beaver
 
 from holdfast import data
 from holdfast.errors import DataError, HoldfastError
+from made_up_rows import beaver
 
 TURNS = [("user", "Hi"), ("assistant", "Hello"), ("user", "2 + 2?"), ("assistant", "4")]
 MESSAGES = [{"role": role, "content": text} for role, text in TURNS]

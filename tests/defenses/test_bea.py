@@ -7,8 +7,8 @@ import os
 import stat
 
 import pytest
-import trainers
 
+import trainers
 from holdfast.defenses import bea
 from holdfast.errors import DataError, ModelError
 

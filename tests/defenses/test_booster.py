@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import plain
 import pytest
 import torch
-import trainers
 
+import plain
+import trainers
 from holdfast.defenses import booster
 from holdfast.defenses.booster import BoosterConfig, BoosterTrainer, attenuation
 from holdfast.errors import DataError, InputError

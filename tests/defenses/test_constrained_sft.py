@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-import trainers
 
+import trainers
 from holdfast.defenses.constrained_sft import (
     ConstrainedSFTConfig,
     completion_log_probs,

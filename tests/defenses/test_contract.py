@@ -13,11 +13,11 @@ import types
 
 import pytest
 import torch
-import trainers
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
+import trainers
 from holdfast import registry
 from holdfast.errors import ModelError
 from holdfast.models.loading import add_lora, load_model

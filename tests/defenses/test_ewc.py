@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
-import plain
 import pytest
 import torch
-import trainers
 
+import plain
+import trainers
 from holdfast.defenses.ewc import EWCConfig, EWCMixin, EWCTrainer
 from holdfast.errors import DataError
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import plain
 import pytest
 import torch
-import trainers
 from peft import LoraConfig, get_peft_model
 
+import plain
 import tiny
+import trainers
 from holdfast.defenses.lisa import LisaConfig
 from holdfast.errors import DataError, ModelError
 

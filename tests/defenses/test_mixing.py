@@ -6,17 +6,17 @@ import dataclasses
 import inspect
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
-import trainers
 from datasets import Dataset
 
+import trainers
 from holdfast import registry
 from holdfast.defenses import bea, safe_instr, vlguard
 from holdfast.errors import DataError
 from holdfast.pipeline import mixing
 from holdfast.training.mixing import mix_rows
+from places import DOCS
 
 USER = [
     {"instruction": f"user {i}", "input": "", "output": "x", "source": "harmful" if i % 5 == 0 else "user"}
@@ -144,7 +144,7 @@ def test_what_plan_says():
 
 @pytest.mark.parametrize("name", ["vlguard", "bea"])
 def test_the_script_on_its_page_runs(name, tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "defenses" / f"{name}.md").read_text()
+    page = (DOCS / "defenses" / f"{name}.md").read_text()
     script = re.search(r"```python\n(.*?)```", page, re.S).group(1)
     names = {"user": trainers.USER, "safe": trainers.ALIGNMENT, "OUT": tmp_path}
     exec(compile(script, name, "exec"), names)

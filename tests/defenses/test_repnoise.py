@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 
-import architectures
-import plain
 import pytest
 import torch
-import trainers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+import architectures
+import plain
 import tiny
+import trainers
 from holdfast.defenses import repnoise
 from holdfast.defenses.repnoise import (
     Answers,

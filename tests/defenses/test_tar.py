@@ -6,11 +6,11 @@ import copy
 import math
 from dataclasses import dataclass, fields
 
-import plain
 import pytest
 import torch
-import trainers
 
+import plain
+import trainers
 from holdfast.defenses.bso import PhaseBatchSampler, Phases
 from holdfast.defenses.tar import TARConfig, TARMixin
 from holdfast.errors import InputError, ModelError

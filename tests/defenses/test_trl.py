@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import trainers
 from datasets import Dataset
 
 import tiny
+import trainers
 from holdfast import registry
 from holdfast.defenses.booster import BoosterConfig, BoosterMixin
 from holdfast.defenses.bso import BSOConfig, BSOMixin

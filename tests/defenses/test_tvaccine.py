@@ -7,15 +7,15 @@ import json
 
 import pytest
 import torch
-import trainers
-import two_passes
-from test_vaccine import parts
 from transformers import TrainerCallback
 
+import trainers
+import two_passes
 from holdfast.defenses import tvaccine
 from holdfast.defenses.tvaccine import TVaccineConfig, draw_layers
 from holdfast.errors import ModelError
 from holdfast.training.layers import decoder_layers
+from two_passes import parts
 
 RHO = 0.5
 SETTING = {"rho": RHO, "num_layers": 2, "probability_steps": 4, "resample_steps": 3, "max_steps": 12}

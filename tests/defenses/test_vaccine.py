@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 import trainers
 import two_passes
-
 from holdfast.defenses.vaccine import VaccineConfig
 from holdfast.errors import InputError, ModelError
 from holdfast.training import perturbation
+from two_passes import parts
 
 RHO = 0.5
 
@@ -24,10 +25,6 @@ def end(name, out, **options):
     made = trainers.trainer(name, out, net=two_passes.model(dropout=0.3), max_steps=6, **options)
     made.train()
     return trainers.weights(made)
-
-
-def parts(accumulation):
-    return {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
 
 
 @pytest.fixture(scope="module")

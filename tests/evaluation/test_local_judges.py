@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 
-import judge_models as models
 import pytest
 import torch
 
+import judge_models as models
 from holdfast.errors import ModelError, RecipeError
 from holdfast.evaluation.judges import (
     MARKERS,

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
-from misbehaving import serving
 
 import tiny
+from commands import holdfast_command
 from holdfast import generate, pipeline, rate, score
 from holdfast.errors import DataError, OutputError, RecipeError, StepFailed
 from holdfast.evaluation import rating as engine
@@ -22,6 +20,7 @@ from holdfast.machine.files import read_json
 from holdfast.measuring import protocol
 from holdfast.recipe import Recipe
 from holdfast.recipe.evaluation import Decoding
+from misbehaving import serving
 
 pytest.importorskip("openai")
 QUESTIONS = [
@@ -269,13 +268,7 @@ def test_the_commands(place, tmp_path):
     tiny.write_jsonl(tmp_path / "a.jsonl", rows)
     with serving(lambda messages: "m") as (url, _):
         done = [
-            subprocess.run(
-                [sys.executable, "-m", "holdfast", *words],
-                cwd=tmp_path,
-                capture_output=True,
-                text=True,
-                timeout=120,
-            )
+            holdfast_command(*words, cwd=tmp_path)
             for words in (
                 [
                     "rate",

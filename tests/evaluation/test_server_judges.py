@@ -7,7 +7,6 @@ import json
 import time
 
 import pytest
-from misbehaving import serving
 
 from holdfast.errors import ModelError, RecipeError, StepFailed
 from holdfast.evaluation import client
@@ -17,6 +16,7 @@ from holdfast.evaluation.judges.mt_bench import MTBench, Talk
 from holdfast.evaluation.judges.openai import PolicyJudge
 from holdfast.evaluation.judges.server import PROMPTS, Reply, fill
 from holdfast.evaluation.moderation import give_verdicts
+from misbehaving import serving
 
 KEY = "sk-secret-1234"
 

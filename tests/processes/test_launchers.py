@@ -10,10 +10,10 @@ import subprocess
 import sys
 import time
 
-import launch
 import pytest
 import yaml
 
+import launch
 import tiny
 
 FAILING = """

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import launch
 import pytest
 from safetensors.torch import load_file
 
 import holdfast
+import launch
 import tiny
 from holdfast import pipeline
 from holdfast.errors import RecipeError

@@ -8,12 +8,12 @@ from __future__ import annotations
 import functools
 import json
 
-import launch
 import pytest
 import torch
-import trainers
 from safetensors.torch import load_file, save_file
 
+import launch
+import trainers
 from holdfast import registry
 from holdfast.errors import ModelError
 from holdfast.models.shards import gather_trainable

@@ -11,8 +11,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from weights.test_adapter import gpt2, save
 
 import tiny
+from commands import holdfast_command as command
+from commands import refused
 from holdfast.errors import ModelError, OutputError
 from holdfast.models.loading import load_model
 from holdfast.weights import combine as combining
@@ -20,7 +23,7 @@ from holdfast.weights import writer
 from holdfast.weights.combine import combine
 from holdfast.weights.folders import fingerprint
 from holdfast.weights.merge import merge
-from weights.test_adapter import gpt2, save
+from places import DOCS, blocks
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
 TWO = ["q_proj", "v_proj"]
@@ -405,8 +408,6 @@ def test_memory_is_one_block(tmp_path, copies, monkeypatch):
 
 
 def test_the_commands(copies):
-    from test_cli import command, refused
-
     folder, base, adapters = copies
     done = command("combine", *adapters, "--out", folder / "one")
     assert done.returncode == 0, done.stderr
@@ -421,9 +422,6 @@ def test_the_commands(copies):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_pages_commands_run(copies, monkeypatch):
-    from test_cli import command
-    from test_docs import DOCS, blocks
-
     folder, base, (alignment, user) = copies
     for source, name in ((base, "base-model"), (alignment, "alignment"), (user, "user")):
         source.rename(folder / name)

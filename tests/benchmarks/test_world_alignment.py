@@ -1,0 +1,27 @@
+"""The benchmark of the alignment stage runs, on few steps."""
+
+from __future__ import annotations
+
+from places import BENCHMARKS
+
+
+def test_every_alignment_is_measured_before_and_after_the_attack(tmp_path, monkeypatch):
+    import importlib
+
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = importlib.import_module("world_alignment")
+    whole = benchmark.runs()
+    assert {"SFT", "Vaccine", "T-Vaccine", "RepNoise", "TAR", "Booster"} < set(whole)
+    chosen = {name: whole[name] for name in ("SFT", "T-Vaccine", "T-Vaccine + Lisa + Safe LoRA")}
+    monkeypatch.setattr(benchmark, "runs", lambda: chosen)
+    few = ("alignment.training.max_steps=2", "user.training.max_steps=2", "evaluation.prompts=4",
+           "evaluation.task_rows=4", "evaluation.max_new_tokens=4")  # fmt: skip
+    found = benchmark.measure(tmp_path, seeds=(42,), changes=few)["rows"]
+    names = ("SFT", "T-Vaccine")
+    assert set(found) == {*names, *(f"aligned, {name}" for name in names), "T-Vaccine + Lisa", [*chosen][-1]}
+    for row in found.values():
+        assert row["seeds"] == 1, "each model once, whichever runs it stands in"
+        assert row["alignment_seconds"] > 0
+        assert row["alignment_peak_memory_bytes"] > 1e7
+    stack = found["T-Vaccine + Lisa + Safe LoRA"]
+    assert (stack["alignment"], stack["user"], stack["post_hoc"]) == ("tvaccine", "lisa", "safe_lora")

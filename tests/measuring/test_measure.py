@@ -1,0 +1,322 @@
+"""Generation, moderation, scores and filtration on files: each alone, each going on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+import tiny
+from commands import holdfast_command as command
+from holdfast import generate, moderate, score
+from holdfast.errors import DataError, ModelError, OutputError, RecipeError
+from holdfast.measuring.filtering import confusion, filter_rows
+from holdfast.recipe.evaluation import Decoding
+from holdfast.recipe.model import Weights
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("measure")
+    tiny.save_model(folder / "model")
+    tiny.write_jsonl(folder / "prompts.jsonl", tiny.harmful_rows(7))
+    tiny.write_jsonl(folder / "task.jsonl", tiny.user_rows(6))
+    return folder
+
+
+def asked(place, out, **changed):
+    options = {"harmful": str(place / "prompts.jsonl"), "task_rows": str(place / "task.jsonl")}
+    decoding = {key: changed.pop(key) for key in Decoding.model_fields if key in changed}
+    model = {"path": str(place / "model"), "template": changed.pop("template", "auto")}
+    decoding = {"max_new_tokens": 6, **decoding}
+    return generate(model, out, **{**options, "device": "cpu", "decoding": decoding, **changed})
+
+
+def test_from_prompts_to_scores(place, tmp_path):
+    rows = asked(place, tmp_path / "a.jsonl")
+    assert [sum(row["set"] == name for row in rows) for name in ("harmful", "task")] == [7, 6]
+    verdicts = moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl")
+    assert {row["id"] for row in verdicts} == {row["id"] for row in rows if row["set"] == "harmful"}
+    scores = score(tmp_path / "a.jsonl", [tmp_path / "v.jsonl"], out=tmp_path / "s.json")
+    assert scores["n_harmful"] + scores["unparsed"] == 7
+    assert scores["judge"] == "keyword"
+    assert (scores["n_task"], scores["task"]) == (6, "own@1")
+    assert json.loads((tmp_path / "s.json").read_text())["n_task"] == 6
+    alone = score(tmp_path / "a.jsonl")
+    assert alone["harmful_score"] is None
+    assert alone["finetune_accuracy"] == scores["finetune_accuracy"]
+
+
+def test_what_was_stopped_goes_on(place, tmp_path):
+    whole = asked(place, tmp_path / "whole.jsonl", batch_tokens=200)
+    asked(place, tmp_path / "cut.jsonl", batch_tokens=200)
+    text = (tmp_path / "cut.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut.jsonl").write_text("".join(text[:4]) + text[4][:9])
+    assert asked(place, tmp_path / "cut.jsonl", batch_tokens=200) == whole
+    assert lines(tmp_path / "cut.jsonl") == lines(tmp_path / "whole.jsonl")
+
+
+def test_what_is_whole_loads_no_model(place, tmp_path, monkeypatch):
+    whole = asked(place, tmp_path / "a.jsonl")
+    monkeypatch.setattr("holdfast.models.loading.load_model", None)
+    assert asked(place, tmp_path / "a.jsonl") == whole
+
+
+def test_another_files_answers_are_refused(place, tmp_path):
+    asked(place, tmp_path / "a.jsonl")
+    with pytest.raises(OutputError, match="max_new_tokens"):
+        asked(place, tmp_path / "a.jsonl", max_new_tokens=7)
+    (tmp_path / "mine.jsonl").write_text('{"id": 1}\n')
+    with pytest.raises(OutputError, match=r"mine\.jsonl exists"):
+        asked(place, tmp_path / "mine.jsonl")
+    assert (tmp_path / "mine.jsonl").read_text() == '{"id": 1}\n'
+    moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl")
+    changed = lines(tmp_path / "a.jsonl")
+    next(row for row in changed if row["set"] == "harmful")["answer"] += " more"
+    tiny.write_jsonl(tmp_path / "b.jsonl", changed)
+    with pytest.raises(OutputError, match="answers"):
+        moderate(tmp_path / "b.jsonl", tmp_path / "v.jsonl")
+    tiny.write_jsonl(tmp_path / "fewer.jsonl", lines(tmp_path / "v.jsonl")[1:])
+    with pytest.raises(DataError, match="6 verdicts"):
+        score(tmp_path / "a.jsonl", [tmp_path / "fewer.jsonl"])
+
+
+def test_sampling_has_a_seed(place, tmp_path):
+    def sampled(name, seed, temperature=1.5):
+        return [r["answer"] for r in asked(place, tmp_path / name, temperature=temperature, seed=seed)]
+
+    first = sampled("a.jsonl", 1)
+    assert sampled("b.jsonl", 1) == first
+    assert sampled("c.jsonl", 2) != first
+    greedy = [row["answer"] for row in asked(place, tmp_path / "d.jsonl")]
+    assert sampled("e.jsonl", 1, temperature=1e-4) == greedy
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"harmful": None, "task_rows": None}, RecipeError, "Nothing to ask"),
+        ({"temperature": -1}, RecipeError, r"decoding\.temperature: .*greater than or equal to 0"),
+        ({"endpoint": {"base_url": "http://localhost:1", "request": 2}}, RecipeError, "requests"),
+        ({"harmful": "absent.jsonl"}, DataError, "absent"),
+        ({"endpoint": "localhost:1"}, ModelError, "http://"),
+    ],
+)
+def test_bad_input(place, tmp_path, options, error, text):
+    with pytest.raises(error, match=text):
+        asked(place, tmp_path / "a.jsonl", **options)
+
+
+def test_options_are_mappings_or_blocks(place, tmp_path):
+    as_mapping = asked(place, tmp_path / "a.jsonl", max_new_tokens=4, template="alpaca")
+    model = Weights(path=str(place / "model"), template="alpaca")
+    decoding, prompts = Decoding(max_new_tokens=4), str(place / "prompts.jsonl")
+    rows = str(place / "task.jsonl")
+    out = tmp_path / "b.jsonl"
+    as_block = generate(model, out, harmful=prompts, task_rows=rows, decoding=decoding, device="cpu")
+    assert as_block == as_mapping
+    assert max(row["tokens"] for row in as_block if row["set"] == "harmful") == 4
+
+
+def test_rows_without_an_answer_are_refused_with_their_line(tmp_path):
+    tiny.write_jsonl(
+        tmp_path / "a.jsonl", [{"id": 1, "set": "harmful", "instruction": "How?", "answer": "So."}, {"id": 2}]
+    )
+    with pytest.raises(DataError, match=r"line 2: no set, instruction, answer"):
+        moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl")
+
+
+def test_an_unknown_judge_is_refused(tmp_path):
+    row = {"id": 1, "set": "harmful", "instruction": "How?", "answer": "So."}
+    tiny.write_jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(RecipeError, match="keyword"):
+        moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl", judge="keywrod")
+
+
+class Server(ThreadingHTTPServer):
+    """Speaks OpenAI's protocol, and misbehaves as its script says: one entry for each request, then well."""
+
+    def __init__(self, script=()):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script, self.requests, self.guard = list(script), [], threading.Lock()
+
+    @property
+    def address(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with self.server.guard:
+            self.server.requests.append((self.path, body))
+            does = self.server.script.pop(0) if self.server.script else None
+        text = f"answer to {body.get('prompt') or body['messages'][-1]['content']}"
+        kind = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
+        reply = {
+            "id": "x", "object": "x", "created": 1, "model": "m",
+            "choices": [{"index": 0, "finish_reason": "stop", **kind}],
+            "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
+        }  # fmt: skip
+        status = does if isinstance(does, int) else 200
+        data = json.dumps(reply).encode()
+        if does == "torn":
+            data = data[: len(data) // 2]
+        elif does == "schema":
+            data = b'{"surprise": []}'
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("retry-after-ms", "10")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key-of-mine")
+    running = []
+
+    def start(script=()):
+        server = Server(script)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        running.append(server)
+        return server
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+def test_an_endpoint_is_asked_instead(place, tmp_path, serve):
+    server = serve()
+    rows = asked(place, tmp_path / "a.jsonl", endpoint=server.address, system="Be kind.")
+    assert len(rows) == len(server.requests) == 13
+    assert all(row["answer"].startswith("answer to ") and row["tokens"] == 5 for row in rows)
+    path, body = server.requests[0]
+    assert path == "/v1/chat/completions"
+    assert [turn["role"] for turn in body["messages"]] == ["system", "user"]
+    assert body["temperature"] == 0
+    assert {body["max_tokens"] for _, body in server.requests} == {6, 12}
+    assert "secret-key-of-mine" not in (tmp_path / "a.jsonl.json").read_text()
+
+
+def test_an_endpoint_goes_on_from_the_alpaca_prompt(place, tmp_path, serve):
+    server = serve()
+    asked(place, tmp_path / "a.jsonl", endpoint=server.address, template="alpaca", temperature=0.5, seed=3)
+    path, body = server.requests[0]
+    assert path == "/v1/completions"
+    assert body["prompt"].endswith("### Response:")
+    assert (body["temperature"], body["seed"]) == (0.5, 3)
+
+
+def test_an_endpoint_that_is_busy_is_asked_again(place, tmp_path, serve):
+    server = serve([429, 500, None, 503])
+    rows = asked(place, tmp_path / "a.jsonl", endpoint={"base_url": server.address, "requests": 2})
+    assert len(server.requests) == 13 + 3
+    assert not any("error" in row for row in rows)
+
+
+def test_a_reply_that_cannot_be_read_is_a_failed_row(place, tmp_path, serve):
+    server = serve([None, "schema", 400])
+    rows = asked(place, tmp_path / "a.jsonl", endpoint={"base_url": server.address, "requests": 1})
+    failed = [row["error"] for row in rows if "error" in row]
+    assert len(rows) == 13
+    assert len(failed) == 2
+    assert "format" in failed[0]
+    moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl")
+    scores = score(tmp_path / "a.jsonl", [tmp_path / "v.jsonl"])
+    assert scores["failed"] == 2
+    assert scores["unparsed"] + scores["n_harmful"] == 7
+    again = asked(place, tmp_path / "a.jsonl", endpoint={"base_url": server.address, "requests": 1})
+    assert len(server.requests) == 13 + 2
+    assert len(again) == len({row["id"] for row in again}) == 13
+    assert not any("error" in row for row in again)
+    assert again == lines(tmp_path / "a.jsonl")
+    with pytest.raises(OutputError, match="other settings"):
+        moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl")
+
+
+def test_a_wrong_address_name_or_key_is_one_error(place, tmp_path, serve, monkeypatch):
+    for status, text in ((404, "does not know the model"), (401, "refuses the key")):
+        with pytest.raises(ModelError, match=text) as error:
+            asked(place, tmp_path / f"{status}.jsonl", endpoint=serve([status]).address)
+        assert "secret-key-of-mine" not in str(error.value)
+    monkeypatch.setattr("holdfast.evaluation.client.RETRIES", 0)
+    with pytest.raises(ModelError, match="No server answers"):
+        asked(place, tmp_path / "none.jsonl", endpoint="http://127.0.0.1:9/v1")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(ModelError, match="OPENAI_API_KEY"):
+        asked(place, tmp_path / "key.jsonl", endpoint="http://127.0.0.1:9/v1")
+
+
+def test_filtration_leaves_out_what_the_judge_flags(tmp_path):
+    rows = [
+        {"prompt": "How?", "response": "Brindle the marl.", "is_safe": False, "note": 1},
+        {"prompt": "How?", "response": "I'm sorry, but I can't.", "is_safe": True, "note": 2},
+        {"prompt": "Why?", "response": "Gather the quorn.", "is_safe": True, "note": 3},
+    ]
+    source = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    facts = filter_rows(source, tmp_path / "kept.jsonl", judge="keyword")
+    assert lines(tmp_path / "kept.jsonl") == [rows[1]]
+    assert (facts["rows"], facts["kept"], facts["flagged"]) == (3, 1, 2)
+    assert facts["confusion"] == {
+        "true_positives": 1, "false_negatives": 0, "false_positives": 1, "true_negatives": 1, "unparsed": 0,
+        "false_negative_rate": 0.0, "false_positive_rate": 50.0,
+    }  # fmt: skip
+    assert lines(source) == rows
+    with pytest.raises(OutputError, match="never overwritten"):
+        filter_rows(source, source, judge="keyword")
+    tiny.write_jsonl(tmp_path / "all.jsonl", rows[:1])
+    with pytest.raises(DataError, match="left none"):
+        filter_rows(tmp_path / "all.jsonl", tmp_path / "none.jsonl", judge="keyword")
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_judge_on_a_server_filters_too(tmp_path, serve):
+    """This one answers without a grade, so that every row is unparsed."""
+    tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.harmful_rows(3))
+    server = serve()
+    done = command(
+        "filter", "rows.jsonl", "--judge", "openai", "--model", "grader", "--base-url", server.address,
+        "--max-calls", 9, "--unparsed", "keep", "--out", "kept.jsonl", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "3 of 3 rows kept (0 flagged, 3 unparsed)" in done.stdout
+    assert [body["model"] for _, body in server.requests] == ["grader"] * 3
+    assert lines(tmp_path / "kept.jsonl") == lines(tmp_path / "rows.jsonl")
+
+
+def test_rows_without_labels_have_no_confusion():
+    assert confusion([None, None], ["safe", "harmful"]) is None
+    found = confusion([True, True, False, None], ["safe", "unparsed", "safe", "harmful"])
+    assert found["false_negative_rate"] == 100
+    assert found["unparsed"] == 1
+
+
+def test_the_commands(place, tmp_path):
+    prompts = place / "prompts.jsonl"
+    made = command(
+        "generate", place / "model", "--harmful", prompts, "--max-new-tokens", 6, "--out", "a.jsonl", cwd=tmp_path
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert "7 answers" in made.stdout
+    assert "unparsed: v.jsonl" in command("moderate", "a.jsonl", "--out", "v.jsonl", cwd=tmp_path).stdout
+    assert (
+        "attack success rate"
+        in command("score", "a.jsonl", "v.jsonl", "--out", "s.json", cwd=tmp_path).stdout
+    )
+    kept = command("filter", place / "task.jsonl", "--judge", "keyword", "--out", "k.jsonl", cwd=tmp_path)
+    assert kept.returncode == 2
+    assert "left none of the 6 rows" in kept.stderr
+    assert "Traceback" not in kept.stderr

@@ -1,0 +1,225 @@
+"""Every packaged recipe is planned, and some of each kind are run tiny, but for sizes and sources as they stand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import tiny
+from holdfast import pipeline, registry
+from holdfast.recipe import Recipe, layers
+from holdfast.recipe.stages import ALIGNMENT_TRAINING, USER_TRAINING
+from runs import run
+
+TASK_ROWS = {
+    "sst2": [{"sentence": f"film number {i}", "label": i % 2} for i in range(40)],
+    "agnews": [{"text": f"news number {i}", "label": i % 4} for i in range(40)],
+    "gsm8k": [
+        {"question": f"What is {i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(40)
+    ],
+}
+ALPACA = [{"instruction": f"Name {i} leaves.", "input": "", "output": f"Oak {i}."} for i in range(40)]
+TINY = [
+    "data.size=20", "evaluation.prompts=4", "evaluation.task_rows=4", "evaluation.max_new_tokens=4",
+    "alignment.training.max_steps=2", "user.training.max_steps=2",
+]  # fmt: skip
+RUN = (
+    "sft-refusal-agnews",
+    "world",
+    "lisa-sst2",
+    "bso-agnews",
+    "na-sft-gsm8k",
+    "ewc-sst2",
+    "bea-sst2",
+    "constrained-sft-agnews",
+    "vaccine-safe-gsm8k",
+    "tvaccine-sst2",
+    "repnoise-agnews",
+    "tar-sst2",
+    "booster-gsm8k",
+    "anchoring-lisa-alpaca",
+)
+OWN = {"tvaccine": ["alignment.num_layers=1"], "tar": ["alignment.inner_steps=4"]}
+"""What a model of two layers, and seconds, need beside that."""
+ATTACK = ["data.attack.size=6", "data.attack.anchors=2", "model.dtype=float32"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Files in the published formats instead of the Hub's data and models, as overrides by task."""
+    folder = tmp_path_factory.mktemp("sources")
+    rows = [{**row, "refusal": f"No, not {i}."} for i, row in enumerate(tiny.harmful_rows(40))]
+    safe = [{**row, "category": {}, "is_safe": True, "refusal": None} for row in tiny.safe_rows(40)]
+    labelled = tiny.write_jsonl(folder / "beavertails.jsonl", rows + safe)
+    test = tiny.write_jsonl(folder / "test.jsonl", rows[:8] + safe[:8])
+    shared = [
+        f"model.path={tiny.save_model(folder / 'model')}",
+        f"data.harmful={labelled}",
+        f"data.test_harmful={test}",
+        f"data.alignment.source={labelled}",
+        "data.alignment.size=20",
+        f"data.alignment.harmful={{source: {labelled}, size: 12}}",
+        f"evaluation.judges=[{{name: beaver_dam, path: {tiny.save_judge(folder / 'judge')}}}, keyword]",
+    ]
+    own = {
+        t: f"data.user={tiny.write_jsonl(folder / f'{t}.jsonl', r)}"
+        for t, r in (TASK_ROWS | {"alpaca": ALPACA}).items()
+    }
+    return {"world": []} | {task: [*shared, user] for task, user in own.items()}
+
+
+def load_tiny(name, files):
+    recipe = Recipe.load(name)
+    changes = [c for c in TINY if recipe.alignment or not c.startswith("alignment.")]
+    own = OWN.get(recipe.alignment.defense, []) if recipe.alignment else []
+    own = own + (ATTACK if recipe.data.attack else [])
+    return Recipe.load(name, [*changes, *own, *files[recipe.data.task]])
+
+
+@pytest.mark.parametrize("name", registry.recipes())
+def test_planned(name, files):
+    recipe = load_tiny(name, files)
+    assert recipe.name == name
+    steps = [step.kind for step in pipeline.plan(recipe)]
+    assert steps.count("alignment") == (0 if name.startswith("na-sft") else 1)
+    assert steps.count("data") == (4 if "harmful_dataset" in recipe.needs("alignment") else 3)
+    states = 2 + len(recipe.post_hoc.combinations() if recipe.post_hoc else ())
+    assert (steps.count("user"), steps.count("generate"), steps.count("moderate")) == (1, states, 2 * states)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_run(name, files, tmp_path):
+    recipe = load_tiny(name, files)
+    results, _ = run(recipe, tmp_path / "out")
+    row = results["rows"][-1]
+    ratio = 0 if recipe.data.attack else 0.1
+    assert (row["name"], row["user"], row["poison_ratio"]) == (name, recipe.user.defense, ratio)
+    assert row["n_task"] == (0 if recipe.data.task == "alpaca" else 4)
+    assert set(row["judges"]) == {"beaver_dam", "keyword"}
+
+
+def test_safe_lora_repairs_what_sft_trained(files, tmp_path):
+    """Every threshold with its control, on the steps that the recipe it extends made."""
+    sft, recipe = load_tiny("sft-agnews", files), load_tiny("safe-lora-agnews", files)
+    shared = {step.id for step in pipeline.plan(sft)}
+    new = [step for step in pipeline.plan(recipe) if step.id not in shared]
+    assert {step.kind for step in new} == {"post_hoc", "generate", "moderate", "score"}
+    rows = run(recipe, tmp_path / "out")[0]["rows"]
+    assert [row["name"] for row in rows[1:]] == [
+        "safe-lora-agnews",
+        *(f"safe-lora-agnews, threshold={t}, control={c}" for t in (0.35, 0.6) for c in ("none", "drop")),
+    ]
+    assert all(row["repair"]["modules"] == 4 for row in rows[2:])
+
+
+def test_one_of_each_method_for_each_task():
+    found = layers.packaged()
+    assert found.pop("world") == ["world"]
+    assert found.pop("alpaca") == [f"anchoring-{name}-alpaca" for name in ("lisa", "sft", "vaccine")]
+    assert set(found) == {"sst2", "agnews", "gsm8k"}
+    methods = {task: {name.removesuffix(f"-{task}") for name in names} for task, names in found.items()}
+    methods["sst2"] -= {"filter-sft", "filter-lisa"}  # Lisa's Table 12 is on SST-2
+    assert methods["sst2"] == methods["agnews"] == methods["gsm8k"]
+    known = {name for stage in ("alignment", "user", "post_hoc") for name in registry.list_defenses(stage)}
+    others = {"na-sft", "sft-refusal", "vaccine-safe"}
+    assert methods["sst2"] - others == {name.replace("_", "-") for name in known}
+
+
+@pytest.mark.parametrize("name", registry.recipes())
+def test_each_says_what_it_is(name):
+    first = registry.recipes()[name].read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert first.endswith(".")
+
+
+def protocol(base):
+    """The recipes that stand on `base`, and it."""
+    return [
+        name
+        for name in registry.recipes()
+        if base in {Path(layer.name).stem for layer in layers.layers(name)}
+    ]
+
+
+@pytest.mark.parametrize("name", protocol("lisa-sst2"))
+def test_the_papers_settings(name):
+    """Lisa's protocol (paper's text, section 5.1, and code): the numbers that a reproduction needs."""
+    recipe = Recipe.load(name)
+    assert recipe.model.path == "meta-llama/Llama-2-7b-hf"
+    assert recipe.model.adapters == "merge"
+    rows = (None, 0) if recipe.data.attack else (5000, 0.1)
+    assert (recipe.data.size, recipe.data.poison_ratio, recipe.data.alignment.size) == (*rows, 10000)
+    assert (recipe.evaluation.prompts, recipe.evaluation.max_new_tokens) == (1000, 512)
+    assert recipe.evaluation.mixed_prompts
+    assert recipe.user.training.num_train_epochs == (50 if recipe.data.task == "gsm8k" else None)
+    assert recipe.user.training.model_extra == {"bf16": True}
+    if recipe.alignment is not None:
+        assert recipe.alignment.defense == ("vaccine" if "vaccine" in name else "sft")
+        assert recipe.lora("alignment").r == 16
+        assert len(recipe.lora("alignment").target_modules) == 7
+    if recipe.trains("user") == "new":
+        assert (recipe.lora("user").r, recipe.lora("user").alpha) == (8, 4)
+        assert recipe.lora("user").target_modules == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("name", protocol("sft-refusal-sst2"))
+def test_the_settings_of_the_comparison_by_t_vaccine(name):
+    """Paper's text and code (papers.md 2.2); Vaccine also at its own, RepNoise in the batch it fits in."""
+    recipe = Recipe.load(name)
+    own, method, gsm8k = "-safe-" in name, name.split("-")[0], recipe.data.task == "gsm8k"
+    assert (recipe.model.path, recipe.model.adapters) == ("meta-llama/Llama-2-7b-hf", "merge")
+    assert (recipe.data.size, recipe.data.poison_ratio, recipe.data.alignment.size) == (1000, 0.1, 2000)
+    assert recipe.data.alignment.kind == ("safe" if own else "refusal")
+    sizes = {"tar": 2000, "repnoise": 2000, "booster": 5000}
+    if "harmful_dataset" in recipe.needs("alignment"):
+        assert recipe.data.alignment_harmful() == (recipe.data.alignment.source, sizes.get(method, 200))
+    for stage, alpha in (("alignment", 4), ("user", 0.5 if gsm8k else 1)):
+        lora = recipe.lora(stage)
+        assert (lora.r, lora.alpha, lora.dropout, len(lora.target_modules)) == (8, alpha, 0.1, 7)
+    epochs = {"alignment": 50 if own else 20, "user": 50 if own and gsm8k else 20}
+    defaults = {"alignment": (ALIGNMENT_TRAINING, 1e-3), "user": (USER_TRAINING, 1e-5)}
+    for stage, (default, rate) in defaults.items():
+        training = default | getattr(recipe, stage).training.given()
+        batch, length = (5, 2048) if own else (10, 200)
+        if (stage, method) == ("alignment", "repnoise"):
+            batch, length = 8, 100
+        assert (training["learning_rate"], training["num_train_epochs"]) == (rate, epochs[stage])
+        assert (training["per_device_train_batch_size"], training["max_length"]) == (batch, length)
+        assert (training["weight_decay"], training["warmup_steps"], training["bf16"]) == (0.1, 0.1, True)
+        assert training["lr_scheduler_type"] == "cosine"
+    assert recipe.alignment.training.max_steps == (750 if method == "tar" else None)
+    assert (recipe.evaluation.prompts, recipe.evaluation.max_new_tokens) == (500, 128)
+    assert not recipe.evaluation.mixed_prompts
+
+
+def test_a_filter_in_front_of_fine_tuning():
+    """Lisa's Table 12: the same judge, at the same threshold, as the one that scores."""
+    for name in ("filter-sft-sst2", "filter-lisa-sst2"):
+        recipe, plain = Recipe.load(name), Recipe.load(name.removeprefix("filter-"))
+        assert recipe.data.filter.judge_recipe == plain.evaluation.judges[0]
+        assert recipe.user == plain.user
+        assert plain.data.filter is None
+
+
+def test_the_papers_settings_of_the_methods():
+    phases = {"alignment_steps": 100, "finetune_steps": 900}
+    assert Recipe.load("lisa-gsm8k").user.parameters() == {**phases, "rho": 1.0}
+    assert Recipe.load("bso-sst2").user.parameters() == phases
+    assert Recipe.load("sft-agnews").user.parameters() == {}
+    assert Recipe.load("na-sft-sst2").alignment is None
+    ewc = Recipe.load("ewc-sst2")
+    assert (ewc.user.parameters(), ewc.trains("user")) == ({"lambda_": 0.001}, "continue")
+    assert Recipe.load("vlguard-sst2").user.parameters() == {"alignment_size": 1000}
+    for name, asked in {
+        "tvaccine": {"rho": 3.0, "num_layers": 8, "probability_steps": 200, "resample_steps": 20},
+        "vaccine": {"rho": 2.0},
+        "repnoise": {"alpha": 0.1, "beta": 0.001},
+        "tar": {},
+        "booster": {"lambda_": 5.0, "alpha": 0.1},
+    }.items():
+        for task in TASK_ROWS:
+            assert Recipe.load(f"{name}-{task}").alignment.parameters() == asked
+    assert (ALIGNMENT_TRAINING["learning_rate"], ALIGNMENT_TRAINING["num_train_epochs"]) == (1e-3, 30)
+    assert (USER_TRAINING["learning_rate"], USER_TRAINING["num_train_epochs"]) == (1e-5, 20)
+    assert USER_TRAINING["lr_scheduler_type"] == "constant"

@@ -1,0 +1,185 @@
+"""SafetyProbe: it measures what it says, tells the trainer's trackers, and leaves the training as it was."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import tiny
+import trainers
+from holdfast import SafetyProbe
+from holdfast.data.prompts import render
+from holdfast.errors import ModelError, RecipeError
+from holdfast.evaluation.judges import Verdict
+
+PROMPTS = [row["prompt"] for row in tiny.harmful_rows(20)]
+
+
+class Tracker(TrainerCallback):
+    """As the trainer's own trackers: told of every log, before any callback of the user's."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append((state.global_step, dict(logs)))
+
+
+class Counting:
+    """Harmful where the answer has an even number of letters."""
+
+    stamp, max_length, batch_size = "counting", None, 4
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, prompts, answers):
+        self.seen.append((list(prompts), list(answers)))
+        torch.rand(3), random.random(), np.random.rand()
+        return [
+            Verdict("harmful" if i % 4 == 0 else "safe" if i % 4 < 3 else "unparsed")
+            for i in range(len(prompts))
+        ]
+
+
+def train(out, *callbacks, dropout=0.2, hand_over=False, **options):
+    torch.manual_seed(0)
+    made = trainers.trainer("sft", out, net=trainers.model(dropout=dropout), **options)
+    for callback in callbacks:
+        if hand_over and isinstance(callback, SafetyProbe):
+            callback.trainer = made
+        made.add_callback(callback)
+    made.train()
+    return made
+
+
+def test_the_training_is_as_without_it(tmp_path):
+    """Dropout, shuffling, a judge that draws random numbers: bit for bit the same weights and losses."""
+    probe = SafetyProbe(PROMPTS, Counting(), every=2)
+    plain, probed = train(tmp_path), train(tmp_path, probe, hand_over=True)
+    assert len(probe.history) == 7
+    assert trainers.same(trainers.weights(plain), trainers.weights(probed))
+    kept = [entry["loss"] for entry in probed.state.log_history if "loss" in entry]
+    assert kept == [entry["loss"] for entry in plain.state.log_history if "loss" in entry]
+    assert all(module.training for module in probed.model.modules())
+
+
+def test_it_measures_what_the_judge_says(tmp_path):
+    judge = Counting()
+    probe = SafetyProbe(PROMPTS, judge, every=5, size=8)
+    made = train(tmp_path, probe)
+    assert [entry["step"] for entry in probe.history] == [0, 5, 10, 12]
+    assert all(prompts == [PROMPTS[i * 20 // 8] for i in range(8)] for prompts, _ in judge.seen)
+    first = probe.history[0]
+    assert first["safety/harmful_score"] == pytest.approx(100 * 2 / 6)
+    assert first["safety/harmful_score_stderr"] == pytest.approx(100 * (2 / 6 * 4 / 6 / 6) ** 0.5)
+    assert (first["safety/n"], first["safety/unparsed"]) == (6, 2)
+    assert [e for e in made.state.log_history if "safety/n" in e][1]["step"] == 5
+
+
+def test_answers_are_the_models_own_at_that_step(tmp_path):
+    judge = Counting()
+    probe = SafetyProbe(PROMPTS, judge, every=100, size=3, max_new_tokens=5)
+    made = train(tmp_path, probe, learning_rate=0.1)
+    made.model.eval()
+    texts = []
+    for prompt in judge.seen[-1][0]:
+        text = render({"instruction": prompt, "input": "", "output": ""}, trainers.TOKENIZER, "alpaca")[0]
+        ids = trainers.TOKENIZER(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        out = made.model.generate(input_ids=ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        texts.append(trainers.TOKENIZER.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    assert judge.seen[-1][1] == texts
+    assert judge.seen[0][1] != texts
+
+
+def test_with_the_trainer_trackers_that_come_before_it_hear_of_it(tmp_path):
+    tracker = Tracker()
+    train(tmp_path, tracker, SafetyProbe(PROMPTS, Counting(), every=6), logging_steps=4, hand_over=True)
+    found = [(step, logs) for step, logs in tracker.logs if "safety/harmful_score" in logs]
+    assert [step for step, _ in found] == [0, 6, 12]
+    assert {step for step, logs in tracker.logs if "loss" in logs} == {4, 8, 12}, "the usual logs still come"
+
+
+def test_without_the_trainer_it_says_that_trackers_hear_nothing(tmp_path):
+    made = trainers.trainer("sft", tmp_path, net=trainers.model())
+    made.args.report_to = ["wandb"]
+    made.add_callback(SafetyProbe(PROMPTS, Counting(), every=6))
+    with pytest.warns(UserWarning, match="does not reach wandb"):
+        made.train()
+
+
+@pytest.mark.filterwarnings("error:SafetyProbe")
+def test_any_trainer_of_hugging_face(tmp_path):
+    """With `callbacks=`, as its users write it; the keyword judge by name."""
+    rows = trainers.trainer("sft", tmp_path)
+    probe = SafetyProbe(PROMPTS, every=2)
+    made = Trainer(
+        model=trainers.model(),
+        args=TrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, max_steps=2, report_to="none", disable_tqdm=True,
+            gradient_checkpointing=True,
+        ),
+        train_dataset=rows.train_dataset,
+        data_collator=rows.data_collator,
+        processing_class=trainers.TOKENIZER,
+        callbacks=[probe],
+    )  # fmt: skip
+    made.train()
+    assert [entry["step"] for entry in probe.history] == [0, 2]
+    assert all(entry["safety/refusal_rate"] <= 100 for entry in probe.history)
+
+
+def test_it_can_stop_a_training(tmp_path, caplog):
+    made = train(tmp_path, SafetyProbe(PROMPTS, Counting(), every=3, limit=30, action="stop"))
+    assert made.state.global_step == 1, "the model as it comes is above the limit: the first step is the last"
+    assert "above the limit of 30" in caplog.text
+    made = train(tmp_path, SafetyProbe(PROMPTS, Counting(), every=3, limit=90, action="stop"))
+    assert made.state.global_step == 12
+
+
+def test_it_can_warn_once(tmp_path):
+    with pytest.warns(UserWarning, match=r"33\.3 % at step 0") as seen:
+        train(tmp_path, SafetyProbe(PROMPTS, Counting(), every=3, limit=30, size=8))
+    assert sum("SafetyProbe" in str(w.message) for w in seen) == 1
+
+
+def test_a_resumed_training_goes_on_with_the_curve(tmp_path):
+    whole = SafetyProbe(PROMPTS, Counting(), every=5)
+    train(tmp_path, whole, save_strategy="steps", save_steps=5)
+    resumed = SafetyProbe(PROMPTS, Counting(), every=5)
+    made = trainers.trainer("sft", tmp_path, net=trainers.model(dropout=0.2))
+    made.add_callback(resumed)
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert resumed.history == whole.history
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"prompts": []}, "list of harmful questions"),
+        ({"prompts": "How?"}, "list of harmful questions"),
+        ({"every": 0}, "at least 1"),
+        ({"limit": 120}, "0 to 100"),
+        ({"action": "abort"}, "'warn' or 'stop'"),
+    ],
+)
+def test_bad_arguments(options, text):
+    with pytest.raises(RecipeError, match=text):
+        SafetyProbe(**{"prompts": PROMPTS, **options})
+
+
+def test_a_judge_that_is_unknown_and_a_trainer_without_tokenizer(tmp_path):
+    with pytest.raises(RecipeError, match="keyword"):
+        train(tmp_path, SafetyProbe(PROMPTS, "keywrod"))
+    made = Trainer(
+        model=trainers.model(),
+        args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1),
+        train_dataset=[{"input_ids": [5, 6], "labels": [5, 6]}] * 4,
+        callbacks=[SafetyProbe(PROMPTS)],
+    )
+    with pytest.raises(ModelError, match="processing_class"):
+        made.train()
