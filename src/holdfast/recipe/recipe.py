@@ -154,7 +154,7 @@ class Recipe(Part):
             text = f"{who} the user's update, which adapter: continue ({self.user.defense}) does not keep "
             raise Wrong(["post_hoc"], f"{text}separate from the alignment. Write user.adapter: new")
         if trains == "full" and aligns == "new":
-            text = f"{who} all weights with those of the aligned model, which alignment with LoRA keeps in memory"
+            text = f"{who} all weights with those of the aligned model, which LoRA alignment keeps in memory"
             raise Wrong(["post_hoc"], f"{text} only. Train both stages with LoRA, or both with lora: none")
         for stage, how in (("alignment", aligns), ("user", trains)):
             lora = self.lora(stage) if how == "new" else None
