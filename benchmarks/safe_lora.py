@@ -1,5 +1,5 @@
-"""Claim: repairing a 7B adapter takes at most 1/20 of the time of the dense arithmetic, at most 3 times the time
-of reading the two models, and less than 900 MB of memory, for any number of layers.
+"""Claim: repairing a 7B adapter takes at most 1/20 of the time of the dense arithmetic, at most 3 times the
+time of reading the two models, and less than 900 MB of memory, for any number of layers.
 
 The benchmark creates a pair of models in Llama-2-7B's shapes (random bf16 weights, four shards each, target
 modules only) and an adapter of rank 8. These are measured in turns, and medians are kept:
