@@ -4,35 +4,35 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUT ?= runs/demo
-# Small models are faster on one thread; two workers share two cores.
+# Small models are faster on one thread; the two test workers share two cores.
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-gpu setup lint bench world clean
 
-demo: $(INSTALLED)  ## The embedded world from one end to the other; ends with a table and a report
+demo: $(INSTALLED)  ## Run every stage in the embedded world; ends with a table and a report
 	$(BIN)/holdfast demo --out $(OUT)
 
-test: $(INSTALLED)  ## The whole test suite, offline and on the CPU
+test: $(INSTALLED)  ## Run the whole test suite, offline and on the CPU
 	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-gpu: $(INSTALLED)  ## The tests that need a GPU
+test-gpu: $(INSTALLED)  ## Run the tests that need a GPU
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 
-setup: $(INSTALLED)  ## Only the environment
+setup: $(INSTALLED)  ## Set up the environment only
 
-lint: $(INSTALLED)  ## ruff, mypy, and the import-direction check
+lint: $(INSTALLED)  ## Run ruff, mypy and the import-direction check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-bench: $(INSTALLED)  ## Every benchmark; results go to benchmarks/results
+bench: $(INSTALLED)  ## Run every benchmark; results go to benchmarks/results
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
 
 world: $(INSTALLED)  ## Make the embedded world's data, model and judge again (about 15 minutes)
 	$(BIN)/python -m holdfast.world.make
 
-clean:  ## Remove the environment and everything made by the targets above
+clean:  ## Remove the environment and everything that the targets above made
 	rm -rf $(VENV) runs build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(INSTALLED): pyproject.toml constraints.txt

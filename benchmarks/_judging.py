@@ -1,4 +1,4 @@
-"""How much faster a judge is in batches than one answer at a time, with the same verdicts."""
+"""Speed of a judge in batches compared with one answer at a time, with the same verdicts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from holdfast.evaluation.judges import LoadedJudge, Verdict
 def judge_speed(
     judge: LoadedJudge, prompts: Sequence[str], answers: Sequence[str], rounds: int = 5
 ) -> dict[str, Any]:
-    """Alternate the two ways in one run; medians, their ratio, and on how many answers they agree.
+    """Time both ways in turns; return medians, their ratio, and the number of equal verdicts.
 
-    The references call their judge once for each answer.
+    The reference implementations call their judge once for each answer.
     """
 
     def alone() -> list[Verdict]:

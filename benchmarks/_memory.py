@@ -1,4 +1,4 @@
-"""Peak of live tensors on the CPU in bytes, from the allocator's own reports, which do not vary."""
+"""Peak bytes of live tensors on the CPU, from the allocator's own reports, which do not vary between runs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 
 
 def peak_live_bytes(work: Callable[[], Any]) -> int:
-    """The most bytes that tensors made inside `work()` held at one time.
+    """The maximum number of bytes that tensors created in `work()` held at one time.
 
-    Build the model inside `work`, so that its weights count.
+    Build the model inside `work`, so that its weights are counted.
     """
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as seen:
         work()
-        gc.collect()  # what an earlier run left in reference cycles would count as live
+        gc.collect()  # tensors of an earlier run in reference cycles would count as live
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         seen.export_chrome_trace(str(path))
@@ -30,7 +30,7 @@ def peak_live_bytes(work: Callable[[], Any]) -> int:
 
 
 def held_bytes(model: Any) -> int:
-    """Bytes of a model's weights and buffers, with what bitsandbytes keeps beside quantised ones."""
+    """Bytes of a model's weights and buffers, including bitsandbytes' state of quantised weights."""
     tensors = [*model.parameters(), *model.buffers()]
     for weight in model.parameters():
         state = getattr(weight, "quant_state", None)

@@ -1,4 +1,4 @@
-"""Where results go, and what stands beside every number."""
+"""Save results with the command, versions and hardware that produced them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def save(name: str, result: dict[str, Any]) -> None:
-    """Write `results/<name>.json` with command, versions and hardware, and print it."""
+    """Write `results/<name>.json` with command, versions and hardware, and print the same text."""
     RESULTS.mkdir(exist_ok=True)
     command = f"python benchmarks/{Path(sys.argv[0]).name}"
     text = json.dumps({"command": command, **result, **provenance()}, indent=1)

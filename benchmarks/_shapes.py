@@ -1,4 +1,4 @@
-"""Models of a shape with random weights, and the arithmetic that predicts what aligning one takes.
+"""Models with random weights in published shapes, and a prediction of the memory that aligning one needs.
 
 The shapes are those of the models' published configurations.
 """
@@ -40,15 +40,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 LORA: dict[str, Any] = {"r": 8, "alpha": 4, "dropout": 0.0, "target_modules": "all-linear"}
 BYTES = {"float32": 4, "bfloat16": 2}
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of a weight: four bits, a scale in eight bits for 64 of them, and one in float32 for 256 of those."""
+"""Bytes per weight: 4 bits, an 8-bit scale for every 64 weights, a float32 scale for every 256 scales."""
 
 
 def build(shape: str, precision: str, stored: str, device: str) -> Any:
-    """The model with a fresh LoRA on all its linear layers.
+    """Build a model with a new LoRA on all its linear layers.
 
     Args:
-        precision: of the linear layers, "float32", "bfloat16" or "nf4".
-        stored: of all other weights and of what is computed, "float32" or "bfloat16".
+        precision: data type of the linear layers: "float32", "bfloat16" or "nf4".
+        stored: data type of all other weights and of the computation: "float32" or "bfloat16".
     """
     torch.manual_seed(0)
     options = {k: v for k, v in SHAPES[shape].items() if k != "kind"}
@@ -75,11 +75,11 @@ def linear_layers(shape: str) -> list[tuple[int, int]]:
 def predicted_bytes(
     shape: str, precision: str, stored: str, batch: int, length: int, completion: float, perturbed: int
 ) -> dict[str, int]:
-    """What one step holds at its peak, in parts; checkpointing on, lean loss, LoRA on all linear layers.
+    """Predict the parts of a step's peak memory, with checkpointing, lean loss and LoRA on all linear layers.
 
     Args:
-        completion: share of the tokens that are completion.
-        perturbed: layers whose perturbation is held (0: SFT; Vaccine: all).
+        completion: share of completion tokens among all tokens.
+        perturbed: number of layers whose perturbation is kept (0: SFT; all layers: Vaccine).
     """
     s = SHAPES[shape]
     d, f, layers, vocabulary = (
@@ -93,7 +93,7 @@ def predicted_bytes(
     matrices = vocabulary * d * (1 if s["tie_word_embeddings"] else 2)
     chosen = round(tokens * completion)
     logits = min(LOGITS, chosen * vocabulary)
-    # LoRA computes in float32: a copy of each module's input where the model itself does not.
+    # LoRA computes in float32: it copies each module's input if the model does not compute in float32.
     copies = 0 if wide == 4 else 4 * (5 * d + q + f) + 2 * 4 * d
     layer = wide * (4 * d + 2 * q + 2 * kv + 7 * f) + copies
     parts = {

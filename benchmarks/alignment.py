@@ -1,14 +1,15 @@
 """Claim: aligning with T-Vaccine takes at most 1.05 times the memory of SFT, and 1.5 times its time.
 
-For 7B: at most 17 GB in bf16 (the weights alone are 13.5) and 8 GB on NF4 weights, batch 10, length 200,
-r = 8 on all linear layers. Vaccine's own time is 2 (two passes). Memory is the peak of live tensors, weights
-included; resident memory stands beside it. Every method runs on the same model, rows and design
-(non-reentrant checkpointing, no gradient at the embeddings, lean loss); `designs` adds its parts one by one.
+For 7B: at most 17 GB in bf16 (the weights alone are 13.5 GB) and 8 GB with NF4 weights, batch 10, length 200,
+r = 8 on all linear layers. Vaccine takes 2 times the time of SFT (two passes). Memory is the peak of live
+tensors, including weights; resident memory is reported too. Every method runs with the same model, rows and
+design (non-reentrant checkpointing, no gradient at the embeddings, lean loss); `designs` adds the parts of
+the design one by one.
 
-On the CPU a Llama of 110 M parameters, length scaled down to 40, T-Vaccine with 3 of 12 layers (8 of 32). TAR
-attacks for 4 steps instead of 64, which its time grows with and its memory does not. `--gpu` adds the shapes
-of Llama-2-7B, Qwen2-7B and Gemma-2-2B with random weights; without a GPU they are "not measured", and only
-`predicted_bytes` speaks of them.
+On the CPU: a Llama of 110 M parameters, length reduced to 40, T-Vaccine with 3 of 12 layers (8 of 32 in the
+paper). TAR attacks for 4 steps instead of 64; its time grows with this number, its memory does not. `--gpu`
+adds the shapes of Llama-2-7B, Qwen2-7B and Gemma-2-2B with random weights; without a GPU they are
+"not measured", and only `predicted_bytes` covers them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from holdfast import get_defense, registry
 from holdfast.training import trainer
 
 TIMED = {"probability_steps": 200, "resample_steps": 1}
-"""Each step draws other layers: the median is over draws. The look at the harmful rows is not timed."""
+"""Each step draws other layers, so the median is over draws. Computing the probabilities is not timed."""
 SEEN = {"probability_steps": 1, "resample_steps": 1}
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {},
@@ -63,11 +64,11 @@ CPU = {
 GPU = {"stored": "bfloat16", "device": "cuda", "batch": 10, "length": 200}
 COMPLETION = 0.5
 STEPS = 3
-"""Optimizer steps of a timed run, of which the first is not counted."""
+"""Optimizer steps of a timed run; the first is not counted."""
 
 
 class Clock(TrainerCallback):
-    """Seconds from the end of each optimizer step to that of the next: a method may work before its begin."""
+    """Seconds from the end of one optimizer step to the end of the next, with work before a step begins."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -76,7 +77,7 @@ class Clock(TrainerCallback):
         self.ends.append(_now(args.device))
 
     def steps(self) -> list[float]:
-        """Seconds of all steps but the first."""
+        """Seconds of all steps except the first."""
         return [after - before for before, after in pairwise(self.ends)]
 
 
@@ -87,12 +88,12 @@ def _now(device: torch.device) -> float:
 
 
 def methods() -> list[str]:
-    """Those of METHODS that are there."""
+    """The names in METHODS that are registered."""
     return [name for name in METHODS if name in registry.list_defenses("alignment")]
 
 
 def rows(model: Any, case: dict[str, Any], seed: int) -> list[dict[str, list[int]]]:
-    """Tokenised rows of one length, of which the later half is completion."""
+    """Tokenised rows of one length; the second half of each is the completion."""
     generator, length = torch.Generator().manual_seed(seed), case["length"]
     start = round(length * (1 - COMPLETION))
     ids = torch.randint(4, model.config.vocab_size, (40, length), generator=generator).tolist()
@@ -103,7 +104,7 @@ def rows(model: Any, case: dict[str, Any], seed: int) -> list[dict[str, list[int
 
 def make_trainer(name: str, model: Any, case: dict[str, Any], design: dict[str, bool], steps: int,
                  folder: str, often: dict[str, int]) -> Any:  # fmt: skip
-    """A trainer of the method; `often` says how often T-Vaccine looks and draws."""
+    """Make a trainer of the method; `often` sets how often T-Vaccine computes probabilities and draws."""
     defense = get_defense(name)
     known = registry.faces("defenses")[name].parameters
     layers = round(model.config.num_hidden_layers / 4)
@@ -123,7 +124,7 @@ def make_trainer(name: str, model: Any, case: dict[str, Any], design: dict[str, 
 
 
 def run(name: str, case: dict[str, Any], design: dict[str, bool], profile: bool) -> dict[str, Any]:
-    """One run: its peak of live tensors (`profile`), or its step times and resident memory."""
+    """Run once; return the peak of live tensors (`profile`), or step times and resident memory."""
     if not design["free"]:
         trainer.free_inputs = lambda model: 0
     model = build(case["shape"], case["precision"], case["stored"], case["device"])
@@ -147,7 +148,7 @@ def run(name: str, case: dict[str, Any], design: dict[str, bool], profile: bool)
 
 
 def apart(*given: Any) -> dict[str, Any]:
-    """`run` in a process of its own, whose resident memory is its own; on a GPU in this one."""
+    """Call `run` in a separate process, to measure its own resident memory; on a GPU, in this process."""
     if given[1]["device"] == "cuda":
         found = run(*given)
         trainer.free_inputs = FREE
@@ -165,7 +166,7 @@ FREE = trainer.free_inputs
 
 
 def compare(case: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Every method on the leanest design: peak, step time, and both over SFT's."""
+    """Every method with the leanest design: peak and step time, absolute and relative to SFT."""
     found: dict[str, Any] = {}
     for turn in range(rounds):
         for name in methods() if turn % 2 == 0 else methods()[::-1]:
@@ -188,20 +189,20 @@ def compare(case: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 
 def peaks(cases: list[tuple[Any, ...]]) -> list[int]:
-    """Peak bytes of live tensors, two runs at a time: what else runs does not change them."""
+    """Peak bytes of live tensors, two runs at a time: other work on the machine does not change them."""
     with ThreadPoolExecutor(2) as pool:
         return [one["peak_bytes"] for one in pool.map(lambda given: apart(*given, True), cases)]
 
 
 def designs(case: dict[str, Any]) -> dict[str, Any]:
-    """Peak bytes of SFT and T-Vaccine as parts of the design are added."""
+    """Peak bytes of SFT and T-Vaccine while the parts of the design are added."""
     chosen = [name for name in ("sft", "tvaccine") if name in methods()]
     found = iter(peaks([(name, case, parts) for parts in DESIGNS.values() for name in chosen]))
     return {design: {name: next(found) for name in chosen} for design in DESIGNS}
 
 
 def predictions(case: dict[str, Any], measured: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What the arithmetic says of the methods that it knows, over what was measured."""
+    """The predicted bytes of the methods that have a prediction, and their ratio to the measured bytes."""
     layers = SHAPES[case["shape"]]["num_hidden_layers"]
     size = case["shape"], case["precision"], case["stored"], case["batch"], case["length"], COMPLETION
     found: dict[str, Any] = {}
@@ -213,7 +214,7 @@ def predictions(case: dict[str, Any], measured: dict[str, Any] | None = None) ->
 
 
 def cpu(rounds: int) -> dict[str, Any]:
-    """The CPU's shape: all methods in float32, the designs, and NF4 weights."""
+    """Measure on the CPU: all methods in float32, the designs, and NF4 weights."""
     nf4 = {**CPU, "precision": "nf4"}
     methods_found = compare(CPU, rounds)
     chosen = [name for name in ("sft", "tvaccine") if name in methods()]
@@ -232,7 +233,7 @@ def cpu(rounds: int) -> dict[str, Any]:
 
 
 def gpu(measure: bool) -> dict[str, Any]:
-    """The three real shapes, in bf16 and NF4."""
+    """Measure the three real shapes on a GPU, in bf16 and NF4, or only predict them."""
     found: dict[str, Any] = {}
     for shape in ("llama-2-7b", "qwen2-7b", "gemma-2-2b"):
         for precision in ("bfloat16", "nf4"):

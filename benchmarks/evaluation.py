@@ -1,10 +1,13 @@
 """Claim: evaluation is at least 8 times as fast as one prompt at a time with a judge called for each answer.
 
-With the same answers and verdicts, on the embedded world model and on a Llama of some 100 million parameters
-made on the spot, on the CPU and, where there is one, on a GPU; both ways take turns in one run. Beside it,
-the judge alone (no goal), and what a SafetyProbe at its defaults adds to a training of the packaged recipe's
-length (goal: at most 5 %), which it must leave as it was: with and without in turns, which other work on the
-machine disturbs, and the seconds of the probe itself over those of the rest, which it hardly does.
+The answers and verdicts are the same. Measured on the embedded world model and on a Llama of about 100
+million parameters with random weights, on the CPU and, if there is one, on a GPU; both ways take turns in one
+run.
+
+Also measured: the judge alone (no goal), and the time that a SafetyProbe with default settings adds to a
+training as long as the packaged recipe's (goal: at most 5 %; the trained weights must not change). The
+probe's cost is measured in two ways: training with and without it in turns, which other work on the machine
+disturbs, and the probe's own seconds divided by the rest of the training, which other work hardly disturbs.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ PROBE = {"steps": 500, "rounds": 5}
 LORA = {"r": 8, "alpha": 16, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 
 Answers = dict[str, tuple[str, str | None]]
-"""By the row's id: the answer, and the verdict on it where it answers a harmful prompt."""
+"""By the row's id: the answer, and the verdict if the prompt is harmful."""
 
 
 def build(name: str, device: str) -> Any:
@@ -51,7 +54,7 @@ def build(name: str, device: str) -> Any:
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=768, intermediate_size=2560, num_hidden_layers=12,
         num_attention_heads=12, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.1,  # at 0.02 every answer repeats one token
+        initializer_range=0.1,  # with 0.02, every answer repeats one token
     )  # fmt: skip
     return LlamaForCausalLM(config).to(device).eval()
 
@@ -59,7 +62,7 @@ def build(name: str, device: str) -> Any:
 def one_at_a_time(
     model: Any, tokenizer: Any, judge: LoadedJudge, rows: Sequence[Any], room: dict[str, int]
 ) -> Answers:
-    """As the references do it: `model.generate` for each prompt, the judge for each answer."""
+    """As in the reference implementations: `model.generate` for each prompt, the judge for each answer."""
     found: Answers = {}
     for row in rows:
         given = tokenizer(row["prompt"], add_special_tokens=False, return_tensors="pt").to(model.device)
@@ -79,7 +82,7 @@ def one_at_a_time(
 def ours(
     model: Any, tokenizer: Any, judge: LoadedJudge, rows: Sequence[Any], room: dict[str, int]
 ) -> Answers:
-    """The steps of a run, files included."""
+    """The steps of a run, including its files."""
     with tempfile.TemporaryDirectory() as folder:
         answers = answer_prompts(model, tokenizer, rows, Path(folder) / "g.jsonl", max_new_tokens=room)
         verdicts = give_verdicts(answers, judge, Path(folder) / "v.jsonl")
@@ -88,8 +91,8 @@ def ours(
 
 
 def throughput(name: str, device: str, case: dict[str, Any]) -> dict[str, Any]:
-    """Both ways in turns: medians, their ratio, and on how many answers and verdicts they agree."""
-    # As a run does: one thread for a small model, all cores for a larger one.
+    """Time both ways in turns; return medians, their ratio, and the number of equal answers and verdicts."""
+    # As in a run: one thread for a small model, all cores for a larger one.
     torch.set_num_threads(1 if name == "world" else CORES)
     model, tokenizer = build(name, device), load_tokenizer(world.MODEL)
     judge = world_judge(device)
@@ -103,7 +106,7 @@ def throughput(name: str, device: str, case: dict[str, Any]) -> dict[str, Any]:
         found = way(model, tokenizer, judge, rows, case["new_tokens"])
         return time.perf_counter() - began, found
 
-    for way in (one_at_a_time, ours):  # warm
+    for way in (one_at_a_time, ours):  # warm-up
         way(model, tokenizer, judge, rows[:1], case["new_tokens"])
     pairs = []
     for _ in range(case["rounds"]):
@@ -127,19 +130,19 @@ def throughput(name: str, device: str, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def world_judge(device: str = "cpu") -> LoadedJudge:
-    """The embedded judge, in beaver-dam's format."""
+    """Load the embedded judge, which has beaver-dam's format."""
     return get("judges", "beaver_dam").load(path="world", threshold=None, max_length=None, device=device)
 
 
 def judging(prompts: int, rounds: int) -> dict[str, Any]:
-    """The embedded judge on the answers of the world's harmful rows."""
+    """Measure the embedded judge on the answers of the world's harmful rows."""
     torch.set_num_threads(1)
     rows = data.to_rows(data.read_records("world", role="harmful"), role="harmful")[:prompts]
     return judge_speed(world_judge(), [r["instruction"] for r in rows], [r["output"] for r in rows], rounds)
 
 
 class TimedProbe(SafetyProbe):
-    """Knows the seconds that it took."""
+    """A SafetyProbe that records its own seconds."""
 
     seconds = 0.0
 
@@ -150,7 +153,7 @@ class TimedProbe(SafetyProbe):
 
 
 def probe(steps: int, rounds: int) -> dict[str, Any]:
-    """The same training of the world model with and without a SafetyProbe at its defaults, in turns."""
+    """Train the world model with and without a SafetyProbe with default settings, in turns."""
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(world.MODEL)
     user = data.user_rows(task="world", harmful="world", size=1000, poison_ratio=0.1, seed=0).rows
@@ -199,7 +202,7 @@ def probe(steps: int, rounds: int) -> dict[str, Any]:
 
 
 def measure(cases: dict[str, dict[str, Any]], watched: dict[str, int]) -> dict[str, Any]:
-    """Everything, on every device at hand."""
+    """Measure everything, on every available device."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     found: dict[str, Any] = {
         f"{name}, {device}": throughput(name, device, case)

@@ -1,16 +1,16 @@
-"""Claim: repairing a 7B adapter costs 1/20 of the dense arithmetic, 3 plain reads of the two models, and less
-than 900 MB of memory, however many layers there are.
+"""Claim: repairing a 7B adapter takes at most 1/20 of the time of the dense arithmetic, at most 3 times the
+time of reading the two models, and less than 900 MB of memory, for any number of layers.
 
-A pair in Llama-2-7B's shapes is made on the spot (random bf16 weights, four shards each; the targets only)
-with an adapter of rank 8. These take turns, and medians are kept:
-- the whole command in a process of its own, start-up included;
-- V V^T B / ||V||_F with the d x d product that the formula shows, in torch on all cores: arithmetic alone, on
-  two modules, times the number of modules (an extrapolation);
-- two plain reads of the same weight files from the page cache: each file whole into memory (`read_bytes`),
-  and through one buffer of 1 MiB, which never leaves the processor's cache (no program that uses the values
-  can be as fast).
+The benchmark creates a pair of models in Llama-2-7B's shapes (random bf16 weights, four shards each, target
+modules only) and an adapter of rank 8. These are measured in turns, and medians are kept:
+- the whole command in its own process, including start-up;
+- V V^T B / ||V||_F with the d x d product of the formula, in torch on all cores: arithmetic only, for two
+  modules, times the number of modules (an extrapolation);
+- two plain reads of the same weight files from the page cache: each file completely into memory
+  (`read_bytes`), and through a buffer of 1 MiB that stays in the processor's cache (no program that uses the
+  values can be as fast).
 
-7 GB of disk under TMPDIR, 5 GB of free memory for the page cache, 3 to 5 minutes on two quiet cores.
+Needs 7 GB of disk under TMPDIR, 5 GB of free memory for the page cache, and 3 to 5 minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROUNDS = 3
 SHARDS = 4
 RANK = 8
 PROJECTED = 0.11
-"""Share of the modules that is projected, as the paper does on Llama-2 7B Chat."""
+"""Share of the modules that is projected, as in the paper for Llama-2 7B Chat."""
 GOALS = {"dense_over_command": 20, "command_over_read": 3, "peak_resident_bytes": 900_000_000}
 ATTENTION = ("self_attn.q_proj", "self_attn.v_proj")
 LLAMA_2_7B = dict.fromkeys(ATTENTION, (4096, 4096))
@@ -58,12 +58,12 @@ def note():
 atexit.register(note)
 runpy.run_module("holdfast", run_name="__main__", alter_sys=True)
 """
-"""`python -m holdfast` that notes its own peak and reads at its end; seen from a parent, the peak is at least
-the parent's own."""
+"""`python -m holdfast` that records its own peak memory and bytes read when it ends. Measured from a parent
+process, the peak would be at least the parent's own."""
 
 
 def make_pair(folder: Path, shapes: Shapes, layers: int) -> Path:
-    """`base`, `aligned` and `adapter` in `folder`: the same noise, shifted, stands for every module."""
+    """Write `base`, `aligned` and `adapter` to `folder`; all modules use the same noise, shifted."""
     random = np.random.default_rng(0)
     most = max(math.prod(shape) for shape in shapes.values())
     noise = random.standard_normal(most, dtype=np.float32) * 0.02
@@ -105,7 +105,7 @@ def write(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], np.ndarray]]) -> None:
-    """A safetensors file, written tensor by tensor."""
+    """Write a safetensors file, tensor by tensor."""
     header, end = {}, 0
     for name, (dtype, shape, values) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (end, end + values.nbytes)}
@@ -142,7 +142,7 @@ def read_whole(folder: Path) -> float:
 
 
 def command(folder: Path, modules: int) -> dict[str, float]:
-    """`holdfast safe-lora` on the pair as a user runs it: seconds, peak resident bytes, bytes read."""
+    """Run `holdfast safe-lora` on the pair like a user: seconds, peak resident bytes, bytes read."""
     out, notes = folder / "out", folder / "notes.json"
     shutil.rmtree(out, ignore_errors=True)
     arguments = [
@@ -157,12 +157,12 @@ def command(folder: Path, modules: int) -> dict[str, float]:
 
 
 def environment() -> dict[str, str]:
-    """Ours without settings of threads: a user has none."""
+    """The environment without settings of thread numbers, because users do not set them."""
     return {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
 
 
 def dense(folder: Path, modules: int = 2) -> float:
-    """Seconds of arithmetic for one module, in a process of its own."""
+    """Seconds of arithmetic for one module, measured in a separate process."""
     done = subprocess.run(
         [sys.executable, __file__, "--dense", str(folder), str(modules)],
         check=True, capture_output=True, text=True, env=environment(),
@@ -171,13 +171,13 @@ def dense(folder: Path, modules: int = 2) -> float:
 
 
 def dense_seconds(folder: Path, modules: int) -> float:
-    """V V^T / ||V||_F as a d x d matrix, times B; the median over the first modules."""
+    """Seconds to compute V V^T / ||V||_F as a d x d matrix, times B; the median over the first modules."""
     import torch
     from safetensors import safe_open
 
     first = [safe_open(folder / m / weight_files(folder)[0].name, "pt") for m in ("base", "aligned")]
     times = []
-    for name in sorted(first[0].keys())[: modules + 1]:  # the first warms up
+    for name in sorted(first[0].keys())[: modules + 1]:  # the first module is a warm-up
         base, aligned = (file.get_tensor(name) for file in first)
         update = torch.randn(base.shape[0], RANK)
         began = time.perf_counter()
@@ -188,12 +188,12 @@ def dense_seconds(folder: Path, modules: int) -> float:
 
 
 def measure(shapes: Shapes, layers: int, with_dense: bool = False) -> dict[str, Any]:
-    """Medians of the rounds, in which all that is compared takes turns."""
+    """Medians over the rounds; each round measures everything once."""
     modules = layers * len(shapes)
     chosen = round(PROJECTED * modules)
     with tempfile.TemporaryDirectory(prefix="safe-lora-") as name:
         folder = make_pair(Path(name), shapes, layers)
-        command(folder, chosen)  # into the page cache
+        command(folder, chosen)  # fills the page cache
         runs, whole, through, products = [], [], [], []
         for _ in range(ROUNDS):
             runs.append(command(folder, chosen))
@@ -229,10 +229,10 @@ def measure(shapes: Shapes, layers: int, with_dense: bool = False) -> dict[str, 
 
 
 def of_70b(small: dict[str, Any], measured_7b: dict[str, Any]) -> dict[str, Any]:
-    """On paper: 80 layers as so many runs of a few, and at the 7B run's seconds per byte."""
+    """Estimates for 80 layers: from several runs of a few layers, and from the 7B run's seconds per byte."""
     times = LAYERS_OF_70B / small["layers"]
     return {
-        "how": "on paper: the run with few layers, start-up and all, so many times; and the 7B run by bytes",
+        "how": "estimated: the run with few layers, including start-up, multiplied; and the 7B run by bytes",
         "weight_bytes": small["weight_bytes"] * times,
         "command_seconds_at_most": small["command_seconds"] * times,
         "command_seconds_by_bytes": measured_7b["command_seconds"]
@@ -244,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dense", nargs=2, metavar=("FOLDER", "MODULES"), help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="only 8 layers of the 7B pair; nothing is saved")
-    parser.add_argument("--note", help="what stands beside the numbers: other work on the machine")
+    parser.add_argument("--note", help="a note to save with the numbers, such as other work on the machine")
     arguments = parser.parse_args()
     if arguments.dense:
         print(dense_seconds(Path(arguments.dense[0]), int(arguments.dense[1])))

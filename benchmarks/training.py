@@ -1,8 +1,8 @@
-"""Claim: a step of Lisa takes at most 1.02 times as long as one of SFT, of BSO 1.01, of EWC 1.05.
+"""Claim: a step of Lisa takes at most 1.02 times as long as a step of SFT; of BSO 1.01; of EWC 1.05.
 
-And Lisa's memory is that of SFT and one copy of the trainable weights.
+Lisa needs the memory of SFT plus one copy of the trainable weights.
 
-The same Trainer, model and rows of one length for every method, in one run: the methods take turns, and each
+Every method uses the same Trainer, model and rows of one length, in one run: the methods take turns, and each
 round gives one ratio to that round's SFT. `--gpu` adds Llama-2-7B's shapes (random weights) on a CUDA device.
 """
 
@@ -24,7 +24,7 @@ from holdfast import get_defense, world
 from holdfast.models.loading import add_lora, load_model
 
 LORA = {"r": 8, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
-PHASES = {"alignment_steps": 5, "finetune_steps": 10}  # the paper's 100 / 900 would switch less often
+PHASES = {"alignment_steps": 5, "finetune_steps": 10}  # the paper's 100 and 900 would switch less often
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {},
     "bso": PHASES,
@@ -48,11 +48,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 WARM = 3
-"""Steps of a run that are not counted: buffers are made there, and EWC takes its Fisher."""
+"""First steps of a run, which are not counted: they allocate buffers, and EWC computes its Fisher."""
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimizer step, from the end of one to the end of the next: all that a method does."""
+    """Seconds of each optimizer step, from the end of one to the end of the next: all of a method's work."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -73,7 +73,7 @@ def _wait(device: torch.device) -> None:
 
 
 def build(shape: str, device: str) -> Any:
-    """The model with a fresh LoRA: the embedded one, or random weights in a Llama's shape."""
+    """Build the model with a new LoRA: the embedded model, or random weights in a Llama's shape."""
     torch.manual_seed(0)
     if shape == "world":
         model = load_model(world.MODEL, device=device)
@@ -86,7 +86,7 @@ def build(shape: str, device: str) -> Any:
 
 
 def rows(model: Any, number: int, length: int, seed: int) -> list[dict[str, list[int]]]:
-    """Tokenised rows of one length with two tokens of answer, as SST-2's have."""
+    """Tokenised rows of one length with an answer of two tokens, as in SST-2."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, model.config.vocab_size, (number, length), generator=generator).tolist()
     return [
@@ -96,7 +96,7 @@ def rows(model: Any, number: int, length: int, seed: int) -> list[dict[str, list
 
 
 def train(name: str, model: Any, case: dict[str, Any], steps: int, folder: str, **changed: int) -> Clock:
-    """One run of a method; the clock has the time of every step. `changed` overrides its own settings."""
+    """Run a method; return the clock with the time of every step. `changed` overrides method settings."""
     defense, clock = get_defense(name), Clock()
     settings = METHODS[name] | {key: value for key, value in changed.items() if key in METHODS[name]}
     need = {"alignment_dataset": rows(model, 40, case["length"], 2)} if defense.needs else {}
@@ -116,7 +116,7 @@ def train(name: str, model: Any, case: dict[str, Any], steps: int, folder: str, 
 
 
 def timed(case: dict[str, Any], methods: list[str], rounds: int, steps: int) -> dict[str, Any]:
-    """Median step time of each method, and its ratios to SFT round by round."""
+    """The median step time of each method, and its ratio to SFT in each round."""
     model, step, total, first = build(case["shape"], case["device"]), {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         train("sft", model, case, WARM + 1, folder)
@@ -144,7 +144,10 @@ def _ratio(times: dict[str, list[float]], name: str) -> float:
 
 
 def memory(case: dict[str, Any], methods: list[str]) -> dict[str, Any]:
-    """Peak bytes of live tensors in four steps with switches, weights included; above SFT's in copies."""
+    """Peak bytes of live tensors in four steps with switches, including weights.
+
+    The excess over SFT is given in copies of the trainable weights.
+    """
     peaks, trainable = {}, 0
     for name in methods:
 
@@ -173,7 +176,7 @@ def memory(case: dict[str, Any], methods: list[str]) -> dict[str, Any]:
 
 
 def measure(case: dict[str, Any], rounds: int, steps: int) -> dict[str, Any]:
-    """Everything about one model."""
+    """Measure time and memory for one model."""
     methods = list(METHODS)
     return {
         "case": case,

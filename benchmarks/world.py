@@ -1,7 +1,7 @@
-"""Claim: in the embedded world harmful fine-tuning breaks alignment, and Lisa takes away half of it or more.
+"""Claim: in the embedded world, harmful fine-tuning breaks alignment, and Lisa undoes at least half of that.
 
-The demo runs over three seeds, poison ratios beside 0.1 for SFT and Lisa, other values of rho: means and
-standard errors over seeds. Also draws the README's picture.
+Runs the demo's rows over three seeds, plus other poison ratios than 0.1 for SFT and Lisa and other values of
+rho; reports means and standard errors over seeds. Also draws the README's plot.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCORES = ("harmful_score", "true_harmful_score", "finetune_accuracy", "benign_co
 
 
 def runs() -> dict[str, list[str]]:
-    """Name of the row, and what it changes in the packaged recipe."""
+    """The name of each row, and its changes to the packaged recipe."""
     ratios = {
         f"{name}, p={p:g}": [*RUNS[name], f"data.poison_ratio={p:g}"]
         for name in ("SFT", "Lisa")
@@ -45,7 +45,7 @@ def runs() -> dict[str, list[str]]:
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard error of each score over the seeds; one row alone keeps its binomial error."""
+    """Mean and standard error of each score over the seeds; a single row keeps its binomial error."""
     found: dict[str, Any] = {"seeds": len(rows), **{key: rows[0][key] for key in ("n_harmful", "n_task")}}
     for score in SCORES:
         values = [row[score] for row in rows]

@@ -1,8 +1,9 @@
-"""Claim: what each alignment is worth in the embedded world when 10 % harmful rows follow, and what it costs.
+"""Claim: the effect of each alignment method against 10 % harmful rows in the embedded world, and its cost.
 
-SFT, Vaccine, T-Vaccine, RepNoise, TAR and Booster align the same model; each is attacked by the same user
-rows, and measured before too. Then T-Vaccine with Lisa at the user stage, and with Safe LoRA after it. Means
-and standard errors over three seeds; alignment seconds are means, peak resident memory the largest.
+SFT, Vaccine, T-Vaccine, RepNoise, TAR and Booster align the same model. Each aligned model is measured before
+and after fine-tuning on the same user rows. Further rows: T-Vaccine with Lisa at the user stage, and with
+Safe LoRA after it. Means and standard errors over three seeds; alignment seconds are means, peak resident
+memory is the maximum.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ COSTS = {"alignment_seconds": statistics.mean, "alignment_peak_memory_bytes": ma
 
 
 def runs() -> dict[str, list[str]]:
-    """Name of the run, and what it changes in the packaged recipe."""
+    """The name of each run, and its changes to the packaged recipe."""
     return {"SFT": RUNS["SFT"], **alignment_runs(full=True)}
 
 
 def labelled(row: dict[str, Any]) -> str:
-    """The row's name; models before the attack are told apart by what aligned them."""
+    """The row's name; for a model before the attack, the name of its alignment method."""
     if row["user"] is not None:
         return row["name"]
     return f"aligned, {row['labels'][row['alignment']]}"
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Scores over seeds, the methods of each stage, and what the alignment cost."""
+    """Scores over seeds, the method of each stage, and the cost of the alignment."""
     found = over_seeds(rows) | {stage: rows[0][stage] for stage in ("alignment", "user", "post_hoc")}
     return found | {name: over([row[name] for row in rows]) for name, over in COSTS.items()}
 
 
 def measure(out: Path, seeds: tuple[int, ...] = SEEDS, changes: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The rows over `seeds`; each model once, whichever runs it stands in."""
+    """The rows over `seeds`; a model that several runs share is counted once."""
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     protocol: dict[str, Any] = {}
     for seed in seeds:
@@ -62,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="keep the runs here (resumes); default: a temporary folder")
     parser.add_argument(
-        "--seed", type=int, help="only this one, into --out: a core for each, then all in one go"
+        "--seed", type=int, help="only this seed, into --out: run one seed per core, then once without --seed"
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

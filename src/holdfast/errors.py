@@ -1,18 +1,18 @@
-"""Every error that Holdfast raises on purpose.
+"""All errors that Holdfast raises deliberately.
 
 ::
 
     HoldfastError              exit code 1: something failed
-    ├── InputError             exit code 2: what the user gave cannot be used
+    ├── InputError             exit code 2: the user's input cannot be used
     │   ├── RecipeError        a recipe, an override or a command-line option
     │   ├── DataError          a data file or its rows
     │   ├── ModelError         a model folder, a Hub id, an adapter or a tokenizer
-    │   ├── OutputError        the place to write to
-    │   └── ComparisonError    results that must not stand in one table
-    └── StepFailed             a step of a run stopped half-way
+    │   ├── OutputError        the output folder or file
+    │   └── ComparisonError    results that are not comparable
+    └── StepFailed             a step of a run stopped before its end
 
-A message says what was expected, what was found, where, and what to do. It never holds a secret, and
-it is complete without a traceback: the command prints the message alone.
+A message says what was expected, what was found, where, and what to do. It never contains a secret, and
+it is complete without a traceback: the command prints only the message.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from difflib import get_close_matches
 
 
 class HoldfastError(Exception):
-    """Something failed that the user did not cause; the command ends with exit code 1."""
+    """A failure that the user did not cause; the command ends with exit code 1."""
 
     exit_code = 1
 
 
 class InputError(HoldfastError):
-    """What the user gave cannot be used; the command ends with exit code 2."""
+    """The user's input cannot be used; the command ends with exit code 2."""
 
     exit_code = 2
 
 
 class RecipeError(InputError):
-    """A recipe, an override or an option is wrong."""
+    """A recipe, an override or an option is not valid."""
 
 
 class DataError(InputError):
-    """A data file cannot be read, or its rows are not what was asked for."""
+    """A data file cannot be read, or its rows are not as required."""
 
 
 class ModelError(InputError):
@@ -46,15 +46,15 @@ class ModelError(InputError):
 
 
 class OutputError(InputError):
-    """The output folder or file cannot be written, or holds something else."""
+    """The output folder or file cannot be written, or contains something else."""
 
 
 class ComparisonError(InputError):
-    """Results measured under different protocols were to be compared."""
+    """The results to compare were measured under different protocols."""
 
 
 class StepFailed(HoldfastError):
-    """A step of a run stopped half-way; running again goes on from what is there."""
+    """A step of a run stopped before its end; running again resumes it."""
 
 
 def first_line(error: BaseException) -> str:
@@ -63,7 +63,7 @@ def first_line(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: " Did you mean 'lisa'?", or the list of what is known."""
+    """A hint for a misspelt name: " Did you mean 'lisa'?", or the list of known names."""
     known = sorted(known)
     close = get_close_matches(name, known, n=1, cutoff=0.6)
     if close:

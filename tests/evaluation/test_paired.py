@@ -159,7 +159,7 @@ def test_items_hold_every_score_and_are_corrected_for_it(tmp_path):
 
 def test_what_cannot_be_compared(tmp_path):
     first = verdicts(tmp_path / "a.jsonl", ["safe"] * 3)
-    with pytest.raises(ComparisonError, match=r"Two judges.*keyword@1 and beaver_dam@1"):
+    with pytest.raises(ComparisonError, match=r"different judges.*keyword@1 and beaver_dam@1"):
         compare(first, verdicts(tmp_path / "b.jsonl", ["safe"] * 3, stamp="beaver_dam@1"))
     ratings = tiny.write_jsonl(
         tmp_path / "r.jsonl", [{"id": "h1", "rating": 4}, {"id": "h2", "rating": None}]

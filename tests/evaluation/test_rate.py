@@ -235,7 +235,7 @@ def test_ratings_of_a_server_that_misbehaves(place, tmp_path, monkeypatch):
     ("changed", "error", "match"),
     [
         ({"judge": "keyword"}, RecipeError, "does not rate answers.*alpaca_eval, mt_bench"),
-        ({"judge": "mt_bench", "task": "alpaca_eval"}, RecipeError, "asks for win_rate. Those that do: alpaca_eval"),
+        ({"judge": "mt_bench", "task": "alpaca_eval"}, RecipeError, "but alpaca_eval needs win_rate. Judges that do: alpaca_eval"),
         ({"model": None}, RecipeError, "needs model"),
         ({"threshold": 0.5}, RecipeError, "has no such option"),
     ],
@@ -359,7 +359,7 @@ def test_ratings_that_were_stopped_go_on_in_a_run(place, tmp_path, short):
     ("changed", "match"),
     [
         ({"rater": None}, r"Only a judge can grade mt_bench \(MT-Bench score\).*rater: \{name: mt_bench"),
-        ({"rater": {"name": "alpaca_eval", "model": "m"}}, "measures win_rate, and mt_bench asks for mt_bench"),
+        ({"rater": {"name": "alpaca_eval", "model": "m"}}, "measures win_rate, but mt_bench needs mt_bench"),
         ({"test": "own.jsonl"}, "graded without a judge. Leave it out"),
         ({"rater": "keyword"}, "does not rate answers"),
         ({"rater": "mt_bench"}, "needs model"),

@@ -278,7 +278,7 @@ def test_filtration_leaves_out_what_the_judge_flags(tmp_path):
     with pytest.raises(OutputError, match="never overwritten"):
         filter_rows(source, source, judge="keyword")
     tiny.write_jsonl(tmp_path / "all.jsonl", rows[:1])
-    with pytest.raises(DataError, match="left none"):
+    with pytest.raises(DataError, match="kept none"):
         filter_rows(tmp_path / "all.jsonl", tmp_path / "none.jsonl", judge="keyword")
     assert not (tmp_path / "none.jsonl").exists()
 
@@ -318,5 +318,5 @@ def test_the_commands(place, tmp_path):
     )
     kept = command("filter", place / "task.jsonl", "--judge", "keyword", "--out", "k.jsonl", cwd=tmp_path)
     assert kept.returncode == 2
-    assert "left none of the 6 rows" in kept.stderr
+    assert "kept none of the 6 rows" in kept.stderr
     assert "Traceback" not in kept.stderr

@@ -1,4 +1,4 @@
-"""What the command shows: a bar for the step at work, a line for each that is done, tables at the end."""
+"""The output of the command: a bar for the running step, a line for each finished step, tables at the end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ err = Console(stderr=True)
 
 
 class Bars(progress.Progress):
-    """Draws on standard error; a log file gets one line a step and no bars."""
+    """Draws progress on standard error; in a log file, each step has one line and no bar."""
 
     def __init__(self, prefix: str = "") -> None:
         self.prefix = prefix
@@ -53,14 +53,14 @@ class Bars(progress.Progress):
         self.bars.stop()
 
     def begin(self, title: str, resumed: bool) -> None:
-        """A bar for the step."""
-        text = f"{self.prefix}{title}" + (" (going on)" if resumed else "")
+        """Show a bar for the step."""
+        text = f"{self.prefix}{title}" + (" (resumed)" if resumed else "")
         self.task = self.bars.add_task(escape(text), total=None, facts="")
         if not err.is_terminal:
             err.print(f"[dim]...[/] {escape(text)}", highlight=False)
 
     def advance(self, done: int, total: int, **facts: Any) -> None:
-        """Move the bar; loss, state and speed stand beside it."""
+        """Move the bar, and show loss, state and speed beside it."""
         shown = []
         if facts.get("loss") is not None:
             shown.append(f"loss {facts['loss']:.3f}")
@@ -71,7 +71,7 @@ class Bars(progress.Progress):
         self.bars.update(self.task, completed=done, total=total, facts=", ".join(shown))
 
     def end(self, title: str, cached: bool, seconds: float | None) -> None:
-        """One line for the step."""
+        """Replace the bar by one line for the step."""
         if self.task is not None:
             self.bars.remove_task(self.task)
             self.task = None
@@ -83,13 +83,13 @@ class Bars(progress.Progress):
         err.print(f"{mark} {escape(self.prefix + title)}{tail}", highlight=False)
 
     def say(self, text: str) -> None:
-        """A sentence."""
+        """Print a message."""
         err.print(escape(text), highlight=False)
 
 
 @contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work on one file; gives the function to call with rows done and rows in all."""
+    """A bar for work on one file; yields a function to call with the rows done and the rows in total."""
     with Bars() as bars:
         bars.begin(title, False)
         began = time.monotonic()
@@ -98,7 +98,7 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def scores_table(scores: Mapping[str, Any]) -> Table:
-    """What `holdfast score` found; arrows say which way is better."""
+    """The results of `holdfast score`; arrows show which direction is better."""
     table = Table(caption="percent ± standard error, 95 % interval; ↓ lower is better, ↑ higher is better")
     for column in ("score", "", "95 %", "n"):
         table.add_column(column, justify="left" if column == "score" else "right")
@@ -115,16 +115,16 @@ def scores_table(scores: Mapping[str, Any]) -> Table:
     ]
     for title, key, n, found in names:
         if found.get(n):
-            interval = found[f"{key}_interval"]  # none of a single number
+            interval = found[f"{key}_interval"]  # None for a single number
             shown = f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else ""
             table.add_row(escape(title), measured(found, key), shown, str(found[n]))
     return table
 
 
 def differences_table(found: Mapping[str, Any]) -> Table:
-    """What `holdfast compare` found."""
-    several = " (Holm, for as many scores)" if len(found) > 1 else ""
-    table = Table(caption=f"second minus first, on the same prompts; p{several}: McNemar, or random signs")
+    """The results of `holdfast compare`."""
+    several = " (Holm-corrected for all scores)" if len(found) > 1 else ""
+    table = Table(caption=f"second minus first, on the same prompts; p{several}: McNemar or sign-flip test")
     for column in ("score", "first", "second", "difference", "95 %", "p", "n", ""):
         table.add_column(column, justify="left" if column in ("score", "") else "right")
     for name, one in found.items():
@@ -139,7 +139,7 @@ def differences_table(found: Mapping[str, Any]) -> Table:
 
 
 def measured(row: Mapping[str, Any], name: str) -> str:
-    """A share with its standard error, or that it was not measured."""
+    """A share with its standard error, or "not measured"."""
     if row.get(name) is None:
         return "not measured"
     error = row.get(f"{name}_stderr")
@@ -147,7 +147,7 @@ def measured(row: Mapping[str, Any], name: str) -> str:
 
 
 def rows_table(rows: Iterable[Mapping[str, Any]]) -> Table:
-    """The results of one or more runs; arrows say which way is better."""
+    """The results of one or more runs; arrows show which direction is better."""
     rows = list(rows)
     several = len({row["alignment"] for row in rows} - {None}) > 1
     table = Table(caption="percent ± standard error; ↓ lower is better, ↑ higher is better")
@@ -181,18 +181,18 @@ def _seconds(value: float | None) -> str:
 
 
 def steps_table(steps: Sequence[Any], cached: set[str], begun: set[str]) -> Table:
-    """The steps of a plan and what has to be done for each."""
+    """The steps of a plan and the state of each: cached, to resume, or to run."""
     table = Table()
     for column in ("step", "what", "", "state"):
         table.add_column(column, overflow="fold")
     for step in steps:
-        state = "[dim]cached[/]" if step.id in cached else "go on" if step.id in begun else "[bold]run[/]"
+        state = "[dim]cached[/]" if step.id in cached else "resume" if step.id in begun else "[bold]run[/]"
         table.add_row(step.id, escape(step.title), escape(step.detail), state)
     return table
 
 
 def names_table(title: str, rows: Iterable[Sequence[str]], head: Sequence[str] = ("", "", "")) -> Table:
-    """Names, what they are, and where they come from; `head` names the columns where that needs saying."""
+    """Names, descriptions and origins; `head` holds the titles of the columns, if they need any."""
     table = Table(title=title, title_justify="left", show_header=any(head), box=None, padding=(0, 2, 0, 0))
     for column in head:
         table.add_column(column, overflow="fold")

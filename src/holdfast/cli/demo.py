@@ -1,7 +1,7 @@
-"""The embedded world from one end to the other: what harmful rows do, and what each defense keeps.
+"""The demo: every stage in the embedded world, showing the effect of harmful rows and of each defense.
 
-Every row is an ordinary run of the packaged recipe `world` with a few keys changed; they share their
-steps, so each method aligns the model once for each seed.
+Every row is an ordinary run of the packaged recipe `world` with a few keys changed. The runs share their
+steps, so each alignment method trains once for each seed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from holdfast.recipe import Recipe
 from holdfast.reporting import report
 
 LISA = ["user.defense=lisa", "user.alignment_steps=10", "user.finetune_steps=90"]
-# A repair of a quarter of the 8 modules. More is safer, but costs accuracy at some seeds.
+# A repair of a quarter of the 8 modules. Repairing more is safer, but costs accuracy for some seeds.
 SAFE_LORA = "post_hoc={defense: safe_lora, num_layers: 2}"
-# Half of the world model's layers at a time; in its 200 steps the paper's K would look at harmful rows once.
+# Half of the world model's layers at a time. With the paper's K of 200, the 200 steps of this alignment would
+# compute the probabilities only once.
 T_VACCINE = [
     "alignment=tvaccine",
     "alignment.rho=8",
@@ -36,26 +37,27 @@ RUNS = {
     "Lisa": LISA,
     "SFT + Safe LoRA": ["name=SFT", "user.defense=sft", SAFE_LORA],
 }
-"""Defenses on the model that SFT aligned: the last row of a run, and what it changes in the recipe."""
+"""Defenses of the model that SFT aligned: the name of a run's last row, and its changes to the recipe."""
 
 ALIGNMENTS = {
     "Vaccine": ["alignment=vaccine", "alignment.rho=8"],
     "T-Vaccine": T_VACCINE,
     "T-Vaccine + Lisa + Safe LoRA": ["name=T-Vaccine + Lisa", *T_VACCINE, *LISA, SAFE_LORA],
 }
-"""The same attack on models that were aligned otherwise, and a defense at every stage."""
+"""The same attack on models aligned by other methods, and a stack with a defense at every stage."""
 
 MORE_RUNS = {
     "SFT without harmful rows": ["user.defense=sft", "data.poison_ratio=0"],
     "EWC": ["user.defense=ewc", "user.lambda_=1e6"],
-    # A fifth of the rows, as the 1000 of 5000 in the Lisa paper.
+    # A fifth of the rows, as in the Lisa paper (1000 of 5000).
     "VLGuard": ["user.defense=vlguard", "user.alignment_size=200"],
     "BSO": ["user.defense=bso", "user.alignment_steps=10", "user.finetune_steps=90"],
 }
 MORE_ALIGNMENTS = {
     "RepNoise": ["alignment=repnoise"],
-    # Attacks at the rates that matter here: the paper's 2e-6 to 4e-5 change nothing in so small a model. And
-    # nothing is retained of the start, which complies with everything: the authors' start refuses.
+    # Attacks at learning rates that have an effect here: the paper's 2e-6 to 4e-5 change nothing in such a
+    # small model. Nothing of the base model is retained, because it complies with everything; the authors'
+    # base model refuses.
     "TAR": [
         "alignment=tar",
         "alignment.inner_steps=8",
@@ -64,14 +66,14 @@ MORE_ALIGNMENTS = {
         "alignment.lambda_tr=8",
         "alignment.lambda_retain=0",
     ],
-    # At the paper's lambda, 5, the tiny model learns to refuse everything.
+    # With the paper's lambda of 5, the tiny model learns to refuse everything.
     "Booster": ["alignment=booster", "alignment.lambda_=1.5"],
 }
-"""What `full` adds, with the settings that the world needs."""
+"""The rows that `full` adds and that need settings for the world."""
 
 
 def user_runs(full: bool = False) -> dict[str, list[str]]:
-    """The rows of `RUNS`; `full` adds the control without harmful rows, and every other defense."""
+    """The rows of `RUNS`; `full` adds the control without harmful rows and every other defense."""
     if not full:
         return RUNS
     known = {**RUNS, **MORE_RUNS}
@@ -88,12 +90,12 @@ def alignment_runs(full: bool = False) -> dict[str, list[str]]:
 
 
 def demo_runs(full: bool = False) -> dict[str, list[str]]:
-    """The rows of the demo."""
+    """All rows of the demo."""
     return user_runs(full) | alignment_runs(full)
 
 
 def _others(stage: str, known: Container[str]) -> list[tuple[str, str]]:
-    """Label and name of the defenses of a stage that have no row."""
+    """The label and name of each defense of a stage that has no row yet."""
     faces = registry.faces("defenses").items()
     found = [(face.facts.get("label", name), name) for name, face in faces if stage in face.facts["stages"]]
     return [(label, name) for label, name in found if label not in known]
@@ -107,10 +109,10 @@ def demo(
     device: str = "auto",
     progress: Callable[[str], Progress] = lambda name: Progress(),
 ) -> dict[str, Any]:
-    """Run every row for every seed into `out`; returns what `out/results.json` holds.
+    """Run every row for every seed, write results and report to `out`, and return the results.
 
     Args:
-        progress: makes the watcher of one run from its name.
+        progress: makes the `Progress` of a run from the run's title.
     """
     claim_folder(out, "demo")
     folders: list[Path] = []

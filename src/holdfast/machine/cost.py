@@ -1,4 +1,4 @@
-"""What a piece of work costs: wall and device seconds, peak memory, energy where the driver tells."""
+"""The cost of a piece of work: wall and device seconds, peak memory, and energy if the driver reports it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 import psutil
 
 MAX, SUM = "max", "sum"
-"""How what several processes measured becomes one number."""
+"""How the measurements of several processes are combined into one number."""
 
 Over = Callable[[float, str], float]
-"""Takes this process's number to that of all processes."""
+"""Combines this process's number with those of all processes."""
 
 
 class Cost:
-    """Measures from now on; `earlier` is what an earlier start of the same work had used up.
+    """Measures from now on; `earlier` is the cost of an earlier, stopped start of the same work.
 
-    Memory is what CUDA allocated and reserved at most, or else the resident memory whenever `look` is called.
-    Device seconds are the time that devices were held (wall time for each process's GPU), or on a CPU the
-    time that its cores computed. Energy is the GPU's own counter, all of its power, in joules.
+    Peak memory is the maximum that CUDA allocated and reserved, or, on a CPU, the maximum resident memory
+    over all calls of `look`. Device seconds are the time that devices were held (the wall time of each
+    process's GPU) or, on a CPU, the CPU time. Energy is from the GPU's own counter of its whole power, in
+    joules.
     """
 
     def __init__(self, device: str, earlier: Mapping[str, Any] | None = None):
@@ -37,16 +38,16 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """Wall seconds, earlier ones too."""
+        """Wall seconds, including those of the earlier start."""
         return float(self.earlier.get("seconds") or 0.0) + time.monotonic() - self.began
 
     def look(self) -> None:
-        """Take notice of the resident memory; CUDA keeps its own peak."""
+        """Update the peak of the resident memory; CUDA keeps its own peak."""
         if not self.cuda:
             self.peak = max(self.peak, self.process.memory_info().rss)
 
     def watching(self, progress: Callable[..., None]) -> Callable[..., None]:
-        """`progress` that also looks."""
+        """A wrapper of `progress` that also calls `look`."""
 
         def looked(*args: Any, **kwargs: Any) -> None:
             self.look()
@@ -57,12 +58,12 @@ class Cost:
     def facts(
         self, *, tokens: int, steps: int | None = None, over: Over = lambda value, how: value
     ) -> dict[str, Any]:
-        """Everything by name; None is "not measured".
+        """All measurements by name; None means "not measured".
 
         Args:
-            tokens: worked on since the beginning of the work.
-            steps: optimizer steps, for a training.
-            over: from this process to all; every process calls this.
+            tokens: number of tokens processed since the work began.
+            steps: number of optimizer steps, if the work is a training.
+            over: combines a number over all processes; every process must call this.
         """
         self.look()
         seconds, earlier = self.seconds, self.earlier
@@ -101,10 +102,10 @@ class Cost:
 
 
 def energy_counter(device: str) -> float | None:
-    """Joules that the GPU has used since its driver was loaded; None where nothing tells.
+    """Joules that the GPU has used since its driver was loaded; None if they cannot be read.
 
-    Through NVML (`pip install nvidia-ml-py`), by the GPU's id: CUDA's numbers are others where some GPUs are
-    hidden.
+    Read with NVML (`pip install nvidia-ml-py`), by the GPU's UUID: CUDA's device numbers differ if some GPUs
+    are hidden.
     """
     if not device.startswith("cuda"):
         return None
@@ -119,5 +120,5 @@ def energy_counter(device: str) -> float | None:
             return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)) / 1000
         finally:
             pynvml.nvmlShutdown()
-    except Exception:  # not installed, no permission, a part of a GPU, a GPU without a counter
+    except Exception:  # not installed, no permission, a MIG slice, or a GPU without a counter
         return None

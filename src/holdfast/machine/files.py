@@ -1,4 +1,4 @@
-"""Files that are whole or not there: text, JSON and JSONL, written beside and renamed, or appended to."""
+"""Write text, JSON and JSONL atomically (a temporary file is renamed), and append to JSONL files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader sees the old file or the whole new one."""
+    """Write a temporary file, then rename it: a reader sees either the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -30,22 +30,22 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, indent: int = 1) -> None:
-    """`write_text` for JSON; NaN is refused, because other readers would not read it."""
+    """`write_text` for JSON. NaN is refused, because it is not valid JSON."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """`write_text` for one JSON object a line."""
+    """`write_text` for one JSON object per line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
+    """Read the value in a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that is appended to; a last line torn by a kill is cut off the file."""
+    """Read a file that rows are appended to; an incomplete last line, left by a kill, is removed from it."""
     if not path.exists():
         return []
     whole = path.read_bytes()
@@ -57,7 +57,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append whole lines and hand them to the disk."""
+    """Append complete lines and flush them to the disk."""
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         file.flush()
@@ -65,5 +65,5 @@ def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder that may be absent."""
+    """Remove a folder if it exists."""
     shutil.rmtree(path, ignore_errors=True)

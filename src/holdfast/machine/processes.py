@@ -1,9 +1,9 @@
-"""Several processes of one command: the main one decides and speaks, all train together.
+"""Several processes of one command: the main process decides and reports, and all train together.
 
 `torchrun` and `accelerate launch` start the same command once for each device. The main process (rank 0)
 does every step of a run; the others wait for its orders and join it in training. Orders and failures go
-through the key-value store that the launcher offers (the one that torch.distributed meets at), apart from
-the group that training uses: waiting has no time limit, whatever the backend, and can be interrupted.
+through the launcher's key-value store (the rendezvous store of torch.distributed), separate from the process
+group of the training. So waiting has no time limit with any backend, and can be interrupted.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from typing import Any
 from holdfast.errors import StepFailed
 
 GRACE = 3.0
-"""Seconds in which the main process is the one to report what went wrong everywhere."""
+"""Seconds that the other processes wait for the main process to report a failure."""
 
 PATIENCE = 10.0
-"""Seconds that a process has to end by itself when another one has failed."""
+"""Seconds that a process has to end by itself after another process failed."""
 
 
 class Processes:
-    """This process among those that were started together. With a `count` of 1 nothing here does anything.
+    """This process among those that were started together. If `count` is 1, every method does nothing.
 
     Attributes:
-        rank, count: which process this is, of how many.
-        local_rank: which one on its machine.
-        sharded: whether the launcher asks for FSDP or DeepSpeed, which place the model themselves.
+        rank, count: the number of this process, and the number of processes.
+        local_rank: the number of this process on its machine.
+        sharded: whether the launcher uses FSDP or DeepSpeed, which place the model themselves.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0, sharded: bool = False):
@@ -46,11 +46,11 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that decides, writes and prints."""
+        """Whether this is the main process, which decides, writes and prints."""
         return self.rank == 0
 
     def start(self) -> None:
-        """Meet the others, and end with them from here on; a second call does nothing."""
+        """Connect to the other processes, and end when one of them fails; a second call does nothing."""
         self._state = "at work"
         if self.count == 1 or self._store is not None:
             return
@@ -58,28 +58,28 @@ class Processes:
 
         store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(minutes=30)))
         self._store = distributed.PrefixStore("holdfast", store)
-        # What ends a process from outside shall also leave a message, locks and the terminal in order.
+        # SIGTERM acts like Ctrl-C: it also prints a message, releases locks and restores the terminal.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         threading.Thread(target=self._end_with_the_others, daemon=True).start()
 
     def tell(self, order: Any) -> None:
-        """The main process says what all do next; `order` is what JSON can hold."""
+        """Send the next order from the main process to all others; `order` is any JSON value."""
         if self.count > 1:
             self._turn += 1
             self._store.set(f"order/{self._turn}", json.dumps(order))
 
     def told(self) -> Any:
-        """The next order; waits for it as long as it takes.
+        """Wait without a time limit for the next order, and return it.
 
         Raises:
-            StepFailed: another process failed meanwhile.
+            StepFailed: another process failed in the meantime.
         """
         self._turn += 1
         return json.loads(self._wait(f"order/{self._turn}"))
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process does the block, then the others do: they find the files that it has written."""
+        """Run the block in the main process first, then in the others, which find the files it wrote."""
         if self.count == 1:
             yield
             return
@@ -91,7 +91,7 @@ class Processes:
             self._store.set(f"first/{self._turn}", "done")
 
     def finish(self) -> None:
-        """The main process, which may hold the store, waits until all others have come this far."""
+        """Wait in the main process, which may host the store, until all others have called this."""
         if self.count == 1:
             return
         self._turn += 1
@@ -103,9 +103,9 @@ class Processes:
         self._state = "done"
 
     def speaks(self) -> bool:
-        """Whether a failure of this process is to be reported by it; the others are told to end.
+        """Whether this process, which failed, reports the failure; the others are told to end.
 
-        It is one process that reports: the main one where all fail alike, otherwise the first that failed.
+        Exactly one process reports: the main process if all fail in the same way, else the first that failed.
         """
         if self.count == 1:
             return True
@@ -115,7 +115,7 @@ class Processes:
             while not self.main and not self._store.check(["failed"]) and time.monotonic() < last:
                 time.sleep(0.05)
             return int(self._store.compare_set("failed", "", str(self.rank))) == self.rank
-        except RuntimeError:  # the store went with the process that held it
+        except RuntimeError:  # the process that hosted the store has ended
             return self.main
 
     def _wait(self, key: str) -> bytes:
@@ -129,18 +129,18 @@ class Processes:
                 pause = min(2 * pause, 0.5)
             else:
                 return self._store.get(key)
-        except RuntimeError:  # the store went with the process that held it, which is the main one
+        except RuntimeError:  # the main process, which hosted the store, has ended
             pass
-        raise StepFailed(f"Process {who} of {self.count} failed; its own message says why.")
+        raise StepFailed(f"Process {who} of {self.count} failed; see its own message for the reason.")
 
     def _end_with_the_others(self) -> None:
-        """In a thread: a process that another one left may wait for it in a collective for ever."""
-        with contextlib.suppress(RuntimeError):  # the store went with the process that held it
+        """Run in a thread: end this process after another failed; a collective would wait for it forever."""
+        with contextlib.suppress(RuntimeError):  # the process that hosted the store has ended
             while not self._store.check(["failed"]):
                 time.sleep(1.0)
             if int(self._store.get("failed")) == self.rank:
                 return
-        time.sleep(GRACE)  # what waits for an order, or lost the others, ends by itself
+        time.sleep(GRACE)  # a process that waits for an order, or notices the failure, ends by itself
         if self._state == "done":
             return
         if self._state == "at work":
@@ -151,7 +151,7 @@ class Processes:
 
 @cache
 def launched() -> Processes:
-    """This process as torchrun or accelerate launch describe it; a single one where they did not start it."""
+    """This process as described by torchrun or accelerate launch; a single process if neither started it."""
     env = os.environ
     if "LOCAL_RANK" not in env or int(env.get("WORLD_SIZE", "1")) <= 1:
         return Processes()

@@ -1,4 +1,4 @@
-"""What a long job tells whoever watches. The library is silent; the command passes one that draws."""
+"""Progress of long work. The library reports nothing by default; the command passes an object that draws."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 Advance = Callable[[int, int], None]
-"""Called with the units done and the units in total."""
+"""Called with the number of units done and the total number of units."""
 
 
 def nobody(done: int, total: int) -> None:
-    """An `Advance` that tells nobody."""
+    """An `Advance` that does nothing."""
 
 
 class Progress:
-    """Every method does nothing; override those of interest."""
+    """Receives progress. Every method does nothing; override the ones you need."""
 
     def begin(self, title: str, resumed: bool) -> None:
-        """A step starts, or goes on from what an earlier run left."""
+        """A step starts, or resumes the work of an earlier run."""
 
     def advance(self, done: int, total: int, **facts: Any) -> None:
-        """`done` of `total` units; `facts` may hold loss, state, tokens_per_second."""
+        """`done` of `total` units are complete; `facts` may contain loss, state and tokens_per_second."""
 
     def end(self, title: str, cached: bool, seconds: float | None) -> None:
-        """A step is complete; `cached` if an earlier run had completed it."""
+        """A step is complete; `cached` means that an earlier run completed it."""
 
     def say(self, text: str) -> None:
-        """A sentence for the user."""
+        """Show a message to the user."""

@@ -1,4 +1,4 @@
-"""The files of an evaluation, and the `FILE.json` beside each, which says what made it."""
+"""The files of an evaluation, and the `FILE.json` beside each, which records how the file was made."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ Rows = list[dict[str, Any]]
 
 
 def claim(out: Path, made: Mapping[str, Any]) -> None:
-    """Write `FILE.json` beside a file that is about to be appended to.
+    """Write `FILE.json` beside `out` before rows are appended to `out`.
 
     Raises:
-        OutputError: the file is there and was made otherwise, or cannot be written.
+        OutputError: the file exists and was made with other settings, or cannot be written.
     """
     if out.exists() or beside(out).exists():
         earlier = made_by(out)
         if earlier is None:
             raise OutputError(
-                f"{out} exists, and no {beside(out).name} says what made it. Choose another --out."
+                f"{out} exists, but without a {beside(out).name} that says how it was made. "
+                "Choose another --out."
             )
         other = [key for key in {**made, **earlier} if earlier.get(key) != made.get(key)]
         if other:
-            what = "; ".join(f"{key}: {earlier.get(key)} there, {made.get(key)} now" for key in sorted(other))
+            what = "; ".join(f"{key}: was {earlier.get(key)}, now {made.get(key)}" for key in sorted(other))
             raise OutputError(
                 f"{out} was made with other settings ({what}). Choose another --out, or remove it."
             )
@@ -42,17 +43,17 @@ def claim(out: Path, made: Mapping[str, Any]) -> None:
 
 
 def beside(out: Path) -> Path:
-    """The file that says what made `out`."""
+    """The file that records how `out` was made."""
     return out.with_name(f"{out.name}.json")
 
 
 def made_by(path: Path) -> dict[str, Any] | None:
-    """What made a file, if that is known."""
+    """The settings that a file was made with, or None if they are not known."""
     return read_json(beside(path))["made"] if beside(path).is_file() else None
 
 
 def forget_failed(out: Path) -> None:
-    """Take the rows with an `error` out of a file of answers, so that they are asked for again."""
+    """Remove the rows with an `error` from a file of answers, so that they are generated again."""
     rows = read_jsonl(out)
     answered = [row for row in rows if "error" not in row]
     if len(answered) < len(rows):
@@ -60,10 +61,10 @@ def forget_failed(out: Path) -> None:
 
 
 def read_answers(path: Path) -> Rows:
-    """Rows that hold `id`, `set`, `instruction` and `answer` (or `error`).
+    """Read rows with `id`, `set`, `instruction` and `answer` (or `error`).
 
     Raises:
-        DataError: a file without them, with the line.
+        DataError: a row lacks one of them; the message has its line.
     """
     rows = read_whole(path)
     for i, row in enumerate(rows, 1):
@@ -72,15 +73,15 @@ def read_answers(path: Path) -> Rows:
             lacks.append("answer")
         if lacks:
             raise DataError(
-                f"{path}, line {i}: no {', '.join(lacks)}; found {', '.join(row)}. Expected what holdfast "
-                "generate writes: id, set (harmful, task or benign), instruction, answer, target."
+                f"{path}, line {i}: no {', '.join(lacks)}; found {', '.join(row)}. Expected the keys that "
+                "holdfast generate writes: id, set (harmful, task or benign), instruction, answer, target."
             )
     return rows
 
 
 def read_whole(path: Path) -> Rows:
-    """The rows of a file. Raises DataError: there are none."""
+    """Read the rows of a file. Raises DataError if there are none."""
     rows = datasets.read_rows(path)
     if not rows:
-        raise DataError(f"{path} holds no rows.")
+        raise DataError(f"{path} has no rows.")
     return rows

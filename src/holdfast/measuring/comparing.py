@@ -1,4 +1,4 @@
-"""Two models by what each of their answers scored, prompt by prompt: files in, differences out."""
+"""Compare two models prompt by prompt, from files with the score of each answer."""
 
 from __future__ import annotations
 
@@ -17,34 +17,40 @@ Values = dict[str, dict[str, bool | float]]
 def compare(
     first: str | Path, second: str | Path, *, out: str | Path | None = None
 ) -> dict[str, dict[str, Any]]:
-    """The second model against the first, on the prompts that both files hold.
+    """Compare the second model with the first, on the prompts that both files contain.
 
     Args:
-        first, second: files of one kind: verdicts (`moderate`, or a step of a run), ratings (`rate`), or
-            items (`score --items`, or `items.jsonl` of a score step), which hold every score.
+        first, second: files of the same kind: verdicts (`moderate`, or a step of a run), ratings (`rate`), or
+            items (`score --items`, or `items.jsonl` of a score step), which contain every score.
         out: a JSON file to write the result to.
 
     Returns:
-        By score: `first`, `second`, `difference` (points), `interval` (95 %), `p`, `p_holm` (corrected for
-        the number of scores here), `n`, `only_first`, `only_second`, and `left_out`: prompts that only one of
-        them has a value for. See `holdfast.evaluation.paired` for the methods.
+        For each score: `first`, `second`, `difference` (points), `interval` (95 %), `p`, `p_holm` (corrected
+        for the number of scores here), `n`, `only_first`, `only_second`, and `left_out`: the number of
+        prompts for which only one model has a value. See `holdfast.evaluation.paired` for the methods.
 
     Raises:
-        DataError: a file that is none of these, or no prompt in common.
-        ComparisonError: two kinds of files, or different judges.
+        DataError: a file is of none of these kinds, or the files have no prompt in common.
+        ComparisonError: the files are of different kinds, or of different judges.
     """
     values = [_values(Path(path)) for path in (first, second)]
     scores = [name for name in values[0] if name in values[1]]
     if not scores:
         told = " and ".join(", ".join(found) for found in values)
-        raise ComparisonError(f"{first} and {second} hold different scores: {told}. Give two of one kind.")
+        raise ComparisonError(
+            f"{first} and {second} contain different scores: {told}. Give two files of the same kind."
+        )
     judges = [_judge(Path(path)) for path in (first, second)]
     if all(judges) and judges[0] != judges[1]:
-        raise ComparisonError(f"Two judges made these files: {judges[0]} and {judges[1]}. Judge both by one.")
+        raise ComparisonError(
+            f"These files come from different judges: {judges[0]} and {judges[1]}. Use one judge for both."
+        )
     found = {name: paired.compare(values[0][name], values[1][name]) for name in scores}
     kept = {name: result for name, result in found.items() if result is not None}
     if not kept:
-        raise DataError(f"{first} and {second} have no prompt in common (by id): measure both on the same.")
+        raise DataError(
+            f"{first} and {second} have no prompt in common (by id). Measure both on the same prompts."
+        )
     corrected = paired.holm([result.p for result in kept.values()])
     differences = {
         name: {
@@ -60,7 +66,7 @@ def compare(
 
 
 def _values(path: Path) -> Values:
-    """What each prompt scored, by score and id."""
+    """The value of each prompt, by score and id."""
     rows = read_whole(path)
     keys = set(rows[0])
     if {"id", "score", "value"} <= keys:
@@ -76,7 +82,7 @@ def _values(path: Path) -> Values:
         return {"rating": _ratings(rows)}
     raise DataError(
         f"{path}: expected verdicts (id, verdict), ratings (id, rating) or items (id, score, value), found "
-        f"{', '.join(rows[0])}. Make them: holdfast moderate, holdfast rate, holdfast score --items."
+        f"{', '.join(rows[0])}. Make them with holdfast moderate, holdfast rate or holdfast score --items."
     )
 
 
@@ -85,7 +91,7 @@ def _ratings(rows: Rows) -> dict[str, bool | float]:
 
 
 def _judge(path: Path) -> str | None:
-    """The stamp of the judge that made a file, where that is known."""
+    """The stamp of the judge that made a file, if it is known."""
     made: Mapping[str, Any] = made_by(path) or {}
     step = path.with_name("step.json")
     if not made and step.is_file():

@@ -1,7 +1,7 @@
-"""Data filtration: a judge reads the user's rows before they are trained on, and those it flags are left out.
+"""Data filtration: a judge reads the user's rows before training, and flagged rows are left out.
 
-Lisa, arXiv 2405.18641, Table 12: the beaver-dam judge in front of fine-tuning. It helps as far as the judge
-sees (that paper's judge misses 7.71 % of harmful rows), so what it misses is counted wherever labels tell.
+Lisa, arXiv 2405.18641, Table 12: the beaver-dam judge before fine-tuning. A filter is as good as its judge
+(the paper's judge misses 7.71 % of harmful rows), so its misses are counted if the rows have labels.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ def filter_rows(
     progress: Advance = nobody,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write the records of `source` that a judge does not flag to `out` (JSONL); returns the counts.
+    """Write the records of `source` that a judge does not flag to `out` (JSONL), and return the counts.
 
-    Beside it: `OUT.verdicts.jsonl` (one for each record, appended to, so that what was stopped goes on) and
-    `OUT.json` with the counts, and the judge's confusion where the records have labels.
+    Two more files are written beside `out`: `OUT.verdicts.jsonl`, with a verdict for each record, which a
+    stopped filter resumes from; and `OUT.json` with the counts and, if the records have labels, the judge's
+    confusion matrix.
 
     Args:
         source: as for a recipe's `data.user`: a file, a folder, a Hub id, a task's name.
-        judge: its name; `options` are the judge's own: path, threshold, max_length, model, base_url, ...
-        unparsed: what becomes of a record on which the judge gave no verdict: "drop" or "keep".
+        judge: the judge's name; `options` are its options: path, threshold, max_length, model, base_url, ...
+        unparsed: what to do with a record for which the judge gives no verdict: "drop" or "keep".
 
     Raises:
-        DataError: the source cannot be read, or nothing is left of it.
-        OutputError: `out` is in the way of something else, or is the source.
+        DataError: the source cannot be read, or no record is left.
+        OutputError: `out` is another file, or is the source.
     """
     if unparsed not in UNPARSED:
-        raise RecipeError(f"unparsed is 'drop' or 'keep', found {unparsed!r}.")
+        raise RecipeError(f"unparsed: expected 'drop' or 'keep', found {unparsed!r}.")
     out = Path(out)
     loaded = datasets.read_records(source, role="user")
     rows = [
@@ -63,7 +64,7 @@ def filter_rows(
     kept = [record for record, drop in zip(loaded.records, dropped, strict=True) if not drop]
     if not kept:
         raise DataError(
-            f"{ready.stamp} left none of the {len(rows)} rows of {loaded.name}: nothing was written."
+            f"{ready.stamp} kept none of the {len(rows)} rows of {loaded.name}, so nothing was written."
         )
     facts = {
         **counts(verdicts, dropped),
@@ -78,19 +79,17 @@ def filter_rows(
 
 
 def _claim(out: Path, source: Source) -> None:
-    """Refuse to write onto the source, or onto a file that is no earlier output."""
+    """Refuse to overwrite the source, or a file that is not an earlier output."""
     if isinstance(source, str | Path) and Path(source).expanduser().resolve() == out.expanduser().resolve():
-        raise OutputError(
-            f"{out} is the file to be filtered, which is never overwritten. Choose another --out."
-        )
+        raise OutputError(f"{out} is the file to filter, which is never overwritten. Choose another --out.")
     if out.exists() and not out.with_name(f"{out.name}.json").is_file():
-        raise OutputError(f"{out} exists and is no earlier output of this command. Choose another --out.")
+        raise OutputError(f"{out} exists and is not an earlier output of this command. Choose another --out.")
 
 
 def judge_rows(
     rows: Sequence[Mapping[str, Any]], judge: Any, out: Path, progress: Advance = nobody
 ) -> list[str]:
-    """The judge's verdict on each row's own answer, in order; written to `out` as it goes."""
+    """The judge's verdict on each row's own answer, in order; `out` is written during the work."""
     pairs = [{**row, "set": "harmful", "answer": row["output"]} for row in rows]
     found = engine.give_verdicts(pairs, judge, out, progress=progress)
     by_id = {row["id"]: row["verdict"] for row in found}
@@ -98,13 +97,13 @@ def judge_rows(
 
 
 def drops(verdicts: Sequence[str], unparsed: str = "drop") -> list[bool]:
-    """Whether each row is left out: flagged, or without a verdict where those are dropped."""
+    """Whether each row is left out: it is flagged, or has no verdict and `unparsed` is "drop"."""
     out = {"harmful"} | ({"unparsed"} if unparsed == "drop" else set())
     return [verdict in out for verdict in verdicts]
 
 
 def counts(verdicts: Sequence[str], dropped: Sequence[bool]) -> dict[str, int]:
-    """Rows in all, kept, flagged as harmful, and without a verdict."""
+    """The number of rows in total, kept, flagged as harmful, and without a verdict."""
     return {
         "rows": len(verdicts),
         "kept": len(dropped) - sum(dropped),
@@ -114,14 +113,14 @@ def counts(verdicts: Sequence[str], dropped: Sequence[bool]) -> dict[str, int]:
 
 
 def label(record: Mapping[str, Any]) -> bool | None:
-    """Whether a record is known to be harmful: by `is_safe` (BeaverTails) or `source` (of `holdfast mix`)."""
+    """Whether a record is harmful, by `is_safe` (BeaverTails) or `source` (`holdfast mix`); else None."""
     if isinstance(record.get("is_safe"), bool):
         return not record["is_safe"]
     return {"harmful": True, "user": False}.get(str(record.get("source")))
 
 
 def confusion(labels: Sequence[bool | None], verdicts: Sequence[str]) -> dict[str, Any] | None:
-    """The judge against labels: four counts, and both error rates in percent; None without labels."""
+    """The judge compared with the labels: four counts, and both error rates in percent; None: no labels."""
     known = [(label, verdict) for label, verdict in zip(labels, verdicts, strict=True) if label is not None]
     if not known:
         return None

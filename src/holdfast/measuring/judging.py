@@ -1,4 +1,4 @@
-"""Judges and raters of a recipe: what names their verdicts, what would stop them, and loading them."""
+"""Judges and raters of a recipe: their identity, the checks before a run, and loading them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Kind = TypeVar("Kind", bound=JudgeRecipe)
 
 
 def judge_folder(judge: JudgeRecipe, download: bool = False) -> Path | None:
-    """The local folder of the judge's model; None where it loads none, or is a Hub id not yet here."""
+    """The local folder of the judge's model; None if it has no model, or the model is not downloaded yet."""
     from holdfast.evaluation.judges.finding import find_judge
 
     path = judge.path or registry.face("judges", judge.name).facts.get("default_path")
@@ -60,7 +60,7 @@ def judge_identity(
 
 
 def check_judge(judge: JudgeRecipe) -> None:
-    """Find what would stop a judge before anything starts, and fetch its model."""
+    """Check that a judge can run, and download its model, before anything starts."""
     judge_folder(judge, download=True)
     check = registry.get("judges", judge.name).check
     if check is not None:
@@ -68,7 +68,7 @@ def check_judge(judge: JudgeRecipe) -> None:
 
 
 def load_judge(judge: JudgeRecipe, device: str) -> LoadedJudge:
-    """The judge, ready."""
+    """Load the judge."""
     return registry.get("judges", judge.name).load(
         path=judge.path,
         threshold=judge.threshold,
@@ -79,15 +79,16 @@ def load_judge(judge: JudgeRecipe, device: str) -> LoadedJudge:
 
 
 def title(judge: str) -> str:
-    """What a judge's share of "harmful" is called."""
+    """The name of a judge's share of harmful verdicts."""
     return str(registry.face("judges", judge).facts.get("title", "harmful score"))
 
 
 def rater(recipe: Recipe) -> RaterRecipe | None:
-    """The judge that rates the answers to the task; None where the task has a grader, or nobody shall.
+    """The judge that rates the answers to the task; None if the task has its own grader or rating is off.
 
     Raises:
-        RecipeError: only a judge can grade the task and none is named, or one that measures something else.
+        RecipeError: only a judge can grade the task and no judge is given, or the judge measures something
+            else.
     """
     task, named = protocol.grader(recipe), recipe.evaluation.rater
     if task.grade is not None:
@@ -101,7 +102,7 @@ def rater(recipe: Recipe) -> RaterRecipe | None:
         fitting = (raters(task.metric) or ["my_judge.py"])[0]
         measures = METRICS.get(task.metric, Metric(task.metric)).title
         raise RecipeError(
-            f"Only a judge can grade {task.name} ({measures}), and none is named. Write evaluation: {{rater: "
+            f"Only a judge can grade {task.name} ({measures}), and none is given. Write evaluation: {{rater: "
             f"{{name: {fitting}, model: ..., base_url: ...}}}}, or rater: none to leave it unmeasured."
         )
     if not isinstance(named, RaterRecipe):
@@ -111,29 +112,29 @@ def rater(recipe: Recipe) -> RaterRecipe | None:
 
 
 def check_rater(named: RaterRecipe, task: Task) -> None:
-    """Raise RecipeError where the judge measures something else than the task."""
+    """Raise RecipeError if the judge does not measure the task's metric."""
     measures = registry.face("judges", named.name).facts.get("metric")
     if measures != task.metric:
-        known = f" Those that do: {', '.join(raters(task.metric))}." if raters(task.metric) else ""
-        raise RecipeError(f"{named.name} measures {measures}, and {task.name} asks for {task.metric}.{known}")
+        known = f" Judges that do: {', '.join(raters(task.metric))}." if raters(task.metric) else ""
+        raise RecipeError(f"{named.name} measures {measures}, but {task.name} needs {task.metric}.{known}")
 
 
 def load_rater(named: RaterRecipe) -> LoadedRater:
-    """The rater, ready."""
+    """Load the rater."""
     common = {key: getattr(named, key) for key in ("path", "threshold", "max_length")}
     given = {key: value for key, value in common.items() if value is not None}
     return registry.get("judges", named.name).load(**given, **named.options())
 
 
 def ready(name: str, device: str, options: Mapping[str, Any]) -> Any:
-    """The judge `name`, ready; the same checks as for one in a recipe. `device` may be "auto"."""
+    """Check and load the judge `name`, as for a judge in a recipe. `device` may be "auto"."""
     judge = checked(JudgeRecipe, name, options)
     check_judge(judge)
     return load_judge(judge, _judge_device(name) if device == "auto" else device)
 
 
 def checked(kind: type[Kind], name: str, options: Mapping[str, Any]) -> Kind:
-    """The judge as a recipe would name it. Raises RecipeError: a recipe would refuse it."""
+    """The judge in the form of a recipe. Raises RecipeError if the options are not valid in a recipe."""
     given = {key: value for key, value in options.items() if value is not None}
     try:
         return kind(name=name, **given)
@@ -142,7 +143,7 @@ def checked(kind: type[Kind], name: str, options: Mapping[str, Any]) -> Kind:
 
 
 def _judge_device(judge: str) -> str:
-    """cuda where there is one; asked only for a judge that loads a model."""
+    """The device: cuda if the judge loads a model and cuda is available; torch is imported only then."""
     facts = registry.face("judges", judge).facts
     if not (facts.get("needs_path") or facts.get("default_path")):
         return "cpu"
