@@ -16,7 +16,9 @@ import holdfast
 PACKAGE = Path(holdfast.__file__).parent
 ALLOWED = {
     "__main__": {"cli"},
-    "cli": {"pipeline", "measuring", "reporting", "recipe", "registry", "defenses", "data", "weights"},
+    "cli": {
+        "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data", "weights",
+    },
     "pipeline": {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
         "training", "models", "weights", "world",
@@ -24,7 +26,7 @@ ALLOWED = {
     "measuring": {"recipe", "registry", "evaluation", "data", "tasks", "models", "weights"},
     "recipe": {"registry", "weights"},
     "probe": {"registry", "evaluation", "data"},
-    "registry": {"defenses", "tasks"},
+    "registry": {"plugins", "defenses", "evaluation", "tasks"},
     "attacks": {"evaluation", "training"},
     "defenses": {"training", "weights"},
     "reporting": {"evaluation"},
@@ -33,7 +35,8 @@ ALLOWED = {
     "training": set(),
     "models": {"weights"},
     "weights": {"world"},
-    "tasks": set(),
+    "tasks": {"plugins"},
+    "plugins": set(),
     "world": set(),
     "machine": set(),
     "errors": set(),

@@ -109,7 +109,7 @@ class Data(Part):
         if self.task is None and self.user is None:
             raise ValueError("give data.task (a known task) or data.user (a file of your own)")
         if self.task is not None and self.task not in registry.faces("tasks"):
-            raise Wrong(["task"], f"unknown task '{self.task}'.{nearest(self.task, registry.faces('tasks'))}")
+            raise Wrong(["task"], registry.unknown("tasks", self.task))
         if self.task is not None and registry.faces("tasks")[self.task].type == "SafetyData":
             text = (
                 f"{self.task} is no task to learn: name it as data.harmful, data.test_harmful, data.benign, "

@@ -155,7 +155,7 @@ def _face(stage: str, defense: str) -> registry.Face:
     """What is known of a defense, if it acts at `stage`."""
     known = registry.list_defenses(stage)
     if defense not in registry.faces("defenses"):
-        raise Wrong([stage, "defense"], f"unknown defense '{defense}'.{nearest(defense, known)}")
+        raise Wrong([stage, "defense"], registry.unknown("defenses", defense, known))
     face = registry.faces("defenses")[defense]
     if stage not in face.facts["stages"]:
         there = ", ".join(known) or "none yet"
