@@ -72,7 +72,8 @@ class _Planner:
         if recipe.user is not None:
             model = {**self.base, "chain": list(weights), "versions": self.versions}
             chosen = user_rows.planned(recipe, data["user"], model, self.download, self._add)
-            rows = self._rows("user", {**data, "user": [data["user"], *chosen.values()][-1]})
+            data = {**data, "user": [data["user"], *chosen.values()][-1]}
+            rows = self._rows("user", data)
             step = self._train("user", recipe.user, USER_TRAINING, rows, weights)
             trained = (*trained, step)
             below = {"new": weights, "continue": weights[:-1], "full": ()}[recipe.trains("user")]
@@ -80,7 +81,7 @@ class _Planner:
             state = recipe.name, "the fine-tuned model", recipe.user.defense
             states.append(self._evaluate(*state, trained, weights, data["test"]))
             for repair in repairing.repairs(recipe):
-                states.append(self._repair(repair, trained, weights, data["test"]))
+                states.append(self._repair(repair, trained, weights, data))
             states[1:] = [replace(state, chosen=chosen) for state in states[1:]]
         return Plan(recipe, tuple(self.steps.values()), tuple(states), data["manifest"], self.folder)
 
@@ -162,7 +163,11 @@ class _Planner:
         return self._add(stage, title, detail, identity, do, together=True)
 
     def _repair(
-        self, repair: repairing.Repair, trained: tuple[str, ...], weights: tuple[str, ...], test_data: str
+        self,
+        repair: repairing.Repair,
+        trained: tuple[str, ...],
+        weights: tuple[str, ...],
+        data: Mapping[str, str],
     ) -> State:
         """Repair what the user stage, the last of `weights`, trained, and evaluate it."""
         from holdfast.weights.folders import fingerprint
@@ -172,7 +177,9 @@ class _Planner:
         assert recipe.post_hoc is not None
         defense, tuned = recipe.post_hoc.defense, weights[-1]
         aligned = trained[0] if recipe.alignment is not None else None
-        base = repairing.find_base(recipe, self.folder, self.download)
+        known = recipe.alignment is not None or recipe.post_hoc.base is not None
+        base = repairing.find_base(recipe, self.folder, self.download) if known else None
+        rows = repairing.rows(recipe, data)
         step = self._add(
             "post_hoc",
             f"repair with {repairing.label(recipe)}",
@@ -181,17 +188,18 @@ class _Planner:
                 "format": FORMAT["post_hoc"],
                 "defense": defense,
                 "parameters": repair.settings,
-                "base": fingerprint(base),
+                "base": fingerprint(base) if base else None,
                 "aligned": aligned or self.base["model"],
                 "tuned": tuned,
                 "versions": {"numpy": versions()["numpy"]},
+                **({"rows": rows, "seed": recipe.seed} if rows else {}),
             },
             lambda folder, context: repairing.apply(
-                folder, context, defense, repair.settings, tuned, aligned, base
+                folder, context, defense, repair.settings, tuned, aligned, base, rows
             ),
         )
         chain = (*trained, step), (*weights[:-1], step)
-        state = self._evaluate(repair.name, repair.name, recipe.user.defense, *chain, test_data)
+        state = self._evaluate(repair.name, repair.name, recipe.user.defense, *chain, data["test"])
         return replace(state, post_hoc=defense, post_hoc_parameters=repair.parameters)
 
     @staticmethod

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from holdfast import registry
+from holdfast.defenses import Planned, Tuned
 from holdfast.errors import ModelError, RecipeError
 from holdfast.machine.files import remove_tree
 from holdfast.pipeline.context import Context
 from holdfast.recipe import Recipe
 from holdfast.weights.folders import model_path
+
+ROWS = {"train_dataset": "user", "alignment_dataset": "alignment", "harmful_dataset": "harmful"}
+"""The role of the rows that a method calls by these names."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ def repairs(recipe: Recipe) -> list[Repair]:
     """The repairs that a recipe asks for, one for each combination of its lists; empty without a stage."""
     if recipe.post_hoc is None:
         return []
-    known = registry.faces("defenses")[recipe.post_hoc.defense].parameters
+    face = registry.faces("defenses")[recipe.post_hoc.defense]
+    known, controls = face.parameters, face.facts.get("controls", ())
     swept, found = recipe.post_hoc.swept(), []
     for given in recipe.post_hoc.combinations():
         parameters = {name: parameter.default for name, parameter in known.items()} | given
@@ -56,8 +62,9 @@ def repairs(recipe: Recipe) -> list[Repair]:
         if "seed" not in given:
             parameters.pop("seed", None)
         tail = f", {shown({name: given[name] for name in swept})}" if swept else f" + {label(recipe)}"
-        if given.get("control") is not None and "control" not in swept:  # never under the method's own name
-            tail += f", control={given['control']}"
+        for name in controls:  # never under the method's own name
+            if given.get(name) is not None and name not in swept:
+                tail += f", {shown({name: given[name]})}"
         found.append(Repair(f"{recipe.name}{tail}", given, parameters, seed))
     return found
 
@@ -75,7 +82,7 @@ def find_base(recipe: Recipe, model: Path, download: bool = False) -> Path:
     """The folder of the model before alignment: the one that the recipe names, else the run's.
 
     Raises:
-        ModelError: it is missing, or the same as the run's model although that is aligned.
+        ModelError: it is missing, or the same as the run's model, which is the aligned one.
     """
     from holdfast.weights.folders import find_model, fingerprint
 
@@ -84,61 +91,62 @@ def find_base(recipe: Recipe, model: Path, download: bool = False) -> Path:
     folder = find_model(str(model_path(recipe.post_hoc.base)), None, download)
     if fingerprint(folder) == fingerprint(model):
         raise ModelError(
-            f"post_hoc.base ({recipe.post_hoc.base}) and model.path ({recipe.model.path}) are the same: "
-            "there is no direction from base to aligned. Give the model before alignment as base."
+            f"post_hoc.base ({recipe.post_hoc.base}) and model.path ({recipe.model.path}) are the same. Give "
+            "the model before alignment as base."
         )
     return folder
 
 
 def check(context: Context) -> None:
-    """What would stop the stage, found before training: values of its parameters, weights that do not fit.
+    """Find before training what would stop the stage: values of its parameters, and what the method checks.
 
     Raises:
-        RecipeError: the method refuses a parameter, or nothing that the user stage trains has a direction.
-        ModelError: the weights of the base cannot be read, or are of another architecture.
+        RecipeError, ModelError: the method refuses a parameter, or the repair is not possible.
     """
     recipe = context.recipe
     if recipe.post_hoc is None:
         return
-    count = len(_repairable(context))
-    config: Any = registry.get_defense(recipe.post_hoc.defense).config
-    for repair in repairs(recipe) if config is not None else ():
+    method = registry.get_defense(recipe.post_hoc.defense)
+    config: Any = method.config
+    known = _planned(context)
+    for repair in repairs(recipe):
         try:
-            made = config(**repair.settings)
-            if hasattr(made, "check_modules"):
-                made.check_modules(count)
+            if config is not None:
+                config(**repair.settings)
+            if method.check is not None:
+                method.check(known, **repair.settings)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"post_hoc.{recipe.post_hoc.defense}: {error}.") from None
 
 
-def _repairable(context: Context) -> set[str]:
-    """The modules that the user stage trains and that the alignment gives a direction, by the model alone."""
+def _planned(context: Context) -> Planned:
+    """What is known before anything is trained."""
     from holdfast.models.trained import adapted_modules
-    from holdfast.weights.matching import check_pair, find_weight, linear_weights
-    from holdfast.weights.reader import open_weights
 
     recipe = context.recipe
-    with open_weights(find_base(recipe, context.model)) as base, open_weights(context.model) as model:
-        found = linear_weights(model)
-        for name, weight in found.items():
-            check_pair(weight, find_weight(base, name))
-    loras = [
-        recipe.lora(stage)
-        for stage in ("user", "alignment")
-        if getattr(recipe, stage) is not None and recipe.trains(stage) == "new"
-    ]
-    adapted = [
-        adapted_modules(context.model, lora.identity(), recipe.model.trust_remote_code)
-        for lora in loras
-        if lora
-    ]
-    modules = set.intersection(*adapted) if adapted else set(found)
-    if not modules:
-        raise RecipeError(
-            "post_hoc: the alignment's LoRA adapts none of the modules of the user's, so that there is no "
-            "direction to repair by. Give both common target_modules."
-        )
-    return modules
+    assert recipe.post_hoc is not None
+    aligned, trains = recipe.alignment is not None, recipe.trains("user")
+
+    def modules(stage: str) -> set[str] | None:
+        stage = "alignment" if stage == "user" and trains == "continue" else stage
+        lora = recipe.lora(stage) if getattr(recipe, stage) is not None else None
+        if lora is None or recipe.trains(stage) == "full":
+            return None
+        return adapted_modules(context.model, lora.identity(), recipe.model.trust_remote_code)
+
+    return Planned(
+        model=context.model,
+        base=find_base(recipe, context.model) if aligned or recipe.post_hoc.base else None,
+        trains=trains,
+        aligns=recipe.trains("alignment") if aligned else None,
+        find_modules=modules,
+    )
+
+
+def rows(recipe: Recipe, data: Mapping[str, str]) -> dict[str, str]:
+    """The data steps that the method gets, by name ("train_dataset", ...); `data` has them by role."""
+    wanted = {*recipe.needs("post_hoc"), *recipe.may_use("post_hoc")}
+    return {name: data[role] for name, role in ROWS.items() if name in wanted and role in data}
 
 
 def apply(
@@ -148,18 +156,36 @@ def apply(
     settings: Mapping[str, Any],
     tuned: str,
     aligned: str | None,
-    base: Path,
+    base: Path | None,
+    rows: Mapping[str, str],
 ) -> dict[str, Any]:
     """A repaired copy of what the step `tuned` made, under the same name ("adapter" or "model").
 
     Args:
-        aligned: the alignment step on `base`; None where the run's model is the aligned one.
-        base: the model before alignment.
+        aligned: the alignment step on `base`; None if the run's model is the aligned one.
+        base: the model before alignment, if the run has it.
+        rows: the data steps that the method gets, as `rows` returns them.
     """
+    from holdfast.models.loading import load_tokenizer
+
     for rest in folder.iterdir():  # of a run that was stopped
         remove_tree(rest)
-    source = context.made(tuned)
+    recipe, source, method = context.recipe, context.made(tuned), registry.get_defense(defense)
     guide = context.made(aligned) if aligned else context.model
-    method = registry.get_defense(defense).apply
-    assert method is not None
-    return {"repair": method(source, folder / source.name, base=base, aligned=guide, **settings)}
+    wanted = {*method.needs, *method.optional}
+    given = Tuned(
+        source=source,
+        out=folder / source.name,
+        trains=recipe.trains("user"),
+        base=base if "base" in wanted else None,
+        aligned=guide if "aligned" in wanted else None,
+        seed=recipe.seed,
+        device=context.device,
+        dtype=recipe.model.dtype,
+        load_rows={name: partial(context.rows, step) for name, step in rows.items()},
+        load_tokenizer=partial(load_tokenizer, context.model, recipe.model.trust_remote_code)
+        if "tokenizer" in wanted
+        else None,
+    )
+    assert method.apply is not None
+    return {"repair": method.apply(given, **settings)}
