@@ -58,6 +58,25 @@ def what_is_imported_stays():
     gc.freeze()
 
 
+@pytest.fixture
+def install(monkeypatch):
+    """Pretend that other packages are installed: `install(*entries)` gives their entry points."""
+    from holdfast import plugins, registry
+
+    def clear():
+        for cached in (plugins.plugins, registry.faces):
+            cached.cache_clear()
+
+    def given(*entries):
+        monkeypatch.setattr(
+            plugins, "entry_points", lambda group: [entry for entry in entries if entry.group == group]
+        )
+        clear()
+
+    yield given
+    clear()
+
+
 @pytest.fixture(scope="session")
 def real_rows() -> Path:
     """The folder of real rows beside the checkout; tests that need it skip where it is missing."""

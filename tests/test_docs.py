@@ -148,7 +148,7 @@ def test_the_recipes_in_the_pages_are_valid():
     assert found >= 3
 
 
-def test_the_example_defense_works(tmp_path, monkeypatch):
+def test_the_example_defense_works(tmp_path, monkeypatch, install):
     import sys
     from importlib.metadata import EntryPoint
 
@@ -156,11 +156,7 @@ def test_the_example_defense_works(tmp_path, monkeypatch):
 
     (tmp_path / "halved_defense.py").write_text(blocks(DOCS / "adding-a-defense.md", "python")[0])
     monkeypatch.syspath_prepend(tmp_path)
-    entry = EntryPoint("halved", "halved_defense:DEFENSE", "holdfast.defenses")
-    monkeypatch.setattr(
-        registry, "entry_points", lambda group: [entry] if group == "holdfast.defenses" else []
-    )
-    registry.faces.cache_clear()
+    install(EntryPoint("halved", "halved_defense:DEFENSE", "holdfast.defenses"))
     try:
         halved = trainers.trainer("halved", tmp_path / "out", max_grad_norm=0, optim="sgd", max_steps=1)
         plain = trainers.trainer("sft", tmp_path / "out", max_grad_norm=0, optim="sgd", max_steps=1)
@@ -170,7 +166,6 @@ def test_the_example_defense_works(tmp_path, monkeypatch):
         assert trainers.distance(moved[0], [m / 2 for m in moved[1]]) < 1e-7
         assert max(float(m.abs().max()) for m in moved[1]) > 1e-4
     finally:
-        registry.faces.cache_clear()
         sys.modules.pop("halved_defense", None)
 
 

@@ -17,7 +17,9 @@ from places import HEAVY
 PACKAGE = Path(holdfast.__file__).parent
 ALLOWED = {
     "__main__": {"cli"},
-    "cli": {"pipeline", "measuring", "reporting", "recipe", "registry", "defenses", "data", "weights"},
+    "cli": {
+        "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data", "weights",
+    },
     "pipeline": {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
         "training", "models", "weights", "world",
@@ -25,7 +27,7 @@ ALLOWED = {
     "measuring": {"recipe", "registry", "evaluation", "data", "tasks", "models", "weights"},
     "recipe": {"registry", "weights"},
     "probe": {"registry", "evaluation", "data"},
-    "registry": {"defenses", "tasks"},
+    "registry": {"plugins", "defenses", "evaluation", "tasks"},
     "attacks": {"evaluation", "training"},
     "defenses": {"training", "weights"},
     "reporting": {"evaluation"},
@@ -34,7 +36,8 @@ ALLOWED = {
     "training": set(),
     "models": {"weights"},
     "weights": {"world"},
-    "tasks": set(),
+    "tasks": {"plugins"},
+    "plugins": set(),
     "world": set(),
     "machine": set(),
     "errors": set(),

@@ -12,15 +12,16 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import RecipeError, nearest
-from holdfast.tasks import METRICS, Metric
+from holdfast.plugins import Plugin, Plugins, plugins
+from holdfast.tasks import METRICS, DataSet, Metric
 
 if TYPE_CHECKING:
     from holdfast.defenses import Defense
@@ -45,7 +46,8 @@ class Face:
 
     `facts` are the literal arguments of its closing object (`stages`, `paper`, `licence`, ...); `code` are
     the names of the others (`trainer`, `mix`, `prefix`, ...); `type` is the object's class ("Task");
-    `summary` is the first line of its docstring.
+    `summary` is the first line of its docstring; `package` is the name and version of the distribution that
+    it comes from, "" for our own.
     """
 
     name: str
@@ -55,20 +57,13 @@ class Face:
     parameters: dict[str, Parameter] = field(default_factory=dict)
     code: frozenset[str] = frozenset()
     type: str = ""
+    package: str = ""
 
 
 @cache
 def faces(group: str) -> dict[str, Face]:
-    """Every defense, task or judge by name: the project's own, then those of other packages."""
-    found = {}
-    folder = PACKAGE / FOLDERS[group]
-    for path in sorted(folder.glob("*.py")):
-        face = _read_face(path, f"holdfast.{FOLDERS[group].replace('/', '.')}.{path.stem}", OBJECTS[group])
-        if face is not None:
-            found[face.name] = face
-    for entry in entry_points(group=f"holdfast.{group}"):
-        found.setdefault(entry.name, _imported_face(entry))
-    return found
+    """Every defense, task or judge by name: the project's own, then those of other packages that work."""
+    return _own(group) | {name: _imported_face(plugin) for name, plugin in _plugins(group).found.items()}
 
 
 def face(group: str, name: str) -> Face:
@@ -89,10 +84,23 @@ def face(group: str, name: str) -> Face:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         version = f"{found.facts.get('version', '0')}-{digest}"
         return replace(found, facts={**found.facts, "version": version})
-    known = faces(group)
-    if name not in known:
-        raise RecipeError(f"Unknown {group.rstrip('s')} '{name}'.{nearest(name, known)}")
-    return known[name]
+    if name not in faces(group):
+        text = unknown(group, name)
+        raise RecipeError(text[0].upper() + text[1:])
+    return faces(group)[name]
+
+
+def unknown(group: str, name: str, known: Collection[str] | None = None) -> str:
+    """What is wrong with a name that `faces` does not have: why its plug-in is not used, or the nearest name.
+
+    Args:
+        known: names to choose the nearest from; all by default.
+    """
+    refused = _plugins(group).refused
+    if name in refused:
+        return refused[name]
+    hint = nearest(name, faces(group) if known is None else known)
+    return f"unknown {group.removesuffix('s')} '{name}'.{hint}"
 
 
 def get(group: str, name: str) -> Any:
@@ -104,9 +112,9 @@ def get(group: str, name: str) -> Any:
     found = face(group, name)
     if name.endswith(".py"):
         return getattr(_run_file(found.module, Path(name)), OBJECTS[group])
-    for entry in entry_points(group=f"holdfast.{group}"):
-        if entry.name == name:
-            return entry.load()
+    plugin = _plugins(group).found.get(name)
+    if plugin is not None:
+        return plugin.object
     return getattr(importlib.import_module(found.module), OBJECTS[group])
 
 
@@ -169,19 +177,44 @@ def _run_file(module: str, path: Path) -> ModuleType:
     return made
 
 
-def _imported_face(entry: EntryPoint) -> Face:
-    """The face of another package's object: its author may import what he likes."""
-    try:
-        thing = entry.load()
-    except Exception as error:  # whatever another package's code raises
-        first = str(error).strip().split("\n")[0]
-        raise RecipeError(
-            f"The {entry.group} entry point '{entry.name}' ({entry.value}) of another package cannot be "
-            f"imported: {type(error).__name__}: {first}. Mend or uninstall that package."
-        ) from error
-    summary = (importlib.import_module(entry.module).__doc__ or "").strip().split("\n")[0]
-    facts = {k: v for k, v in vars(thing).items() if isinstance(v, str | int | float | bool | tuple)}
+@cache
+def _own(group: str) -> dict[str, Face]:
+    """The project's own, read from the files of their folder."""
+    found = {}
+    folder = PACKAGE / FOLDERS[group]
+    for path in sorted(folder.glob("*.py")):
+        face = _read_face(path, f"holdfast.{FOLDERS[group].replace('/', '.')}.{path.stem}", OBJECTS[group])
+        if face is not None:
+            found[face.name] = face
+    return found
+
+
+def _plugins(group: str) -> Plugins:
+    """What other packages bring."""
+    return plugins(group, _kind(group), frozenset(_own(group)))
+
+
+def _kind(group: str) -> type:
+    """The class of the objects of a group."""
+    if group == "defenses":
+        from holdfast.defenses import Defense
+
+        return Defense
+    if group == "judges":
+        from holdfast.evaluation.judges import Judge
+
+        return Judge
+    return DataSet
+
+
+def _imported_face(plugin: Plugin) -> Face:
+    """The face of another package's object, which is imported."""
+    thing = plugin.object
+    summary = (importlib.import_module(plugin.module).__doc__ or "").strip().split("\n")[0]
+    simple = (str, int, float, bool, tuple, Mapping)
+    facts = {k: v for k, v in vars(thing).items() if isinstance(v, simple) and k != "name"}
     config = getattr(thing, "config", None)
+    config = config if is_dataclass(config) else None
     plain = {*training_arguments(), "max_length", "lean_loss"} if config else set()
     parameters = {
         f.name: Parameter(
@@ -193,7 +226,8 @@ def _imported_face(entry: EntryPoint) -> Face:
         if f.name not in plain
     }
     code = frozenset(k for k, v in vars(thing).items() if callable(v))
-    return Face(entry.name, entry.module, summary, facts, parameters, code, type(thing).__name__)
+    kind = type(thing).__name__
+    return Face(plugin.name, plugin.module, summary, facts, parameters, code, kind, plugin.package)
 
 
 def _read_face(path: Path, module: str, closing: str) -> Face | None:

@@ -1,8 +1,9 @@
 """What every defense with a trainer must keep, over whatever the registry lists.
 
 Methods of other packages are listed too, through their entry points, so that this file runs over them as it
-is: `pytest tests/defenses/test_contract.py -k NAME`. Nothing here knows a method by name; STRONG makes the
-parameters that some share strong enough to be noticed within a few steps.
+is: `pytest tests/defenses/test_contract.py -k NAME`. Nothing here knows a method by name; `strong` of its
+declaration has the parameters with which it is noticed within a few steps (phases of 3 and 4 steps, so that
+step 5 lies inside one).
 """
 
 from __future__ import annotations
@@ -24,14 +25,6 @@ from holdfast.models.loading import add_lora, load_model
 from holdfast.training.tokenising import IGNORED
 
 NAMES = [n for n in registry.list_defenses() if registry.get_defense(n).trainer is not None]
-STRONG = {
-    "alignment_steps": 3, "finetune_steps": 4, "rho": 5.0, "proximal_warmup_ratio": 0.0, "lambda_": 50.0,
-    "beta_first": 5.0, "beta_early": 20.0, "beta_later": 2.0,
-    "num_layers": 1, "probability_steps": 4, "resample_steps": 3,
-    "inner_steps": 2, "inner_subsample": 1, "adversary_learning_rates": "5e-3, 1e-2", "lambda_tr": 2.0,
-    "lambda_retain": 0.4, "dpo_beta": 0.3,
-}  # fmt: skip
-"""By name of a parameter; phases of 3 and 4 steps, so that step 5 lies inside one."""
 SAVES = {"save_strategy": "steps", "save_steps": 5}
 
 
@@ -48,8 +41,7 @@ TRAINED = one_for_each_trainer()
 
 def make(name, out, **more):
     """A trainer with the method's parameters made strong."""
-    known = registry.faces("defenses")[name].parameters
-    return trainers.trainer(name, out, **{**{k: v for k, v in STRONG.items() if k in known}, **more})
+    return trainers.trainer(name, out, **{**registry.get_defense(name).strong, **more})
 
 
 def history(made):
@@ -117,6 +109,17 @@ def test_the_face_tells_what_the_config_has(name):
     assert all(p.help for p in face.parameters.values())
     assert face.summary
     assert issubclass(registry.get_defense(name).trainer, Trainer)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_it_logs_and_reports_what_it_declares(name, finished):
+    """The report draws the declared series and reads the declared facts; `strong` names its parameters."""
+    made, _ = finished(name)
+    method = registry.get_defense(name)
+    assert set(made.reported(made.state.global_step)) == set(method.facts)
+    logged = {key for entry in made.state.log_history for key in entry}
+    assert set(method.series) <= logged
+    assert set(method.strong) <= set(registry.faces("defenses")[name].parameters)
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-import pytest
-
 TESTS = Path(__file__).parents[1]
 TOY = '''
 """Toy: pulls the weights towards where they began (a method of another package)."""
@@ -156,21 +154,3 @@ def test_broken_methods_are_caught(tmp_path):
     code, found = contract(tmp_path, names, selected)
     assert code == 1
     assert {kind: found.get(f"failed broken_{kind}") for kind in CAUGHT} == CAUGHT
-
-
-def test_a_package_that_cannot_be_imported_is_named(tmp_path, monkeypatch):
-    from importlib.metadata import EntryPoint
-
-    from holdfast import registry
-    from holdfast.errors import RecipeError
-
-    (tmp_path / "torn_package.py").write_text("import nothing_like_it\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    entry = EntryPoint("torn", "torn_package:DEFENSE", "holdfast.defenses")
-    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
-    registry.faces.cache_clear()
-    try:
-        with pytest.raises(RecipeError, match=r"'torn' \(torn_package:DEFENSE\).*nothing_like_it"):
-            registry.faces("defenses")
-    finally:
-        registry.faces.cache_clear()

@@ -184,12 +184,10 @@ def test_a_file_that_is_no_judge(tmp_path, monkeypatch):
         registry.get("judges", "broken.py")
 
 
-def test_a_judge_of_another_package(tmp_path, monkeypatch):
+def test_a_judge_of_another_package(tmp_path, monkeypatch, install):
     (tmp_path / "long_answers.py").write_text(blocks("python")[0][1])
     monkeypatch.syspath_prepend(tmp_path)
-    entry = EntryPoint("long_answers", "long_answers:JUDGE", "holdfast.judges")
-    monkeypatch.setattr(registry, "entry_points", lambda group: [entry] if group == "holdfast.judges" else [])
-    registry.faces.cache_clear()
+    install(EntryPoint("long_answers", "long_answers:JUDGE", "holdfast.judges"))
     try:
         assert JudgeRecipe(name="long_answers").options() == {}
         judge = registry.get("judges", "long_answers").load(threshold=0.01)
@@ -199,7 +197,6 @@ def test_a_judge_of_another_package(tmp_path, monkeypatch):
             "unparsed",
         ]
     finally:
-        registry.faces.cache_clear()
         sys.modules.pop("long_answers", None)
 
 

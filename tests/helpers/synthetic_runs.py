@@ -55,6 +55,16 @@ def share(key: str, value: float | None, n: int, count: str) -> dict[str, Any]:
     }
 
 
+def role_of(alignment: str | None, user: str | None, post_hoc: str | None, more: dict[str, Any]) -> str:
+    """What a run says of a row."""
+    if user is None and post_hoc is None:
+        return "reference"
+    if (more.get("post_hoc_parameters") or {}).get("control") is not None:
+        return "control"
+    plain = {alignment, user} <= {None, "sft"} and post_hoc is None and not more.get("filter")
+    return "undefended" if plain else "defended"
+
+
 def score_row(
     name: str,
     alignment: str | None,
@@ -74,6 +84,8 @@ def score_row(
         "alignment": alignment,
         "user": user,
         "post_hoc": post_hoc,
+        "role": role_of(alignment, user, post_hoc, more),
+        "headline": "{projected} of {modules} modules" if post_hoc else None,
         "seed": seed,
         "poison_ratio": ratio if user else None,
         **share("harmful_score", hs, 200, "n_harmful"),
@@ -131,7 +143,14 @@ def write_training(
     record: dict[str, Any] = {"seconds": 20.1, "peak_memory_bytes": 812_345_678}
     if switching:
         points = sorted([*range(0, steps, 100), *range(10, steps, 100)])
-        record["training"] = {"switch_points": points, "alignment_steps": 10, "finetune_steps": 90}
+        series = {
+            "alignment_loss": ["Loss", "alignment rows"],
+            "user_loss": ["Loss", "user rows"],
+            "drift": ["Drift", "drift"],
+        }
+        record["training"] = {
+            "switch_points": points, "alignment_steps": 10, "finetune_steps": 90, "series": series
+        }  # fmt: skip
     write_json(folder / "step.json", record)
 
 

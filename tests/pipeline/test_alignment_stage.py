@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from holdfast import pipeline, registry
+from holdfast import pipeline
 from holdfast.data.rows import prompt_key
 from holdfast.defenses import Defense
 from holdfast.errors import DataError, ModelError, RecipeError
@@ -53,12 +53,8 @@ TRAINING = {"max_steps": 2, "per_device_train_batch_size": 4}
 
 
 @pytest.fixture(autouse=True)
-def _registered(monkeypatch):
-    entry = EntryPoint("toy", f"{__name__}:DEFENSE", "holdfast.defenses")
-    monkeypatch.setattr(registry, "entry_points", lambda group: [entry] * (group == "holdfast.defenses"))
-    registry.faces.cache_clear()
-    yield
-    registry.faces.cache_clear()
+def _registered(install):
+    install(EntryPoint("toy", f"{__name__}:DEFENSE", "holdfast.defenses"))
 
 
 def recipe(folder: Path, harmful=None, **toy):

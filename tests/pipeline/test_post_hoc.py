@@ -247,10 +247,6 @@ def test_chance_follows_the_runs_seed_unless_a_seed_is_named():
         (["post_hoc.threshold=0.3", "user.lora=none"], ["in memory", "lora: none"]),
         (["post_hoc.threshold=0.3", "user.lora.use_dora=true"], ["DoRA", "user"]),
         (["post_hoc.threshold=0.3", "alignment.lora.use_dora=true"], ["DoRA", "alignment"]),
-        (
-            ["post_hoc.threshold=0.3", "alignment.lora.target_modules=[k_proj]"],
-            ["none of the modules", "target_modules"],
-        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(overrides, words):
@@ -300,6 +296,7 @@ def test_what_would_stop_it_is_found_before_training(tmp_path, block, error, wor
     [
         ({"target_modules": "all-linear"}, {"target_modules": r".*layers\.1\..*_proj"}, 7),
         ({"target_modules": ["q_proj", "embed_tokens"]}, {"target_modules": "all-linear"}, 2),
+        ({"target_modules": ["q_proj"]}, {"target_modules": ["k_proj"]}, 0),
         ({"target_modules": r".*layers\.0\..*_proj"}, {"target_modules": r".*layers\.1\..*_proj"}, 0),
         ("none", "none", 14),
         ({"target_modules": "all-linear", "init_lora_weights": "pissa"}, "none", 14),

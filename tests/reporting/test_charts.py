@@ -90,11 +90,11 @@ def test_curves_mark_states_and_keep_the_losses_apart(data):
 
 def test_axes_are_shared_only_where_no_curve_is_flattened(data):
     users = [curves for curves in data.curves if curves.stage == "user"]
-    assert shared_limits(users)["loss"] == pytest.approx(
+    assert shared_limits(users)["Loss"] == pytest.approx(
         1.05 * max(max(c.series["loss"][1]) for c in users), rel=0.2
     )
     spike = users[0].__class__(**{**users[0].__dict__, "series": {"loss": ([1.0], [1e6])}})
-    assert "loss" not in shared_limits([*users, spike])
+    assert "Loss" not in shared_limits([*users, spike])
 
 
 @pytest.mark.parametrize("values", [[], [float("nan")] * 3, [1e14, 1e-14, 0.0], [-3.0, 2.0], [0.0, 0.0]])

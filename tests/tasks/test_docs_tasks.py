@@ -51,15 +51,10 @@ def test_the_recipe_of_ones_own_task():
     assert asked.data.grader == "number"
 
 
-def test_the_task_in_code_works(tmp_path, monkeypatch):
+def test_the_task_in_code_works(tmp_path, monkeypatch, install):
     (tmp_path / "capitals.py").write_text(next(text for language, text in BLOCKS if language == "python"))
     monkeypatch.syspath_prepend(tmp_path)
-    entry = EntryPoint("capitals", "capitals:TASK", "holdfast.tasks")
-    for module in (registry, tasks):
-        monkeypatch.setattr(
-            module, "entry_points", lambda group: [entry] if group == "holdfast.tasks" else []
-        )
-    registry.faces.cache_clear()
+    install(EntryPoint("capitals", "capitals:TASK", "holdfast.tasks"))
     try:
         path = tmp_path / "my.csv"
         path.write_text("country,capital\nPeru,Lima\nMali,Bamako\n")
@@ -69,5 +64,4 @@ def test_the_task_in_code_works(tmp_path, monkeypatch):
         asked = {"task": "capitals", "user": str(path)}
         assert Recipe.load({"model": "m", "data": asked, "alignment": "none"}).data.task == "capitals"
     finally:
-        registry.faces.cache_clear()
         sys.modules.pop("capitals", None)

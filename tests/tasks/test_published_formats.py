@@ -370,24 +370,14 @@ TASK = Task(name="toy", summary="a toy", grade=grade, to_row=to_row, columns=(("
 '''
 
 
-def test_a_task_of_another_package(write, tmp_path, monkeypatch):
+def test_a_task_of_another_package(write, tmp_path, monkeypatch, install):
     import sys
 
     from holdfast import registry
 
     (tmp_path / "toy_task.py").write_text(TOY)
     monkeypatch.syspath_prepend(tmp_path)
-    entries = [
-        EntryPoint("toy", "toy_task:TASK", "holdfast.tasks"),
-        EntryPoint("torn", "no_such_module:TASK", "holdfast.tasks"),
-    ]
-
-    def some(group):
-        return entries[:1] if group == "holdfast.tasks" else []
-
-    monkeypatch.setattr(registry, "entry_points", some)
-    monkeypatch.setattr(tasks, "entry_points", some)
-    registry.faces.cache_clear()
+    install(EntryPoint("toy", "toy_task:TASK", "holdfast.tasks"))
     try:
         assert "toy" in tasks.names()
         assert isinstance(find("toy"), Task)
@@ -396,13 +386,7 @@ def test_a_task_of_another_package(write, tmp_path, monkeypatch):
         with pytest.raises(DataError, match="These look like the columns of toy: add `task: toy`"):
             rows_of(path, "user")
         assert ("toy@3", "a toy", "finetune accuracy ↑", "your file", "MIT") in registry.task_lines()
-        monkeypatch.setattr(tasks, "entry_points", lambda group: entries)
-        with pytest.raises(
-            DataError, match=r"'torn' .* of another package cannot be imported: ModuleNotFound"
-        ):
-            find("torn")
     finally:
-        registry.faces.cache_clear()
         sys.modules.pop("toy_task", None)
 
 

@@ -437,3 +437,30 @@ def test_the_pages_commands_run(copies, monkeypatch):
     for name in ("full-model", "full-model-1"):
         full = AutoModelForCausalLM.from_pretrained(folder / name)
         assert (logits(full) - chained).abs().max() < 1e-5
+
+
+def test_a_weighted_sum_is_the_dense_one(tmp_path):
+    """Each adapter's update times its weight, by PEFT's own dense products; 0 leaves an adapter out."""
+    base, folders = chain(tmp_path, CHAINS["ranks and alphas"] + [{"r": 2, "target_modules": SEVEN}])
+
+    def updates(folder):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+        found = {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A")}
+        return {name: module.get_delta_weight("default").double() for name, module in found.items()}
+
+    weights = [0.25, -2.0, 0.0]
+    made = combine(folders, tmp_path / "out", weights=weights)
+    assert made.rank == 7
+    parts, found = [updates(folder) for folder in folders], updates(tmp_path / "out")
+    assert set(found) == set(parts[2])
+    for name, update in found.items():
+        expected = sum(w * part[name] for w, part in zip(weights, parts, strict=True) if name in part)
+        assert (update - expected).abs().max() < 1e-6, name
+        assert bool(update.any()) == (name in parts[0]), name
+
+
+def test_whole_tensors_have_no_weight(tmp_path):
+    _, folders = chain(tmp_path, CHAINS["whole modules"])
+    with pytest.raises(ModelError, match=r"modules_to_save.*cannot be weighted"):
+        combine(folders, tmp_path / "out", weights=[0.5, 1.0])
+    assert combine(folders, tmp_path / "out", weights=[1.0, 0.5]).modules

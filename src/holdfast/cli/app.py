@@ -21,6 +21,7 @@ from holdfast import __version__
 from holdfast.cli import adapters, measuring, safe_lora
 from holdfast.errors import HoldfastError, RecipeError
 from holdfast.machine.processes import launched
+from holdfast.plugins import PluginWarning
 
 app = typer.Typer(
     name="holdfast",
@@ -277,6 +278,15 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", category=PluginWarning)
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(
+    message: Warning | str, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """One plain line on standard error."""
+    print(f"holdfast: warning: {message}", file=sys.stderr)
 
 
 def main() -> None:

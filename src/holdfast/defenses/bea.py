@@ -165,4 +165,5 @@ DEFENSE = Defense(
         "The secret lies in `bea_secret.txt` beside this folder, for `holdfast.defenses.bea.secret` to read. "
         "Never publish that file."
     ),
+    plan=({"alignment_size": "{value:,} alignment rows added"},),
 )

@@ -150,4 +150,6 @@ DEFENSE = Defense(
     needs=("harmful_dataset",),
     config=BoosterConfig,
     trainer=BoosterTrainer,
+    series={"harmful_loss": ("Harmful loss", "harmful rows")},
+    strong={"lambda_": 50.0},
 )

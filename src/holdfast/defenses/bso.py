@@ -182,6 +182,18 @@ class BSOMixin(AlignmentRows, AnchorMixin):
         """The last switch point."""
         return self.phases.start(step)
 
+    def reported(self: Any, steps: int) -> dict[str, Any]:
+        """The lengths of the phases, and where they begin."""
+        return super().reported(steps) | {
+            "alignment_steps": self.phases.alignment_steps,
+            "finetune_steps": self.phases.finetune_steps,
+            "switch_points": self.phases.switch_points(steps),
+        }
+
+    def state_at(self: Any, step: int) -> str | None:
+        """The state of an optimizer step."""
+        return self.phases.state(step)
+
     def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch of the current state."""
         state = self.phases.state(self.state.global_step)
@@ -215,4 +227,15 @@ DEFENSE = Defense(
     needs=("alignment_dataset",),
     config=BSOConfig,
     trainer=BSOTrainer,
+    series={
+        "alignment_loss": ("Loss", "alignment rows"),
+        "user_loss": ("Loss", "user rows"),
+        "drift": ("Drift", "drift"),
+    },
+    facts={
+        "alignment_steps": "optimizer steps of an alignment phase",
+        "finetune_steps": "optimizer steps of a user phase",
+        "switch_points": "optimizer steps that begin a phase",
+    },
+    strong={"alignment_steps": 3, "finetune_steps": 4},
 )

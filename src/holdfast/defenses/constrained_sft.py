@@ -215,4 +215,6 @@ DEFENSE = Defense(
     paper="Qi et al., ICLR 2025, arXiv 2406.05946, equation 3",
     config=ConstrainedSFTConfig,
     trainer=ConstrainedSFTTrainer,
+    series={"cross_entropy": ("Loss", "cross-entropy")},
+    strong={"beta_first": 5.0, "beta_early": 20.0, "beta_later": 2.0},
 )

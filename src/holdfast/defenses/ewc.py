@@ -78,4 +78,6 @@ DEFENSE = Defense(
     adapter="continue",
     config=EWCConfig,
     trainer=EWCTrainer,
+    series={"drift": ("Drift", "drift")},
+    strong={"lambda_": 50.0},
 )

@@ -96,4 +96,15 @@ DEFENSE = Defense(
     needs=("alignment_dataset",),
     config=LisaConfig,
     trainer=LisaTrainer,
+    series={
+        "alignment_loss": ("Loss", "alignment rows"),
+        "user_loss": ("Loss", "user rows"),
+        "drift": ("Drift", "drift"),
+    },
+    facts={
+        "alignment_steps": "optimizer steps of an alignment phase",
+        "finetune_steps": "optimizer steps of a user phase",
+        "switch_points": "optimizer steps that begin a phase",
+    },
+    strong={"alignment_steps": 3, "finetune_steps": 4, "rho": 5.0, "proximal_warmup_ratio": 0.0},
 )

@@ -307,4 +307,5 @@ DEFENSE = Defense(
     needs=("harmful_dataset",),
     config=RepNoiseConfig,
     trainer=RepNoiseTrainer,
+    series={"noise_loss": ("Noise", "distance from noise"), "ascent_loss": ("Ascent", "ascent")},
 )

@@ -63,4 +63,8 @@ DEFENSE = Defense(
     config=SafeInstrConfig,
     trainer=SFTTrainer,
     mix=mix,
+    plan=(
+        {"alignment_size": "{value:,} alignment rows", "alignment_ratio": "{percent:g} % alignment rows"},
+        {"replace": ("added", "in place of benign ones")},
+    ),
 )

@@ -29,13 +29,15 @@ from typing import Any
 import numpy as np
 
 from holdfast import __version__
-from holdfast.defenses import Defense
+from holdfast.defenses import Defense, Planned, Tuned
 from holdfast.defenses.safe_lora_parts.config import SafeLoraConfig
 from holdfast.defenses.safe_lora_parts.result import RECORD, SafeLoraResult
 from holdfast.defenses.safe_lora_parts.updates import Sources, open_sources
 from holdfast.defenses.safe_lora_parts.work import Work
 from holdfast.errors import RecipeError
 from holdfast.machine.files import write_json
+from holdfast.weights.matching import check_pair, find_weight, linear_weights
+from holdfast.weights.reader import open_weights
 from holdfast.weights.writer import copy_beside, new_folder
 
 
@@ -131,9 +133,11 @@ def _versions() -> dict[str, str]:
     return {"holdfast": __version__, "python": platform.python_version(), "numpy": np.__version__}
 
 
-def apply(adapter: Path, out: Path, *, base: Path, aligned: Path, **parameters: Any) -> dict[str, Any]:
-    """The post-hoc stage: adapter folder to adapter folder; `aligned` may be the alignment adapter."""
-    result = safe_lora(adapter, base=base, aligned=aligned, out=out, **parameters)
+def apply(tuned: Tuned, **parameters: Any) -> dict[str, Any]:
+    """The post-hoc stage: adapter folder to adapter folder, or model folder to model folder."""
+    assert tuned.base is not None
+    assert tuned.aligned is not None
+    result = safe_lora(tuned.source, base=tuned.base, aligned=tuned.aligned, out=tuned.out, **parameters)
     return {
         "modules": len(result.modules),
         "projected": len(result.projected),
@@ -143,12 +147,49 @@ def apply(adapter: Path, out: Path, *, base: Path, aligned: Path, **parameters: 
     }
 
 
+def check(planned: Planned, **parameters: Any) -> None:
+    """Find before training what would stop the repair: weights that do not fit, too few modules.
+
+    Raises:
+        RecipeError: nothing that the user stage trains has a direction.
+        ValueError: `num_layers` is too large.
+        ModelError: the weights of the base cannot be read, or are of another architecture.
+    """
+    with open_weights(planned.base or planned.model) as base, open_weights(planned.model) as model:
+        found = linear_weights(model)
+        for name, weight in found.items():
+            check_pair(weight, find_weight(base, name))
+    modules = set(found)
+    adapted = [part for part in (planned.tuned_modules, planned.aligned_modules) if part is not None]
+    modules = set.intersection(*adapted) if adapted else modules
+    if not modules:
+        raise RecipeError(
+            "post_hoc: the alignment's LoRA adapts none of the modules of the user's, so that there is no "
+            "direction to repair by. Give both common target_modules."
+        )
+    SafeLoraConfig(**parameters).check_modules(len(modules))
+
+
 DEFENSE = Defense(
     name="safe_lora",
     label="Safe LoRA",
     stages=("post_hoc",),
     paper="arXiv 2405.16833",
+    needs=("base", "aligned"),
     config=SafeLoraConfig,
     apply=apply,
+    check=check,
+    repairs=("new", "full"),
     one_of=("threshold", "num_layers"),
+    controls=("control",),
+    facts={
+        "modules": "modules that have a direction",
+        "projected": "modules whose update was projected",
+        "share": "share of the modules that were projected",
+        "threshold": "the largest cosine that was projected, as asked for or chosen",
+        "notes": "remarks",
+    },
+    headline="{projected} of {modules} modules",
+    strong={"threshold": 1.0},
+    identity={"threshold": 0.0},
 )

@@ -28,4 +28,5 @@ DEFENSE = Defense(
     paper="the baseline of every paper here",
     config=SFTConfig,
     trainer=SFTTrainer,
+    baseline=True,
 )

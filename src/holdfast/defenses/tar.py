@@ -198,4 +198,13 @@ DEFENSE = Defense(
     needs=("harmful_dataset",),
     config=TARConfig,
     trainer=TARTrainer,
+    series={"cross_entropy": ("Loss", "cross-entropy"), "retain_loss": ("Retain loss", "retain loss")},
+    strong={
+        "inner_steps": 2,
+        "inner_subsample": 1,
+        "adversary_learning_rates": "5e-3, 1e-2",
+        "lambda_tr": 2.0,
+        "lambda_retain": 0.4,
+        "dpo_beta": 0.3,
+    },
 )

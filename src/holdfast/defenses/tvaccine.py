@@ -201,6 +201,10 @@ class TVaccineMixin(HarmfulRows, PerturbationMixin):
             "draws": [[i * j, layers] for i, layers in enumerate(self.draws.tolist()) if layers[0] >= 0],
         }
 
+    def reported(self: Any, steps: int) -> dict[str, Any]:
+        """What was drawn."""
+        return super().reported(steps) | {"layer_history": self.layer_history}
+
     def log(self: Any, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Adds the drawn layers, and the highest p (1 / layers where all are alike)."""
         if "loss" in logs and self.drawn:
@@ -244,4 +248,6 @@ DEFENSE = Defense(
     needs=("harmful_dataset",),
     config=TVaccineConfig,
     trainer=TVaccineTrainer,
+    facts={"layer_history": "the layers that were drawn, with their probabilities"},
+    strong={"rho": 5.0, "num_layers": 1, "probability_steps": 4, "resample_steps": 3},
 )

@@ -50,4 +50,5 @@ DEFENSE = Defense(
     paper="Huang et al., NeurIPS 2024, arXiv 2402.01109",
     config=VaccineConfig,
     trainer=VaccineTrainer,
+    strong={"rho": 5.0},
 )

@@ -63,4 +63,8 @@ DEFENSE = Defense(
     config=VLGuardConfig,
     trainer=SFTTrainer,
     mix=mix,
+    plan=(
+        {"alignment_ratio": "{percent:g} % alignment rows", "alignment_size": "{value:,} alignment rows"},
+        {"replace": ("added", "in place of benign ones")},
+    ),
 )

@@ -48,13 +48,16 @@ def detail(defense: str, parameters: Mapping[str, Any]) -> str:
     face = registry.faces("defenses")[defense]
     if "mix" not in face.code:
         return ""
-    # Of the two amounts, the one that is off by default decides where it is given.
-    amounts = sorted(
-        (name for name in ("alignment_size", "alignment_ratio") if parameters.get(name) is not None),
-        key=lambda name: face.parameters[name].default is not None,
-    )
-    if not amounts:
-        return ", rows changed"
-    amount = parameters[amounts[0]]
-    share = f"{100 * amount:g} %" if amounts[0] == "alignment_ratio" else f"{amount:,}"
-    return f", {share} alignment rows {'in place of benign ones' if parameters.get('replace') else 'added'}"
+    phrases = [_phrase(texts, parameters) for texts in face.facts.get("plan", ())]
+    return f", {' '.join(filter(None, phrases)) or 'rows changed'}"
+
+
+def _phrase(texts: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
+    """The text of the first parameter that is not None."""
+    for name, text in texts.items():
+        value = parameters.get(name)
+        if value is not None and isinstance(text, str):
+            return text.format(value=value, percent=100 * value)
+        if value is not None:
+            return text[bool(value)]
+    return ""

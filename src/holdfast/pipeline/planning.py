@@ -109,15 +109,15 @@ class _Planner:
         states.append(self._evaluate(name, f"the {name} model", None, trained, weights, rows["test"]))
         if recipe.user is not None:
             chosen = self._chosen(rows["user"], weights)
-            given = self._rows("user", {**rows, "user": [rows["user"], *chosen.values()][-1]})
-            step = self._train("user", recipe.user, USER_TRAINING, given, weights)
+            rows = {**rows, "user": [rows["user"], *chosen.values()][-1]}
+            step = self._train("user", recipe.user, USER_TRAINING, self._rows("user", rows), weights)
             trained = (*trained, step)
             below = {"new": weights, "continue": weights[:-1], "full": ()}[recipe.trains("user")]
             weights = (*below, step)
             state = recipe.name, "the fine-tuned model", recipe.user.defense
             states.append(self._evaluate(*state, trained, weights, rows["test"]))
             for repair in repairing.repairs(recipe):
-                states.append(self._repair(repair, trained, weights, rows["test"]))
+                states.append(self._repair(repair, trained, weights, rows))
             states[1:] = [replace(state, chosen=chosen) for state in states[1:]]
         return Plan(recipe, tuple(self.steps.values()), tuple(states), rows["manifest"], self.folder)
 
@@ -219,7 +219,11 @@ class _Planner:
         return self._add(stage, title, detail, inputs, *work, together=True)
 
     def _repair(
-        self, repair: repairing.Repair, trained: tuple[str, ...], weights: tuple[str, ...], test: str
+        self,
+        repair: repairing.Repair,
+        trained: tuple[str, ...],
+        weights: tuple[str, ...],
+        rows: Mapping[str, str],
     ) -> State:
         """Repair what the user stage, the last of `weights`, trained, and evaluate it."""
         recipe = self.recipe
@@ -232,12 +236,13 @@ class _Planner:
             "settings": repair.settings,
             "tuned": Made(weights[-1]),
             "aligned": Made(trained[0]) if recipe.alignment is not None else None,
+            "rows": {name: Made(step) for name, step in repairing.rows(recipe, rows).items()},
             "packages": packages(REPAIRED_BY),
         }
         title, detail = f"repair with {repairing.label(recipe)}", repairing.shown(repair.given)
         step = self._add("post_hoc", title, detail, inputs, repairing.apply, repairing.check)
         chain = (*trained, step), (*weights[:-1], step)
-        state = self._evaluate(repair.name, repair.name, recipe.user.defense, *chain, test)
+        state = self._evaluate(repair.name, repair.name, recipe.user.defense, *chain, rows["test"])
         return replace(state, post_hoc=recipe.post_hoc.defense, post_hoc_parameters=repair.parameters)
 
     @staticmethod

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from holdfast import registry
+from holdfast.defenses import Planned, Tuned
 from holdfast.errors import ModelError, RecipeError
 from holdfast.machine.digests import Digests
 from holdfast.machine.files import remove_tree
-from holdfast.pipeline.chain import made_in
+from holdfast.pipeline.chain import made_in, tokenizer_of
+from holdfast.pipeline.data import rows_of
 from holdfast.pipeline.step import Content, Inputs, Machine
 from holdfast.recipe import Recipe
 from holdfast.weights.folders import model_path
+
+ROWS = {"train_dataset": "user", "alignment_dataset": "alignment", "harmful_dataset": "harmful"}
+"""The role of the rows that a method calls by these names."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,8 @@ def repairs(recipe: Recipe) -> list[Repair]:
     """The repairs that a recipe asks for, one for each combination of its lists; empty without a stage."""
     if recipe.post_hoc is None:
         return []
-    known = registry.faces("defenses")[recipe.post_hoc.defense].parameters
+    face = registry.faces("defenses")[recipe.post_hoc.defense]
+    known, controls = face.parameters, face.facts.get("controls", ())
     swept, found = recipe.post_hoc.swept(), []
     for given in recipe.post_hoc.combinations():
         parameters = {name: parameter.default for name, parameter in known.items()} | given
@@ -58,8 +65,9 @@ def repairs(recipe: Recipe) -> list[Repair]:
         if "seed" not in given:
             parameters.pop("seed", None)
         tail = f", {shown({name: given[name] for name in swept})}" if swept else f" + {label(recipe)}"
-        if given.get("control") is not None and "control" not in swept:  # never under the method's own name
-            tail += f", control={given['control']}"
+        for name in controls:  # never under the method's own name
+            if given.get(name) is not None and name not in swept:
+                tail += f", {shown({name: given[name]})}"
         found.append(Repair(f"{recipe.name}{tail}", given, parameters, seed))
     return found
 
@@ -77,7 +85,7 @@ def find_base(recipe: Recipe, model: Path, digests: Digests, download: bool = Fa
     """The folder of the model before alignment: the one that the recipe names, else the run's.
 
     Raises:
-        ModelError: it is missing, or the same as the run's model although that is aligned.
+        ModelError: it is missing, or the same as the run's model, which is the aligned one.
     """
     from holdfast.weights.folders import find_model, fingerprint
 
@@ -86,74 +94,98 @@ def find_base(recipe: Recipe, model: Path, digests: Digests, download: bool = Fa
     folder = find_model(str(model_path(recipe.post_hoc.base)), None, download)
     if fingerprint(folder, digests) == fingerprint(model, digests):
         raise ModelError(
-            f"post_hoc.base ({recipe.post_hoc.base}) and model.path ({recipe.model.path}) are the same: "
-            "there is no direction from base to aligned. Give the model before alignment as base."
+            f"post_hoc.base ({recipe.post_hoc.base}) and model.path ({recipe.model.path}) are the same. Give "
+            "the model before alignment as base."
         )
     return folder
 
 
 def repair_inputs(recipe: Recipe, model: Path, digests: Digests, download: bool = False) -> dict[str, Any]:
-    """The inputs of a repair beside its method and the steps that it reads."""
+    """The inputs of a repair beside its method, its settings and the steps that it reads.
+
+    The LoRA of each stage is None if that stage does not run or trains all weights.
+    """
     from holdfast.weights.folders import fingerprint
 
-    base = find_base(recipe, model, digests, download)
-    loras = [
-        recipe.lora(stage)
-        for stage in ("user", "alignment")
-        if getattr(recipe, stage) is not None and recipe.trains(stage) == "new"
-    ]
+    assert recipe.post_hoc is not None
+    aligned, trains = recipe.alignment is not None, recipe.trains("user")
+    known = aligned or recipe.post_hoc.base is not None
+    base = find_base(recipe, model, digests, download) if known else None
+
+    def lora(stage: str) -> dict[str, Any] | None:
+        stage = "alignment" if stage == "user" and trains == "continue" else stage
+        found = recipe.lora(stage) if getattr(recipe, stage) is not None else None
+        return None if found is None or recipe.trains(stage) == "full" else found.identity()
+
     return {
-        "before_alignment": Content(base, fingerprint(base, digests)),
-        "loras": [lora.identity() for lora in loras if lora],
+        "before_alignment": Content(base, fingerprint(base, digests)) if base else None,
+        "trains": trains,
+        "aligns": recipe.trains("alignment") if aligned else None,
+        "loras": {stage: lora(stage) for stage in ("user", "alignment")},
+        "seed": recipe.seed,
     }
 
 
 def check(inputs: Inputs, machine: Machine) -> None:
-    """Find what would stop a repair: values of its parameters, weights that do not fit.
+    """Find what would stop a repair: values of its parameters, and what the method itself checks.
 
     Raises:
-        RecipeError: the method refuses a parameter, or nothing that the user stage trains has a direction.
-        ModelError: the weights of the base cannot be read, or are of another architecture.
+        RecipeError, ModelError: the method refuses a parameter, or the repair is not possible.
     """
-    count, method = len(_repairable(inputs)), inputs["method"]
-    if method.config is None:
-        return
+    method, settings = inputs["method"], inputs["settings"]
     try:
-        made = method.config(**inputs["settings"])
-        if hasattr(made, "check_modules"):
-            made.check_modules(count)
+        if method.config is not None:
+            method.config(**settings)
+        if method.check is not None:
+            method.check(_planned(inputs), **settings)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"post_hoc.{method.name}: {error}.") from None
 
 
-def _repairable(inputs: Inputs) -> set[str]:
-    """The modules that the user stage trains and that the alignment gives a direction, by the model alone."""
+def _planned(inputs: Inputs) -> Planned:
+    """What is known before anything is trained."""
     from holdfast.models.trained import adapted_modules
-    from holdfast.weights.matching import check_pair, find_weight, linear_weights
-    from holdfast.weights.reader import open_weights
 
-    described, before = inputs["model"], inputs["before_alignment"]
-    folder, trusted = described["base"].folder, described["trust_remote_code"]
-    with open_weights(before) as base, open_weights(folder) as model:
-        found = linear_weights(model)
-        for name, weight in found.items():
-            check_pair(weight, find_weight(base, name))
-    adapted = [adapted_modules(folder, lora, trusted) for lora in inputs["loras"]]
-    modules = set.intersection(*adapted) if adapted else set(found)
-    if not modules:
-        raise RecipeError(
-            "post_hoc: the alignment's LoRA adapts none of the modules of the user's, so that there is no "
-            "direction to repair by. Give both common target_modules."
-        )
-    return modules
+    described = inputs["model"]
+    folder = described["base"].folder
+
+    def modules(stage: str) -> set[str] | None:
+        lora = inputs["loras"][stage]
+        return None if lora is None else adapted_modules(folder, lora, described["trust_remote_code"])
+
+    return Planned(
+        model=folder,
+        base=inputs["before_alignment"],
+        trains=inputs["trains"],
+        aligns=inputs["aligns"],
+        find_modules=modules,
+    )
+
+
+def rows(recipe: Recipe, data: Mapping[str, str]) -> dict[str, str]:
+    """The data steps that the method gets, by name ("train_dataset", ...); `data` has them by role."""
+    wanted = {*recipe.needs("post_hoc"), *recipe.may_use("post_hoc")}
+    return {name: data[role] for name, role in ROWS.items() if name in wanted and role in data}
 
 
 def apply(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
     """A repaired copy of what the user stage trained, under the same name ("adapter" or "model")."""
     for rest in folder.iterdir():  # of a run that was stopped
         remove_tree(rest)
+    method, described = inputs["method"], inputs["model"]
     source = made_in(inputs["tuned"])
-    aligned = made_in(inputs["aligned"]) if inputs["aligned"] else inputs["model"]["base"].folder
-    method = inputs["method"].apply
-    base = inputs["before_alignment"]
-    return {"repair": method(source, folder / source.name, base=base, aligned=aligned, **inputs["settings"])}
+    aligned = made_in(inputs["aligned"]) if inputs["aligned"] else described["base"].folder
+    wanted = {*method.needs, *method.optional}
+    given = Tuned(
+        source=source,
+        out=folder / source.name,
+        trains=inputs["trains"],
+        base=inputs["before_alignment"] if "base" in wanted else None,
+        aligned=aligned if "aligned" in wanted else None,
+        seed=inputs["seed"],
+        device=machine.device,
+        dtype=described["dtype"],
+        load_rows={name: partial(rows_of, step) for name, step in inputs["rows"].items()},
+        load_tokenizer=partial(tokenizer_of, described) if "tokenizer" in wanted else None,
+    )
+    return {"repair": method.apply(given, **inputs["settings"])}

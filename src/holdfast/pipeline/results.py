@@ -84,16 +84,20 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
     trainings = [step for step in state.chain if step != stages.get("post_hoc")]
     trained = records[trainings[-1]] if trainings else {}
     aligned = records[stages["alignment"]] if state.alignment else {}
+    methods = registry.faces("defenses")
+    headline = methods[state.post_hoc].facts.get("headline") if state.post_hoc else None
     return {
         "name": state.name,
         "alignment": state.alignment,
         "user": state.user,
         "post_hoc": state.post_hoc,
         "labels": {
-            name: registry.faces("defenses")[name].facts.get("label", name)
+            name: methods[name].facts.get("label", name)
             for name in (state.alignment, state.user, state.post_hoc)
             if name
         },
+        "role": role(state),
+        "headline": headline,
         "post_hoc_parameters": state.post_hoc_parameters,
         "repair": records[stages["post_hoc"]].get("repair") if state.post_hoc else None,
         "seed": recipe.seed,
@@ -126,6 +130,24 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
             "score": state.score,
         },
     }
+
+
+def role(state: State) -> str:
+    """What a state is in a comparison.
+
+    "reference": before fine-tuning; "undefended": plain training at every stage; "control": a repair that was
+    replaced by a control of it, which shows what the repair is worth; "defended": any other.
+    """
+    facts = {name: face.facts for name, face in registry.faces("defenses").items()}
+    if state.user is None and state.post_hoc is None:
+        return "reference"
+    given = state.post_hoc_parameters or {}
+    controls = facts[state.post_hoc].get("controls", ()) if state.post_hoc else ()
+    if any(given.get(name) is not None for name in controls):
+        return "control"
+    trained = [name for name in (state.alignment, state.user) if name]
+    plain = all(facts[name].get("baseline") for name in trained)
+    return "undefended" if plain and state.post_hoc is None and "filter" not in state.chosen else "defended"
 
 
 def paired_with(earlier: Sequence[State], state: State, store: Store) -> list[dict[str, Any]]:

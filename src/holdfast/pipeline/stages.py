@@ -45,7 +45,8 @@ def train_stage(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
     trained = train(
         folder, job, device=machine.device, progress=machine.progress, processes=machine.processes
     )
-    return {**trained, "training": {**trained["training"], **facts}}
+    series = {name: list(shown) for name, shown in method.series.items()}
+    return {**trained, "training": {**trained["training"], **facts, "series": series}}
 
 
 def check_stage(inputs: Inputs, machine: Machine) -> None:

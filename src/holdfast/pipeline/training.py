@@ -222,20 +222,16 @@ class TrainingMonitor(TrainerCallback):
             "distributed_type": trainer.accelerator.distributed_type.value,
             "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         }
-        if hasattr(trainer, "phases"):
-            training["alignment_steps"] = trainer.phases.alignment_steps
-            training["finetune_steps"] = trainer.phases.finetune_steps
-            training["switch_points"] = trainer.phases.switch_points(self.total)
-        if hasattr(trainer, "layer_history"):
-            training["layer_history"] = trainer.layer_history
+        if hasattr(trainer, "reported"):
+            training |= trainer.reported(self.total)
         same = {key: cost[key] for key in ("seconds", "peak_memory_bytes", "peak_memory_kind")}
         return {**same, "cost": cost, "training": training}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the step, and look at the memory."""
         self.cost.look()
-        phases = getattr(self.trainer, "phases", None)
-        now = phases.state(state.global_step - 1) if phases else None
+        state_at = getattr(self.trainer, "state_at", None)
+        now = state_at(state.global_step - 1) if state_at else None
         self.progress.advance(state.global_step, self.total, state=now, **self.latest)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

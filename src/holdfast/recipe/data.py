@@ -110,7 +110,7 @@ class Data(Part):
         if self.task is None and self.user is None:
             raise ValueError("give data.task (a known task) or data.user (your own file)")
         if self.task is not None and self.task not in registry.faces("tasks"):
-            raise Wrong(["task"], f"unknown task '{self.task}'.{nearest(self.task, registry.faces('tasks'))}")
+            raise Wrong(["task"], registry.unknown("tasks", self.task))
         if self.task is not None and registry.faces("tasks")[self.task].type == "SafetyData":
             text = f"{self.task} is not a task: use it as data.harmful, data.test_harmful, data.benign or "
             raise Wrong(["task"], f"{text}data.alignment, or as data.user to fine-tune on it")

@@ -46,9 +46,7 @@ class Recipe(Part):
             needs = self.needs(name)
             if "alignment_dataset" in needs:
                 self._need_alignment_data(f"{name}.defense {stage.defense}")
-            if "harmful_dataset" in needs and self.data.alignment_harmful()[0] is None:
-                text = f"{name}.defense {stage.defense} needs harmful rows: give a file of them here, or as "
-                raise Wrong(["data", "alignment", "harmful"], f"{text}data.harmful")
+            self._need_harmful_rows(name)
         if self.alignment is not None:
             self._need_alignment_data("the alignment stage")
         self._check_user_data()
@@ -59,9 +57,16 @@ class Recipe(Part):
         return self
 
     def needs(self, stage: str) -> tuple[str, ...]:
-        """The additional data sets that the defense of a stage needs; empty if the stage does not run."""
-        part: StageRecipe | None = getattr(self, stage)
-        return () if part is None else registry.faces("defenses")[part.defense].facts.get("needs", ())
+        """What the defense of a stage needs beyond its own data set; empty if the stage does not run."""
+        return self._declared(stage, "needs")
+
+    def may_use(self, stage: str) -> tuple[str, ...]:
+        """What the defense of a stage also gets if the run has it."""
+        return self._declared(stage, "optional")
+
+    def _declared(self, stage: str, fact: str) -> tuple[str, ...]:
+        part: StageRecipe | PostHocRecipe | None = getattr(self, stage)
+        return () if part is None else registry.faces("defenses")[part.defense].facts.get(fact, ())
 
     def lora(self, stage: str) -> Lora | None:
         """The LoRA of a stage, its own or the model's; None if all weights are trained."""
@@ -136,24 +141,31 @@ class Recipe(Part):
                 raise Wrong([*place, "use_dora"], text + choice)
 
     def _check_post_hoc(self, repair: PostHocRecipe) -> None:
-        """The user's update must be separate, and the weights that give the direction must be on disk."""
+        """What the method needs must be separate from the rest, and on disk."""
         repair.check()
+        facts, needs = registry.faces("defenses")[repair.defense].facts, self.needs("post_hoc")
         who = f"{repair.defense} repairs"
         if self.user is None:
             raise Wrong(["post_hoc"], f"{who} what the user stage trained, but user is none; leave one out")
-        if self.alignment is None and repair.base is None:
-            text = f"{who} along the direction from base to aligned model, but alignment is none. Add an "
+        if "base" in needs and self.alignment is None and repair.base is None:
+            text = f"{repair.defense} needs the model before alignment, but alignment is none. Add an "
             raise Wrong(
                 ["post_hoc"], f"{text}alignment stage, or give the model before alignment: post_hoc.base"
             )
         if self.alignment is not None and repair.base is not None:
             text = "the base is model.path, from which the alignment stage starts. Leave it out, or write "
             raise Wrong(["post_hoc", "base"], f"{text}alignment: none if model.path is already aligned")
+        if "alignment_dataset" in needs:
+            self._need_alignment_data(f"post_hoc.defense {repair.defense}")
+        self._need_harmful_rows("post_hoc")
         trains, aligns = self.trains("user"), self.alignment and self.trains("alignment")
-        if trains == "continue":
+        if trains == "continue" and trains not in facts.get("repairs", (trains,)):
             text = f"{who} the user's update, which adapter: continue ({self.user.defense}) does not keep "
             raise Wrong(["post_hoc"], f"{text}separate from the alignment. Write user.adapter: new")
-        if trains == "full" and aligns == "new":
+        if trains not in facts.get("repairs", (trains,)):
+            text = "all weights" if trains == "full" else "a separate adapter"
+            raise Wrong(["post_hoc"], f"{repair.defense} does not repair {text}, which the user stage trains")
+        if trains == "full" and aligns == "new" and "aligned" in needs:
             text = f"{who} all weights with those of the aligned model, which alignment with LoRA does not "
             raise Wrong(["post_hoc"], f"{text}save. Train both stages with LoRA, or both with lora: none")
         for stage, how in (("alignment", aligns), ("user", trains)):
@@ -163,17 +175,16 @@ class Recipe(Part):
                     f"{who} updates B A, but DoRA in the {stage} stage also scales the weights; leave one out"
                 )
                 raise Wrong(["post_hoc"], text)
-        if trains == "new" and aligns == "new":
-            ours, theirs = (_last_names(self.lora(stage)) for stage in ("user", "alignment"))
-            if ours and theirs and not ours & theirs:
-                text = "the alignment stage's LoRA adapts none of the modules of the user stage's, so there "
-                raise Wrong(
-                    ["post_hoc"], f"{text}is no direction to repair by. Give both common target_modules"
-                )
 
     def _need_alignment_data(self, who: str) -> None:
         if self.data.alignment is None:
             raise ValueError(f"{who} needs data.alignment: a file of prompts with safe answers")
+
+    def _need_harmful_rows(self, stage: str) -> None:
+        if "harmful_dataset" in self.needs(stage) and self.data.alignment_harmful()[0] is None:
+            defense = getattr(self, stage).defense
+            text = f"{stage}.defense {defense} needs harmful rows: give a file of them here, or as "
+            raise Wrong(["data", "alignment", "harmful"], f"{text}data.harmful")
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -200,12 +211,6 @@ class Recipe(Part):
     def fingerprint(self) -> str:
         """Twelve hex digits of the hash of the whole recipe."""
         return identity_hash(self.to_dict())
-
-
-def _last_names(lora: Lora | None) -> set[str]:
-    """The last name components of the target modules; empty if they are not given as a list."""
-    targets = lora.target_modules if lora else ""
-    return set() if isinstance(targets, str) else {name.rsplit(".", 1)[-1] for name in targets}
 
 
 def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:

@@ -155,7 +155,7 @@ def _face(stage: str, defense: str) -> registry.Face:
     """The registry's entry of a defense. Raises Wrong if the defense does not act at `stage`."""
     known = registry.list_defenses(stage)
     if defense not in registry.faces("defenses"):
-        raise Wrong([stage, "defense"], f"unknown defense '{defense}'.{nearest(defense, known)}")
+        raise Wrong([stage, "defense"], registry.unknown("defenses", defense, known))
     face = registry.faces("defenses")[defense]
     if stage not in face.facts["stages"]:
         there = ", ".join(known) or "none yet"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from holdfast.reporting.svg import COLOURS, figure_of, inline, margins, style
+from holdfast.reporting.text import one_line
 from holdfast.reporting.training import Curves
 
 if TYPE_CHECKING:
@@ -15,18 +16,13 @@ if TYPE_CHECKING:
 BANDS = 80
 """Phases are shaded up to this number; more of them would merge into one grey area."""
 
-PANELS = (
-    ("loss", "Loss", ("loss", "alignment_loss", "user_loss")),
-    ("grad_norm", "Gradient norm", ("grad_norm",)),
-    ("drift", "Drift", ("drift",)),
+DASHES: Sequence[tuple[str, Any]] = (
+    ("mark", "-"),
+    ("undefended", (0, (5, 2))),
+    ("ink", (0, (1, 1))),
+    ("defended", (0, (4, 1, 1, 1))),
 )
-LINES: dict[str, tuple[str, str | tuple[int, tuple[int, int]], str]] = {
-    "loss": ("defended", "-", "loss"),
-    "alignment_loss": ("mark", "-", "alignment rows"),
-    "user_loss": ("undefended", (0, (5, 2)), "user rows"),
-    "grad_norm": ("ink", "-", "gradient norm"),
-    "drift": ("ink", "-", "drift"),
-}
+"""Colour and dashes of the lines that share a chart, in the order in which the method declares them."""
 
 
 def curves_svg(curves: Curves, index: int, limits: dict[str, float]) -> str | None:
@@ -34,15 +30,15 @@ def curves_svg(curves: Curves, index: int, limits: dict[str, float]) -> str | No
 
     `limits` holds the shared upper axis limit of each panel, if `shared_limits` found one.
     """
-    panels = [(key, title, names) for key, title, names in PANELS if _drawable(curves, names)]
+    panels = [(title, names) for title, names in curves.panels().items() if _drawable(curves, names)]
     if not panels:
         return None
     with style():
         figure = figure_of(340, 40 + 106 * len(panels))
         grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         figure.subplots_adjust(**margins(figure, left=50, right=10, bottom=40, top=22), hspace=0.42)
-        for axes, (key, title, names) in zip(grid, panels, strict=True):
-            _panel(axes, curves, title, names, limits.get(key))
+        for axes, (title, names) in zip(grid, panels, strict=True):
+            _panel(axes, curves, title, names, limits.get(title))
         grid[-1].set_xlabel("step")
         return inline(figure, f"curves-{index}", _curves_text(curves, panels))
 
@@ -50,10 +46,10 @@ def curves_svg(curves: Curves, index: int, limits: dict[str, float]) -> str | No
 def shared_limits(curves: Sequence[Curves]) -> dict[str, float]:
     """The upper axis limit of each panel that all charts share, unless it would flatten one of them."""
     limits = {}
-    for key, _, names in PANELS:
-        tops = [top for one in curves if (top := _top(one, names)) is not None]
+    for title in dict.fromkeys(title for one in curves for title in one.panels()):
+        tops = [top for one in curves if (top := _top(one, one.panels().get(title, ()))) is not None]
         if len(tops) > 1 and min(tops) > 0 and max(tops) <= 4 * min(tops):
-            limits[key] = max(tops) * 1.05
+            limits[title] = max(tops) * 1.05
     return limits
 
 
@@ -66,10 +62,18 @@ def _drawable(curves: Curves, names: Sequence[str]) -> bool:
 
 
 def _shown(curves: Curves, names: Sequence[str]) -> list[str]:
-    """The separate losses of alignment and user rows if either was logged, else the common loss."""
+    """The losses that a method logs separately if there are any; else the common loss."""
     present = [name for name in names if _finite(curves, name)]
     apart = [name for name in present if name != "loss"]
     return apart or present
+
+
+def _line(names: Sequence[str], name: str) -> tuple[str, Any]:
+    """Colour and dashes of a line of a chart."""
+    if name == "loss":
+        return "defended", "-"
+    apart = [other for other in names if other != "loss"]
+    return ("ink", "-") if len(apart) == 1 else DASHES[apart.index(name) % len(DASHES)]
 
 
 def _top(curves: Curves, names: Sequence[str]) -> float | None:
@@ -86,7 +90,7 @@ def _panel(axes: Axes, curves: Curves, title: str, names: Sequence[str], top: fl
             axes.axvline(first, color=COLOURS["mark"], linewidth=0.5, linestyle=(0, (2, 2)))
     shown = _shown(curves, names)
     for name in shown:
-        role, dashes, label = LINES[name]
+        role, dashes = _line(names, name)
         steps, values = curves.series[name]
         single = len(_finite(curves, name)) == 1
         axes.plot(
@@ -97,9 +101,9 @@ def _panel(axes: Axes, curves: Curves, title: str, names: Sequence[str], top: fl
             linewidth=1.4,
             marker="o" if single else "",
             markersize=4,
-            label=label,
+            label=one_line(curves.shown[name][1], 40),
         )
-    axes.set_title(title, loc="left", fontsize=10, color=COLOURS["ink"], pad=4)
+    axes.set_title(one_line(title, 40), loc="left", fontsize=10, color=COLOURS["ink"], pad=4)
     if len(shown) > 1:
         axes.legend(
             loc="lower right",
@@ -117,10 +121,10 @@ def _panel(axes: Axes, curves: Curves, title: str, names: Sequence[str], top: fl
     axes.locator_params(axis="x", nbins=5)
 
 
-def _curves_text(curves: Curves, panels: Sequence[tuple[str, str, tuple[str, ...]]]) -> str:
+def _curves_text(curves: Curves, panels: Sequence[tuple[str, Sequence[str]]]) -> str:
     parts = []
-    for _, _, names in panels:
+    for _, names in panels:
         for name in _shown(curves, names):
             values = _finite(curves, name)
-            parts.append(f"{LINES[name][2]} from {values[0]:.3g} to {values[-1]:.3g}")
+            parts.append(f"{one_line(curves.shown[name][1], 40)} from {values[0]:.3g} to {values[-1]:.3g}")
     return f"{curves.stage} stage, {curves.label}, {curves.max_steps} steps: {', '.join(parts)}."

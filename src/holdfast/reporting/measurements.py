@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from holdfast.reporting.read import mapping, number
 from holdfast.reporting.text import method_name
@@ -27,6 +28,7 @@ SCORES = {
 """Each score of a row, and the key of the number of answers it is computed from."""
 
 Role = Literal["reference", "undefended", "defended", "control"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,18 @@ class Row:
 
     @property
     def repaired(self) -> str:
-        """How many modules the repair changed, over all seeds; empty if the results do not record it."""
+        """What the repair did, over all seeds, in the words of its method; empty if the results lack it."""
         found = [mapping(member.raw.get("repair")) for member in self.members]
-        modules = {number(facts.get("modules")) for facts in found}
-        counts = sorted({value for facts in found if (value := number(facts.get("projected"))) is not None})
-        if not counts or len(modules) > 1 or (total := modules.pop()) is None:
+        text = self.members[0].raw.get("headline")
+        if not isinstance(text, str):
             return ""
-        return f"{' to '.join(f'{n:g}' for n in dict.fromkeys((counts[0], counts[-1])))} of {total:g} modules"
+        for name in re.findall(r"\{(\w+)\}", text):
+            values = _values(found, name)
+            if len(values) < len(found):
+                return ""
+            span = " to ".join(f"{n:g}" for n in dict.fromkeys((min(values), max(values))))
+            text = text.replace(f"{{{name}}}", span)
+        return text
 
     @property
     def filter(self) -> str | None:
@@ -144,15 +151,12 @@ class Row:
         """Whether the model is not fine-tuned, fine-tuned without or with a defense, or a control.
 
         A control replaces a repair by something simpler. It is not a defense: it shows what the repair adds.
+        Results of earlier versions do not record the role; there, a fine-tuned model counts as defended.
         """
-        if self.user is None and self.post_hoc is None:
-            return "reference"
-        if mapping(self.members[0].raw.get("post_hoc_parameters")).get("control") is not None:
-            return "control"
-        plain = self.user in (None, "sft") and self.alignment in (None, "sft")
-        if plain and self.post_hoc is None and self.filter is None:
-            return "undefended"
-        return "defended"
+        told = self.members[0].raw.get("role")
+        if told in ROLES:
+            return told
+        return "reference" if self.user is None and self.post_hoc is None else "defended"
 
 
 def gather(measurements: Iterable[Measurement]) -> tuple[Row, ...]:

@@ -1,10 +1,10 @@
-"""Training curves, as logged in `trainer_state.json`, with the switch points of BSO and Lisa."""
+"""Training curves, as logged in `trainer_state.json`, with the switch points of methods with phases."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,12 @@ SHOWN = 12
 MOST_LAYERS = 500
 """With more layers, the rows of the layer chart would be too thin to see; no model has as many."""
 
-SERIES = ("loss", "alignment_loss", "user_loss", "grad_norm", "drift")
+SERIES: Mapping[str, tuple[str, str]] = {
+    "loss": ("Loss", "loss"),
+    "grad_norm": ("Gradient norm", "gradient norm"),
+}
+"""What every training logs: its chart and the name of its line."""
+
 HUGE = 1e15
 """Above this, a chart's axis has no readable numbers; such a value counts as not finite."""
 
@@ -34,7 +39,12 @@ class Layers:
 
 @dataclass(frozen=True)
 class Curves:
-    """The log of one training stage; `series[name]` is (steps, values), with NaN for values not finite."""
+    """The log of one training stage.
+
+    Attributes:
+        series: (steps, values) by name, with NaN for values that are not finite.
+        shown: the chart and the name of the line of each series: `SERIES`, and what the method declares.
+    """
 
     step_id: str
     stage: str
@@ -46,6 +56,14 @@ class Curves:
     max_steps: int
     not_finite: int
     layers: Layers | None = None
+    shown: Mapping[str, tuple[str, str]] = field(default_factory=lambda: SERIES)
+
+    def panels(self) -> dict[str, list[str]]:
+        """The names of the series of each chart."""
+        found: dict[str, list[str]] = {}
+        for name, (chart, _) in self.shown.items():
+            found.setdefault(chart, []).append(name)
+        return found
 
     def states(self) -> list[tuple[int, int, str]]:
         """(first step, last step, "alignment" or "user") of each phase; empty without switch points."""
@@ -96,6 +114,7 @@ def _read(folder: Path, step_id: str, stage: str, label: str, seed: int | None) 
     state = read_object(folder / "trainer_state.json")
     record = read_object(folder / "step.json") if (folder / "step.json").is_file() else {}
     training = mapping(record.get("training"))
+    shown = {**SERIES, **_declared(training.get("series"))}
     series: dict[str, tuple[list[float], list[float]]] = {}
     not_finite, last = 0, 0.0
     for entry in objects(state.get("log_history")):
@@ -103,7 +122,7 @@ def _read(folder: Path, step_id: str, stage: str, label: str, seed: int | None) 
         if step is None:
             continue
         last = max(last, step)
-        for name in SERIES:
+        for name in shown:
             if entry.get(name) is None:
                 continue
             value = number(entry[name])
@@ -128,7 +147,17 @@ def _read(folder: Path, step_id: str, stage: str, label: str, seed: int | None) 
         max_steps=round(number(state.get("max_steps")) or last),
         not_finite=not_finite,
         layers=_layers(mapping(training.get("layer_history"))),
+        shown=shown,
     )
+
+
+def _declared(series: Any) -> dict[str, tuple[str, str]]:
+    """The series of a method, as `step.json` has them."""
+    return {
+        str(name): (str(shown[0]), str(shown[1]))
+        for name, shown in mapping(series).items()
+        if isinstance(shown, list) and len(shown) == 2
+    }
 
 
 def _layers(history: dict[str, Any]) -> Layers | None:

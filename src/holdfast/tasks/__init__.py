@@ -14,10 +14,10 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from holdfast.errors import DataError
+from holdfast.plugins import Plugins, plugins
 
 __all__ = [
     "METRICS",
@@ -140,26 +140,25 @@ class SafetyData(DataSet):
 
 def names() -> list[str]:
     """The names of all data sets: of this folder, and of other packages."""
-    return sorted({*_own(), *(entry.name for entry in entry_points(group="holdfast.tasks"))})
+    return sorted({*_own(), *_plugins().found})
 
 
 def find(name: str) -> Task | SafetyData | None:
-    """The data set called `name`, or None. Raises DataError: another package's cannot be imported."""
+    """The data set called `name`, or None. Raises DataError: another package's cannot be used."""
     if name in _own():
         return import_module(f"{__name__}.{name}").TASK
     if not name.isidentifier():
         return None
-    for entry in entry_points(group="holdfast.tasks"):
-        if entry.name == name:
-            try:
-                return entry.load()
-            except Exception as error:  # whatever another package's code raises
-                raise DataError(
-                    f"The data set '{name}' ({entry.value}) of another package cannot be imported: "
-                    f"{type(error).__name__}: {error}. Mend or uninstall that package."
-                ) from error
-    return None
+    others = _plugins()
+    if name in others.refused:
+        raise DataError(others.refused[name])
+    return others.found[name].object if name in others.found else None
 
 
 def _own() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(__path__) if module.name not in HELPERS]
+
+
+def _plugins() -> Plugins:
+    """What other packages bring; the registry asks in the same way."""
+    return plugins("tasks", DataSet, frozenset(_own()))

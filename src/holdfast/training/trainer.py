@@ -83,6 +83,14 @@ class ResumableMixin:
     def method_loaded(self: Any, state: dict[str, Tensor]) -> None:
         """Take over what `method_state` returned, now filled from the checkpoint."""
 
+    def reported(self: Any, steps: int) -> dict[str, Any]:
+        """Facts on a training of `steps` optimizer steps, for `step.json`: those the method declares."""
+        return {}
+
+    def state_at(self: Any, step: int) -> str | None:
+        """The state of optimizer step `step` (from 0), for the progress bar; None without states."""
+        return None
+
     def run_fingerprint(self: Any) -> dict[str, Any]:
         """What must be the same for a resumed run to equal one that was never cut."""
         args = self.args

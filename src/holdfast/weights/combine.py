@@ -4,8 +4,9 @@ The updates of stacked adapters add up, and a sum of low-rank products is one pr
 
     sum_i s_i B_i A_i = [s_1 B_1 | ... | s_n B_n] [A_1; ...; A_n]
 
-where s_i is the scaling of adapter i. So `combine` is exact up to the float32 rounding of s_i B_i. It is not
-the model that the user trained if training ran on weights that had been merged and rounded to bf16.
+where s_i is the scaling of adapter i, times its weight in the sum if weights are given. So `combine` is exact
+up to the float32 rounding of s_i B_i. It is not the model that the user trained if training ran on weights
+that had been merged and rounded to bf16.
 
 The combined adapter has one rank r for every module: the largest rank that a module needs. Modules that need
 less are padded with zeros. alpha = r, so the scaling is 1. PEFT would accept a rank and an alpha per module,
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +89,23 @@ class Combined:
     padded: int
 
 
-def combine(adapters: Sequence[str | Path], out: str | Path) -> Combined:
+def combine(
+    adapters: Sequence[str | Path], out: str | Path, *, weights: Sequence[float] | None = None
+) -> Combined:
     """Write one plain PEFT adapter that is equivalent to `adapters` stacked.
 
     Args:
         adapters: adapter folders or Hub ids for one base model, with any ranks, scalings and targets.
         out: a new folder.
+        weights: what the update of each adapter is multiplied with in the sum; 1 by default.
 
     Raises:
-        ModelError: an adapter is missing, damaged or not a plain LoRA, or the adapters do not add up.
+        ModelError: an adapter is missing, damaged or not a plain LoRA; or the adapters do not add up; or an
+            adapter with a weight other than 1 has copies of whole tensors (`modules_to_save`).
         OutputError: `out` is not new, is inside an adapter folder, or cannot be written.
     """
     with open_chain(adapters) as chain:
+        chain = _weighted(chain, weights) if weights is not None else chain
         rank = chain.rank
         tensors: dict[str, Entry] = {}
         for name in sorted(chain.updates, key=natural):
@@ -134,6 +140,23 @@ def open_chain(adapters: Sequence[str | Path]) -> Iterator[Chain]:
             _check_same(opened, key)
         whole = _whole(opened)
         yield Chain(opened, _updates(opened, whole), whole)
+
+
+def _weighted(chain: Chain, weights: Sequence[float]) -> Chain:
+    """The chain with each update times the weight of its adapter; those of weight 0 are left out."""
+    factors: dict[Path, float] = {}
+    for adapter, weight in zip(chain.adapters, weights, strict=True):
+        if adapter.left_alone and weight != 1:
+            raise ModelError(
+                f"{adapter.folder} holds whole tensors (modules_to_save, resized embeddings), such as "
+                f"'{adapter.left_alone[0]}', which cannot be weighted. Train without them."
+            )
+        factors[adapter.file.path] = weight
+    updates = {}
+    for name, parts in chain.updates.items():
+        kept = [part for part in parts if factors[part.b.file.path]] or parts[:1]
+        updates[name] = [replace(part, scaling=part.scaling * factors[part.b.file.path]) for part in kept]
+    return replace(chain, updates=updates)
 
 
 def _check_alone(adapter: Adapter) -> None:

@@ -44,6 +44,6 @@ class SafeLoraConfig:
             raise ValueError(f"control must be one of {', '.join(CONTROLS)} or none, found {self.control!r}")
 
     def check_modules(self, count: int) -> None:
-        """Raise where there are fewer modules to project than are asked for."""
+        """Raise if there are fewer modules to project than are asked for."""
         if self.num_layers is not None and self.num_layers > count:
             raise ValueError(f"num_layers is {self.num_layers}, but there are {count} to project")
