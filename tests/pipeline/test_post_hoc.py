@@ -244,7 +244,7 @@ def test_chance_follows_the_runs_seed_unless_a_seed_is_named():
         (["post_hoc.threshold=0.3", "post_hoc.base=world"], ["post_hoc.base", "alignment: none"]),
         (["post_hoc.threshold=0.3", "user=ewc"], ["continue", "ewc", "user.adapter: new"]),
         (["post_hoc.threshold=0.3", "user.adapter=continue"], ["continue", "user.adapter: new"]),
-        (["post_hoc.threshold=0.3", "user.lora=none"], ["in memory", "lora: none"]),
+        (["post_hoc.threshold=0.3", "user.lora=none"], ["does not save", "lora: none"]),
         (["post_hoc.threshold=0.3", "user.lora.use_dora=true"], ["DoRA", "user"]),
         (["post_hoc.threshold=0.3", "alignment.lora.use_dora=true"], ["DoRA", "alignment"]),
     ],
