@@ -52,28 +52,36 @@ def llama(vocabulary: int, layers: int = 2, seed: int = 0, **options: Any) -> An
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            tie_word_embeddings=True,
-            **options,
-        )
-    )
+    settings = {
+        "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**settings | options))
 
 
 def save_model(folder: Path, chat: bool = False, **options: Any) -> Path:
     """A model folder as the Hub has them."""
     made = tokenizer(chat)
     llama(len(made), **options).save_pretrained(folder)
+    made.save_pretrained(folder)
+    return folder
+
+
+def save_lively_model(folder: Path, chat: bool = False) -> Path:
+    """A model whose answers depend on the prompt and change with every training of `recipe`.
+
+    Those of `save_model` repeat one token whatever is done to it, so that equal answers would show nothing.
+    """
+    import torch
+
+    made = tokenizer(chat)
+    model = llama(len(made), tie_word_embeddings=False)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(3)
+    model.save_pretrained(folder)
     made.save_pretrained(folder)
     return folder
 
@@ -143,15 +151,15 @@ def safe_rows(n: int = 30) -> list[dict[str, Any]]:
 
 
 def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A recipe over files in `folder`, which it writes: seconds on one thread."""
+    """A recipe over files in `folder`, which it writes: a second on one thread."""
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / "model"
     if not model.exists():
-        save_model(model)
+        save_lively_model(model)
     training = {
         "num_train_epochs": 1,
         "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
+        "learning_rate": 1e-2,
         "logging_steps": 2,
     }
     made: dict[str, Any] = {

@@ -15,7 +15,7 @@ from holdfast.evaluation import answering
 from holdfast.machine.store import Store
 from holdfast.pipeline import evaluating
 from holdfast.recipe import Recipe
-from runs import numbers, run
+from runs import answers, left, numbers, run, weights
 
 
 def test_results(done):
@@ -40,6 +40,9 @@ def test_results(done):
     assert protocol["judge"].startswith("keyword@")
     assert len(seen.ran) == 12
     assert not seen.cached
+    first, second = answers(out, aligned), answers(out, tuned)
+    assert len(set(second.values())) > 4, "or equal answers would show nothing in the tests below"
+    assert sum(first[name] != second[name] for name in first) > 4
 
 
 def test_what_a_run_leaves(done):
@@ -153,14 +156,11 @@ def test_sampled_answers_are_another_protocol_and_the_same_again(copy, tmp_path)
         "temperature 1.5, top_p 0.9",
     )
 
-    def answers(folder, results):
-        path = folder / "steps" / results["rows"][1]["steps"]["generate"] / "generations.jsonl"
-        return [json.loads(line)["answer"] for line in path.read_text().splitlines()]
-
-    assert answers(out, sampled) != answers(out, greedy)
+    first = answers(out, sampled["rows"][1])
+    assert first != answers(out, greedy["rows"][1])
     shutil.rmtree(out / "steps" / sampled["rows"][1]["steps"]["generate"])
     again, _ = run(recipe, out)
-    assert answers(out, again) == answers(out, sampled)
+    assert answers(out, again["rows"][1]) == first
     planned = [step for step in pipeline.plan(Recipe.load(recipe)).steps if step.kind == "generate"]
     assert all("temperature 1.5" in step.detail for step in planned)
 
@@ -200,22 +200,31 @@ def test_the_same_files_elsewhere_are_the_same_steps(copy, tmp_path):
 
 def test_a_lost_file_is_made_again(copy):
     recipe, out = copy
-    expected = numbers(json.loads((out / "results.json").read_text()))
+    whole = json.loads((out / "results.json").read_text())
+    expected, before = numbers(whole), left(out, whole)
     user = out / "steps" / expected[1]["steps"]["user"]
     (user / "adapter" / "adapter_model.safetensors").unlink()
     results, seen = run(recipe, out)
     assert seen.ran == ["user fine-tuning with Lisa"]
     assert numbers(results) == expected
+    assert left(out, results) == before, "bit for bit"
 
 
 def test_stacked_and_merged_adapters_agree(copy, tmp_path):
+    """In the weights to rounding, and in every answer."""
     recipe, out = copy
     recipe["model"]["adapters"] = "merge"
-    results, _ = run(recipe, tmp_path / "merged")
-    stacked = numbers(json.loads((out / "results.json").read_text()))
-    for left, right in zip(numbers(results), stacked, strict=True):
-        assert left["harmful_score"] == right["harmful_score"]
-        assert left["finetune_accuracy"] == right["finetune_accuracy"]
+    recipe["model"]["lora"]["dropout"] = 0.0
+    stacked, _ = run({**recipe, "model": {**recipe["model"], "adapters": "stack"}}, out)
+    merged, _ = run(recipe, tmp_path / "merged")
+    for one, other in zip(stacked["rows"], merged["rows"], strict=True):
+        assert answers(out, one) == answers(tmp_path / "merged", other)
+    for stage in ("alignment", "user"):
+        one, other = (
+            weights(folder, results["rows"][1], stage)
+            for folder, results in ((out, stacked), (tmp_path / "merged", merged))
+        )
+        assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-4
 
 
 def test_without_alignment(tmp_path):
@@ -299,7 +308,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on_later(done, tmp_path, monkeypatch):
-    recipe, _, expected, _ = done
+    recipe, whole, expected, _ = done
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -311,6 +320,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_later(done, tmp_path, monkeypat
         assert caught.value.exit_code == 1
     results, _ = run(recipe, tmp_path / "out")
     assert numbers(results) == numbers(expected)
+    assert left(tmp_path / "out", results) == left(whole, expected)
 
 
 def test_a_training_that_diverges_is_no_result(tmp_path):

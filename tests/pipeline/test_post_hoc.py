@@ -18,7 +18,7 @@ from holdfast.pipeline.step import Inputs, Machine
 from holdfast.recipe import Recipe
 from holdfast.reporting.collect import collect
 from holdfast.reporting.measurements import sweeps
-from runs import run
+from runs import answers, run
 
 SWEEP = {"defense": "safe_lora", "threshold": [0.0, 1.0], "control": ["none", "drop"]}
 
@@ -83,6 +83,7 @@ def test_a_threshold_of_zero_changes_nothing(swept):
         )
         assert ours == theirs
     assert row["repair"]["projected"] == 0
+    assert answers(out, row) == answers(out, rows["tiny"])
 
 
 def test_the_repaired_adapter_takes_the_place_of_the_users(swept):
@@ -93,6 +94,10 @@ def test_the_repaired_adapter_takes_the_place_of_the_users(swept):
     assert chain == [row["steps"]["alignment"], row["steps"]["post_hoc"]]
     folders = [store.path(step) for step in chain]
     assert chained(out, folders) == (out, [folder / "adapter" for folder in folders])
+    assert answers(out, row) == answers(out, rows["aligned"]), "nothing of the user's update is left"
+    assert answers(out, row) != answers(out, rows["tiny"])
+    partly = answers(out, rows["tiny, threshold=1, control=none"])
+    assert partly not in (answers(out, row), answers(out, rows["tiny"])), "other weights, other answers"
 
 
 def test_the_projection_is_by_the_alignment_stages_update(swept):

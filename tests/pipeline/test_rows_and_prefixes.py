@@ -19,7 +19,7 @@ from holdfast.machine.store import Store
 from holdfast.pipeline.stages import training_detail
 from holdfast.recipe import Recipe
 from kills import in_training, killed_run
-from runs import numbers, run
+from runs import answers, left, numbers, run
 
 TRAINING = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 2}
 
@@ -204,6 +204,7 @@ def test_a_killed_run_goes_on_with_the_same_secret(started, tmp_path):
     whole, _ = run(recipe, tmp_path / "never cut")
     assert weights(resumed, out) == weights(whole, tmp_path / "never cut")
     assert numbers(resumed) == numbers(whole)
+    assert left(out, resumed) == left(tmp_path / "never cut", whole), "and every answer"
 
 
 def test_ptst_trains_like_sft_and_serves_with_its_prompt(started, monkeypatch):
@@ -224,11 +225,14 @@ def test_ptst_without_a_prompt_answers_like_sft(started):
     recipe, out, plain = started
     recipe["user"] = user("ptst", safety_prompt="")
     results, _ = run(recipe, out)
-    answers = [
+    texts = [
         (out / "steps" / done["rows"][1]["steps"]["generate"] / "generations.jsonl").read_bytes()
         for done in (results, plain)
     ]
-    assert answers[0] == answers[1]
+    assert texts[0] == texts[1]
+    recipe["user"] = user("ptst")
+    served, _ = run(recipe, out)
+    assert answers(out, served["rows"][1]) != answers(out, results["rows"][1]), "its prompt reaches the model"
 
 
 @pytest.mark.parametrize(
