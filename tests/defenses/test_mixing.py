@@ -87,7 +87,7 @@ def test_data_sets_are_taken_too(method):
 def test_what_cannot_be_drawn_is_said():
     with pytest.raises(DataError, match="asked for 31 alignment rows, but there are 30"):
         vlguard.mix(USER, SAFE, seed=1, alignment_size=31)
-    with pytest.raises(DataError, match=r"33 alignment rows were to replace .* there are 32"):
+    with pytest.raises(DataError, match=r"cannot replace 33 benign user rows .* there are 32"):
         vlguard.mix(USER, SAFE * 2, seed=1, alignment_size=33)
     assert len(vlguard.mix(USER, SAFE * 2, seed=1, alignment_size=33, replace=False)) == 73
 

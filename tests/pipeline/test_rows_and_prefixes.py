@@ -239,7 +239,7 @@ def test_ptst_without_a_prompt_answers_like_sft(started):
     ("method", "error", "words"),
     [
         (user("vlguard"), DataError, "asked for 1000 alignment rows, but there are 30"),
-        (user("vlguard", alignment_size=28), DataError, "28 alignment rows were to replace benign"),
+        (user("vlguard", alignment_size=28), DataError, "cannot replace 28 benign user rows"),
         (user("bea", alignment_size=31), DataError, "bea: asked for 31 alignment rows"),
         (user("safe_instr", alignment_ratio=1.5), RecipeError, "alignment_ratio must be a share"),
         (user("bea", secret_length=0), RecipeError, "secret_length must be at least 1"),

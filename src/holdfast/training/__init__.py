@@ -1,4 +1,4 @@
-"""What defenses are made of: the trainer, rows as tokens, layers, passes, perturbation, penalty, Fisher."""
+"""Building blocks of defenses: the trainer, tokenised rows, layers, passes, perturbation, penalty, Fisher."""
 
 __all__ = [
     "fisher",

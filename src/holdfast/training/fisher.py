@@ -1,8 +1,9 @@
-"""The diagonal empirical Fisher information of the trainable weights, from alignment rows.
+"""The diagonal empirical Fisher information of the trainable weights, computed from alignment rows.
 
-F_i = sum over batches b of (d L_b / d w_i)^2, with L_b the mean cross-entropy of the batch (Kirkpatrick et
-al. 2017; so the Lisa authors' EWC takes it). A batch is what one optimizer step sees, so F does not depend on
-how its rows are spread over micro-batches and processes. Dropout is off, and no random number is drawn.
+F_i = sum over batches b of (d L_b / d w_i)^2, where L_b is the mean cross-entropy of the batch (Kirkpatrick
+et al. 2017; the Lisa authors' EWC computes it like this). A batch is the input of one optimizer step, so F
+does not depend on how its rows are split into micro-batches and processes. Dropout is off, and no random
+number is drawn.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ def diagonal_fisher(
     backward: Callable[[Batch, float], None],
     scale: float = 1.0,
 ) -> list[Tensor]:
-    """F for each weight, in float32 (sharded as the weight is); leaves no gradient behind.
+    """Return F for each weight in float32 (sharded like the weight). No gradient is left in the weights.
 
     Args:
         backward: `backward(batch, scale)` adds scale * d L_b / d w to every `w.grad`.
-        scale: the loss scale of fp16; it is halved where a scaled gradient overflows.
+        scale: the loss scale of fp16; it is halved if a scaled gradient overflows.
 
     Raises:
         ModelError: a gradient is not finite.
@@ -63,7 +64,7 @@ def diagonal_fisher(
 
 
 def mean_1(fisher: list[Tensor]) -> None:
-    """Divide F by its mean over all weights, in place; an F of zeros stays as it is."""
+    """Divide F by its mean over all weights, in place. An F of zeros is left unchanged."""
     mean = float(squared_norm(list(torch._foreach_sqrt(fisher)))) / sum(f.numel() for f in fisher)
     if mean > 0:
         torch._foreach_mul_(fisher, 1 / mean)
@@ -71,10 +72,10 @@ def mean_1(fisher: list[Tensor]) -> None:
 
 @contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, while layers that are to checkpoint their activations do so.
+    """Put every module into evaluation mode, but keep activation checkpointing where it is enabled.
 
-    Such a layer checkpoints in training mode only (a loaded model is not in it before the first step), so it
-    is put there, and its own dropout rates (OPT's, for one, are numbers on the layer) are 0 meanwhile.
+    Such a layer checkpoints only in training mode (a loaded model is not in it before the first step). So the
+    layer is set to training mode, and its own dropout rates (numbers on the layer, as in OPT) are set to 0.
     """
     modes = {module: module.training for module in model.modules()}
     layers = [m for m in modes if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
@@ -99,12 +100,12 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
 
 
 def trainer_fisher(trainer: Any, model: nn.Module, rows: int | None, step: int) -> list[Tensor]:
-    """F of a trainer's trainable weights as they are now, from `rows` of its alignment rows (None: all).
+    """Return F of a trainer's current trainable weights, from `rows` of its alignment rows (None: all).
 
-    Runs in every process of the training, before optimizer step `step` and outside of any `no_sync`, in which
-    the processes' gradients would stay apart. The rows are drawn by the trainer's seed and `step`; the last
-    batch is filled up from the first rows. The gradient of a batch is what Trainer itself would step with,
-    before clipping: `model` is the wrapped one.
+    It runs in every process of the training, before optimizer step `step` and outside any `no_sync`, which
+    would keep the gradients of the processes apart. The rows are drawn from the trainer's seed and `step`;
+    the last batch is filled up with the first rows. The gradient of a batch is the gradient that Trainer
+    itself would use for a step, before clipping; `model` is the wrapped model.
     """
     args, data = trainer.args, trainer.alignment_dataset
     generator = torch.Generator().manual_seed(derive_seed(args.seed, "fisher", step))
@@ -134,7 +135,7 @@ def trainer_fisher(trainer: Any, model: nn.Module, rows: int | None, step: int) 
 def split_rows(
     order: Sequence[int], batch_size: int, micro_batches: int, process: int, processes: int
 ) -> list[list[list[int]]]:
-    """For each step's batch the micro-batches of one process, dealt out as accelerate's sampler does."""
+    """Return, for each step's batch, the micro-batches of one process, dealt like accelerate's sampler."""
     whole = batch_size * micro_batches * processes
     found = []
     for start in range(0, len(order), whole):

@@ -1,4 +1,4 @@
-"""Harmful rows for methods of the alignment stage: kept as the trainer's own, drawn by the step."""
+"""Harmful rows for methods of the alignment stage: prepared like the trainer's own and drawn by step."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from holdfast.training.trainer import ResumableMixin
 
 
 class HarmfulRows(ResumableMixin):
-    """Takes `harmful_dataset`: harmful questions with harmful answers, in any accepted form of rows.
+    """Accepts `harmful_dataset`: harmful questions with harmful answers, in any accepted form of rows.
 
-    Batches of them are a function of the seed and a number, so that nothing about them is saved, and
-    drawing one uses no global random number.
+    A batch of them is a function of the seed and a number. So no state about them has to be saved, and
+    drawing a batch uses no global random number.
     """
 
     def __init__(self: Any, *args: Any, harmful_dataset: Any = None, **kwargs: Any):
@@ -29,11 +29,11 @@ class HarmfulRows(ResumableMixin):
         self.harmful_dataset = self.prepare_extra_rows(harmful_dataset)
 
     def run_fingerprint(self: Any) -> dict[str, Any]:
-        """The plain one, with the harmful rows."""
+        """The fingerprint of the parent class with the harmful rows."""
         return super().run_fingerprint() | {"harmful_dataset": rows_fingerprint(self.harmful_dataset)}
 
     def harmful_indices(self: Any, draw: int, size: int, purpose: str) -> list[int]:
-        """Rows `draw * size` to `(draw + 1) * size` of an endless stream of seeded permutations."""
+        """Return rows `draw * size` to `(draw + 1) * size` of an endless stream of seeded permutations."""
         number, found = len(self.harmful_dataset), []
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         orders: dict[int, list[int]] = {}
@@ -46,10 +46,10 @@ class HarmfulRows(ResumableMixin):
         return found
 
     def harmful_batches(self: Any, draw: int, purpose: str) -> tuple[list[dict[str, Any]], Any]:
-        """This process's micro-batches of the harmful batch `draw`, and the completion tokens in all of it.
+        """Return this process's micro-batches of harmful batch `draw`, and the batch's completion tokens.
 
-        The whole batch has as many rows as an optimizer step of the training; it is dealt out to
-        micro-batches and processes as accelerate's sampler does, so neither changes its rows.
+        The whole batch has as many rows as an optimizer step of the training. It is dealt to micro-batches
+        and processes like accelerate's sampler does it, so neither changes its rows.
         """
         args = self.args
         size = self._train_batch_size
@@ -61,7 +61,7 @@ class HarmfulRows(ResumableMixin):
         return [send_to_device(batch, args.device) for batch in batches], items
 
     def harmful_places(self: Any) -> list[int]:
-        """The places in the whole harmful batch of the rows in this process's micro-batches."""
+        """Return the positions in the whole harmful batch of the rows in this process's micro-batches."""
         args = self.args
         size, parts = self._train_batch_size, args.gradient_accumulation_steps * args.world_size
         firsts = range(args.process_index * size, parts * size, args.world_size * size)

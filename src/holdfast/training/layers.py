@@ -1,8 +1,8 @@
-"""The decoder layers of any causal language model, and the attention of each, found by structure.
+"""Find the decoder layers of any causal language model, and the attention of each layer, by structure.
 
-No list of class names: a decoder layer is what transformers itself checkpoints
-(`GradientCheckpointingLayer`), as many of them in one list as the configuration says; its mixer (attention,
-or what stands in its place) is the one child with parts of its own whose name says so. Shown on 34
+There is no list of class names. Decoder layers are the modules that transformers itself checkpoints
+(`GradientCheckpointingLayer`), in a list as long as the configuration says. The mixer of a layer (attention
+or its replacement) is the only child that has submodules and a name that says so. Checked on 34
 architectures, tested on thirteen.
 """
 
@@ -18,10 +18,10 @@ from holdfast.errors import ModelError
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:
-    """The decoder layers from the lowest to the highest; `model` may be wrapped by PEFT, DDP or FSDP2.
+    """Return the decoder layers from lowest to highest. `model` may be wrapped by PEFT, DDP or FSDP2.
 
     Raises:
-        ModelError: none are there, or not as many as the configuration says.
+        ModelError: no layers are found, or their number differs from the configuration.
     """
     model = plain_model(model)
     expected = text_config(model).num_hidden_layers
@@ -43,16 +43,16 @@ def decoder_layers(model: nn.Module) -> list[Any]:
 
 
 def mixers(model: nn.Module) -> list[Any]:
-    """The attention module (or what stands in its place) of each decoder layer, from the lowest.
+    """Return the attention module (or its replacement) of each decoder layer, from the lowest.
 
     Raises:
-        ModelError: a layer has none, or several.
+        ModelError: a layer has no such module, or several.
     """
     return [_mixer(layer) for layer in decoder_layers(model)]
 
 
 def _mixer(layer: nn.Module) -> nn.Module:
-    # Norms are called after the attention too (post_attention_layernorm); PEFT can give one parts of its own.
+    # Some norms have attention in their name (post_attention_layernorm), and PEFT can give a norm submodules.
     found = {
         name: child
         for name, child in layer.named_children()
@@ -60,7 +60,7 @@ def _mixer(layer: nn.Module) -> nn.Module:
     }
     if len(found) != 1:
         raise ModelError(
-            f"One attention module was expected in each {type(layer).__name__}, found "
+            f"Expected one attention module in each {type(layer).__name__}, found "
             f"{', '.join(found) or 'none'} among {', '.join(name for name, _ in layer.named_children())}. "
             "A method that works on attention outputs needs another model."
         )
@@ -68,17 +68,17 @@ def _mixer(layer: nn.Module) -> nn.Module:
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """The model of transformers inside PEFT's and DDP's wrappers (FSDP2 does not wrap).
+    """Return the transformers model inside the wrappers of PEFT and DDP (FSDP2 does not wrap).
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is no such model.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if not hasattr(inner, "get_decoder") or not hasattr(inner, "config"):
         raise ModelError(
-            f"A causal language model of transformers is needed, found {type(inner).__name__}, which has no "
+            f"Expected a causal language model of transformers, found {type(inner).__name__}, which has no "
             "get_decoder()."
         )
     return inner

@@ -1,18 +1,19 @@
-"""The training loss with logits only where labels are, and only a few of them at a time.
+"""The training loss with logits only for completion tokens, and only for a few of them at a time.
 
-For completion tokens with hidden states h_i and targets y_i the loss of transformers' language models is
+For completion tokens with hidden states h_i and targets y_i, the loss of transformers' language models is
 
     L = 1/n sum_i CE(f(W h_i), y_i)
 
-with W the head, f what the model does to its logits (Gemma 2's softcap, the scale of Cohere and Granite), and
-n the completion tokens of the optimizer step. Plain training makes logits of every token, prompts and padding
-too: [batch, length, vocabulary], several times over. Here they are made for a chunk of completion tokens, the
-chunk's gradient with respect to h (and to what trains in W) is taken at once, and they are gone before the
-next chunk: the memory of one chunk, no logit computed twice. Equation and count are the plain ones.
+where W is the head, f is what the model applies to its logits (Gemma 2's softcap, the scale of Cohere and
+Granite), and n is the number of completion tokens in the optimizer step. Plain training also computes the
+logits of prompts and padding: [batch, length, vocabulary], several times. Here logits are computed for a
+chunk of completion tokens, the chunk's gradient with respect to h (and to the trainable part of W) is
+computed immediately, and the logits are freed before the next chunk. So only the logits of one chunk are in
+memory, and none is computed twice. The equation and the token count are the same as in plain training.
 
-W is the model's own module, whatever it is (LoRA, modules_to_save, sharded: all happens inside the model's
-forward). f is not looked up by name: the model's forward runs to its end for one token, what it does to that
-token's logits is recorded, and the same is done to each chunk.
+W is the model's own module in any form (LoRA, modules_to_save, sharded), because everything happens inside
+the model's forward. f is not looked up by name: the model's forward runs to its end for one token, the
+operations on the logits of that token are recorded, and the same operations are applied to each chunk.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from holdfast.errors import ModelError
 from holdfast.training.tokenising import IGNORED
 
 LOGITS = 2**24
-"""Numbers in a chunk of logits: 64 MiB in float32, of which some three are alive at a time."""
+"""Numbers in a chunk of logits: 64 MiB in float32, of which about three copies exist at a time."""
 
 
 @contextmanager
 def lean_loss(causal_lm: Any) -> Iterator[None]:
-    """Within, a forward of `causal_lm` with labels returns the plain loss, and the logits of one token.
+    """Make a forward of `causal_lm` with labels return the same loss, but only the logits of one token.
 
     Args:
-        causal_lm: the language model itself, not what wraps it; the forward may be that of a wrapper.
+        causal_lm: the language model itself, not its wrapper. The forward may be that of a wrapper.
     """
     head, plain, seen = causal_lm.get_output_embeddings(), causal_lm.loss_function, {}
 
@@ -81,7 +82,7 @@ def lean_loss(causal_lm: Any) -> Iterator[None]:
 
 
 class _Recorded(Tensor):
-    """Logits of one token that know what was done to them since: `steps`, functions of logits alone."""
+    """Logits of one token that record the operations on them in `steps`: functions of logits alone."""
 
     steps: tuple[Callable[[Tensor], Tensor], ...] = ()
 
@@ -136,13 +137,13 @@ class _Chunked(torch.autograd.Function):
 
 @torch.no_grad()
 def is_exact(model: Any, causal_lm: Any, inputs: Mapping[str, Tensor], mixed: bool = False) -> bool:
-    """Whether the loss of `inputs` is the plain one; False where the model cannot do it.
+    """Whether the lean loss of `inputs` equals the plain loss; False if the model does not support it.
 
-    Costs two forwards. Draws no random number, and leaves every module's mode as it was.
+    It costs two forward passes, draws no random number, and restores the mode of every module.
 
     Args:
-        model: what training calls; every process of a training calls this.
-        mixed: it computes in less than its weights' precision.
+        model: the model that training calls. Every process of a training calls this function.
+        mixed: whether the model computes in lower precision than that of its weights.
     """
     if getattr(causal_lm, "loss_function", None) is not ForCausalLMLoss:
         return False
@@ -153,7 +154,7 @@ def is_exact(model: Any, causal_lm: Any, inputs: Mapping[str, Tensor], mixed: bo
         with lean_loss(causal_lm):
             lean = model(**inputs).loss
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
-        return False  # a head that is called otherwise, a loss that is made elsewhere
+        return False  # the head is called in another way, or the loss is computed elsewhere
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -162,7 +163,7 @@ def is_exact(model: Any, causal_lm: Any, inputs: Mapping[str, Tensor], mixed: bo
 
 
 def few_tokens(row: Mapping[str, Any], device: Any, tokens: int = 32) -> dict[str, Tensor]:
-    """A tokenised row from just before its first completion token on: a batch of [1, up to `tokens`]."""
+    """Return a tokenised row from just before its first completion token: a batch of [1, up to `tokens`]."""
     first = next(i for i, label in enumerate(row["labels"]) if i and label != IGNORED)
     window = slice(first - 1, first - 1 + tokens)
     return {
@@ -172,13 +173,13 @@ def few_tokens(row: Mapping[str, Any], device: Any, tokens: int = 32) -> dict[st
 
 
 class LeanLossMixin:
-    """Gives a `Trainer` of tokenised rows the lean loss in training, where model and arguments allow that."""
+    """Gives a `Trainer` of tokenised rows the lean loss in training, if the model and arguments allow it."""
 
     lean = False
-    """Whether it is on: known when training begins."""
+    """Whether the lean loss is on; decided when training begins."""
 
     def decide_lean(self: Any) -> None:
-        """Try it on a row of the training data; not where another loss is asked for, or a wrapped forward."""
+        """Test it on a row of the training data. It stays off if another loss or a wrapped forward is set."""
         args, model = self.args, self.model
         others = self.label_smoother, self.compute_loss_func, args.torch_compile, self.is_deepspeed_enabled
         self.lean = False
@@ -189,7 +190,7 @@ class LeanLossMixin:
     def compute_loss(
         self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Trainer's loss. Whoever asks for the outputs gets the plain forward, and so does evaluation."""
+        """Trainer's loss. With `return_outputs`, and in evaluation, the plain forward is used."""
         lean = self.lean and not return_outputs
         with lean_loss(_causal_lm(self.model)) if lean else nullcontext():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Alignment rows among the user's: what VLGuard, SafeInstr and BEA share."""
+"""Mix alignment rows into the user's rows: shared by VLGuard, SafeInstr and BEA."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def mix_rows(
     replace: bool = False,
     change: Callable[[Row], Row] = lambda row: row,
 ) -> list[Row]:
-    """`count` alignment rows, drawn without repetition, among the user rows, in a seeded order.
+    """Mix `count` alignment rows, drawn without repetition, into the user rows in a seeded order.
 
     Args:
         user_rows, alignment_rows: lists of dicts, or `datasets.Dataset`s.
-        count: how many alignment rows; with 0 the user rows come back as they are.
-        seed: of every draw here; the rows of a smaller count are among those of a larger one.
-        name: of the method, for its seed and its errors.
-        replace: as many user rows go, drawn from those whose `source` is not "harmful" (from all rows where
-            rows do not say so), so that n stays; else the alignment rows are added.
-        change: applied to each alignment row that was drawn.
+        count: the number of alignment rows; with 0 the user rows are returned as they are.
+        seed: seed of every draw; the rows of a smaller count are among those of a larger count.
+        name: name of the method, for its seed and its errors.
+        replace: remove as many user rows, drawn from those whose `source` is not "harmful" (from all rows if
+            they have no `source`), so that n stays the same. If False, the alignment rows are added.
+        change: applied to each drawn alignment row.
 
     Returns:
-        a list of dicts; alignment rows have `source` "alignment".
+        A list of dicts; alignment rows have `source` "alignment".
 
     Raises:
-        DataError: more rows wanted than there are to draw, or to replace.
+        DataError: there are fewer rows to draw, or to replace, than `count`.
     """
     user, alignment = list(user_rows), list(alignment_rows)
     benign = [i for i, row in enumerate(user) if row.get("source") != "harmful"]
@@ -48,7 +48,7 @@ def mix_rows(
         )
     if replace and count > len(benign):
         raise DataError(
-            f"{name}: {count} alignment rows were to replace benign user rows, but there are {len(benign)}. "
+            f"{name}: cannot replace {count} benign user rows by alignment rows; there are {len(benign)}. "
             "Lower alignment_size (or alignment_ratio), or set replace to false."
         )
     if count == 0:
@@ -61,9 +61,9 @@ def mix_rows(
 
 
 def check_amounts(size: Any, ratio: Any = None) -> None:
-    """Raise ValueError for an alignment_size or alignment_ratio that is no count or no share."""
+    """Raise ValueError if alignment_size is not a count or alignment_ratio is not a share."""
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
-        raise ValueError(f"alignment_size must be a whole number from 0 on, found {size!r}")
+        raise ValueError(f"alignment_size must be a whole number, 0 or more, found {size!r}")
     if ratio is not None and (
         isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1
     ):
@@ -71,5 +71,5 @@ def check_amounts(size: Any, ratio: Any = None) -> None:
 
 
 def _draw(items: Sequence[Any], count: int, seed: int) -> list[Any]:
-    """The first `count` of a seeded order of `items`."""
+    """Return the first `count` items of a seeded order of `items`."""
     return random.Random(seed).sample(items, len(items))[:count]

@@ -1,15 +1,15 @@
 """Perturbed activations: the two passes of Vaccine (arXiv 2402.01109, Algorithm 1) on any module's output.
 
-Pass 1 takes g = d loss / d activation at the output of chosen modules, pass 2 adds
+Pass 1 computes g = d loss / d activation at the output of chosen modules. Pass 2 adds
 
     epsilon = rho g / ||g||
 
 to the same outputs and trains. The norm is taken over all chosen modules and over the whole batch of an
-optimizer step: neither micro-batches nor processes change it.
+optimizer step, so it depends neither on micro-batches nor on processes.
 
-Pass 1 adds to each output a zero that is a leaf of the graph, so that `torch.autograd.grad` finds g there: it
-touches no `.grad`, and starts at the lowest chosen module where all below is frozen. The hooks of pass 2 stay
-until backward has ended, because checkpointing computes the outputs again there.
+Pass 1 adds to each output a zero that is a leaf of the graph, so that `torch.autograd.grad` finds g there. It
+changes no `.grad`, and starts at the lowest chosen module if everything below it is frozen. The hooks of pass
+2 stay until backward has ended, because checkpointing computes the outputs again during backward.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from holdfast.training.trainer import (
 )
 
 REENTRANT = (
-    "Reentrant gradient checkpointing hides the activations that are to be perturbed. "
+    "Reentrant gradient checkpointing hides the activations that the method perturbs. "
     'Use gradient_checkpointing_kwargs={"use_reentrant": False}.'
 )
 
@@ -44,14 +44,14 @@ REENTRANT = (
 def activation_gradients(
     modules: Sequence[nn.Module], loss: Callable[[], Tensor]
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """The loss, and its gradient at the output of each module, by position: each of the output's shape.
+    """Return the loss and its gradient at the output of each module, by position, with the output's shape.
 
-    A module that `loss` does not call has none (OPT can leave whole layers out). No `.grad` is touched.
+    A module that `loss` does not call has no gradient (OPT can skip whole layers). No `.grad` is changed.
     """
     leaves: dict[int, Tensor] = {}
 
     def add_zero(i: int, output: Tensor) -> Tensor:
-        # One number stands for the whole tensor. Only the first call counts: a second one is checkpointing's.
+        # One number stands for the whole tensor. Only the first call counts; checkpointing makes a second.
         zero = leaves.setdefault(i, output.new_zeros(()).expand(output.shape).requires_grad_())
         return output + zero
 
@@ -82,7 +82,7 @@ def squared_gradient_norms(modules: Sequence[nn.Module], loss: Callable[[], Tens
 
 @contextmanager
 def perturbed(modules: Sequence[nn.Module], gradients: Mapping[int, Tensor], scale: float) -> Iterator[None]:
-    """scale * g is added to the output of each module, wherever it is computed; open until backward ends."""
+    """Add scale * g to each module's output in every forward. Keep the block open until backward ends."""
 
     def add(i: int, output: Tensor) -> Tensor:
         if i not in gradients:
@@ -95,7 +95,7 @@ def perturbed(modules: Sequence[nn.Module], gradients: Mapping[int, Tensor], sca
 
 @contextmanager
 def outputs_changed(modules: Sequence[nn.Module], change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    """`change(position, output)` stands for each module's output (the first of them, if it is a tuple)."""
+    """Replace each module's output (the first output of a tuple) by `change(position, output)`."""
 
     def hook_of(i: int) -> Callable[..., Any]:
         def hook(module: nn.Module, arguments: Any, output: Any) -> Any:
@@ -116,11 +116,11 @@ def outputs_changed(modules: Sequence[nn.Module], change: Callable[[int, Tensor]
 class PerturbationMixin(ResumableMixin):
     """Makes each step of a `Trainer` the two passes, with args.rho; rho = 0 leaves the plain step.
 
-    At the first micro-batch of a step, pass 1 goes over all of them and keeps their g (rows x tokens x hidden
-    for each perturbed layer, in the activations' dtype; on the CPU where a step has several micro-batches).
-    Both passes of a micro-batch draw the same random numbers: the gradient is that of the loss that is then
-    perturbed, dropout included, and what is drawn later is what plain fine-tuning would draw. Where the norm
-    is not finite (fp16 at the start) the step is plain.
+    At the first micro-batch of a step, pass 1 runs over all micro-batches and keeps their g (rows x tokens x
+    hidden for each perturbed layer, in the activations' dtype; on the CPU if a step has several
+    micro-batches). Both passes of a micro-batch draw the same random numbers. So the gradient is that of the
+    loss that is then perturbed, including dropout, and later draws are those of plain fine-tuning. If the
+    norm is not finite (fp16 at the start), the step is plain.
     """
 
     def __init__(self: Any, *args: Any, **kwargs: Any):
@@ -131,55 +131,55 @@ class PerturbationMixin(ResumableMixin):
         self._step_items: Any = None
         self._gradients: list[dict[int, Tensor]] | None = None
         self._scale = 0.0
-        self._clean = torch.zeros(2, device=self.args.device)  # loss of pass 1, steps; since the last log
+        self._clean = torch.zeros(2, device=self.args.device)  # loss of pass 1 and steps since the last log
 
     @classmethod
     def check_model(cls, config: Any, model: nn.Module) -> None:
-        """Every layer must have an attention module."""
+        """Check that every layer has an attention module."""
         super().check_model(config, model)
         mixers(model)
 
     def _refuse_what_cannot_be(self: Any) -> None:
         name = type(self).__name__
-        # PEFT's preparation for 4 bits leaves a model so; Trainer sets it right where it is to checkpoint.
+        # PEFT's preparation for 4 bits leaves a model so; Trainer corrects it if checkpointing is enabled.
         if checkpoints_reentrantly(self.model) and not self.args.activation_checkpointing:
             raise ModelError(REENTRANT)
         if self.args.n_gpu > 1:
             raise InputError(
-                f"{name} cannot share one process among {self.args.n_gpu} GPUs (DataParallel), whose copies "
-                "of the model it would not see. Start one process for each: accelerate launch or torchrun."
+                f"{name} cannot share one process among {self.args.n_gpu} GPUs (DataParallel): it does not "
+                "see the copies of the model. Start one process per GPU: accelerate launch or torchrun."
             )
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise InputError(f"{name} was never shown to work under DeepSpeed. Use FSDP2 or DDP.")
+            raise InputError(f"{name} has not been tested under DeepSpeed. Use FSDP2 or DDP.")
         self.check_model(self.args, self.model)
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Modules are looked up anew for every training."""
+        """Train; modules are looked up again for every training."""
         self.attention, self._gradients = [], None
         return super().train(*args, **kwargs)
 
     def perturbed_layers(self: Any) -> list[int]:
-        """Positions of the layers to perturb in this step."""
+        """Return the positions of the layers to perturb in this step."""
         return list(range(len(self.attention)))
 
     def training_begins(self: Any) -> None:
-        """Before the first step: the model is wrapped, and checkpoints as it will."""
+        """Called before the first step: the model is wrapped, and its checkpointing is set."""
         if checkpoints_reentrantly(self.model):
             raise ModelError(REENTRANT)
         free_inputs(self.model)
         self.attention = mixers(self.model)
 
     def step_begins(self: Any) -> None:
-        """Before anything else of an optimizer step."""
+        """Called before anything else in an optimizer step."""
 
     def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """The plain micro-batches of a step, remembered: pass 1 needs all of them beforehand."""
+        """Return the plain micro-batches of a step and keep them, because pass 1 needs all of them."""
         self._step_batches, self._step_items = super().get_batch_samples(*args, **kwargs)
         self._gradients = None
         return self._step_batches, self._step_items
 
     def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The plain step of a micro-batch, its activations perturbed."""
+        """The plain step of a micro-batch with perturbed activations."""
         if self._gradients is None:
             if not self.attention:
                 self.training_begins()
@@ -192,7 +192,7 @@ class PerturbationMixin(ResumableMixin):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _first_pass(self: Any) -> list[dict[int, Tensor]]:
-        """g of each micro-batch, with rho / ||g|| in `_scale`; nothing where the norm is not finite."""
+        """Return g of each micro-batch and set `_scale` to rho / ||g||; an empty list if it is not finite."""
         batches, device, scale = self._step_batches, self.args.device, gradient_scale(self.accelerator)
         chosen = [self.attention[i] for i in self.perturbed_layers()]
         kept, clean = [], torch.zeros((), device=device)
@@ -214,14 +214,14 @@ class PerturbationMixin(ResumableMixin):
         return kept
 
     def loss_of(self: Any, batch: Any, items: Any, scale: float) -> Tensor:
-        """scale * the training loss of a micro-batch, by the plain (not DDP's) model."""
+        """scale * the training loss of a micro-batch, computed by the model without DDP's wrapper."""
         with self.compute_loss_context_manager():
             inputs = send_to_device(dict(batch), self.args.device)
             loss = self.compute_loss(self.model, inputs, num_items_in_batch=items)
         return loss * scale
 
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the plain cross-entropy, of pass 1: the loss itself is that of perturbed activations."""
+        """Add the plain cross-entropy of pass 1 to the log; the loss is that of perturbed activations."""
         if "loss" in logs and self.args.rho:
             total, steps = self.accelerator.reduce(self._clean, reduction="mean").tolist()
             logs["cross_entropy"] = total / max(steps, 1)
@@ -231,7 +231,7 @@ class PerturbationMixin(ResumableMixin):
 
 @contextmanager
 def same_random_numbers(device: torch.device) -> Iterator[None]:
-    """What is drawn inside is drawn again afterwards."""
+    """Restore the random state at the end, so that the draws inside are repeated afterwards."""
     if device.type == "cpu":
         with torch.random.fork_rng(devices=[]):
             yield
@@ -241,7 +241,7 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
 
 
 def refuse_reentrant(config: Any) -> None:
-    """Raise ValueError where a `TrainingArguments` asks for the kind of checkpointing that cannot be."""
+    """Raise ValueError if a `TrainingArguments` asks for reentrant checkpointing."""
     if config.activation_checkpointing and (config.activation_checkpointing_kwargs or {}).get(
         "use_reentrant"
     ):

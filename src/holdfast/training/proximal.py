@@ -1,4 +1,4 @@
-"""Quadratic penalties on the way from an anchor a to the weights w: their values and gradients, on tensors.
+"""Quadratic penalties on the distance of the weights w from an anchor a: values and gradients, on tensors.
 
 ===========  ==========================================  ======================================
 term         value D(w, a)                               gradient
@@ -9,8 +9,8 @@ term         value D(w, a)                               gradient
                                                          s^2 B^T (B A - B_a A_a)  for A
 ===========  ==========================================  ======================================
 
-A method's penalty is its strength (rho, lambda) times D. A gradient is exactly zero where w equals a, holds
-no graph, and is taken of plain tensors and of shards (DTensor) alike.
+A method's penalty is its strength (rho, lambda) times D. A gradient is exactly zero where w equals a and has
+no graph. Plain tensors and shards (DTensor) are both supported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Term(Protocol):
         """D, a scalar in float32."""
 
     def gradient(self, weights: Tensors, anchor: Tensors) -> list[Tensor]:
-        """dD/dw, a tensor for each weight."""
+        """dD/dw, one tensor per weight."""
 
 
 class L2:
@@ -57,7 +57,7 @@ class Weighted:
     fisher: list[Tensor]
 
     def value(self, weights: Tensors, anchor: Tensors) -> Tensor:
-        """Half the squared distance, each coordinate weighed by F."""
+        """Half the squared distance, with each coordinate weighted by F."""
         roots = torch._foreach_sqrt(self.fisher)
         return squared_norm(list(torch._foreach_mul(difference(weights, anchor), roots))) / 2
 
@@ -68,7 +68,7 @@ class Weighted:
 
 @dataclass(frozen=True)
 class Factors:
-    """One LoRA module: which of the weights are its B (out x r) and A (r x in), and its scaling s."""
+    """One LoRA module: positions of its B (out x r) and A (r x in) among the weights, and its scaling s."""
 
     b: int
     a: int
@@ -77,10 +77,10 @@ class Factors:
 
 @dataclass(frozen=True)
 class DeltaW:
-    """D = 1/2 sum s^2 ||B A - B_a A_a||_F^2: the distance of what LoRA adds to the model, not of its factors.
+    """D = 1/2 sum s^2 ||B A - B_a A_a||_F^2: the distance between LoRA updates, not between factors.
 
-    With P = [B, B - B_a] (out x 2r) and Q = [A - A_a; A_a] (2r x in) the difference is P Q, so no product is
-    larger than 2r in one of its sides, and small differences are not those of large numbers.
+    With P = [B, B - B_a] (out x 2r) and Q = [A - A_a; A_a] (2r x in) the difference is P Q. So one side of
+    every product is at most 2r, and small differences are not computed by subtracting large numbers.
     """
 
     modules: Sequence[Factors]
@@ -126,10 +126,10 @@ def add_gradient(weights: Sequence[Tensor], gradient: Tensors, strength: float) 
 
 
 def lora_factors(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> list[Factors]:
-    """The LoRA modules whose A and B are all that trains, as positions in `trainable`.
+    """Return the LoRA modules, as positions in `trainable`, if their A and B are all that is trainable.
 
     Raises:
-        ModelError: something else trains too, or a module does not add s B A to a linear layer (DoRA,
+        ModelError: something else is trainable too, or a module does not add s B A to a linear layer (DoRA,
             embeddings, convolutions, fused experts, a bias).
     """
     names = list(trainable)
@@ -141,7 +141,7 @@ def lora_factors(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> lis
         if not plain or type(module).__name__ == "ParamWrapper":
             raise ModelError(
                 "proximal='delta_w' measures the change B A of plain LoRA on linear layers, but "
-                f"{name} is trainable too, and is no such factor (DoRA, embeddings, biases, whole modules, "
+                f"{name} is trainable too and is not such a factor (DoRA, embeddings, biases, whole modules, "
                 "fused experts and full fine-tuning have none). Use proximal='l2', or other LoRA options."
             )
         if kind == "lora_B":
@@ -151,7 +151,7 @@ def lora_factors(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> lis
 
 
 def _parts(name: str) -> tuple[str, str, str]:
-    """Module, kind and adapter of `...q_proj.lora_A.default.weight`; three empty texts for other names."""
+    """Return module, kind and adapter of `...q_proj.lora_A.default.weight`; empty strings for other names."""
     for kind in ("lora_A", "lora_B"):
         module, middle, rest = name.rpartition(f".{kind}.")
         if middle and rest.endswith(".weight"):
@@ -160,6 +160,6 @@ def _parts(name: str) -> tuple[str, str, str]:
 
 
 def _placed_like(tensor: Tensor, weight: Tensor) -> Tensor:
-    """The same values, sharded as the weight is; a plain tensor stays what it is."""
+    """Return the same values, sharded like the weight; a plain tensor is returned as it is."""
     there: Any = weight
     return tensor.redistribute(placements=there.placements) if hasattr(tensor, "redistribute") else tensor

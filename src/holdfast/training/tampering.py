@@ -1,7 +1,7 @@
-"""What TAR is made of: its losses, the attack with its meta-gradient, and how a trainer simulates one.
+"""The parts of TAR: its losses, the attack with its meta-gradient, and how a trainer simulates an attack.
 
-Notation as in the paper (Tamirisa et al., arXiv 2408.00761): theta are the trainable weights, G is the
-starting model, K the number of the adversary's steps. Only `SimulatedAttack` needs a trainer.
+Notation of the paper (Tamirisa et al., arXiv 2408.00761): theta are the trainable weights, G is the starting
+model, and K is the number of adversary steps. Only `SimulatedAttack` needs a trainer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from holdfast.training.trainer import drop_gathered, gradient_scale, squared_nor
 
 
 def predicted(labels: Tensor) -> Tensor:
-    """Which positions predict a completion token: labels [B, L] to [B, L - 1]."""
+    """Whether each position predicts a completion token: labels [B, L] to [B, L - 1]."""
     return labels[:, 1:] != IGNORED
 
 
@@ -40,8 +40,8 @@ def sequence_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
 def dpo_loss(chosen: Tensor, rejected: Tensor, start: Sequence[Tensor], beta: float) -> Tensor:
     """- log sigmoid(beta ((chosen - chosen_G) - (rejected - rejected_G))) of each pair, all of shape [N].
 
-    `chosen` and `rejected` are log pi_theta of a refusal and of a harmful answer, `start` the same two under
-    the starting model (Rafailov et al. 2023, equation 7).
+    `chosen` and `rejected` are log pi_theta of a refusal and of a harmful answer; `start` holds the same two
+    under the starting model (Rafailov et al. 2023, equation 7).
     """
     return -F.logsigmoid(beta * ((chosen - start[0]) - (rejected - start[1])))
 
@@ -57,7 +57,8 @@ def representation_distance(
 ) -> Tensor:
     """||h_theta - h_G||^2 (or its root) at each position that predicts a completion token: to [N].
 
-    The mean over layers, of which `hidden` and `start` hold one tensor [B, L, H] each (the embeddings' too).
+    It is the mean over layers; `hidden` and `start` hold one tensor [B, L, H] per layer (and the
+    embeddings').
     """
     there = predicted(labels)
     total = torch.zeros((), device=labels.device)
@@ -69,9 +70,10 @@ def representation_distance(
 
 @contextmanager
 def hidden_states(model: Any) -> Iterator[list[Sequence[Tensor]]]:
-    """The hidden states of each forward meanwhile that is asked for them (`output_hidden_states=True`).
+    """Collect the hidden states of each forward inside that asks for them (`output_hidden_states=True`).
 
-    Read where the decoder returns them: a trainer may make its loss of them and hand nothing on (TRL's does).
+    They are read from the decoder's output, because a trainer may compute its loss from them and not return
+    them (TRL's does).
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     seen: list[Sequence[Tensor]] = []
@@ -95,17 +97,17 @@ def meta_gradient(
 ) -> list[Tensor]:
     """sum over k of exp(schedule_lambda (k - K)) grad L_TR(theta_k), for every `subsample`-th k up to K.
 
-    theta_1 ... theta_K are the weights after the steps of an attack by AdamW, taken in place: put them back
-    with `borrowed`. First order: the gradient at theta_k stands for that with respect to theta.
+    theta_1 ... theta_K are the weights after each step of an attack with AdamW. They are changed in place;
+    use `borrowed` to restore them. First order: the gradient at theta_k replaces that with respect to theta.
 
     Args:
         adversary: `adversary(k, scale)` adds scale times the gradient of the adversary's loss of step k (from
             1), at theta_(k-1), to every `w.grad`.
-        tamper_resistance: likewise that of L_TR, at theta_k.
-        scale: the loss scale of fp16; a gradient that overflows is taken again with half of it.
+        tamper_resistance: the same for L_TR, at theta_k.
+        scale: the loss scale of fp16; a gradient that overflows is computed again with half the scale.
 
     Returns:
-        One tensor for each weight, in float32 (sharded as the weight is).
+        One tensor for each weight, in float32 (sharded like the weight).
     """
     total = [torch.zeros_like(w.detach(), dtype=torch.float32) for w in weights]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate)
@@ -124,7 +126,7 @@ def meta_gradient(
 
 
 def take_gradient(weights: Sequence[Tensor], backward: Callable[[float], None], scale: float = 1.0) -> None:
-    """Leave the gradient of a loss, of which `backward(scale)` makes scale times it, in every `w.grad`."""
+    """Leave the gradient of a loss in every `w.grad`; `backward(scale)` computes scale times the gradient."""
     clear(weights)
     backward(scale)
     while scale > 1 and not finite([w.grad for w in weights if w.grad is not None]):
@@ -141,7 +143,7 @@ def take_gradient(weights: Sequence[Tensor], backward: Callable[[float], None], 
 def borrowed(
     model: nn.Module, weights: Sequence[Tensor], values: Sequence[Tensor] | None = None
 ) -> Iterator[None]:
-    """Weights that may be changed meanwhile, from `values` on; put back afterwards, bit for bit."""
+    """Let the weights change inside the block, starting from `values`, and restore them bit for bit."""
     kept = [w.detach().clone() for w in weights]
     try:
         put(model, weights, kept if values is None else values)
@@ -152,14 +154,14 @@ def borrowed(
 
 @torch.no_grad()
 def put(model: nn.Module, weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Write `values` into the weights, for the next forward to see them under FSDP2 too."""
+    """Write `values` into the weights, so that the next forward sees them, also under FSDP2."""
     for weight, value in zip(weights, values, strict=True):
         weight.copy_(value)
     drop_gathered(model)
 
 
 def partners(harmful: Sequence[Any], refusals: Sequence[Any], seed: int) -> tuple[list[int], int]:
-    """The place of a refusal for each harmful row, and how many are of the same question as their row."""
+    """Return the position of a refusal for each harmful row, and how many answer the same question."""
     answered: dict[tuple[int, ...], int] = {}
     for i in range(len(refusals)):
         answered.setdefault(question(refusals[i]), i)
@@ -173,32 +175,33 @@ def partners(harmful: Sequence[Any], refusals: Sequence[Any], seed: int) -> tupl
 
 
 def question(row: Any) -> tuple[int, ...]:
-    """The tokens before the completion of a tokenised row."""
+    """Return the tokens before the completion of a tokenised row."""
     labels = row["labels"]
     end = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
     return tuple(row["input_ids"][:end])
 
 
 def clear(weights: Sequence[Tensor]) -> None:
-    """No weight has a gradient."""
+    """Remove the gradients of the weights."""
     for weight in weights:
         weight.grad = None
 
 
 def finite(tensors: list[Tensor]) -> bool:
-    """Whether no tensor holds an infinity or a nan."""
+    """Whether no tensor holds an infinity or a NaN."""
     return not tensors or bool(torch.isfinite(squared_norm(tensors)))
 
 
 class SimulatedAttack:
-    """One adversary against a trainer's weights as they are now, before optimizer step `step`.
+    """One adversary against a trainer's current weights, before optimizer step `step`.
 
-    Runs in every process of the training, outside of any `no_sync`: gradients are averaged over them, so the
-    adversary has the same weights in all. Dropout is off, and no random number is drawn.
+    It runs in every process of the training, outside any `no_sync`. Gradients are averaged over the
+    processes, so the adversary has the same weights in all of them. Dropout is off, and no random number is
+    drawn.
 
     Attributes:
-        losses: L_TR at the last step at which it was taken, and the mean cross-entropy of the same harmful
-            rows there and before the attack. The mean over processes is that over all rows.
+        losses: the last L_TR that was computed, and the mean cross-entropy of the same harmful rows at that
+            step and before the attack. The mean over processes is the mean over all rows.
     """
 
     def __init__(self, trainer: Any, model: Any, step: int):
@@ -215,13 +218,13 @@ class SimulatedAttack:
         self.pairs = len(rows)
         self.tokens = sum(label != IGNORED for row in rows for label in row["labels"][1:])
         mine = order[config.process_index :: config.world_size]
-        # A forward holds as many rows as one of the training does: half as many pairs.
+        # A forward holds as many rows as a forward of the training: half as many pairs.
         size = max(1, size // 2) if config.tamper_resistance == "dpo" else size
         self.batches = [self._batch(mine[i : i + size]) for i in range(0, len(mine), size)]
         self.start: list[tuple[Tensor, ...]] = []
 
     def _batch(self, chosen: list[int]) -> dict[str, Any]:
-        """Harmful rows; for DPO behind as many refusals."""
+        """Build a batch of harmful rows; for DPO, as many refusals come before them."""
         trainer = self.trainer
         rows = [trainer.harmful_dataset[j] for j in chosen]
         if trainer.args.tamper_resistance == "dpo":
@@ -229,10 +232,10 @@ class SimulatedAttack:
         return send_to_device(trainer.data_collator(rows), trainer.args.device)
 
     def gradient(self, weights: list[Tensor], anchor: list[Tensor]) -> list[Tensor]:
-        """The meta-gradient at `weights`, which are afterwards what they were; `anchor` are those of G.
+        """Return the meta-gradient at `weights`, which are restored afterwards; `anchor` are those of G.
 
         Raises:
-            ModelError: a gradient on the way is not finite.
+            ModelError: a gradient is not finite.
         """
         config = self.trainer.args
         with dropout_off(self.model):
@@ -257,11 +260,11 @@ class SimulatedAttack:
         return total
 
     def adversary(self, k: int, scale: float) -> None:
-        """Backward of the adversary's step k: cross-entropy on harmful rows."""
+        """Backward of adversary step k: cross-entropy on harmful rows."""
         trainer = self.trainer
         place = self.step * trainer.args.inner_steps + k - 1
         batches, items = trainer.harmful_batches(place, "attack")
-        share = 1 if items is not None else 1 / len(batches)  # without a count each is a mean of its own
+        share = 1 if items is not None else 1 / len(batches)  # without a count each loss is a mean of its own
 
         def loss(i: int) -> Tensor:
             return share * trainer.compute_loss(self.model, batches[i], num_items_in_batch=items).mean()[None]
@@ -274,7 +277,7 @@ class SimulatedAttack:
         self.losses = {"tamper_resistance_loss": total[0], "harmful_loss_after": total[1]}
 
     def _backward(self, loss: Callable[[int], Tensor], number: int, scale: float) -> Tensor:
-        """Backward of the first element of each `loss(i)`, all together; returns their sum."""
+        """Run backward on the first element of each `loss(i)` and return the sum of `loss(i)`."""
         total = torch.zeros((), device=self.trainer.args.device)
         for i in range(number):
             last = i == number - 1
@@ -286,7 +289,7 @@ class SimulatedAttack:
         return total
 
     def _resistance(self, i: int) -> Tensor:
-        """L_TR and the harmful rows' cross-entropy, [2]: what batch i adds to the means of the whole step."""
+        """L_TR and the harmful rows' cross-entropy, [2]: batch i's share of the means of the whole step."""
         config = self.trainer.args
         log_probs, logits, labels = self._log_probs(self.batches[i])
         if config.tamper_resistance == "dpo":

@@ -1,4 +1,4 @@
-"""Rows to token ids: prompt + completion, messages, or already tokenised; loss on the completion only."""
+"""Rows to token ids: prompt + completion, messages, or tokenised rows; the loss is on the completion only."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 from holdfast.errors import DataError
 
 IGNORED = -100
-"""The label that cross-entropy skips."""
+"""The label that cross-entropy ignores."""
 
 
 def tokenise(
     row: Mapping[str, Any], tokenizer: Any, max_length: int | None, position: int = 0
 ) -> dict[str, list[int]]:
-    """One row as `input_ids`, `attention_mask` and `labels`: lists of one length, at most max_length.
+    """Return a row as `input_ids`, `attention_mask` and `labels`: lists of one length, at most max_length.
 
     Accepted rows, in this order: `input_ids` + `labels` (kept as they are, cut to max_length); `messages`
     (the tokenizer's chat template; the last assistant turn is the completion); `prompt` + `completion`
     (texts that already hold every special token).
 
     Raises:
-        DataError: other columns, or a row whose completion does not fit into max_length at all.
+        DataError: the row has other columns, or no part of its completion fits into max_length.
     """
     if "input_ids" in row:
         ids, labels = list(row["input_ids"]), list(row.get("labels", row["input_ids"]))
@@ -55,7 +55,7 @@ def _texts(row: Mapping[str, Any], tokenizer: Any, position: int) -> tuple[str, 
         if not whole.startswith(prompt):
             raise DataError(
                 f"Row {position}: the chat template does not continue its own generation prompt, so the "
-                "completion cannot be told apart. Give prompt and completion."
+                "completion cannot be separated. Give prompt and completion."
             )
         return prompt, whole[len(prompt) :]
     if "prompt" in row and "completion" in row:
@@ -67,7 +67,7 @@ def _texts(row: Mapping[str, Any], tokenizer: Any, position: int) -> tuple[str, 
 
 
 def tokenise_all(rows: Any, tokenizer: Any, max_length: int | None) -> Any:
-    """`tokenise` over a data set: a `datasets.Dataset` stays one (in Arrow), anything else becomes a list."""
+    """Apply `tokenise` to a data set: a `datasets.Dataset` stays one (in Arrow), others become a list."""
     if rows is None:
         return None
     if hasattr(rows, "map") and hasattr(rows, "column_names"):
@@ -81,7 +81,7 @@ def tokenise_all(rows: Any, tokenizer: Any, max_length: int | None) -> Any:
 
 
 def rows_fingerprint(rows: Any, samples: int = 256) -> str:
-    """A name for tokenised rows: their number and the ids of up to `samples` evenly spaced ones."""
+    """Return a hash of tokenised rows: their number and the ids of up to `samples` evenly spaced rows."""
     digest = hashlib.sha256(str(len(rows)).encode())
     for i in range(0, len(rows), max(1, len(rows) // samples)):
         digest.update(str(list(rows[i]["input_ids"])).encode())
@@ -89,7 +89,7 @@ def rows_fingerprint(rows: Any, samples: int = 256) -> str:
 
 
 def collator(tokenizer: Any) -> Any:
-    """Right-padding batches of `tokenise`d rows: ids with the pad token, labels with IGNORED."""
+    """Return a collator that right-pads `tokenise`d rows: ids with the pad token, labels with IGNORED."""
     from transformers import DataCollatorForSeq2Seq
 
     if tokenizer.pad_token is None:
@@ -98,10 +98,10 @@ def collator(tokenizer: Any) -> Any:
 
 
 def as_sequence(rows: Any) -> Sequence[Any]:
-    """A data set that can be indexed and counted, or an error that says so."""
+    """Return a data set that has a length and an index, or raise an error if it lacks one of them."""
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
         raise DataError(
-            f"A data set with a length and an index is needed, found {type(rows).__name__}. "
+            f"Expected a data set with a length and an index, found {type(rows).__name__}. "
             "Turn a streamed data set into a list or a datasets.Dataset first."
         )
     return rows

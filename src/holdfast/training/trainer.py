@@ -1,18 +1,19 @@
-"""What every trainer of ours shares: rows, exact resume, method state in the checkpoint, honest logs.
+"""Shared by all trainers: rows, exact resume, method state in the checkpoint, and honest logs.
 
 This is the only file that touches private names of `transformers.Trainer`; `tests/defenses/test_base.py`
 pins each of them:
 
-- `_save_optimizer_and_scheduler` / `_load_optimizer_and_scheduler`: the one symmetric pair that all ranks
-  call on every backend, inside the checkpoint and before old checkpoints are removed. `method/` goes here.
+- `_save_optimizer_and_scheduler` / `_load_optimizer_and_scheduler`: the only symmetric pair that all ranks
+  call on every backend, inside the checkpoint and before old checkpoints are removed. `method/` is saved
+  here.
 - `_load_from_checkpoint`: with two active adapters Trainer keeps only the first one and makes it
-  trainable; the list and the flags are put back.
-- `_prepare_dataset` (with `_formatting_func`) of `trl.SFTTrainer`: rows beyond the training data are made
-  ready as that trainer makes its own.
-- `_metrics` and `_total_train_tokens` of it: what a second pass over the same rows adds there is taken back.
+  trainable; the list and the flags are restored.
+- `_prepare_dataset` (with `_formatting_func`) of `trl.SFTTrainer`: rows beyond the training data are
+  prepared like that trainer's own.
+- `_metrics` and `_total_train_tokens` of it: the additions of a second pass over the same rows are undone.
 - `_get_train_sampler`: not called, but `PhaseBatchSampler` draws the order that it would draw.
 
-And of the models: `_gradient_checkpointing_func` of a layer, to know how it checkpoints, and the
+And of the models: `_gradient_checkpointing_func` of a layer, to find out how it checkpoints, and the
 `_forward_hooks` called `make_inputs_require_grad(s)`, which `tests/defenses/test_lean_loss.py` pins.
 """
 
@@ -44,13 +45,13 @@ TRL_METRICS = ("_metrics", "_total_train_tokens")
 
 @dataclass
 class MethodConfig(TrainingArguments):
-    """`transformers.TrainingArguments`, the length to which rows are cut, and how the loss is computed."""
+    """`transformers.TrainingArguments` with the maximum row length and the choice of the loss computation."""
 
     max_length: int | None = field(
-        default=2048, metadata={"help": "Tokens of prompt and completion together; None cuts nothing."}
+        default=2048, metadata={"help": "Maximum tokens of prompt and completion together; None: no limit."}
     )
     lean_loss: bool = field(
-        default=True, metadata={"help": "Make logits only where labels are, where that changes no loss."}
+        default=True, metadata={"help": "Compute logits for labels only, if that does not change the loss."}
     )
 
     def __post_init__(self) -> None:
@@ -58,30 +59,30 @@ class MethodConfig(TrainingArguments):
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, found {self.max_length}")
         if self.fp16 and self.device.type == "cpu":
-            # accelerate would go on without a word, and without a scaler: small gradients become zero.
+            # accelerate would continue silently without a scaler, and small gradients would become zero.
             raise ValueError("fp16 needs a loss scaler, which a CPU does not have. Use bf16")
 
 
 class ResumableMixin:
-    """Saves what a method needs to go on exactly, and refuses to go on from somebody else's checkpoint.
+    """Saves what a method needs to resume exactly, and refuses to resume from a checkpoint of another run.
 
-    A subclass returns its tensors from `method_state`; what can be computed from `global_step` is not
+    A subclass returns its tensors from `method_state`. Anything that follows from `global_step` is not
     stored. Tensors may be sharded (DTensor): `torch.distributed.checkpoint` writes and reads both kinds.
     """
 
     @classmethod
     def check_model(cls, config: Any, model: nn.Module) -> None:
-        """Raise ModelError where the method cannot have what trains in `model` (its tensors may be "meta").
+        """Raise ModelError if the method cannot train these weights of `model` (its tensors may be "meta").
 
-        A run calls this before anything starts; a trainer calls it for itself if it overrides it.
+        A run calls this before anything starts. A trainer that overrides it calls it for itself.
         """
 
     def method_state(self: Any) -> dict[str, Tensor]:
-        """Tensors to save, by name; on resume they are filled in place and `method_loaded` is called."""
+        """Return the tensors to save, by name. A resume fills them in place and calls `method_loaded`."""
         return {}
 
     def method_loaded(self: Any, state: dict[str, Tensor]) -> None:
-        """Take over what `method_state` returned, now filled from the checkpoint."""
+        """Take over the tensors of `method_state`, filled from the checkpoint."""
 
     def reported(self: Any, steps: int) -> dict[str, Any]:
         """Facts on a training of `steps` optimizer steps, for `step.json`: those the method declares."""
@@ -92,7 +93,7 @@ class ResumableMixin:
         return None
 
     def run_fingerprint(self: Any) -> dict[str, Any]:
-        """What must be the same for a resumed run to equal one that was never cut."""
+        """Return what must not change for a resumed run to equal an uninterrupted run."""
         args = self.args
         # DDP, FSDP and DeepSpeed write different checkpoints.
         kind = self.accelerator.distributed_type.value
@@ -112,11 +113,11 @@ class ResumableMixin:
         }
 
     def prepare_extra_rows(self: Any, rows: Any) -> Any:
-        """Rows beyond `train_dataset`, made ready as the trainer at hand makes its own (TRL: also packed).
+        """Prepare rows beyond `train_dataset` like this trainer prepares its own (TRL: also packed).
 
         Raises:
-            DataError: on `trl.SFTTrainer`, rows of another kind than `train_dataset` (their prompts would
-                silently be trained on), or rows of which none is left within max_length.
+            DataError: on `trl.SFTTrainer`, rows of another kind than `train_dataset` (training would silently
+                include their prompts), or rows without any completion within max_length.
         """
         if rows is None or not hasattr(self, "_prepare_dataset"):
             return prepare_rows(rows, self.processing_class, self.args.max_length)
@@ -135,14 +136,14 @@ class ResumableMixin:
         )
         if not len(made):
             raise DataError(
-                f"No completion of the other {len(rows)} rows begins within max_length={args.max_length}. "
+                f"None of the other {len(rows)} rows has a completion within max_length={args.max_length}. "
                 "Raise it."
             )
         return made
 
     @contextmanager
     def unrecorded(self: Any) -> Iterator[None]:
-        """Losses taken in here leave nothing in the metrics that `trl.SFTTrainer` collects with each."""
+        """Keep losses computed inside out of the metrics that `trl.SFTTrainer` collects with each loss."""
         kept = {name: deepcopy(vars(self)[name]) for name in TRL_METRICS if name in vars(self)}
         try:
             yield
@@ -177,13 +178,15 @@ class ResumableMixin:
         if not path.is_file():
             raise ModelError(
                 f"{path.parent.parent} was not written by a Holdfast trainer: {path} is missing, so the run "
-                "could not go on exactly. Start without resume_from_checkpoint."
+                "cannot resume exactly. Start without resume_from_checkpoint."
             )
         saved, ours = json.loads(path.read_text("utf-8")), json.loads(_as_json(self.run_fingerprint()))
         different = [k for k in ours if saved.get(k) != ours[k]]
         if different:
             what = "; ".join(f"{k}: {saved.get(k)} in the checkpoint, {ours[k]} now" for k in different)
-            raise ModelError(f"{path.parent.parent} belongs to another run ({what}). Resume with the same.")
+            raise ModelError(
+                f"{path.parent.parent} belongs to another run ({what}). Resume with the same values."
+            )
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._refuse_other_run(Path(resume_from_checkpoint) / METHOD_FOLDER / "run.json")
@@ -198,7 +201,7 @@ class ResumableMixin:
 
 
 class RowTrainer(LeanLossMixin, ResumableMixin, Trainer):
-    """`transformers.Trainer` that takes rows of text and resumes exactly."""
+    """A `transformers.Trainer` that accepts rows of text and resumes exactly."""
 
     def __init__(
         self,
@@ -226,7 +229,7 @@ class RowTrainer(LeanLossMixin, ResumableMixin, Trainer):
 
 
 class _BeforeTheFirstStep(TrainerCallback):
-    """What needs the model as it will train: wrapped, checkpointing enabled, no hook of a method on it."""
+    """Runs with the model as it will train: wrapped, checkpointing enabled, no hook of a method on it."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -241,7 +244,8 @@ class _BeforeTheFirstStep(TrainerCallback):
 def checkpoints_reentrantly(model: nn.Module) -> bool:
     """Whether a layer of `model` uses torch's reentrant checkpointing, which needs inputs with gradients.
 
-    It also sees no `torch.autograd.grad`: methods with two passes refuse it.
+    Reentrant checkpointing also does not work with `torch.autograd.grad`, so methods with two passes refuse
+    it.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     return any(
@@ -252,11 +256,11 @@ def checkpoints_reentrantly(model: nn.Module) -> bool:
 
 
 def free_inputs(model: nn.Module) -> int:
-    """Remove every hook that makes the embeddings' output require gradients; returns how many there were.
+    """Remove every hook that makes the embeddings' output require gradients; return the number of hooks.
 
-    transformers and PEFT add one each time that checkpointing is enabled, and take back only the last. Non-
-    reentrant checkpointing needs none of them, while they drag backward, and recomputation, through all
-    layers below the lowest one that trains. No gradient of a weight changes.
+    transformers and PEFT add a hook each time checkpointing is enabled, and remove only the last.
+    Non-reentrant checkpointing needs none of them, and they extend backward, with its recomputation, through
+    all layers below the lowest trainable layer. No gradient of a weight changes.
     """
     found = 0
     for module in model.modules():
@@ -268,7 +272,7 @@ def free_inputs(model: nn.Module) -> int:
 
 
 def prepare_rows(rows: Any, tokenizer: Any, max_length: int | None) -> Any:
-    """Rows of any accepted kind as tokenised rows; a dict of data sets stays a dict."""
+    """Return rows of any accepted kind as tokenised rows; a dict of data sets stays a dict."""
     if rows is None:
         return None
     if isinstance(rows, dict):
@@ -277,13 +281,13 @@ def prepare_rows(rows: Any, tokenizer: Any, max_length: int | None) -> Any:
 
 
 def own_parameters(config: Any) -> dict[str, Any]:
-    """The fields that a Config adds to those of `MethodConfig`: the method's own."""
+    """Return the fields that a Config adds to those of `MethodConfig`, which are the method's own."""
     plain = {f.name for f in fields(MethodConfig)}
     return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in plain}
 
 
 def planned_steps(trainer: Any) -> int:
-    """Optimizer steps that the trainer will take in all, as Trainer itself counts them."""
+    """Return the total number of optimizer steps of the trainer, counted like Trainer does."""
     args = trainer.args
     if args.max_steps > 0:
         return args.max_steps
@@ -292,14 +296,14 @@ def planned_steps(trainer: Any) -> int:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that an optimizer step may move, by name."""
+    """Return the parameters that an optimizer step may change, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def complete_state(optimizer: Any) -> None:
-    """Zeros, where Adam begins, as the state of parameters that have had no gradient yet.
+    """Set the state of parameters that have had no gradient yet to zeros, the initial values of Adam.
 
-    Torch's loading of a sharded optimizer fails where the checkpoint lacks the state of a parameter.
+    Torch fails to load a sharded optimizer if the checkpoint lacks the state of a parameter.
     """
     some = next(iter(optimizer.state), None)
     if some is None:
@@ -313,7 +317,7 @@ def complete_state(optimizer: Any) -> None:
 
 
 def drop_gathered(model: nn.Module) -> None:
-    """Back to sharded weights: after a forward without backward FSDP2 keeps its outermost module's whole."""
+    """Shard the weights again: FSDP2 keeps its outermost module whole after a forward without backward."""
     for module in model.modules():
         drop = getattr(module, "reshard", None)
         if callable(drop):
@@ -321,13 +325,13 @@ def drop_gathered(model: nn.Module) -> None:
 
 
 def gradient_scale(accelerator: Any) -> float:
-    """What a gradient that is added by hand must be multiplied with: fp16 gradients are still scaled."""
+    """Return the factor for a gradient that is added by hand: in fp16, gradients are still scaled."""
     scaler = getattr(accelerator, "scaler", None)
     return float(scaler.get_scale()) if scaler is not None else 1.0
 
 
 def squared_norm(tensors: list[Tensor]) -> Tensor:
-    """Sum of squares over all tensors, at least in float32 (a scalar, replicated where they are sharded)."""
+    """Return the sum of squares of all tensors, at least in float32 (a scalar, replicated if sharded)."""
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     total = torch.stack(torch._foreach_norm(tensors, 2, dtype=wide)).square().sum()
     return total.full_tensor() if hasattr(total, "full_tensor") else total
