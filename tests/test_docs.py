@@ -170,7 +170,7 @@ def test_the_example_defense_works(tmp_path, monkeypatch, install):
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
