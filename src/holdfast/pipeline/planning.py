@@ -21,7 +21,7 @@ from holdfast.pipeline.context import Context, State
 from holdfast.pipeline.data import data_details, data_identity, prepare_data, training_detail, write_manifest
 from holdfast.pipeline.step import FORMAT, Plan, Step
 from holdfast.recipe import Recipe
-from holdfast.recipe.stages import ALIGNMENT_TRAINING, USER_TRAINING, StageRecipe
+from holdfast.recipe.stages import ALIGNMENT_TRAINING, NOT_IDENTITY, USER_TRAINING, StageRecipe
 
 
 def plan(recipe: Recipe, *, download: bool = False) -> Plan:
@@ -137,7 +137,7 @@ class _Planner:
             **self.base,
             "defense": part.defense,
             "parameters": parameters,
-            "training": training,
+            "training": {key: value for key, value in training.items() if key not in NOT_IDENTITY},
             "lora": lora,
             "rows": dict(rows),
             "below": list(below),
