@@ -33,12 +33,12 @@ from holdfast.machine.progress import Progress
 from holdfast.machine.seeds import derive_seed
 from holdfast.machine.store import MARKER, SCRATCH
 from holdfast.models.loading import load_tokenizer
-from holdfast.models.shards import finite, gather_trainable, trainable_numel
 from holdfast.models.trained import load_trainable, save_trained
 from holdfast.pipeline import mixing
 from holdfast.pipeline.context import Context
 from holdfast.pipeline.data import rendered
 from holdfast.recipe.stages import NOT_IDENTITY, trackers
+from holdfast.training.shards import finite, gather_trainable, trainable_numel
 from holdfast.training.trainer import planned_steps
 from holdfast.weights.folders import model_path
 
