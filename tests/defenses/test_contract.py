@@ -392,13 +392,3 @@ def test_the_logged_loss_is_true(name, tmp_path):
         key = "cross_entropy" if "cross_entropy" in entry else f"{entry.get('state', '')}_loss".lstrip("_")
         by_hand = cross_entropy(made.model, batches[2 * step : 2 * step + 2])
         assert entry[key] == pytest.approx(by_hand, abs=1e-4), f"{key} of step {step + 1}"
-
-
-def test_the_private_names_of_trainer_are_still_there():
-    for name in (
-        "_save_optimizer_and_scheduler",
-        "_load_optimizer_and_scheduler",
-        "_load_from_checkpoint",
-        "_get_train_sampler",
-    ):
-        assert callable(getattr(Trainer, name)), name

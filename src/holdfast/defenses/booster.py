@@ -43,6 +43,7 @@ from holdfast.training.passes import (
     share_of_step,
     step_backward,
 )
+from holdfast.training.private import foreach_div, foreach_sub
 from holdfast.training.proximal import add_gradient
 from holdfast.training.trainer import (
     MethodConfig,
@@ -80,10 +81,10 @@ def attenuation(
     """
     loss, gradient = harmful()
     norm = float(squared_norm(gradient).sqrt())
-    direction = torch._foreach_div(gradient, norm) if norm else gradient
+    direction = foreach_div(gradient, norm) if norm else gradient
     with displaced(weights, direction, -alpha):
         loss_there, gradient_there = harmful()
-    return list(torch._foreach_sub(gradient, gradient_there)), loss, loss_there
+    return list(foreach_sub(gradient, gradient_there)), loss, loss_there
 
 
 class BoosterMixin(HarmfulRows):

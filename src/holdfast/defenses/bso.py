@@ -26,6 +26,7 @@ from holdfast.defenses import Defense
 from holdfast.errors import DataError
 from holdfast.machine.seeds import derive_seed
 from holdfast.training.penalty import AlignmentRows, AnchorMixin
+from holdfast.training.private import batch_size
 from holdfast.training.trainer import MethodConfig, RowTrainer, planned_steps
 
 State = Literal["alignment", "user"]
@@ -160,7 +161,7 @@ class BSOMixin(AlignmentRows, AnchorMixin):
         sampler = PhaseBatchSampler(
             len(self.train_dataset),
             len(self.alignment_dataset or ()),
-            batch_size=self._train_batch_size,
+            batch_size=batch_size(self),
             micro_batches=args.gradient_accumulation_steps * args.world_size,
             steps=args.max_steps,
             phases=self.phases,

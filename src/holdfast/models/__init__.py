@@ -4,6 +4,5 @@ __all__ = [
     "device",
     "loading",
     "quantization",
-    "shards",
     "trained",
 ]

@@ -22,7 +22,7 @@ from holdfast.pipeline.step import Check, Code, Content, Made, Step, Work
 from holdfast.pipeline.versions import ANSWERED_BY, REPAIRED_BY, TRAINED_BY, packages
 from holdfast.recipe import Recipe
 from holdfast.recipe.evaluation import JudgeRecipe
-from holdfast.recipe.stages import ALIGNMENT_TRAINING, USER_TRAINING, StageRecipe
+from holdfast.recipe.stages import ALIGNMENT_TRAINING, NOT_IDENTITY, USER_TRAINING, StageRecipe
 
 DIGESTS = "digests.json"
 """The file of a store that remembers the SHA-256 of large files."""
@@ -202,7 +202,7 @@ class _Planner:
             "stage": stage,
             "method": Code("defenses", part.defense),
             "parameters": parameters,
-            "training": training,
+            "training": Content(training, {k: v for k, v in training.items() if k not in NOT_IDENTITY}),
             "trains": trains,
             "lora": lora.identity() if lora else None,
             "rows": dict(rows),

@@ -41,6 +41,7 @@ def train_stage(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
         adapters=adapters,
         rows={name: rendered(part, tokenizer, inputs["template"]) for name, part in rows.items()},
         seed=seed,
+        logs=folder.parent.parent / "tensorboard" / folder.name,
     )
     trained = train(
         folder, job, device=machine.device, progress=machine.progress, processes=machine.processes

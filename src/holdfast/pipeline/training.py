@@ -9,9 +9,11 @@ Several processes train together; the main one writes what is whole, after all h
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import PrinterCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from holdfast.defenses import Defense
 from holdfast.errors import ModelError, RecipeError, first_line
@@ -28,8 +31,9 @@ from holdfast.machine.processes import Processes
 from holdfast.machine.progress import Progress
 from holdfast.machine.seeds import derive_seed
 from holdfast.machine.store import MARKER, SCRATCH
-from holdfast.models.shards import finite, gather_trainable, trainable_numel
 from holdfast.models.trained import load_trainable, save_trained
+from holdfast.recipe.stages import NOT_IDENTITY, trackers
+from holdfast.training.shards import finite, gather_trainable, trainable_numel
 from holdfast.training.trainer import planned_steps
 
 CHECKPOINTS = 10
@@ -48,6 +52,7 @@ class TrainingJob:
         lora: settings of the new adapter; None where there is none.
         adapters: the chain below.
         rows: by keyword of the trainer ("train_dataset", "alignment_dataset", ...), as prompt + completion.
+        logs: where TensorBoard writes, if the recipe asks for it.
     """
 
     stage: str
@@ -63,6 +68,7 @@ class TrainingJob:
     adapters: Sequence[Path]
     rows: Mapping[str, Sequence[Mapping[str, Any]]]
     seed: int
+    logs: Path | None = None
 
 
 def train(
@@ -100,7 +106,8 @@ def train(
     monitor = TrainingMonitor(trainer, total, last, progress)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(monitor)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with tracked(trainer, folder.name, job.logs or folder / "tensorboard"):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     facts = monitor.facts()
     trained = trainer.accelerator.unwrap_model(trainer.model)
     broken = not finite(p for p in trained.parameters() if p.requires_grad)
@@ -158,16 +165,17 @@ def make_config(
     """The defense's Config with the recipe's values and the pipeline's own.
 
     Raises:
-        RecipeError: a value that the Config refuses.
+        RecipeError: a value that the Config refuses, or a tracker that is not installed.
     """
     assert defense.config is not None
-    settings = {"logging_steps": 10, "logging_nan_inf_filter": False, **training, **parameters}
+    _check_trackers(trackers(training.get("report_to")))
+    common = {"logging_steps": 10, "logging_nan_inf_filter": False, "report_to": "none"}
+    settings = {**common, **training, **parameters}
     try:
         config: Any = defense.config(
             output_dir=str(output),
             seed=seed,
             use_cpu=device == "cpu",
-            report_to="none",
             disable_tqdm=True,
             save_strategy="steps",
             save_total_limit=2,
@@ -183,6 +191,44 @@ def make_config(
             "recipe names the result. Write training: {bf16: true} there, or --mixed_precision no here."
         )
     return config
+
+
+def _check_trackers(named: Sequence[str]) -> None:
+    """Raise RecipeError if a tracker is not installed; transformers looks only after it loaded the model."""
+    for tracker in named:
+        packages = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
+        if all(importlib.util.find_spec(package) is None for package in packages):
+            raise RecipeError(
+                f"training.report_to: {tracker} is not installed. Install it (pip install {tracker}), or "
+                "leave report_to out."
+            )
+
+
+@contextmanager
+def tracked(trainer: Any, name: str, logs: Path) -> Iterator[None]:
+    """Name the training for its trackers, and keep each training apart.
+
+    TensorBoard would write into the checkpoints, which are removed; wandb would leave its run open, and the
+    next stage would write into it.
+
+    Args:
+        name: where the recipe gives no `run_name`.
+        logs: a folder for TensorBoard.
+    """
+    trainer.args.run_name = trainer.args.run_name or name
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = callback.logging_dir or str(logs)
+    ours = False
+    if "wandb" in trainer.args.report_to:
+        import wandb
+
+        ours = wandb.run is None
+    try:
+        yield
+    finally:
+        if ours:
+            wandb.finish()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -272,6 +318,7 @@ def _card(job: TrainingJob, facts: Mapping[str, Any]) -> str:
     """A model card that says what was trained, and what was not measured."""
     what, how = WHAT[job.trains]
     rows = {name: len(part) for name, part in job.rows.items()}
+    training = {key: value for key, value in job.training.items() if key not in NOT_IDENTITY}
     serving = f"- serving: {job.defense.serving}\n" if job.defense.serving else ""
     chain = "\n".join(f"- {how} `../../{p.parent.name}/{p.name}`" for p in job.adapters)
     return f"""---
@@ -285,7 +332,7 @@ tags: [holdfast, {job.defense.name}]
 {chain or "- directly on the base model"}
 - method: {job.defense.label} ({job.defense.paper})
 - parameters: `{json.dumps(dict(job.parameters), sort_keys=True)}`
-- training arguments: `{json.dumps(dict(job.training), sort_keys=True)}`
+- training arguments: `{json.dumps(training, sort_keys=True)}`
 - rows: `{json.dumps(rows)}`, seed {job.seed}
 - optimizer steps: {facts["training"]["steps"]}, of {facts["training"]["rows_per_step"]} rows each
 - processes: {facts["training"]["processes"]} ({facts["training"]["distributed_type"]})

@@ -18,11 +18,18 @@ from holdfast.recipe.model import LoraOrNone, Wrong
 
 RESERVED_TRAINING = {
     "output_dir", "seed", "data_seed", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token",
-    "remove_unused_columns", "do_train", "do_eval", "do_predict", "report_to", "use_cpu", "disable_tqdm",
+    "remove_unused_columns", "do_train", "do_eval", "do_predict", "use_cpu", "disable_tqdm",
     "save_strategy", "save_steps", "save_total_limit", "save_only_model", "load_best_model_at_end",
     "eval_strategy", "eval_steps", "deepspeed", "fsdp", "fsdp_config",
 }  # fmt: skip
 """Fields of TrainingArguments that the pipeline sets itself."""
+
+TRACKERS = ("mlflow", "tensorboard", "trackio", "wandb")
+"""Where `training.report_to` can send the logs of a training."""
+NOT_IDENTITY = {
+    "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+}  # fmt: skip
+"""Training arguments that change no number: they say where the logs go, and do not name a step."""
 
 ALIGNMENT_TRAINING = {  # Lisa, arXiv 2405.18641, section 5.1; decay, schedule and warm-up from its code
     "learning_rate": 1e-3,
@@ -57,6 +64,7 @@ class Training(BaseModel):
     max_length: int | None = Field(None, ge=2)
     lean_loss: bool | None = None
     logging_steps: int | None = Field(None, ge=1)
+    report_to: str | list[str] | None = None
 
     @model_validator(mode="after")
     def _known(self) -> Training:
@@ -66,11 +74,20 @@ class Training(BaseModel):
                 raise Wrong([name], "the pipeline sets this itself; leave it out")
             if name not in known:
                 raise Wrong([name], f"unknown training argument.{nearest(name, known)}")
+        for tracker in trackers(self.report_to):
+            if tracker not in TRACKERS:
+                raise Wrong(["report_to"], f"unknown tracker '{tracker}'.{nearest(tracker, TRACKERS)}")
         return self
 
     def given(self) -> dict[str, Any]:
         """The fields that the recipe sets."""
         return {**self.model_dump(exclude_none=True)}
+
+
+def trackers(report_to: str | list[str] | None) -> list[str]:
+    """The trackers that `training.report_to` names; "none" names none."""
+    named = [report_to] if isinstance(report_to, str) else report_to or []
+    return [name for name in named if name != "none"]
 
 
 class StageRecipe(BaseModel):

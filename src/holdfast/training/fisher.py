@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from holdfast.errors import ModelError
 from holdfast.machine.seeds import derive_seed
 from holdfast.training.passes import share_of_step, step_backward
+from holdfast.training.private import foreach_mul_, foreach_sqrt
 from holdfast.training.trainer import gradient_scale, squared_norm, trainable_parameters
 
 Batch = TypeVar("Batch")
@@ -65,9 +66,9 @@ def diagonal_fisher(
 
 def mean_1(fisher: list[Tensor]) -> None:
     """Divide F by its mean over all weights, in place. An F of zeros is left unchanged."""
-    mean = float(squared_norm(list(torch._foreach_sqrt(fisher)))) / sum(f.numel() for f in fisher)
+    mean = float(squared_norm(list(foreach_sqrt(fisher)))) / sum(f.numel() for f in fisher)
     if mean > 0:
-        torch._foreach_mul_(fisher, 1 / mean)
+        foreach_mul_(fisher, 1 / mean)
 
 
 @contextmanager

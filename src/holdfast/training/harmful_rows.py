@@ -9,6 +9,7 @@ from accelerate.utils import send_to_device
 
 from holdfast.errors import DataError
 from holdfast.machine.seeds import derive_seed
+from holdfast.training.private import batch_size
 from holdfast.training.tokenising import rows_fingerprint
 from holdfast.training.trainer import ResumableMixin
 
@@ -52,7 +53,7 @@ class HarmfulRows(ResumableMixin):
         and processes like accelerate's sampler does it, so neither changes its rows.
         """
         args = self.args
-        size = self._train_batch_size
+        size = batch_size(self)
         whole = size * args.gradient_accumulation_steps * args.world_size
         order = self.harmful_indices(draw, whole, purpose)
         mine = [self.harmful_dataset[order[place]] for place in self.harmful_places()]
@@ -63,6 +64,6 @@ class HarmfulRows(ResumableMixin):
     def harmful_places(self: Any) -> list[int]:
         """Return the positions in the whole harmful batch of the rows in this process's micro-batches."""
         args = self.args
-        size, parts = self._train_batch_size, args.gradient_accumulation_steps * args.world_size
+        size, parts = batch_size(self), args.gradient_accumulation_steps * args.world_size
         firsts = range(args.process_index * size, parts * size, args.world_size * size)
         return [place for first in firsts for place in range(first, first + size)]

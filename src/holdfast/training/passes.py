@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from holdfast.errors import InputError
+from holdfast.training.private import foreach_add_
 
 Batch = dict[str, Any]
 
@@ -68,7 +69,7 @@ def displaced(weights: Sequence[Tensor], direction: Sequence[Tensor], by: float)
     kept = [weight.detach().clone() for weight in weights]
     try:
         with torch.no_grad():
-            torch._foreach_add_(list(weights), list(direction), alpha=by)
+            foreach_add_(list(weights), list(direction), alpha=by)
         yield
     finally:
         with torch.no_grad():  # one at a time: DTensor does not support _foreach_copy_

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import ModelError
+from holdfast.training.private import foreach_add_, foreach_mul, foreach_sqrt, foreach_sub
 from holdfast.training.trainer import squared_norm
 
 Tensors = Sequence[Tensor]
@@ -58,12 +59,12 @@ class Weighted:
 
     def value(self, weights: Tensors, anchor: Tensors) -> Tensor:
         """Half the squared distance, with each coordinate weighted by F."""
-        roots = torch._foreach_sqrt(self.fisher)
-        return squared_norm(list(torch._foreach_mul(difference(weights, anchor), roots))) / 2
+        roots = foreach_sqrt(self.fisher)
+        return squared_norm(list(foreach_mul(difference(weights, anchor), roots))) / 2
 
     def gradient(self, weights: Tensors, anchor: Tensors) -> list[Tensor]:
         """F (w - a)."""
-        return list(torch._foreach_mul(difference(weights, anchor), self.fisher))
+        return list(foreach_mul(difference(weights, anchor), self.fisher))
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class DeltaW:
 def difference(weights: Tensors, anchor: Tensors) -> list[Tensor]:
     """w - a."""
     with torch.no_grad():
-        return list(torch._foreach_sub(list(weights), list(anchor)))
+        return list(foreach_sub(list(weights), list(anchor)))
 
 
 def add_gradient(weights: Sequence[Tensor], gradient: Tensors, strength: float) -> None:
@@ -122,7 +123,7 @@ def add_gradient(weights: Sequence[Tensor], gradient: Tensors, strength: float) 
     pairs = [(w.grad, g) for w, g in zip(weights, gradient, strict=True) if w.grad is not None]
     if pairs:
         with torch.no_grad():
-            torch._foreach_add_([own for own, _ in pairs], [g for _, g in pairs], alpha=strength)
+            foreach_add_([own for own, _ in pairs], [g for _, g in pairs], alpha=strength)
 
 
 def lora_factors(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> list[Factors]:

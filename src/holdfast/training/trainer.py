@@ -1,20 +1,8 @@
 """Shared by all trainers: rows, exact resume, method state in the checkpoint, and honest logs.
 
-This is the only file that touches private names of `transformers.Trainer`; `tests/defenses/test_base.py`
-pins each of them:
-
-- `_save_optimizer_and_scheduler` / `_load_optimizer_and_scheduler`: the only symmetric pair that all ranks
-  call on every backend, inside the checkpoint and before old checkpoints are removed. `method/` is saved
-  here.
-- `_load_from_checkpoint`: with two active adapters Trainer keeps only the first one and makes it
-  trainable; the list and the flags are restored.
-- `_prepare_dataset` (with `_formatting_func`) of `trl.SFTTrainer`: rows beyond the training data are
-  prepared like that trainer's own.
-- `_metrics` and `_total_train_tokens` of it: the additions of a second pass over the same rows are undone.
-- `_get_train_sampler`: not called, but `PhaseBatchSampler` draws the order that it would draw.
-
-And of the models: `_gradient_checkpointing_func` of a layer, to find out how it checkpoints, and the
-`_forward_hooks` called `make_inputs_require_grad(s)`, which `tests/defenses/test_lean_loss.py` pins.
+A method's tensors go into `method/` of Trainer's own checkpoint. With two active adapters Trainer would load
+only the first one and make it trainable; the list and the flags are restored. `training/private.py` holds the
+private names that this needs.
 """
 
 from __future__ import annotations
@@ -22,8 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from copy import deepcopy
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -37,10 +24,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from holdfast.errors import DataError, ModelError
 from holdfast.training.lean_loss import LeanLossMixin
+from holdfast.training.private import (
+    CheckpointSlots,
+    foreach_norm,
+    is_reentrant,
+    is_sft,
+    metrics_kept,
+    remove_input_hooks,
+    sft_rows,
+)
 from holdfast.training.tokenising import as_sequence, collator, rows_fingerprint, tokenise_all
 
 METHOD_FOLDER = "method"
-TRL_METRICS = ("_metrics", "_total_train_tokens")
 
 
 @dataclass
@@ -63,7 +58,7 @@ class MethodConfig(TrainingArguments):
             raise ValueError("fp16 needs a loss scaler, which a CPU does not have. Use bf16")
 
 
-class ResumableMixin:
+class ResumableMixin(CheckpointSlots):
     """Saves what a method needs to resume exactly, and refuses to resume from a checkpoint of another run.
 
     A subclass returns its tensors from `method_state`. Anything that follows from `global_step` is not
@@ -119,7 +114,7 @@ class ResumableMixin:
             DataError: on `trl.SFTTrainer`, rows of another kind than `train_dataset` (training would silently
                 include their prompts), or rows without any completion within max_length.
         """
-        if rows is None or not hasattr(self, "_prepare_dataset"):
+        if rows is None or not is_sft(self):
             return prepare_rows(rows, self.processing_class, self.args.max_length)
         args = self.args
         rows = rows if hasattr(rows, "column_names") else Dataset.from_list(list(as_sequence(rows)))
@@ -131,9 +126,7 @@ class ResumableMixin:
                 f"{', '.join(rows.column_names)}: the loss would be on other parts of them. "
                 "Give both as prompt and completion, or set completion_only_loss."
             )
-        made = self._prepare_dataset(
-            rows, self.processing_class, args, args.packing, self._formatting_func, "alignment"
-        )
+        made = sft_rows(self, rows)
         if not len(made):
             raise DataError(
                 f"None of the other {len(rows)} rows has a completion within max_length={args.max_length}. "
@@ -141,20 +134,18 @@ class ResumableMixin:
             )
         return made
 
-    @contextmanager
-    def unrecorded(self: Any) -> Iterator[None]:
+    def unrecorded(self: Any) -> AbstractContextManager[None]:
         """Keep losses computed inside out of the metrics that `trl.SFTTrainer` collects with each loss."""
-        kept = {name: deepcopy(vars(self)[name]) for name in TRL_METRICS if name in vars(self)}
-        try:
-            yield
-        finally:
-            vars(self).update(kept)
+        return metrics_kept(self)
 
-    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+    def before_optimizer_is_saved(self: Any) -> None:
+        """Complete the optimizer's state, without which FSDP could not load it."""
         if self.accelerator.distributed_type == DistributedType.FSDP:
             complete_state(self.optimizer)
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        folder = Path(output_dir) / METHOD_FOLDER
+
+    def save_to(self: Any, checkpoint: Path) -> None:
+        """Write `method/`: the run's fingerprint and the method's tensors."""
+        folder = checkpoint / METHOD_FOLDER
         if self.args.should_save:
             folder.mkdir(exist_ok=True)
             (folder / "run.json").write_text(_as_json(self.run_fingerprint()), encoding="utf-8")
@@ -163,11 +154,9 @@ class ResumableMixin:
             writer = _checkpoint().FileSystemWriter(folder / "state", overwrite=True)
             _checkpoint().save(state, storage_writer=writer, no_dist=not _distributed())
 
-    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is None:
-            return
-        folder = Path(checkpoint) / METHOD_FOLDER
+    def load_from(self: Any, checkpoint: Path) -> None:
+        """Read `method/`, after a check that it is of this run."""
+        folder = checkpoint / METHOD_FOLDER
         self._refuse_other_run(folder / "run.json")
         state = self.method_state()
         if state:
@@ -188,15 +177,16 @@ class ResumableMixin:
                 f"{path.parent.parent} belongs to another run ({what}). Resume with the same values."
             )
 
-    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._refuse_other_run(Path(resume_from_checkpoint) / METHOD_FOLDER / "run.json")
-        target: Any = self.model if model is None else model
-        adapters = list(getattr(target, "active_adapters", [])) if hasattr(target, "peft_config") else []
-        trainable = {name for name, p in target.named_parameters() if p.requires_grad}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+    @contextmanager
+    def loading_weights(self: Any, checkpoint: Path, model: Any) -> Iterator[None]:
+        """Refuse another run's checkpoint, and restore which adapters are active and what trains."""
+        self._refuse_other_run(checkpoint / METHOD_FOLDER / "run.json")
+        adapters = list(getattr(model, "active_adapters", [])) if hasattr(model, "peft_config") else []
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        yield
         if len(adapters) > 1:
-            target.base_model.set_adapter(adapters)
-            for name, parameter in target.named_parameters():
+            model.base_model.set_adapter(adapters)
+            for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in trainable)
 
 
@@ -248,11 +238,7 @@ def checkpoints_reentrantly(model: nn.Module) -> bool:
     it.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    return any(
-        layer.gradient_checkpointing
-        and getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False
-        for layer in layers
-    )
+    return any(layer.gradient_checkpointing and is_reentrant(layer) for layer in layers)
 
 
 def free_inputs(model: nn.Module) -> int:
@@ -262,13 +248,7 @@ def free_inputs(model: nn.Module) -> int:
     Non-reentrant checkpointing needs none of them, and they extend backward, with its recomputation, through
     all layers below the lowest trainable layer. No gradient of a weight changes.
     """
-    found = 0
-    for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
-                del module._forward_hooks[key]
-                found += 1
-    return found
+    return sum(remove_input_hooks(module) for module in model.modules())
 
 
 def prepare_rows(rows: Any, tokenizer: Any, max_length: int | None) -> Any:
@@ -333,7 +313,7 @@ def gradient_scale(accelerator: Any) -> float:
 def squared_norm(tensors: list[Tensor]) -> Tensor:
     """Return the sum of squares of all tensors, at least in float32 (a scalar, replicated if sharded)."""
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    total = torch.stack(torch._foreach_norm(tensors, 2, dtype=wide)).square().sum()
+    total = torch.stack(foreach_norm(tensors, 2, dtype=wide)).square().sum()
     return total.full_tensor() if hasattr(total, "full_tensor") else total
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
-"""What activation checkpointing and torch.compile put into the names of parameters."""
+from holdfast.training.private import WRAPPERS
 
 
 def finite(parameters: Iterable[Tensor]) -> bool:

@@ -1,0 +1,115 @@
+"""`training.report_to`: logs go to the trackers that the recipe names, and change no step."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.machinery
+import importlib.util
+import sys
+import types
+
+import pytest
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.integrations import integration_utils as integrations
+
+import tiny
+from holdfast.errors import RecipeError
+from holdfast.pipeline import training
+from holdfast.recipe import Recipe
+from runs import run
+
+
+class Tracker(TrainerCallback):
+    """Stands for a tracker of transformers: makes one per training."""
+
+    made: list[Tracker]
+
+    def __init__(self):
+        self.logs, self.name = [], None
+        type(self).made.append(self)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.name = args.run_name
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """The fake as `trackio`, which then looks installed."""
+    found = importlib.util.find_spec
+    spec = importlib.machinery.ModuleSpec("trackio", None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: spec if name == "trackio" else found(name, *a)
+    )
+    monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, "trackio", Tracker)
+    monkeypatch.setattr(Tracker, "made", [], raising=False)
+    return Tracker.made
+
+
+def recipe(tmp_path, **user):
+    made = tiny.recipe(tmp_path / "in")
+    made["user"]["training"] = made["user"]["training"] | user
+    return made
+
+
+def test_the_log_goes_to_the_tracker_and_the_step_stays(tmp_path, installed):
+    _, first = run(recipe(tmp_path, report_to="trackio"), tmp_path / "out")
+    (tracker,) = installed
+    assert any("loss" in logs for logs in tracker.logs)
+    assert tracker.name in [path.name for path in (tmp_path / "out" / "steps").glob("user-*")]
+    assert any(title.startswith("user fine-tuning") for title in first.ran)
+    for changed in ({}, {"report_to": "none"}, {"report_to": ["trackio"], "run_name": "mine"}):
+        _, again = run(recipe(tmp_path, **changed), tmp_path / "out")
+        assert not again.ran, changed
+    card = next((tmp_path / "out" / "steps").glob("user-*/adapter/README.md"))
+    assert "report_to" not in card.read_text()
+
+
+def test_the_name_is_the_users_own(tmp_path, installed):
+    run(recipe(tmp_path, report_to=["trackio"], run_name="mine"), tmp_path / "out")
+    assert [tracker.name for tracker in installed] == ["mine"]
+
+
+def test_a_tracker_that_is_not_installed_stops_before_training(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "mlflow" else found(name, *a)
+    )
+    with pytest.raises(RecipeError, match="mlflow is not installed"):
+        run(recipe(tmp_path, report_to="mlflow"), tmp_path / "out")
+    assert not list((tmp_path / "out" / "steps").glob("alignment-*"))
+
+
+@pytest.mark.parametrize("named", ["wandbb", ["trackio", "wandbb"]])
+def test_an_unknown_tracker_is_refused_with_the_nearest(tmp_path, named):
+    with pytest.raises(RecipeError, match=r"unknown tracker 'wandbb'.*'wandb'"):
+        Recipe.load(recipe(tmp_path, report_to=named))
+
+
+class Stub:
+    """A trainer as far as its trackers need one."""
+
+    def __init__(self, report_to, *callbacks):
+        self.args = types.SimpleNamespace(report_to=report_to, run_name=None)
+        self.callback_handler = types.SimpleNamespace(callbacks=callbacks)
+
+
+@pytest.mark.parametrize("open_before", [False, True])
+def test_wandbs_run_is_closed_unless_it_is_the_users(monkeypatch, tmp_path, open_before):
+    wandb = types.SimpleNamespace(run="theirs" if open_before else None)
+    wandb.finish = lambda: setattr(wandb, "run", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with contextlib.suppress(KeyboardInterrupt), training.tracked(Stub(["wandb"]), "step", tmp_path):
+        wandb.run = wandb.run or "ours"
+        raise KeyboardInterrupt
+    assert wandb.run == ("theirs" if open_before else None)
+
+
+def test_tensorboard_writes_where_nothing_is_removed(tmp_path):
+    callback = TensorBoardCallback.__new__(TensorBoardCallback)
+    callback.logging_dir = None
+    with training.tracked(Stub(["tensorboard"], callback), "step", tmp_path / "logs"):
+        assert callback.logging_dir == str(tmp_path / "logs")
