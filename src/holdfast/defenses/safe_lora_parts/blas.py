@@ -1,7 +1,7 @@
-"""One thread for numpy's BLAS while we spread the modules over threads ourselves.
+"""Limit numpy's BLAS to one thread while modules are spread over threads.
 
-Products with few columns are too short for several: on a busy machine they take eight times the processor
-time. Environment variables would come too late, after numpy is imported.
+Products with few columns are too short for several BLAS threads: on a busy machine they take eight times the
+processor time. Environment variables would come too late, after numpy is imported.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 NAMES = ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads", "openblas_{}_num_threads")
-"""What the OpenBLAS that numpy brings along calls `set` and `get`, newest first."""
+"""The names of `set` and `get` in the OpenBLAS that numpy includes, newest first."""
 
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """For the whole process, until the block ends. Where numpy has another BLAS, nothing happens."""
+    """Limit BLAS in the whole process until the block ends. It has no effect if numpy uses another BLAS."""
     found = _functions()
     before = found[0]() if found else 0
     if found:
@@ -33,12 +33,12 @@ def one_blas_thread() -> Iterator[None]:
 
 
 def _functions() -> tuple[Any, Any] | None:
-    """How many threads there are, and setting it."""
+    """Return the functions that get and set the number of threads."""
     package = Path(np.__file__).parent
     for folder in (package.parent / "numpy.libs", package / ".dylibs"):
         for path in sorted(folder.glob("*openblas*")):
             try:
-                library = ctypes.CDLL(str(path))  # loaded already: this only finds it
+                library = ctypes.CDLL(str(path))  # already loaded, so this only finds it
             except OSError:
                 continue
             for name in NAMES:
