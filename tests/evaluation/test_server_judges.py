@@ -202,9 +202,9 @@ def test_what_fails_on_the_way_is_tried_again(quick, do):
     [
         ("broken", 5, "down"),
         ("torn", 5, "cannot be read"),
-        ("schema", 1, "no chat completion"),
-        ("list", 1, "no chat completion"),
-        ("none", 1, "no chat completion"),
+        ("schema", 1, "not a chat completion"),
+        ("list", 1, "not a chat completion"),
+        ("none", 1, "not a chat completion"),
         ("empty", 1, "empty"),
         ("refuse", 1, "refuses: I will not grade this."),
         ("long", 1, "maximum context length"),
@@ -231,7 +231,7 @@ def test_what_would_fail_for_every_answer_stops_the_run(quick, do, caplog):
 def test_a_server_that_is_gone_stops_the_run(quick):
     with serving(grades) as (url, _):
         pass
-    with pytest.raises(StepFailed, match="No call to m came through"):
+    with pytest.raises(StepFailed, match="No call to m was successful"):
         PolicyJudge(model="m", base_url=url)(["q"] * 3, ["a"] * 3)
 
 

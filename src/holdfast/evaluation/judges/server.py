@@ -1,8 +1,8 @@
 """A judge behind an OpenAI-compatible server: OpenAI, vLLM, SGLang, TGI, llama.cpp, `transformers serve`.
 
-The key comes from OPENAI_API_KEY, the address from the recipe or OPENAI_BASE_URL, both read by the `openai`
-client; the key is sent to that address and written nowhere. Temperature 0. A call that fails on the way is
-tried again with back-off; what cannot be read in the end is told, never guessed.
+The key comes from OPENAI_API_KEY, the address from the recipe or OPENAI_BASE_URL; the `openai` client reads
+both. The key is sent to that address and written nowhere. Temperature 0. A call that fails in transit is
+tried again with back-off; a reply that cannot be read in the end is reported, never guessed.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from holdfast.errors import ModelError, RecipeError, StepFailed
 
 PROMPTS = Path(__file__).parent / "prompts"
 TRIES = 5
-"""Calls for one question before it is given up."""
+"""Number of calls for one question before it counts as failed."""
 PATIENCE = 120.0
-"""Seconds that a server may ask us to wait (Retry-After)."""
+"""Maximum wait in seconds that a server may ask for (Retry-After)."""
 WORKERS = 8
-"""Questions that are asked at once."""
+"""Number of concurrent questions."""
 DOWN = 3
-"""So many questions at once without any answer: the server is gone, and the run stops."""
+"""If this many questions at once get no reply, the server is considered down and the run stops."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back: `text`, or None and why. `lost` says that no call came through at all."""
+    """A reply: `text`, or None and the reason. `lost` is true if no call was successful."""
 
     text: str | None
     reason: str = ""
@@ -44,12 +44,12 @@ class Server:
     """One model on one server.
 
     Args:
-        model: the server's name of it.
-        base_url: the server's address, ending in /v1; OPENAI_BASE_URL or OpenAI itself by default.
-        requests_per_minute: calls are spread so that no more are made; None for no limit.
-        max_calls: calls of this process in all, those that are tried again included; None for no limit.
-        timeout: seconds until a call is taken for lost.
-        sleep: waits, in seconds; for tests.
+        model: the server's name for the model.
+        base_url: the server's address, ending in /v1; by default OPENAI_BASE_URL or OpenAI itself.
+        requests_per_minute: maximum rate of calls; None for no limit.
+        max_calls: maximum number of calls of this process, including retries; None for no limit.
+        timeout: seconds after which a call counts as lost.
+        sleep: function that waits, in seconds; for tests.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Server:
         check(model=model, base_url=base_url)
         import openai
 
-        # A server of one's own wants no key, but the client does.
+        # A local server needs no key, but the client does.
         key = os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.OpenAI(api_key=key, base_url=base_url, max_retries=0, timeout=timeout)
         self.model, self.max_calls, self.sleep = model, max_calls, sleep
@@ -74,11 +74,11 @@ class Server:
         self.length_key = "max_tokens"
 
     def ask_all(self, questions: Sequence[Sequence[Mapping[str, str]]], max_tokens: int) -> list[Reply]:
-        """A reply to each list of messages, several at once.
+        """Return a reply to each list of messages, with several requests at once.
 
         Raises:
-            StepFailed: the server refuses the key or the model, or does not answer at all, or the budget in
-                calls does not reach; what was judged before is kept.
+            StepFailed: the server refuses the key or the model, or does not answer, or the budget of calls is
+                too small; earlier verdicts are kept.
         """
         if self.max_calls is not None and self.max_calls - self.calls < len(questions):
             raise self._spent()
@@ -86,8 +86,8 @@ class Server:
             replies = list(pool.map(lambda messages: self._ask(messages, max_tokens), questions))
         if len(replies) >= DOWN and all(reply.lost for reply in replies):
             raise StepFailed(
-                f"No call to {self.model} came through ({replies[0].reason}). The verdicts so far are kept; "
-                "run again when the server answers."
+                f"No call to {self.model} was successful ({replies[0].reason}). Earlier verdicts are kept. "
+                "Run again when the server answers."
             )
         return replies
 
@@ -107,20 +107,20 @@ class Server:
             except openai.APIStatusError as error:
                 reason = self._told(error)
                 if error.status_code not in (408, 409, 429) and error.status_code < 500:
-                    return Reply(None, reason)  # about this question, for instance too long
+                    return Reply(None, reason)  # an error of this question, for example too long
                 wait = _retry_after(error.response.headers)
                 if "insufficient_quota" in reason or (wait or 0) > PATIENCE:
                     raise StepFailed(
-                        f"The server has no room for {self.model} now: {reason}. Run again later."
+                        f"The server has no capacity for {self.model} now: {reason}. Run again later."
                     ) from None
-            except (ValueError, openai.OpenAIError) as error:  # torn JSON among them
+            except (ValueError, openai.OpenAIError) as error:  # includes damaged JSON
                 reason = f"the reply cannot be read: {self._told(error)}"
             if attempt + 1 < TRIES:
                 self.sleep(min(0.5 * 2**attempt, 8.0) if wait is None else wait)
         return Reply(None, f"{reason} ({TRIES} tries)", lost=True)
 
     def _call(self, messages: Sequence[Mapping[str, str]], max_tokens: int) -> Any:
-        """One call; models that know only `max_completion_tokens` are asked again with that."""
+        """Make one call; models that only accept `max_completion_tokens` are asked again with it."""
         import openai
 
         create: Any = self.client.chat.completions.create
@@ -134,25 +134,25 @@ class Server:
             return create(**options, **{self.length_key: max_tokens})
 
     def _read(self, completion: Any) -> Reply:
-        """The text of a completion, whatever a server may have put in its place."""
+        """Return the text of a completion, or the reason why there is none."""
         choices: Any = getattr(completion, "choices", None)
         message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
         if message is None:
-            return Reply(None, "the reply is no chat completion")
+            return Reply(None, "the reply is not a chat completion")
         if getattr(message, "refusal", None):
             return Reply(None, f"the judge refuses: {self._clean(str(message.refusal))}")
         if getattr(choices[0], "finish_reason", None) == "content_filter":
-            return Reply(None, "the server's content filter held the judgement back")
+            return Reply(None, "the server's content filter blocked the verdict")
         text = getattr(message, "content", None)
         if not isinstance(text, str) or not text.strip():
             return Reply(None, "the reply is empty")
         return Reply(self._clean(text))
 
     def _take_turn(self) -> None:
-        """Take one call from the budget, and wait for its turn."""
+        """Take one call from the budget and wait for its turn."""
         with self.lock:
             if self.max_calls is not None and self.calls >= self.max_calls:
-                raise self._spent()  # by tries again; no verdict is made of a question that was not asked
+                raise self._spent()  # retries used the budget; an unasked question gets no verdict
             self.calls += 1
             now = time.monotonic()
             turn = max(now, self.next_call)
@@ -162,8 +162,8 @@ class Server:
 
     def _spent(self) -> StepFailed:
         return StepFailed(
-            f"The budget of {self.max_calls} calls to {self.model} does not reach further ({self.calls} are "
-            "spent). The verdicts so far are kept; raise max_calls and run again to go on."
+            f"The budget of {self.max_calls} calls to {self.model} is not enough ({self.calls} are used). "
+            "The verdicts so far are kept; raise max_calls and run again to continue."
         )
 
     def _told(self, error: Exception) -> str:
@@ -172,16 +172,16 @@ class Server:
         )
 
     def _clean(self, text: str) -> str:
-        """A server may repeat the key in what it says."""
+        """Remove the key from a text, because a server may repeat it."""
         key = self.client.api_key
         return text.replace(key, "[key]") if len(key) > 4 else text
 
 
 def check(model: str | None = None, base_url: str | None = None, **_: Any) -> None:
-    """What would stop a judge on a server, without calling it.
+    """Raise an error that would stop a judge on a server, without calling it.
 
     Raises:
-        RecipeError: no model is named, or the address is none.
+        RecipeError: no model is named, or the address is not valid.
         ModelError: the client or the key is missing.
     """
     if not model:
@@ -199,7 +199,7 @@ def check(model: str | None = None, base_url: str | None = None, **_: Any) -> No
 
 
 def fill(template: str, **texts: str) -> str:
-    """Put texts in place of {name}, in one pass: a text that itself says {name} stays as it is."""
+    """Replace {name} by texts in one pass, so that a {name} inside a text is not replaced."""
     return re.sub(r"\{(\w+)\}", lambda found: texts.get(found[1], found[0]), template)
 
 
