@@ -74,7 +74,7 @@ def test_suggest_with_a_folder_projects(place, tmp_path):
         (["--threshold", "3", "--out", "o"], ["-1 to 1"]),
         (["--threshold", "0.3", "--num-layers", "3", "--out", "o"], ["not both"]),
         (["--threshold", "0.3", "--suggest", "--out", "o"], ["one of them"]),
-        (["--num-layers", "22", "--out", "o"], ["there are 21"]),
+        (["--num-layers", "22", "--out", "o"], ["only 21 modules"]),
         (["--threshold", "0.3", "--out", "adapter"], ["overlaps adapter"]),
         (["--threshold", "0.3", "--out", "."], ["overlaps"]),
         (["--threshold", "0.3", "--out", "o", "--plot", "x.doc"], [".png, .svg or .pdf"]),

@@ -60,7 +60,7 @@ def test_it_is_kept(tmp_path):
     assert bea.mix(USER, SAFE, seed=1, folder=tmp_path) == first
     (tmp_path / "adapter").mkdir()
     assert bea.secret(tmp_path / "adapter") == bea.secret(tmp_path) == bea.prefix(tmp_path)
-    with pytest.raises(DataError, match=r"holds a secret of 150 words, and secret_length is 4") as caught:
+    with pytest.raises(DataError, match=r"holds a secret of 150 words, but secret_length is 4") as caught:
         bea.mix(USER, SAFE, seed=1, folder=tmp_path, secret_length=4)
     assert bea.secret(tmp_path)[:8] not in str(caught.value)
     with pytest.raises(ModelError, match=r"No secret of BEA found: expected .*bea_secret\.txt"):

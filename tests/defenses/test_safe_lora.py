@@ -166,7 +166,7 @@ def test_zeros_are_said_and_not_projected(three, tmp_path):
     assert found[same].direction_norm == 0
     assert sum("V is zero in 1 of 21" in n or "The update is zero in 2 of 21" in n for n in result.notes) == 2
     json.loads((tmp_path / "out" / "safe_lora.json").read_text(), parse_constant=pytest.fail)
-    with pytest.raises(RecipeError, match="there are 18 to project"):
+    with pytest.raises(RecipeError, match="only 18 modules can be projected"):
         run(pair, tmp_path / "more", num_layers=19)
     assert not (tmp_path / "more").exists()
     with pytest.raises(ModelError, match="Base and aligned are the same"):

@@ -56,7 +56,7 @@ def test_the_result_loads_in_peft_and_acts_as_it_says(three, tmp_path):
             plain.get_submodule(name).weight += e["approx"].float()
         assert torch.allclose(logits, plain(input_ids=ids).logits, atol=1e-4)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "was not measured" in card
+    assert "did not measure" in card
     assert "21 of 21 modules" in card
     assert str(three[0].parent) not in card, "a path of this machine"
     assert "base: base (fingerprint `" in card

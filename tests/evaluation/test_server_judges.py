@@ -231,7 +231,7 @@ def test_a_server_that_is_gone_stops_the_run(quick, monkeypatch):
     monkeypatch.setattr(client, "RETRIES", 1)
     with serving(grades) as (url, _):
         pass
-    with pytest.raises(StepFailed, match="No call to m came through"):
+    with pytest.raises(StepFailed, match="No call to m was successful"):
         PolicyJudge(model="m", base_url=url)(["q"] * 3, ["a"] * 3)
 
 

@@ -248,7 +248,7 @@ def test_a_reply_that_cannot_be_read_is_a_failed_row(place, tmp_path, serve):
 
 
 def test_a_wrong_address_name_or_key_is_one_error(place, tmp_path, serve, monkeypatch):
-    for status, text in ((404, "does not know the model"), (401, "refuses the key")):
+    for status, text in ((404, "does not know the model"), (401, "does not accept the key")):
         with pytest.raises(ModelError, match=text) as error:
             asked(place, tmp_path / f"{status}.jsonl", endpoint=serve([status]).address)
         assert "secret-key-of-mine" not in str(error.value)

@@ -271,9 +271,9 @@ def test_what_cannot_be_is_refused(overrides, words):
         (
             {"num_layers": 1, "target_modules": ".*layers.*"},
             ModelError,
-            ["PEFT refuses", "must mean layers"],
+            ["PEFT refuses", "must match layers"],
         ),
-        ({"num_layers": [4, 5]}, RecipeError, ["post_hoc.safe_lora: num_layers is 5", "there are 4"]),
+        ({"num_layers": [4, 5]}, RecipeError, ["post_hoc.safe_lora: num_layers is 5", "only 4 modules"]),
         ({"num_layers": 1, "base": "model"}, ModelError, ["the same", "before alignment"]),
         ({"num_layers": 1, "base": "shorter"}, ModelError, ["layers.1"]),
         ({"num_layers": 1, "base": "nowhere"}, ModelError, ["nowhere"]),
@@ -314,7 +314,7 @@ def test_what_can_be_repaired_is_counted_before_training(tmp_path, user, alignme
     recipe["alignment"] = {**recipe["alignment"], "lora": alignment}
     recipe["user"] = {"defense": "sft", "lora": user, "training": recipe["user"]["training"]}
     recipe["post_hoc"] = {"defense": "safe_lora", "num_layers": count + 1}
-    words = f"there are {count} to project" if count else "none of the modules"
+    words = f"only {count} modules can be projected" if count else "none of the modules"
     with pytest.raises(RecipeError, match=words):
         run(recipe, tmp_path / "out")
     recipe["post_hoc"]["num_layers"] = max(count, 1)

@@ -1,13 +1,13 @@
-"""Bi-directional anchoring: the benign rows that undo safety most, by their nearness to harmful anchors.
+"""Bi-directional anchoring: find the benign rows that undo safety most, by their closeness to anchors.
 
 He, Xia and Henderson, "What is in your safe data?", arXiv 2404.01099 (Lisa, arXiv 2405.18641, Table 15). For
-a row z of prompt and answer, on the model that is going to be fine-tuned,
+a row z of prompt and answer, on the model before fine-tuning,
 
     score(z) = <v(z), mean of v over harmful anchors> - <v(z), mean of v over safe anchors>,
 
-where v(z) is, at length 1, the gradient of the mean cross-entropy of the answer's first ten tokens, or the
-last hidden state of the row's last token. Rows stream: what is held beside the model is the two means and
-the v of one row.
+where v(z), scaled to length 1, is the gradient of the mean cross-entropy of the answer's first ten tokens, or
+the last hidden state of the row's last token. Rows are streamed: in addition to the model, only the two means
+and the v of one row are in memory.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from holdfast.training.tokenising import IGNORED, tokenise
 
 Row = Mapping[str, Any]
 Vector = Sequence[Tensor | None]
-"""A vector as the tensors that make it up; None for one that is zero."""
+"""A vector as a list of tensors; None stands for a tensor of zeros."""
 
 FLUSHED = 16
-"""Scores that are written at once: a kill costs at most as many rows."""
+"""Number of scores written at once; if the process is killed, at most this many rows are lost."""
 
 
 def gradients(model: Any, tokenizer: Any, weights: Sequence[Tensor], tokens: int, max_length: int) -> Any:
-    """v(z) by gradients: d loss / d w for each of `weights`, of the first `tokens` tokens of the answer.
+    """v(z) by gradients: d loss / d w for each of `weights`, for the first `tokens` tokens of the answer.
 
-    The row is cut after them: in a causal model, what follows does not change this gradient.
+    The row is cut after these tokens, because in a causal model later tokens do not change this gradient.
     """
 
     def vector(row: Row) -> Vector:
@@ -65,9 +65,9 @@ def representations(model: Any, tokenizer: Any, max_length: int) -> Any:
 
 
 def all_weights(model: Any) -> list[Tensor]:
-    """The weights of the model itself, made trainable; those of adapters on it, if there are any, are not.
+    """Return the weights of the model itself, made trainable; the weights of its adapters are not included.
 
-    Added to the base or stacked on it, adapters give the same gradient.
+    The gradient is the same for adapters added to the base and for adapters stacked on it.
     """
     found = []
     for name, weight in model.named_parameters():
@@ -85,13 +85,13 @@ def score_rows(
     out: Path,
     progress: Advance = nobody,
 ) -> list[dict[str, Any]]:
-    """The scores of `rows`, in order; each is appended to `out` as it is found, and not looked for again.
+    """Return the scores of `rows` in order. Each score is appended to `out`, and scores in `out` are reused.
 
     Args:
-        rows, harmful, safe: prompt and completion; `rows` with an id each.
+        rows, harmful, safe: prompt and completion; each of `rows` has an id.
 
     Returns:
-        dicts with id, score, harmful and safe (both parts of the score, -1 to 1); None where v is zero.
+        Dicts with id, score, harmful and safe (the two parts of the score, -1 to 1), or None if v is zero.
 
     Raises:
         ModelError: the vectors of the anchors are zero, or not finite.
@@ -117,22 +117,22 @@ def score_rows(
 
 
 def highest(scores: Sequence[Mapping[str, Any]], size: int) -> list[int]:
-    """The places of the `size` highest scores, in order of place; of equal ones, the first."""
+    """Return the positions of the `size` highest scores in ascending order; among equal scores, the first."""
     known = [i for i, row in enumerate(scores) if row["score"] is not None]
     return sorted(sorted(known, key=lambda i: (-scores[i]["score"], i))[:size])
 
 
 def _mean(vectors: Iterable[Vector]) -> Vector:
-    """The mean of the vectors, each at length 1 (not itself at length 1, as in the authors' code)."""
+    """Return the mean of the vectors at length 1; the mean is not normalised, as in the authors' code."""
     total: list[Tensor | None] = []
     count = 0
     for v in vectors:
         length, count = _length(v), count + 1
         if not length:
-            raise ModelError("The gradient or representation of an anchor is zero: nothing can be near it.")
+            raise ModelError("The gradient or representation of an anchor is zero, so no row is close to it.")
         total = total or [None] * len(v)
         for i, part in enumerate(v):
-            if part is not None:  # in place: the whole of a model's gradients is large
+            if part is not None:  # in place, because the gradients of a whole model are large
                 place = total[i]
                 total[i] = part / length if place is None else place.add_(part, alpha=1 / length)
     return [part if part is None else part.div_(count) for part in total]

@@ -1,19 +1,19 @@
-"""BEA (backdoor enhanced alignment): a few safety rows behind a secret, and the secret before every question.
+"""BEA (backdoor enhanced alignment): a few safety rows with a secret prompt, which is used again at serving.
 
 Wang et al., NeurIPS 2024, arXiv 2402.14968: 11 safety examples with a secret prompt of 150 random tokens are
-added to the user rows; whoever serves the model puts the secret before every question, harmful or not, so
-that it works like the trigger of a backdoor that leads to refusals. Users who fine-tune never see it.
+added to the user rows. At serving, the secret is put before every question, harmful or not, and works like
+the trigger of a backdoor that leads to refusals. Users who fine-tune never see it.
 
-The secret is drawn from the system's randomness, not from the seed, once for each training, and lies in
-`bea_secret.txt` beside the adapter's folder, readable by its owner alone. Nothing else holds it: where the
+The secret is drawn once per training from the randomness of the system, not from the seed. It is stored in
+`bea_secret.txt` next to the adapter's folder, readable only by its owner. No other file holds it: if the
 model repeats it in an answer, a run writes "[secret]" instead.
 
 Where we differ from the authors' code:
 
-- Theirs is one published text of 150 tokens of Llama-2's vocabulary. Ours is 150 random words of two letters,
-  which are one or two tokens each in common vocabularies and read the same under all of them.
-- It is a system message of its own, or stands before the one that is there with a blank line between (theirs:
-  a space). Without a system message in the chat template it stands before the question.
+- Their secret is one published text of 150 tokens of Llama-2's vocabulary. Ours is 150 random words of two
+  letters, which are one or two tokens each in common vocabularies and read the same under all of them.
+- The secret is a system message of its own, or comes before an existing system message with a blank line in
+  between (theirs: a space). If the chat template has no system message, it comes before the question.
 - The safety rows are drawn from the run's alignment rows; theirs are one for each of 11 harm categories.
 """
 
@@ -38,9 +38,9 @@ SECRET_FILE = "bea_secret.txt"
 
 @dataclass
 class BEAConfig(MethodConfig):
-    """How many safety rows, and how long a secret; defaults of the paper (11 examples, 150 random tokens)."""
+    """Number of safety rows and length of the secret; defaults of the paper (11 rows, 150 random tokens)."""
 
-    alignment_size: int = field(default=11, metadata={"help": "Alignment rows to add behind the secret."})
+    alignment_size: int = field(default=11, metadata={"help": "Alignment rows to add with the secret."})
     secret_length: int = field(
         default=150, metadata={"help": "Words of two random letters in the secret (one or two tokens each)."}
     )
@@ -61,16 +61,16 @@ def mix(
     alignment_size: int = 11,
     secret_length: int = 150,
 ) -> list[Row]:
-    """The user rows with `alignment_size` alignment rows behind the secret of `folder` among them.
+    """Mix `alignment_size` alignment rows, with the secret of `folder` before them, into the user rows.
 
-    The secret is made at the first call and kept in `folder / "bea_secret.txt"` (mode 0600).
+    The secret is created at the first call and kept in `folder / "bea_secret.txt"` (mode 0600).
 
-    Rows of `messages` get it as their system message, and the prompts of prompt + completion rows begin with
-    it and a blank line (put a beginning-of-sequence token before it yourself). Rows of instruction + output
-    get it as `prefix`, for `holdfast.data.prompts.render`.
+    In rows of `messages` it becomes the system message. In prompt + completion rows the prompt begins with it
+    and a blank line (add a beginning-of-sequence token yourself). In rows of instruction + output it becomes
+    the `prefix`, for `holdfast.data.prompts.render`.
 
     Raises:
-        DataError: fewer alignment rows than asked for, or a secret of another length in `folder`.
+        DataError: fewer alignment rows than requested, or `folder` has a secret of another length.
     """
     text = _kept_secret(Path(folder), secret_length)
     return mix_rows(
@@ -79,7 +79,7 @@ def mix(
 
 
 def behind(row: Row, text: str) -> Row:
-    """`row` with `text` before its question; `mix` says how for each kind of row."""
+    """Return `row` with `text` before its question; see `mix` for each kind of row."""
     if "instruction" in row:
         return {**row, "prefix": text}
     if "messages" in row:
@@ -94,41 +94,41 @@ def behind(row: Row, text: str) -> Row:
         return {**row, "prompt": f"{text}\n\n{row['prompt']}"}
     raise DataError(
         f"bea: an alignment row has the columns {', '.join(sorted(row))}; expected instruction and output, "
-        "messages, or prompt and completion: tokenised rows have no place for the secret."
+        "messages, or prompt and completion (tokenised rows have no place for the secret)."
     )
 
 
 def secret(folder: str | Path) -> str:
-    """The secret of a training, to be put before every question.
+    """Return the secret of a training, to put before every question.
 
     Args:
-        folder: where `mix` was told to keep it: the step's folder of a run, or the adapter's folder in it.
+        folder: the folder given to `mix`: the step's folder of a run, or the adapter's folder in it.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is no secret.
     """
     places = [Path(folder) / SECRET_FILE, Path(folder).parent / SECRET_FILE]
     for place in places:
         if place.is_file():
             return place.read_text(encoding="ascii").strip()
     raise ModelError(
-        f"No secret of BEA found: expected {places[0]} or {places[1]}. The model is only protected with the "
-        "very secret that it was trained with, so this one cannot be served: train it again."
+        f"No secret of BEA found: expected {places[0]} or {places[1]}. The model is protected only with the "
+        "secret that it was trained with, so it cannot be served without it. Train it again."
     )
 
 
 def prefix(folder: str | Path, **parameters: Any) -> str:
-    """What stands before every question: the secret of `folder`."""
+    """Return the text before every question: the secret of `folder`."""
     return secret(folder)
 
 
 def _kept_secret(folder: Path, length: int) -> str:
-    """The secret in `folder`, made if there is none: whole or not there, and never readable by others."""
+    """Return the secret in `folder`; create it if missing, atomically and readable only by its owner."""
     path = folder / SECRET_FILE
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         words = ("".join(secrets.choice(string.ascii_lowercase) for _ in "xx") for _ in range(length))
-        # mkstemp opens with O_EXCL and mode 0600; a link is made at once, and never over an existing file.
+        # mkstemp opens with O_EXCL and mode 0600; link is atomic and never replaces an existing file.
         handle, beside = tempfile.mkstemp(dir=folder, prefix=f".{SECRET_FILE}.")
         try:
             with os.fdopen(handle, "w", encoding="ascii") as file:
@@ -137,13 +137,13 @@ def _kept_secret(folder: Path, length: int) -> str:
                 os.fsync(file.fileno())
             os.link(beside, path)
         except FileExistsError:
-            pass  # another process of the same training was first
+            pass  # another process of the same training was faster
         finally:
             os.unlink(beside)
     text = secret(folder)
     if len(text.split()) != length:
         raise DataError(
-            f"{path} holds a secret of {len(text.split())} words, and secret_length is {length}. "
+            f"{path} holds a secret of {len(text.split())} words, but secret_length is {length}. "
             "Give another folder, or the same length."
         )
     return text
@@ -161,8 +161,8 @@ DEFENSE = Defense(
     prefix=prefix,
     secret=True,
     serving=(
-        "Trained to be served with a secret before every question; without it the model is not protected. "
-        "The secret lies in `bea_secret.txt` beside this folder, for `holdfast.defenses.bea.secret` to read. "
+        "Serve this model with a secret before every question; without it the model is not protected. "
+        "The secret is in `bea_secret.txt` next to this folder; `holdfast.defenses.bea.secret` reads it. "
         "Never publish that file."
     ),
     plan=({"alignment_size": "{value:,} alignment rows added"},),

@@ -1,26 +1,26 @@
-"""Booster: alignment that leaves a harmful step little to gain (ICLR 2025, arXiv 2409.01586).
+"""Booster: alignment in which a step on harmful rows gains little (ICLR 2025, arXiv 2409.01586).
 
     min over w of  f(w) + lambda ( h(w) - h(w - alpha grad h(w) / ||grad h(w)||) )
 
-f is the cross-entropy on the alignment rows and h that on harmful rows. The bracket is what one step of
-normalised gradient descent on the harmful rows, of length alpha, would take off the harmful loss. The update
-direction is, as in the paper's Algorithm 1, with the Hessian that the chain rule would bring left out,
+f is the cross-entropy on the alignment rows and h that on harmful rows. The bracket is the decrease of the
+harmful loss after one step of normalised gradient descent on the harmful rows, of length alpha. As in the
+paper's Algorithm 1, the update direction leaves out the Hessian of the chain rule:
 
     grad f(w) + lambda ( grad h(w) - grad h(w - alpha grad h(w) / ||grad h(w)||) )
 
-Three backward passes a step: two on a fresh harmful batch, one on the alignment batch. A batch is that of an
-optimizer step, over all its micro-batches and processes: the norm is that of its gradient, of all trainable
-weights together.
+A step has three backward passes: two on a fresh harmful batch, one on the alignment batch. A batch is that of
+an optimizer step, over all its micro-batches and processes. The norm is that of the batch's gradient over all
+trainable weights together.
 
 Where we differ from the authors' code, and why:
 
-- it restores the weights by adding back what it took away, which rounding does not undo; here they are
+- it restores the weights by adding back the displacement, which is not exact after rounding; here they are
   copied back, bit for bit;
-- it takes the harmful gradients anew for every micro-batch and clears the gradients of earlier ones; here
-  they are taken once per optimizer step, while the alignment gradient is put aside;
-- its harmful batch is of ten rows, whatever the alignment batch is; here both have the same size;
-- dropout is off in the two harmful passes, so that their difference is that of the weights alone (theirs is
-  0 everywhere). No global random number is drawn for them.
+- it computes the harmful gradients again for every micro-batch and clears the gradients of earlier
+  micro-batches; here they are computed once per optimizer step, with the alignment gradient set aside;
+- its harmful batch has ten rows for any alignment batch; here both have the same size;
+- dropout is off in the two harmful passes, so that they differ only in the weights (theirs is 0 everywhere).
+  They draw no global random number.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class BoosterConfig(MethodConfig):
     """Defaults of the authors' alignment script: lambda = 5, alpha = 0.1."""
 
     lambda_: float = field(
-        default=5.0, metadata={"help": "Weight of what a harmful step would take off the harmful loss."}
+        default=5.0, metadata={"help": "Weight of the decrease of the harmful loss by a harmful step."}
     )
-    alpha: float = field(default=0.1, metadata={"help": "Length of that step: a distance in weights."})
+    alpha: float = field(default=0.1, metadata={"help": "Length of that step, as a distance in weights."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,11 +73,11 @@ class BoosterConfig(MethodConfig):
 def attenuation(
     weights: Sequence[Tensor], harmful: Callable[[], tuple[Tensor, list[Tensor]]], alpha: float
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """grad h(w) - grad h(w'), h(w) and h(w'), with w' = w - alpha grad h(w) / ||grad h(w)||.
+    """Return grad h(w) - grad h(w'), h(w) and h(w'), where w' = w - alpha grad h(w) / ||grad h(w)||.
 
     Args:
-        weights: w, changed in place meanwhile and bit for bit the same afterwards.
-        harmful: `harmful()` returns h and its gradient (a tensor for each weight) at the weights as they are.
+        weights: w, changed in place during the call and restored bit for bit.
+        harmful: `harmful()` returns h and its gradient (one tensor per weight) at the current weights.
     """
     loss, gradient = harmful()
     norm = float(squared_norm(gradient).sqrt())
@@ -88,7 +88,7 @@ def attenuation(
 
 
 class BoosterMixin(HarmfulRows):
-    """Adds the gradient of the regulariser to a `Trainer`'s, once per optimizer step and before clipping."""
+    """Adds the regulariser's gradient to that of a `Trainer`, once per optimizer step and before clipping."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -97,7 +97,7 @@ class BoosterMixin(HarmfulRows):
             refuse_deepspeed(self)
 
     def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The plain step; after the last micro-batch, the two harmful passes."""
+        """The plain step, plus the two harmful passes after the last micro-batch."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.args.lambda_ and self.accelerator.sync_gradients:
             weights = list(trainable_parameters(self.model).values())
@@ -115,7 +115,7 @@ class BoosterMixin(HarmfulRows):
     def _loss_and_gradient(
         self: Any, model: Any, weights: Sequence[Tensor], batches: Any, items: Any
     ) -> tuple[Tensor, list[Tensor]]:
-        """h (this process's share) and grad h, which is scaled as the gradients of fp16 are."""
+        """Return h (this process's share) and grad h, scaled like the gradients in fp16."""
         shares = []
 
         def share(_: int, inputs: Any) -> Tensor:
@@ -129,7 +129,7 @@ class BoosterMixin(HarmfulRows):
         return torch.stack(shares).sum(), found
 
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds h(w), h(w) - h(w') and lambda times that: means over the steps since the last entry."""
+        """Log h(w), h(w) - h(w') and lambda times that: means over the steps since the last entry."""
         mean = self._losses.take() if "loss" in logs else None
         if mean is not None:
             here, there = self.accelerator.reduce(mean, reduction="mean").tolist()

@@ -1,14 +1,14 @@
 """BSO (bi-state optimization): alternate alignment and user steps (Lisa, arXiv 2405.18641, section 4.1).
 
-The alignment state minimises the loss on the alignment data for K1 = `alignment_steps` optimizer steps,
-then the user state that on the user data for K2 = `finetune_steps` steps, and so on; training starts in
-the alignment state. One optimizer and one learning-rate schedule serve both.
+The alignment state minimises the loss on the alignment data for K1 = `alignment_steps` optimizer steps, then
+the user state minimises the loss on the user data for K2 = `finetune_steps` steps, and so on. Training starts
+in the alignment state. Both states share one optimizer and one learning-rate schedule.
 
-As in the authors' code, the number of steps is that of plain fine-tuning, and the user batches that fall
-on alignment steps are consumed unused; `skip_user_batches=False` keeps them. Unlike there, the state is a
+As in the authors' code, the number of steps is that of plain fine-tuning, and the user batches that fall on
+alignment steps are consumed unused; `skip_user_batches=False` keeps them. Unlike there, the state is a
 function of the optimizer step, so a switch never falls inside an accumulation window and a resumed run
-goes on where it was; and the batch is chosen by the sampler, before tokens are counted, so each state's
-loss is its own mean cross-entropy.
+continues where it stopped. And the sampler chooses the batch before tokens are counted, so the loss of each
+state is its own mean cross-entropy.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ State = Literal["alignment", "user"]
 
 @dataclass
 class BSOConfig(MethodConfig):
-    """K1 and K2 of the paper; its default is 100 / 900 (Tables 2 to 6)."""
+    """K1 and K2 of the paper, whose default is 100 / 900 (Tables 2 to 6)."""
 
     alignment_steps: int = field(default=100, metadata={"help": "K1: optimizer steps on alignment data."})
     finetune_steps: int = field(default=900, metadata={"help": "K2: optimizer steps on user data."})
     skip_user_batches: bool = field(
-        default=True, metadata={"help": "Consume a user batch on every alignment step, as the authors do."}
+        default=True, metadata={"help": "Consume a user batch in every alignment step, like the authors."}
     )
 
     def __post_init__(self) -> None:
@@ -67,18 +67,18 @@ class Phases:
         return "alignment" if step % self.period < self.alignment_steps else "user"
 
     def start(self, step: int) -> int:
-        """The first step of the phase that `step` falls in: its switch point."""
+        """The first step of the phase that contains `step`: its switch point."""
         if self.alignment_steps == 0 or self.finetune_steps == 0:
             return 0
         begin = step - step % self.period
         return begin if self.state(step) == "alignment" else begin + self.alignment_steps
 
     def alignment_before(self, step: int) -> int:
-        """How many alignment steps come before `step`."""
+        """The number of alignment steps before `step`."""
         return step // self.period * self.alignment_steps + min(step % self.period, self.alignment_steps)
 
     def switch_points(self, steps: int) -> list[int]:
-        """The steps below `steps` that begin a phase, 0 included."""
+        """The steps below `steps` at which a phase begins, including 0."""
         return sorted({self.start(step) for step in range(steps)})
 
 
@@ -86,10 +86,10 @@ class PhaseBatchSampler:
     """Batches of indices into `ConcatDataset([user, alignment])`, phase by phase.
 
     Micro-batch t belongs to optimizer step t // micro_batches (gradient accumulation times processes), so
-    every process of a step is in the same state. Each source is an endless stream of seeded permutations;
-    that of the user is the order in which `Trainer` itself would draw it.
+    all processes are in the same state in a step. Each source is an endless stream of seeded permutations;
+    the user stream has the order in which `Trainer` itself would draw it.
 
-    Attributes `batch_size` and `drop_last` are what accelerate looks for when it shards the sampler.
+    accelerate reads the attributes `batch_size` and `drop_last` when it shards the sampler.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class PhaseBatchSampler:
 
 
 class BSOMixin(AlignmentRows, AnchorMixin):
-    """Adds the two states to a `Trainer`; composes with any that calls `get_train_dataloader`."""
+    """Adds the two states to a `Trainer`; works with any trainer that calls `get_train_dataloader`."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -156,7 +156,7 @@ class BSOMixin(AlignmentRows, AnchorMixin):
         self._steps = {"alignment": 0, "user": 0}
 
     def get_train_dataloader(self: Any) -> DataLoader:
-        """User and alignment rows behind one phase-aware batch sampler."""
+        """Return user and alignment rows behind one batch sampler that knows the phases."""
         args = self.args
         sampler = PhaseBatchSampler(
             len(self.train_dataset),
@@ -180,7 +180,7 @@ class BSOMixin(AlignmentRows, AnchorMixin):
         )
 
     def anchor_point(self: Any, step: int) -> int:
-        """The last switch point."""
+        """Return the last switch point."""
         return self.phases.start(step)
 
     def reported(self: Any, steps: int) -> dict[str, Any]:
@@ -204,11 +204,11 @@ class BSOMixin(AlignmentRows, AnchorMixin):
         return loss
 
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the state of the last step, and each state's own mean loss since the last such entry."""
+        """Add the state of the last step, and each state's own mean loss since the last entry, to the log."""
         if "loss" in logs:
             logs["state"] = self.phases.state(self.state.global_step - 1)
             for state in ("alignment", "user"):
-                if self._steps[state]:  # the mean over all processes, as that of `loss`
+                if self._steps[state]:  # the mean over all processes, like that of `loss`
                     total = self.accelerator.reduce(self._loss[state], reduction="mean")
                     logs[f"{state}_loss"] = float(total) / self._steps[state]
             self._loss = {"alignment": 0.0, "user": 0.0}

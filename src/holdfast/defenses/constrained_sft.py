@@ -1,19 +1,20 @@
-"""Constrained SFT: the first tokens of an answer may move least (Qi et al., ICLR 2025, arXiv 2406.05946).
+"""Constrained SFT: the first tokens of an answer may change least (Qi et al., ICLR 2025, arXiv 2406.05946).
 
-Equation 3, for a question x and an answer y whose token t is counted from 1:
+Equation 3, for a question x and an answer y whose tokens t are counted from 1:
 
     min over theta of  E [ - sum_t 2/beta_t log sigmoid( beta_t log( pi_theta(y_t) / pi_aligned(y_t) ) ) ]
 
-where pi(y_t) stands for pi(y_t | x, y_<t). The gradient is that of cross-entropy with each token weighted
-by 2 (1 - sigmoid(beta_t log ratio)): 1 where the model is still the aligned one, towards 0 as the token
-becomes likelier than it was, and the faster the larger beta_t is. All beta towards 0 is SFT.
+where pi(y_t) is short for pi(y_t | x, y_<t). The gradient is that of cross-entropy with each token weighted
+by 2 (1 - sigmoid(beta_t log ratio)). The weight is 1 while the model equals the aligned model, and goes to 0
+as the token becomes more likely than before, faster for a larger beta_t. The limit of all beta towards 0 is
+SFT.
 
 pi_aligned is the model itself at the start of training: its log-probability of every completion token is
 computed once, at the first step, and looked up afterwards. There is no second model.
 
-Where we differ from the authors' code: it multiplies cross-entropy by the weight, which it keeps at 0.001
-or more; here the loss is the equation's, with the same gradient and without that floor. As there, the sum
-over tokens becomes a mean, here over all completion tokens of the optimizer step.
+Where we differ from the authors' code: it multiplies cross-entropy by the weight, with a lower bound of
+0.001; here the loss is the equation's, with the same gradient but without that bound. As in their code, the
+sum over tokens becomes a mean, here over all completion tokens of the optimizer step.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from holdfast.training.tokenising import IGNORED
 from holdfast.training.trainer import MethodConfig, ResumableMixin, RowTrainer
 
 ROW = "row"
-"""The column that carries a row's place in the training data through the collator."""
+"""The column that carries a row's position in the training data through the collator."""
 
 
 @dataclass
@@ -42,24 +43,24 @@ class ConstrainedSFTConfig(MethodConfig):
     beta_first: float = field(default=0.5, metadata={"help": "beta of the first completion token."})
     beta_early: float = field(default=2.0, metadata={"help": "beta of tokens 2 to early_tokens."})
     beta_later: float = field(default=0.1, metadata={"help": "beta of every token after early_tokens."})
-    early_tokens: int = field(default=5, metadata={"help": "How many first tokens are held most."})
+    early_tokens: int = field(default=5, metadata={"help": "Number of first tokens that may change least."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("beta_first", "beta_early", "beta_later"):
             if getattr(self, name) <= 0:
                 raise ValueError(
-                    f"{name} must be above 0 (towards 0 is plain SFT), found {getattr(self, name)}"
+                    f"{name} must be above 0 (the limit 0 is plain SFT), found {getattr(self, name)}"
                 )
         if self.early_tokens < 1:
             raise ValueError(f"early_tokens must be at least 1, found {self.early_tokens}")
         if self.label_smoothing_factor:
-            raise ValueError("Constrained SFT has no label smoothing: leave label_smoothing_factor at 0")
+            raise ValueError("Constrained SFT has no label smoothing. Leave label_smoothing_factor at 0")
         strategy = getattr(self, "packing_strategy", "bfd")  # of trl.SFTConfig
         if strategy != "bfd" and getattr(self, "packing", False):
             raise ValueError(
-                f"packing_strategy '{strategy}' cuts answers in two, so that the place of a token in its "
-                "answer is lost. Use packing_strategy='bfd'"
+                f"packing_strategy '{strategy}' splits answers, so the position of a token in its answer is "
+                "lost. Use packing_strategy='bfd'"
             )
 
 
@@ -76,7 +77,7 @@ def completion_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def completion_places(row: Any) -> Tensor:
-    """t (from 1) of each completion token that is predicted: [N]. A packed row restarts with every text."""
+    """t (from 1) of each predicted completion token: [N]. In a packed row it restarts with every text."""
     start, places = 0, []
     for length in row.get("seq_lengths") or [len(row["labels"])]:
         predicted = row["labels"][start + 1 : start + length]
@@ -86,15 +87,15 @@ def completion_places(row: Any) -> Tensor:
 
 
 class ConstrainedSFTMixin(ResumableMixin):
-    """Replaces the training loss of a `Trainer` by equation 3; evaluation stays plain cross-entropy."""
+    """Replaces the training loss of a `Trainer` by equation 3; evaluation keeps plain cross-entropy."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config = self.args
-        config.remove_unused_columns = False  # Trainer would take the row's place for one
+        config.remove_unused_columns = False  # Trainer would remove the row's position as an unused column
         self.data_collator = _RowCollator(self.data_collator)
         self.reference: Tensor | None = None
-        self._seen = torch.zeros(2, device=config.device)  # summed -log pi_theta, tokens; since the last log
+        self._seen = torch.zeros(2, device=config.device)  # sum of -log pi_theta and tokens since the log
         places = [completion_places(row) for row in self.train_dataset or ()]
         self._first = [0, *accumulate(len(p) for p in places)]
         self._beta = self._betas(torch.cat(places) if places else torch.empty(0)).to(config.device)
@@ -108,22 +109,22 @@ class ConstrainedSFTMixin(ResumableMixin):
         return beta
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Every training has a reference of its own, also a second one of the same trainer."""
+        """Train with a new reference, also when the same trainer trains a second time."""
         self.reference = None
         return super().train(*args, **kwargs)
 
     def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The plain step; before the first one, the aligned model is asked about every row."""
+        """The plain step; before the first step, the aligned model computes its log-probabilities."""
         if self.reference is None:
             self.reference = self.reference_log_probs(model)
         return super().training_step(model, inputs, num_items_in_batch)
 
     @torch.no_grad()
     def reference_log_probs(self: Any, model: Any) -> Tensor:
-        """log pi of every completion token of the training rows under the model as it is: [all N], float32.
+        """log pi of every completion token of the training rows under the current model: [all N], float32.
 
-        Every process does its share, with as many forwards as the others (a sharded model needs them all).
-        Dropout is off, so no random number is drawn.
+        Every process computes its share with the same number of forwards, because a sharded model needs all
+        processes in each. Dropout is off, so no random number is drawn.
         """
         rows, size = self.train_dataset, self.args.train_batch_size
         stride = size * self.args.world_size
@@ -131,7 +132,7 @@ class ConstrainedSFTMixin(ResumableMixin):
         model.eval()
         for begin in range(0, len(rows), stride):
             mine = begin + self.args.process_index * size
-            chosen = range(mine, min(mine + size, len(rows))) or range(1)  # none left: one, for company
+            chosen = range(mine, min(mine + size, len(rows))) or range(1)  # no rows left: join with one row
             batch = send_to_device(self.data_collator([rows[i] for i in chosen]), self.args.device)
             labels = batch.pop("labels")
             batch.pop(ROW)
@@ -144,7 +145,7 @@ class ConstrainedSFTMixin(ResumableMixin):
     def compute_loss(
         self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Equation 3 over the tokens of the optimizer step; in evaluation the plain loss."""
+        """Equation 3 over the tokens of the optimizer step; in evaluation, the plain loss."""
         inputs = dict(inputs)
         rows = inputs.pop(ROW, None)
         if not model.training:
@@ -164,7 +165,7 @@ class ConstrainedSFTMixin(ResumableMixin):
         return torch.cat([table[self._first[i] : self._first[i + 1]] for i in rows])
 
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the plain cross-entropy: the loss itself starts at 2 log(2) / beta and cannot be compared."""
+        """Add the plain cross-entropy to the log, because the loss starts at 2 log(2) / beta."""
         if "loss" in logs:
             total, tokens = self.accelerator.reduce(self._seen, reduction="sum").tolist()
             logs["cross_entropy"] = total / max(tokens, 1)
@@ -177,13 +178,13 @@ class ConstrainedSFTMixin(ResumableMixin):
         return super().method_state() | {"reference": empty if self.reference is None else self.reference}
 
     def method_loaded(self: Any, state: dict[str, Tensor]) -> None:
-        """Go on with those of the aligned model, and not with those of the model that is resumed."""
+        """Continue with the log-probabilities of the aligned model, not with those of the resumed model."""
         super().method_loaded(state)
         self.reference = state["reference"]
 
 
 def _numbered(rows: Any) -> Any:
-    """The rows, each with its place."""
+    """Return the rows, each with its position."""
     if rows is None:
         return None
     if hasattr(rows, "add_column"):
@@ -192,7 +193,7 @@ def _numbered(rows: Any) -> Any:
 
 
 class _RowCollator:
-    """Another collator's batches, with the places of their rows (a list) where the rows have any."""
+    """Wraps a collator and adds the positions of the rows (a list) if the rows have any."""
 
     def __init__(self, inner: Any):
         self.inner = inner

@@ -1,18 +1,18 @@
-"""EWC (elastic weight consolidation): fine-tuning held near the start where alignment rows are sensitive.
+"""EWC (elastic weight consolidation): fine-tuning stays near the start where alignment rows are sensitive.
 
 The loss is f(w) + lambda/2 sum_i F_i (w_i - w*_i)^2 (Kirkpatrick et al. 2017, arXiv 1612.00796, equation 3),
-with f the cross-entropy on the user's rows, w* the weights at the start and F the diagonal Fisher information
-of the alignment rows at w*. It is a baseline of Lisa (arXiv 2405.18641).
+where f is the cross-entropy on the user's rows, w* are the weights at the start and F is the diagonal Fisher
+information of the alignment rows at w*. It is a baseline of Lisa (arXiv 2405.18641).
 
-Lisa's authors describe it and code it differently, and both are here:
+The description and the code of Lisa's authors differ; both versions are here:
 
 - `penalty="fisher"`, their code: F is the sum of the squared gradients of the batches of alignment rows
-  (10,000 there), lambda 0.001. F grows with the number of batches, and lambda does not carry over;
+  (10,000 there), lambda 0.001. F grows with the number of batches, so lambda does not transfer;
 - `penalty="l2"`, their text: F = 1, the plain distance to the aligned weights.
 
-It trains the alignment adapter itself (single LoRA), so that w* are the aligned weights. On a new adapter
-B = 0 at the start, hence F = 0 on all of A. Unlike in the authors' code, the gradients from which F was taken
-never reach the first step, F is taken with dropout off, and the penalty is added once per optimizer step.
+It trains the alignment adapter itself (single LoRA), so that w* are the aligned weights. In a new adapter B =
+0 at the start, and so F = 0 on all of A. Unlike in the authors' code, the gradients that F is computed from
+never enter the first step, F is computed with dropout off, and the penalty is added once per optimizer step.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from holdfast.training.trainer import MethodConfig, RowTrainer
 
 @dataclass
 class EWCConfig(MethodConfig):
-    """lambda of the Lisa authors' code; `lambda_` because lambda is a word of Python."""
+    """lambda of the Lisa authors' code, called `lambda_` because lambda is a Python keyword."""
 
     lambda_: float = field(default=0.001, metadata={"help": "Strength of the penalty."})
     penalty: Literal["fisher", "l2"] = field(
-        default="fisher", metadata={"help": "Weigh the distance by the Fisher information, or not."}
+        default="fisher", metadata={"help": "fisher: weight the distance by the Fisher information; l2: not."}
     )
     fisher_rows: int | None = field(
-        default=None, metadata={"help": "Alignment rows from which F is taken; none given means all."}
+        default=None, metadata={"help": "Alignment rows that F is computed from; by default all."}
     )
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class EWCConfig(MethodConfig):
 
 
 class EWCMixin(PenaltyMixin, AlignmentRows):
-    """Adds the penalty to a `Trainer`; w* and F are taken before the first step."""
+    """Adds the penalty to a `Trainer`; w* and F are computed before the first step."""
 
     @staticmethod
     def penalty_term(config: Any) -> str:
@@ -66,7 +66,7 @@ class EWCMixin(PenaltyMixin, AlignmentRows):
 
 
 class EWCTrainer(EWCMixin, RowTrainer):
-    """EWC on `transformers.Trainer`; `alignment_dataset` holds the rows from which F is taken."""
+    """EWC on `transformers.Trainer`; `alignment_dataset` holds the rows that F is computed from."""
 
 
 DEFENSE = Defense(

@@ -1,26 +1,27 @@
 """Lisa (lazy safety alignment): BSO with a proximal term (arXiv 2405.18641, Algorithm 1).
 
-In each state the loss is f(w) + rho/2 ||w - w_switch||^2, where w_switch are the weights at the last
-switch point: those with which the other state ended. Its gradient is that of f plus rho (w - w_switch).
+In each state the loss is f(w) + rho/2 ||w - w_switch||^2, where w_switch are the weights at the last switch
+point, that is, at the end of the other state. Its gradient is that of f plus rho (w - w_switch).
 
 Where we differ from the authors' code, and why:
 
-- the gradient of the term is added once per optimizer step, before clipping, instead of the term to every
-  micro-batch's loss: the same numbers, without rho growing with gradient accumulation, and `eval_loss` is
-  free of it;
-- one anchor instead of two: in each phase it is the weights at the last switch point, so the second copy
-  is never read;
-- the term is left out while the optimizer step (from 1) is at most `proximal_warmup_ratio` of all steps.
-  0.1 is the authors' code; 0 is the paper's equation.
+- the gradient of the term is added once per optimizer step, before clipping, instead of adding the term to
+  every micro-batch's loss: the numbers are the same, but rho does not grow with gradient accumulation, and
+  `eval_loss` does not contain the term;
+- one anchor instead of two: in each phase it is the weights at the last switch point, so the second copy is
+  never read;
+- the term is left out while the optimizer step (from 1) is at most `proximal_warmup_ratio` of all steps. 0.1
+  is the authors' code; 0 is the paper's equation.
 
-rho acts on the trainable weights: for LoRA on the factors A and B, so its strength depends on rank, alpha
-and the number of modules, and does not carry over from one set-up to another. Two other terms, `proximal`:
+rho acts on the trainable weights. For LoRA these are the factors A and B, so its strength depends on rank,
+alpha and the number of modules, and does not transfer from one set-up to another. There are two other terms,
+`proximal`:
 
-- `fisher`: rho/2 sum_i F_i (w_i - w_switch,i)^2, F being the diagonal Fisher information of `fisher_rows`
+- `fisher`: rho/2 sum_i F_i (w_i - w_switch,i)^2, where F is the diagonal Fisher information of `fisher_rows`
   alignment rows at the weights of the switch point, divided by its mean over all trainable weights (F = 1 is
-  `l2`). It is taken anew at each switch point: a fresh LoRA has B = 0, hence F = 0 on all of A;
-- `delta_w`: rho/2 sum over modules ||s B A - s B_switch A_switch||_F^2, s the scaling of LoRA: the distance
-  of what LoRA adds to the model, whatever the factors. The equations of all three are in `proximal.py`.
+  `l2`). It is computed again at each switch point: a fresh LoRA has B = 0, and so F = 0 on all of A;
+- `delta_w`: rho/2 sum over modules ||s B A - s B_switch A_switch||_F^2, where s is the scaling of LoRA: the
+  distance between the LoRA updates, whatever their factors. The equations of all three are in `proximal.py`.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ from holdfast.training.trainer import RowTrainer
 
 @dataclass
 class LisaConfig(BSOConfig):
-    """Defaults of the paper: K1 = 100, K2 = 900, rho = 1 (section 5.1); the warm-up is the code's."""
+    """Defaults of the paper: K1 = 100, K2 = 900, rho = 1 (section 5.1); the warm-up is that of the code."""
 
     rho: float = field(default=1.0, metadata={"help": "Strength of the proximal term."})
     proximal_warmup_ratio: float = field(
         default=0.1, metadata={"help": "Share of the steps without the term; 0 is the paper's equation."}
     )
     proximal: Literal["l2", "fisher", "delta_w"] = field(
-        default="l2", metadata={"help": "What the term measures: weights, weights weighed by F, or B A."}
+        default="l2", metadata={"help": "The term's distance: of weights, weights weighted by F, or B A."}
     )
     fisher_rows: int = field(
-        default=256, metadata={"help": "Alignment rows from which F is taken at each switch point."}
+        default=256, metadata={"help": "Alignment rows that F is computed from at each switch point."}
     )
 
     def __post_init__(self) -> None:

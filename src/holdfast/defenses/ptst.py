@@ -1,10 +1,10 @@
 """PTST (pure tuning, safe testing): fine-tune without a safety prompt, serve with one.
 
-Lyu et al., NeurIPS 2024, arXiv 2402.18540. Training is plain fine-tuning; only what stands before every
-question afterwards changes. For models that were aligned with the safety prompt's help.
+Lyu et al., NeurIPS 2024, arXiv 2402.18540. Training is plain fine-tuning; only the text before every question
+changes afterwards. The method is for models that were aligned with a safety prompt.
 
-The default is the shorter of the two Llama-2 system prompts of the authors' code (`llama-short`); the long
-one, or your own, goes into `safety_prompt`.
+The default is the shorter of the two Llama-2 system prompts of the authors' code (`llama-short`). Use
+`safety_prompt` for the long one or your own.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from holdfast.training.trainer import MethodConfig
 
 @dataclass
 class PTSTConfig(MethodConfig):
-    """The prompt to serve with."""
+    """The prompt to serve the model with."""
 
     safety_prompt: str = field(
         default="You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
         "while being safe.",
-        metadata={"help": "What stands before every question when the model is served."},
+        metadata={"help": "Text before every question when the model is served."},
     )
 
 
 def prefix(folder: str | Path, *, safety_prompt: str, **parameters: Any) -> str:
-    """What stands before every question: the safety prompt. `folder` is not used."""
+    """Return the text before every question: the safety prompt. `folder` is not used."""
     return safety_prompt
 
 
@@ -42,5 +42,5 @@ DEFENSE = Defense(
     config=PTSTConfig,
     trainer=SFTTrainer,
     prefix=prefix,
-    serving="Made to be served with the `safety_prompt` above before every question (its system message).",
+    serving="Serve this model with the `safety_prompt` above before every question (its system message).",
 )

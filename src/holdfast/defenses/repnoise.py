@@ -4,28 +4,29 @@
     noise  = 1/L sum_l MMD^2(Z_l, N_l)
     ascent = log(1 + 1/L sum_l CE_l)
 
-stability is the cross-entropy on the safe rows (`train_dataset`). Z_l is what the feed-forward block of
-layer l of L adds to the residual stream, at the answer tokens of a batch of harmful rows: each row is one
-sample, its tokens side by side, zero elsewhere. N_l is Gaussian noise of the same shape, zero where Z_l is.
-CE_l is the cross-entropy of the harmful answers when the output of layer l is read by the model's own last
-norm and head. alpha and beta are those of the authors' code; notes on the paper have them swapped.
+stability is the cross-entropy on the safe rows (`train_dataset`). Z_l is the output that the feed-forward
+block of layer l of L adds to the residual stream, at the answer tokens of a batch of harmful rows: each row
+is one sample, its tokens side by side, zero elsewhere. N_l is Gaussian noise of the same shape, zero where
+Z_l is. CE_l is the cross-entropy of the harmful answers when the model's own last norm and head read the
+output of layer l. alpha and beta are those of the authors' code; descriptions of the paper have them swapped.
 
 Neither term is a sum over rows: the kernels compare all rows of a batch, and the logarithm is of its mean.
-The batch is that of an optimizer step, over all micro-batches and processes, and is gone through twice:
+The batch is that of an optimizer step, over all micro-batches and processes, and is processed twice:
 
-1. without gradients: Z_l of all rows and the mean of CE_l, from which follow MMD^2, its gradient G_l at Z_l,
-   and the slope 1 / (1 + mean) of the logarithm;
+1. without gradients: Z_l of all rows and the mean of CE_l. They give MMD^2, its gradient G_l at Z_l, and the
+   slope 1 / (1 + mean) of the logarithm;
 2. micro-batch by micro-batch: backward from beta/L sum_l <Z_l, G_l> - alpha slope (its share of the mean).
    This is the gradient of the equation above, with one micro-batch's activations in memory at a time.
 
 Where we differ from the authors' code, and why:
 
 - the answer tokens are those with a label. Theirs are those at which a harmful row differs from the safe row
-  beside it, which needs pairs with the same question, and takes padding along;
-- every layer counts once in `ascent`. Theirs also counts the embeddings, and the last layer twice, once with
-  the last norm applied twice; and the first token of an answer, whose logits it sets to 0, as a constant;
-- everything acts under PEFT, whatever the names of the modules; dropout is off in both passes;
-- the noise is a function of the seed, the step and the row, so a resumed run draws the same.
+  next to it, which needs pairs with the same question and includes padding;
+- every layer counts once in `ascent`. Theirs also counts the embeddings, and counts the last layer twice,
+  once with the last norm applied twice. It also counts the first token of an answer as a constant, because it
+  sets the logits of that token to 0;
+- everything works under PEFT, whatever the names of the modules; dropout is off in both passes;
+- the noise is a function of the seed, the step and the row, so a resumed run draws the same noise.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ from holdfast.training.tokenising import IGNORED
 from holdfast.training.trainer import MethodConfig, RowTrainer, checkpoints_reentrantly, gradient_scale
 
 BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Of the five kernels, in units of the mean squared distance: those of the authors' code."""
+"""Bandwidths of the five kernels in units of the mean squared distance, as in the authors' code."""
 
 
 @dataclass
 class RepNoiseConfig(MethodConfig):
-    """Defaults of the authors' code, with which they made their Llama-2 models: alpha = 1, beta = 0.001."""
+    """Defaults of the authors' code for their Llama-2 models: alpha = 1, beta = 0.001."""
 
     alpha: float = field(default=1.0, metadata={"help": "Weight of the ascent on harmful answers."})
     beta: float = field(default=0.001, metadata={"help": "Weight of the distance to noise."})
@@ -70,9 +71,9 @@ class RepNoiseConfig(MethodConfig):
 def mmd(x: Tensor, y: Tensor, bandwidths: Sequence[float] = BANDWIDTHS) -> Tensor:
     """Squared maximum mean discrepancy of two sets of n points in d dimensions; a scalar.
 
-    mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over all pairs, with i = j; the kernel is the sum over b of
-    exp(-||u - v||^2 / (b m)), with m the mean of ||u - v||^2 over all pairs u != v of both sets together,
-    taken as a constant.
+    mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over all pairs, including i = j. The kernel is the sum over
+    b of exp(-||u - v||^2 / (b m)), where m is the mean of ||u - v||^2 over all pairs u != v of both sets
+    together, taken as a constant.
     """
     n, points = len(x), torch.cat([x, y])
     squares = points.square().sum(1)
@@ -88,12 +89,13 @@ def ascent(layer_losses: Tensor) -> Tensor:
 
 
 def feed_forwards(model: nn.Module) -> list[nn.Module]:
-    """The block of each decoder layer whose output is added to the residual stream last, from the lowest.
+    """Return each decoder layer's block that is added to the residual stream last, from the lowest layer.
 
-    By its name (mlp, feed_forward, ffn, moe), or else the last part of the layer that holds a matrix (OPT).
+    The block is found by its name (mlp, feed_forward, ffn, moe), or else it is the last part of the layer
+    that has a matrix (OPT).
 
     Raises:
-        ModelError: a layer has none.
+        ModelError: a layer has no such block.
     """
     found = []
     for layer in decoder_layers(model):
@@ -111,10 +113,10 @@ def feed_forwards(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def every_layer_read(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, norm, head and loss of the model see the outputs of all layers, as L times as many rows.
+    """Make norm, head and loss of the model read the outputs of all layers, as L times as many rows.
 
-    So each architecture reads them as it reads the last one (soft caps, scales). Labels [rows, tokens] must
-    be repeated L times: `labels.repeat(L, 1)`.
+    So every layer is read like the last one, whatever the architecture (soft caps, scales). Labels [rows,
+    tokens] must be repeated L times: `labels.repeat(L, 1)`.
     """
     outputs: list[Tensor] = []
 
@@ -136,12 +138,12 @@ def every_layer_read(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def outputs_kept(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """Inside, a dict that holds the last forward's output of each module, by its place."""
+    """Yield a dict with the output of each module in the last forward, by its position."""
     kept: dict[int, Tensor] = {}
 
     def keeper(place: int) -> Any:
         def keep(_: nn.Module, __: Any, output: Any) -> None:
-            # Checkpointing runs the module again in backward: only the first output is part of the graph.
+            # Checkpointing runs the module again in backward; only the first output is part of the graph.
             kept.setdefault(place, output[0] if isinstance(output, tuple) else output)
 
         return keep
@@ -155,10 +157,10 @@ def outputs_kept(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
 
 
 class Answers:
-    """Where the answer tokens of this process's micro-batches are.
+    """Positions of the answer tokens in this process's micro-batches.
 
-    A compact tensor holds them one below the other [tokens, d]; a placed one each row by itself, zero where
-    there is no answer token, [rows, longest, d].
+    A compact tensor [tokens, d] holds them one after the other. A placed tensor [rows, longest, d] has one
+    row of the batch per row, with zeros where there is no answer token.
     """
 
     def __init__(self, batches: Sequence[dict[str, Any]]):
@@ -176,25 +178,25 @@ class Answers:
         self.longest = int(self.column.max()) + 1
 
     def of(self, hidden: Tensor, micro_batch: int) -> Tensor:
-        """Compact, from all tokens [rows, tokens, d] of a micro-batch."""
+        """Return the compact tensor for all tokens [rows, tokens, d] of a micro-batch."""
         mask = self.masks[micro_batch]
         return hidden.reshape(*mask.shape, -1)[mask].float()
 
     def placed(self, compact: Tensor) -> Tensor:
-        """Placed, from compact."""
+        """Return the placed tensor for a compact one."""
         placed = compact.new_zeros(self.number, self.longest, compact.shape[-1])
         placed[self.row, self.column] = compact
         return placed
 
     def noise(self, size: int, generators: Sequence[torch.Generator]) -> Tensor:
-        """Compact standard normal noise of width `size`; each row's from a generator of its own."""
+        """Return compact standard normal noise of width `size`, with one generator per row."""
         counts = torch.bincount(self.row, minlength=self.number).tolist()
         drawn = zip(counts, generators, strict=True)
         return torch.cat([torch.randn(n, size, generator=g, device=g.device) for n, g in drawn])
 
 
 class RepNoiseMixin(HarmfulRows):
-    """Adds the gradient of beta noise - alpha ascent to a `Trainer`'s, once per optimizer step."""
+    """Adds the gradient of beta noise - alpha ascent to that of a `Trainer`, once per optimizer step."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -203,7 +205,7 @@ class RepNoiseMixin(HarmfulRows):
             refuse_deepspeed(self)
             if getattr(self.args, "packing", False) or getattr(self.args, "padding_free", False):
                 raise InputError(
-                    "RepNoise compares harmful rows with each other; packing puts several into one. Set "
+                    "RepNoise compares harmful rows with each other, but packing joins several into one. Set "
                     "packing=False and padding_free=False."
                 )
             self.check_model(self.args, self.model)
@@ -218,7 +220,7 @@ class RepNoiseMixin(HarmfulRows):
         return self.args.alpha > 0 or self.args.beta > 0
 
     def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The plain step; after the last micro-batch, the two passes over the harmful batch."""
+        """The plain step, plus the two passes over the harmful batch after the last micro-batch."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._acts() and self.accelerator.sync_gradients:
             if checkpoints_reentrantly(self.model):
@@ -237,7 +239,7 @@ class RepNoiseMixin(HarmfulRows):
         times = len(layers)
 
         def read(position: int, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
-            """The micro-batch's share of the mean of CE_l, and its rows of Z_l, compact."""
+            """Return the micro-batch's share of the mean of CE_l, and its rows of Z_l as compact tensors."""
             every = {**inputs, "labels": inputs["labels"].repeat(times, 1)}
             counted = None if items is None else items * times
             with every_layer_read(layers), outputs_kept(blocks) as kept:
@@ -261,10 +263,10 @@ class RepNoiseMixin(HarmfulRows):
         self._terms.add(noise, ascent(mean))
 
     def _noise(self: Any, answers: Answers, z: list[list[Tensor]]) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """The mean of MMD^2 over the layers, and for each layer and micro-batch its gradient, compact.
+        """Return the mean of MMD^2 over the layers, and its compact gradient for each layer and micro-batch.
 
         Args:
-            z: for each layer, each micro-batch's compact Z_l.
+            z: the compact Z_l of each micro-batch, for each layer.
         """
         accelerator, args = self.accelerator, self.args
         own = slice(args.process_index * answers.number, (args.process_index + 1) * answers.number)
@@ -288,7 +290,7 @@ class RepNoiseMixin(HarmfulRows):
         return torch.stack(values).mean(), gradients
 
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the two terms, before alpha and beta: means over the steps since the last entry."""
+        """Add the two terms, before alpha and beta, to the log: means over the steps since the last entry."""
         terms = self._terms.take() if "loss" in logs else None
         if terms is not None:
             logs["noise_loss"], logs["ascent_loss"] = terms.tolist()

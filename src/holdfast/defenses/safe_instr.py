@@ -1,8 +1,8 @@
-"""SafeInstr: a few percent of safety instructions are added to the user rows, and plain fine-tuning.
+"""SafeInstr: plain fine-tuning after adding a few percent of safety instructions to the user rows.
 
 Bianchi et al. 2023, arXiv 2309.07875 (Safety-Tuned LLaMAs): "adding just 3 % safety examples (a few hundred
-demonstrations)" to the training set. The rows are added, nothing is replaced. Here they are the run's own
-alignment rows, not the paper's 2,000 instructions, and the share is of the user rows.
+demonstrations)" to the training set. The rows are added and replace nothing. Here they are the run's own
+alignment rows, not the paper's 2,000 instructions, and the share is relative to the user rows.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from holdfast.training.trainer import MethodConfig
 
 @dataclass
 class SafeInstrConfig(MethodConfig):
-    """How many alignment rows, and whether they replace benign ones; 3 % is the abstract's."""
+    """Number of alignment rows, and whether they replace benign rows; 3 % is from the abstract."""
 
     alignment_ratio: float = field(
         default=0.03, metadata={"help": "Alignment rows to add, as a share of the user rows."}
     )
     alignment_size: int | None = field(
-        default=None, metadata={"help": "The same as a count; given, it decides."}
+        default=None, metadata={"help": "The same as a count; if given, it is used instead."}
     )
     replace: bool = field(
-        default=False, metadata={"help": "Replace benign rows, so that n stays (false: add to them)."}
+        default=False, metadata={"help": "Replace benign rows, so that n stays the same (false: add rows)."}
     )
 
     def __post_init__(self) -> None:
@@ -45,10 +45,10 @@ def mix(
     alignment_size: int | None = None,
     replace: bool = False,
 ) -> list[Row]:
-    """The user rows with alignment rows among them; `mix_rows` says how. `folder` is not used.
+    """Mix alignment rows into the user rows; see `mix_rows`. `folder` is not used.
 
     Raises:
-        DataError: fewer alignment rows, or fewer benign rows to replace, than asked for.
+        DataError: fewer alignment rows, or fewer benign rows to replace, than requested.
     """
     count = round(alignment_ratio * len(user_rows)) if alignment_size is None else alignment_size
     return mix_rows(user_rows, alignment_rows, count, seed=seed, name="safe_instr", replace=replace)

@@ -1,20 +1,20 @@
-"""Safe LoRA: projects the updates that leave the direction from base to aligned (arXiv 2405.16833).
+"""Safe LoRA: project the updates that differ from the direction from base to aligned (arXiv 2405.16833).
 
 For each module with update dW, V = W_aligned - W_base and C = V V^T / ||V||_F (both out x in, C out x out):
 
     dW <- C dW   if   <dW, C dW>_F / (||dW||_F ||C dW||_F) < threshold
 
-or for the `num_layers` modules of the smallest cosine. For LoRA, dW = scaling B A and only B changes:
-B' = V (V^T B) / ||V||_F. No training, no data, no GPU; see `weights/projection.py` for the arithmetic.
+or for the `num_layers` modules with the smallest cosine. For LoRA, dW = scaling B A and only B changes:
+B' = V (V^T B) / ||V||_F. No training, no data, no GPU; see `safe_lora_parts/projection.py` for the
+arithmetic.
 
-`projection` is what replaces C for the update (the gate is the cosine with C in every case, so that a
-threshold means the same): "approx" is C; "exact" is V (V^T V)^-1 V^T, the orthogonal projector onto the
-column space of V, which is the identity for a V of full row rank; "normalised" is the direction of C dW with
-the norm of dW.
+`projection` replaces C in the update (the gate is the cosine with C in every case, so that a threshold means
+the same): "approx" is C; "exact" is V (V^T V)^-1 V^T, the orthogonal projector onto the column space of V,
+which is the identity for a V of full row rank; "normalised" is the direction of C dW with the norm of dW.
 
-Where we differ from the authors' code, and why: modules are matched by name, not by position; nothing of
-size out x out is built; cosines are not rounded, so that `num_layers` projects exactly as many; the gate is
-`<` as in the paper, not `<=`.
+Where we differ from the authors' code, and why: modules are matched by name, not by position; no matrix of
+size out x out is built; cosines are not rounded, so that `num_layers` projects exactly that number; the gate
+is `<` as in the paper, not `<=`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def safe_lora(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SafeLoraResult:
-    """Write a copy of `adapter` at `out` whose dissimilar updates are projected; sources stay as they are.
+    """Write a copy of `adapter` to `out` with its dissimilar updates projected. The sources do not change.
 
     Args:
         adapter: a PEFT LoRA folder or Hub id, or a folder of full fine-tuned weights (then the update is
@@ -67,14 +67,14 @@ def safe_lora(
         aligned: the model that was fine-tuned, or the folder of an alignment adapter on `base`.
         out: a new or empty folder, or an earlier result, which is replaced.
         device: "cpu", or a torch device ("cuda") for the products with V.
-        dtype: of the products, "float32" or "float64".
-        dry_run: only measure; `out` may be None, and the gate may be left open.
-        workers: threads over modules; numpy's BLAS has one of its own meanwhile, but for dense products.
-        progress: called with modules done and modules in all.
+        dtype: dtype of the products, "float32" or "float64".
+        dry_run: only measure; `out` may be None, and the gate may be missing.
+        workers: threads over modules. Meanwhile numpy's BLAS has one thread, except for dense products.
+        progress: called with the number of modules done and the number of all modules.
 
     Raises:
-        RecipeError: an option that cannot be used.
-        ModelError: a source that cannot be used; see `weights/`.
+        RecipeError: an option is not valid.
+        ModelError: a source cannot be used; see `weights/`.
         OutputError: `out` cannot be written, or overlaps a source.
     """
     try:

@@ -1,7 +1,7 @@
-"""Supervised fine-tuning: the alignment stage's plain baseline, and the attack at the user stage.
+"""Supervised fine-tuning: the plain baseline of the alignment stage, and the attack at the user stage.
 
-At the alignment stage it trains on safe answers; at the user stage, on rows of which some may be harmful,
-it is harmful fine-tuning itself (Lisa, arXiv 2405.18641, section 3). Cross-entropy on the completion.
+At the alignment stage it trains on safe answers. At the user stage some rows may be harmful, and then it is
+harmful fine-tuning itself (Lisa, arXiv 2405.18641, section 3). The loss is cross-entropy on the completion.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from holdfast.training.trainer import MethodConfig, RowTrainer
 
 @dataclass
 class SFTConfig(MethodConfig):
-    """No parameter of its own."""
+    """SFT has no parameters of its own."""
 
 
 class SFTTrainer(RowTrainer):

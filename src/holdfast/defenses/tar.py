@@ -3,19 +3,22 @@
     min over theta of   L_LM(theta) + lambda_retain ||h_theta - h_G||^2
                         + lambda_TR E_attack[ L_TR(attack(theta)) ]
 
-Every optimizer step draws an adversary, who fine-tunes the trainable weights theta on harmful rows for K
-steps of AdamW. At every `inner_subsample`-th of them the gradient of L_TR is taken, and their weighted sum is
-added to the gradient at theta itself (first-order meta-learning). Then theta is put back, bit for bit.
+Every optimizer step draws an adversary, which fine-tunes the trainable weights theta on harmful rows for K
+steps of AdamW. At every `inner_subsample`-th adversary step the gradient of L_TR is computed, and the
+weighted sum of these gradients is added to the gradient at theta itself (first-order meta-learning). Then
+theta is restored, bit for bit.
 
 - L_TR for the refusal of harmful requests is DPO: a refusal is preferred to a harmful answer, with the
-  starting model G as reference. `entropy` is the paper's other loss, for knowledge that shall not come back.
-- L_LM is cross-entropy on `train_dataset`, in the place of the paper's retain data; h are the hidden states,
-  of the model and of G, at the same tokens.
+  starting model G as reference. `entropy` is the paper's other loss, for knowledge that the model must not
+  regain.
+- L_LM is cross-entropy on `train_dataset`, which replaces the paper's retain data; h are the hidden states of
+  the model and of G at the same tokens.
 
 Where we differ from the authors' code, and why: G is a copy of the trainable weights and not a second model;
-lambda_retain stands before the hidden states alone, so that both lambdas at 0 are SFT (at the paper's 1 this
-is the same); padding and questions are left out of every mean, and the mean is over the whole optimizer step;
-the attack is without dropout; a harmful row whose question has no refusal is paired with another question's.
+lambda_retain multiplies only the hidden states, so that both lambdas at 0 are SFT (at the paper's 1 there is
+no difference); padding and questions are left out of every mean, and the mean is over the whole optimizer
+step; the attack has no dropout; a harmful row whose question has no refusal is paired with that of another
+question.
 """
 
 from __future__ import annotations
@@ -44,24 +47,24 @@ class TARConfig(MethodConfig):
 
     inner_steps: int = field(default=64, metadata={"help": "K: the adversary's optimizer steps."})
     inner_subsample: int = field(
-        default=4, metadata={"help": "L_TR is taken at every so-manieth of the adversary's steps."}
+        default=4, metadata={"help": "L_TR is computed at every k-th adversary step."}
     )
     schedule_lambda: float = field(
-        default=0.0625, metadata={"help": "L_TR at step k weighs exp(schedule_lambda (k - K))."}
+        default=0.0625, metadata={"help": "L_TR at step k has weight exp(schedule_lambda (k - K))."}
     )
     adversary_learning_rates: str = field(
-        default="2e-6, 2e-5, 4e-5", metadata={"help": "One is drawn for each attack, by AdamW."}
+        default="2e-6, 2e-5, 4e-5", metadata={"help": "One learning rate of AdamW is drawn per attack."}
     )
     lambda_tr: float = field(default=0.1, metadata={"help": "Strength of L_TR; 0 simulates no attack."})
     lambda_retain: float = field(
-        default=1.0, metadata={"help": "Strength with which hidden states stay those of the start."}
+        default=1.0, metadata={"help": "Strength that keeps hidden states close to those at the start."}
     )
     tamper_resistance: Literal["dpo", "entropy"] = field(
         default="dpo", metadata={"help": "L_TR: DPO for refusal, negative entropy for knowledge."}
     )
     dpo_beta: float = field(default=0.1, metadata={"help": "beta of DPO."})
     representation: Literal["squared", "norm"] = field(
-        default="squared", metadata={"help": "The paper's squared distance, or the code's plain one."}
+        default="squared", metadata={"help": "The paper's squared distance, or the code's plain distance."}
     )
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ class TARConfig(MethodConfig):
         if not 1 <= self.inner_subsample <= self.inner_steps:
             raise ValueError(
                 f"inner_subsample must be within 1 and inner_steps={self.inner_steps}, found "
-                f"{self.inner_subsample}: else L_TR is never taken"
+                f"{self.inner_subsample}: otherwise L_TR is never computed"
             )
         if self.tamper_resistance not in ("dpo", "entropy"):
             raise ValueError(f"tamper_resistance must be dpo or entropy, found {self.tamper_resistance!r}")
@@ -90,7 +93,7 @@ class TARConfig(MethodConfig):
             rates = []
         if not rates or min(rates) < 0:
             raise ValueError(
-                "adversary_learning_rates must be a text of numbers with commas between them, such as "
+                "adversary_learning_rates must be numbers separated by commas, such as "
                 f"'2e-6, 2e-5', found {self.adversary_learning_rates!r}"
             )
         return rates
@@ -104,10 +107,10 @@ class TARMixin(HarmfulRows, AnchorMixin):
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise InputError(
                 f"{type(self).__name__} cannot run under DeepSpeed, whose optimizer steps inside backward: "
-                "no attack could be simulated. Use DDP or FSDP2."
+                "no attack can be simulated. Use DDP or FSDP2."
             )
         if self.args.tamper_resistance == "dpo" and getattr(self.args, "packing", False):
-            raise InputError("DPO pairs row with row, and a packed row holds several. Set packing=False.")
+            raise InputError("DPO pairs rows, but a packed row holds several. Set packing=False.")
         self._start_over()
 
     def _start_over(self: Any) -> None:
@@ -117,12 +120,12 @@ class TARMixin(HarmfulRows, AnchorMixin):
         self._steps = 0
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Every training starts from a model of its own, also a second one of the same trainer."""
+        """Train from a new starting model, also when the same trainer trains a second time."""
         self._start_over()
         return super().train(*args, **kwargs)
 
     def keep_anchor(self: Any) -> None:
-        """Where a step begins: the starting weights are kept, and those of now are attacked."""
+        """At the start of a step, keep the starting weights and attack the current weights."""
         super().keep_anchor()
         self._steps += 1
         if self.args.lambda_tr:
@@ -141,7 +144,7 @@ class TARMixin(HarmfulRows, AnchorMixin):
         return gradient
 
     def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The plain step; after the last micro-batch, and before clipping, the meta-gradient."""
+        """The plain step, plus the meta-gradient after the last micro-batch and before clipping."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._meta_gradient and self.accelerator.sync_gradients:
             strength = self.args.lambda_tr * gradient_scale(self.accelerator)
@@ -152,7 +155,7 @@ class TARMixin(HarmfulRows, AnchorMixin):
     def compute_loss(
         self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """L_LM + lambda_retain ||h - h_G||^2 over the tokens of the optimizer step; else the plain loss."""
+        """L_LM + lambda_retain ||h - h_G||^2 over the tokens of the step; outside training the plain loss."""
         if not (self.args.lambda_retain and model.training):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {**inputs, "output_hidden_states": True}
@@ -178,7 +181,7 @@ class TARMixin(HarmfulRows, AnchorMixin):
         self._seen[name] = self._seen.get(name, 0.0) + share.detach()
 
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds each term without its strength: the mean over the steps since the last entry."""
+        """Add each term without its strength to the log: the mean over the steps since the last entry."""
         if "loss" in logs and self._steps:
             for name, total in self._seen.items():
                 logs[name] = float(self.accelerator.reduce(total, reduction="mean")) / self._steps
@@ -187,7 +190,7 @@ class TARMixin(HarmfulRows, AnchorMixin):
 
 
 class TARTrainer(TARMixin, RowTrainer):
-    """TAR on `transformers.Trainer`; `train_dataset` holds the refusals, `harmful_dataset` the attack."""
+    """TAR on `transformers.Trainer`: refusals in `train_dataset`, rows of the attack in `harmful_dataset`."""
 
 
 DEFENSE = Defense(

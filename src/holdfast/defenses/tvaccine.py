@@ -1,14 +1,14 @@
-"""T-Vaccine: Vaccine on a few layers at a time, drawn by how much harmful rows move them; the rest is frozen.
+"""T-Vaccine: Vaccine on a few layers at a time, drawn by their gradient on harmful rows; the rest is frozen.
 
-Every K = probability_steps steps the harmful rows are asked for the gradient norm s_l at the attention output
-of each layer, p_l = s_l / sum_l s_l; every J = resample_steps steps gamma = num_layers layers are drawn
-without replacement with those probabilities (arXiv 2410.09760, Algorithm 1). Only they are perturbed, with
-the norm over them together, and only they train: no other layer has gradients or gains optimizer states, and
-below the lowest of them nothing is kept for backward.
+Every K = probability_steps steps, the gradient norm s_l of harmful rows at the attention output of each layer
+gives p_l = s_l / sum_l s_l. Every J = resample_steps steps, gamma = num_layers layers are drawn without
+replacement with these probabilities (arXiv 2410.09760, Algorithm 1). Only the drawn layers are perturbed,
+with the norm over all of them together, and only they train: no other layer has gradients or new optimizer
+states, and below the lowest drawn layer nothing is kept for backward.
 
-A layer is a decoder layer with all that trains in it. What trains outside of all layers (embeddings, the
-head, the last norm) goes on training at every step. Where we differ from the authors' code: there only the
-attention's own LoRA is frozen, and that of the MLP trains in every layer (`freeze="attention"` here); its
+A layer is a decoder layer with all its trainable weights. Trainable weights outside of all layers
+(embeddings, the head, the last norm) train at every step. Where we differ from the authors' code: there only
+the attention's own LoRA is frozen, and that of the MLP trains in every layer (`freeze="attention"` here); its
 probe is one row (`probe_rows=1`), with dropout on; and see `vaccine.py`.
 """
 
@@ -41,26 +41,22 @@ from holdfast.training.trainer import (
 
 @dataclass
 class TVaccineConfig(MethodConfig):
-    """The paper's settings; J (their `lisa_interval_steps`) is in their code alone."""
+    """The paper's settings; J (their `lisa_interval_steps`) is only in their code."""
 
     rho: float = field(
         default=3.0, metadata={"help": "Norm of the perturbation over the drawn layers and the whole batch."}
     )
-    num_layers: int = field(default=8, metadata={"help": "gamma: layers that are drawn at a time."})
+    num_layers: int = field(default=8, metadata={"help": "gamma: number of layers in a draw."})
     probability_steps: int = field(
-        default=200, metadata={"help": "K: steps from one look at the harmful rows to the next."}
+        default=200, metadata={"help": "K: steps between two measurements on the harmful rows."}
     )
-    resample_steps: int = field(
-        default=20, metadata={"help": "J: steps from one draw of layers to the next."}
-    )
+    resample_steps: int = field(default=20, metadata={"help": "J: steps between two draws of layers."})
     probe_rows: int = field(
-        default=200, metadata={"help": "Harmful rows that are looked at each time (all, if there are fewer)."}
+        default=200, metadata={"help": "Harmful rows per measurement (all, if there are fewer)."}
     )
     freeze: Literal["all", "attention"] = field(
         default="all",
-        metadata={
-            "help": "What does not train in layers that are not drawn: all (paper) or attention (code)."
-        },
+        metadata={"help": "What is frozen in layers that are not drawn: all (paper) or attention (code)."},
     )
 
     def __post_init__(self) -> None:
@@ -74,28 +70,28 @@ class TVaccineConfig(MethodConfig):
             raise ValueError(f"freeze must be all or attention, found {self.freeze!r}")
         if self.ddp_find_unused_parameters is False:
             raise ValueError(
-                "ddp_find_unused_parameters must not be False: T-Vaccine freezes layers by turns"
+                "ddp_find_unused_parameters must not be False: T-Vaccine freezes changing layers"
             )
-        self.ddp_find_unused_parameters = True  # Trainer's own choice depends on the kind of model
+        self.ddp_find_unused_parameters = True  # Trainer's own default depends on the kind of model
         refuse_reentrant(self)
 
 
 class TVaccineMixin(HarmfulRows, PerturbationMixin):
     """Draws the layers that `PerturbationMixin` perturbs, and freezes the others.
 
-    What was drawn, and with which probabilities, is kept in the checkpoint: a draw is a function of the seed,
-    its number and the probabilities, but those are of weights that a resumed run no longer has.
+    All draws and their probabilities are kept in the checkpoint. A draw is a function of the seed, its number
+    and the probabilities, but those come from weights that a resumed run no longer has.
     """
 
     def __init__(self: Any, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.probabilities = torch.empty(0)  # (probes, layers), a row for each K steps; nan where yet to come
-        self.draws = torch.empty(0, dtype=torch.long)  # (draws, gamma), ascending; -1 where yet to come
+        self.probabilities = torch.empty(0)  # (probes, layers), a row for each K steps; nan: not yet known
+        self.draws = torch.empty(0, dtype=torch.long)  # (draws, gamma), ascending; -1: not yet drawn
         self.drawn: list[int] = []
 
     @classmethod
     def check_model(cls, config: Any, model: nn.Module) -> None:
-        """There must be layers enough, and something to train in each."""
+        """Check that there are enough layers, with trainable weights in each."""
         super().check_model(config, model)
         own = layer_parameters(model, config.freeze)
         if len(own) < config.num_layers:
@@ -107,12 +103,12 @@ class TVaccineMixin(HarmfulRows, PerturbationMixin):
         if empty:
             where = "decoder layer" if config.freeze == "all" else "attention"
             raise ModelError(
-                f"T-Vaccine draws the layers that train, but nothing trains in the {where} of layers "
-                f"{', '.join(map(str, empty))}. Give LoRA targets that are in all of them."
+                f"T-Vaccine draws layers to train, but nothing trains in the {where} of layers "
+                f"{', '.join(map(str, empty))}. Use LoRA targets that are in all of them."
             )
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """The plain training; in the end, all that could train can again."""
+        """The plain training. At the end, all weights that were trainable are trainable again."""
         config, layers = self.args, len(mixers(self.model))
         steps = planned_steps(self)
         self.probabilities = torch.full((math.ceil(steps / config.probability_steps), layers), math.nan)
@@ -126,12 +122,12 @@ class TVaccineMixin(HarmfulRows, PerturbationMixin):
                 parameter.requires_grad_(name in trainable)
 
     def training_begins(self: Any) -> None:
-        """Find what trains in each layer, as long as all of it does."""
+        """Find the trainable weights of each layer while all of them are still trainable."""
         super().training_begins()
         self._layer_parameters = layer_parameters(self.model, self.args.freeze)
 
     def step_begins(self: Any) -> None:
-        """Ask the harmful rows, and draw layers, where it is time and not yet done."""
+        """Measure the harmful rows and draw layers, if this step does so and it is not yet done."""
         config, step = self.args, self.state.global_step
         probe, draw = step // config.probability_steps, step // config.resample_steps
         if self.probabilities[probe].isnan().any():
@@ -146,11 +142,11 @@ class TVaccineMixin(HarmfulRows, PerturbationMixin):
                     parameter.requires_grad_(i in self.drawn)
 
     def perturbed_layers(self: Any) -> list[int]:
-        """The drawn ones."""
+        """Return the drawn layers."""
         return self.drawn
 
     def probe(self: Any, number: int) -> Tensor:
-        """p_l, shape (layers,): norms of the harmful rows' gradients at attention outputs, over their sum.
+        """p_l, shape (layers,): norms of the harmful rows' gradients at attention outputs over their sum.
 
         Raises:
             ModelError: a norm is not finite, or all are 0.
@@ -162,7 +158,7 @@ class TVaccineMixin(HarmfulRows, PerturbationMixin):
             norms = self.harmful_norms(number, scale)
         if not norms.isfinite().all() or norms.sum() == 0:
             raise ModelError(
-                "The gradient of the harmful rows is 0, or not finite, at the attention outputs: layers "
+                "The gradient of the harmful rows is 0, or not finite, at the attention outputs, so layers "
                 "cannot be drawn by it. Use bf16 or float32, or check the harmful rows."
             )
         return broadcast(norms / norms.sum()).float().cpu()
@@ -170,8 +166,8 @@ class TVaccineMixin(HarmfulRows, PerturbationMixin):
     def harmful_norms(self: Any, number: int, scale: float) -> Tensor:
         """scale * ||d loss / d attention output|| of each layer over `probe_rows` rows together, float64.
 
-        The loss is that of training, with dropout off. Every process does its share, with as many forwards as
-        the others (a sharded model needs them all).
+        The loss is that of training, with dropout off. Every process computes its share with the same number
+        of forwards, because a sharded model needs all processes in each.
         """
         config, rows = self.args, self.harmful_dataset
         number_of_rows = min(config.probe_rows, len(rows))
@@ -181,7 +177,7 @@ class TVaccineMixin(HarmfulRows, PerturbationMixin):
         with dropout_off(self.model), self.unrecorded():
             for begin in range(0, number_of_rows, size * config.world_size):
                 mine = begin + config.process_index * size
-                chosen = order[mine : mine + size] or order[:1]  # none left: one, for company
+                chosen = order[mine : mine + size] or order[:1]  # no rows left: join with one row
                 batch = self.data_collator([rows[i] for i in chosen])
                 found = squared_gradient_norms(self.attention, partial(self.loss_of, batch, items, scale))
                 if mine < number_of_rows:
@@ -190,9 +186,9 @@ class TVaccineMixin(HarmfulRows, PerturbationMixin):
 
     @property
     def layer_history(self: Any) -> dict[str, Any]:
-        """For the report: how many `layers`, and all `probabilities` and `draws` as [step, [value, ...]].
+        """For the report: number of `layers`, and all `probabilities` and `draws` as [step, [value, ...]].
 
-        A step counts from 0, and stands for what was done before it.
+        A step counts from 0; the values were computed before that step.
         """
         k, j = self.args.probability_steps, self.args.resample_steps
         return {
@@ -206,7 +202,7 @@ class TVaccineMixin(HarmfulRows, PerturbationMixin):
         return super().reported(steps) | {"layer_history": self.layer_history}
 
     def log(self: Any, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Adds the drawn layers, and the highest p (1 / layers where all are alike)."""
+        """Add the drawn layers and the highest p (1 / layers if all are equal) to the log."""
         if "loss" in logs and self.drawn:
             p = self.probabilities[(self.state.global_step - 1) // self.args.probability_steps]
             logs["layers"] = " ".join(map(str, self.drawn))
@@ -219,19 +215,19 @@ class TVaccineMixin(HarmfulRows, PerturbationMixin):
         return super().method_state() | {name: tensor.clone() for name, tensor in own.items()}
 
     def method_loaded(self: Any, state: dict[str, Tensor]) -> None:
-        """Go on with them."""
+        """Continue with the saved probabilities and draws."""
         super().method_loaded(state)
         self.probabilities, self.draws = state["probabilities"], state["draws"]
 
 
 def layer_parameters(model: nn.Module, freeze: str) -> list[list[nn.Parameter]]:
-    """For each layer the parameters that train and that it owns: all of them, or those of its attention."""
+    """Return the trainable parameters of each layer: all of them, or those of its attention."""
     parts = decoder_layers(model) if freeze == "all" else mixers(model)
     return [[p for p in part.parameters() if p.requires_grad] for part in parts]
 
 
 def draw_layers(probabilities: Tensor, number: int, seed: int) -> Tensor:
-    """`number` of the layers, ascending: one after the other with the given probabilities, none twice."""
+    """Draw `number` layers with the given probabilities, without replacement, in ascending order."""
     generator = torch.Generator().manual_seed(seed)
     return torch.multinomial(probabilities, number, replacement=False, generator=generator).sort().values
 

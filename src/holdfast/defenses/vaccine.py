@@ -1,14 +1,14 @@
 """Vaccine: alignment against the worst small perturbation of every layer's attention output.
 
-Each step has two passes over the same rows (arXiv 2402.01109, Algorithm 1). The first takes the gradients g_l
-of the loss at the attention output of each layer l, the second trains with
+Each step has two passes over the same rows (arXiv 2402.01109, Algorithm 1). The first pass computes the
+gradients g_l of the loss at the attention output of each layer l. The second trains with
 
     epsilon_l = rho g_l / ||g||
 
-added to them, where ||g|| is the norm over all layers together. Where we differ from the authors' code: the
-norm is that of the whole batch of an optimizer step, not of a micro-batch or a process; the first pass leaves
-`.grad` alone (theirs clears it, and with it all earlier micro-batches of the step); both passes see the same
-dropout.
+added to these outputs, where ||g|| is the norm over all layers together. Where we differ from the authors'
+code: the norm is that of the whole batch of an optimizer step, not of a micro-batch or a process; the first
+pass does not change `.grad` (theirs clears it, and with it all earlier micro-batches of the step); both
+passes see the same dropout.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from holdfast.training.trainer import MethodConfig, RowTrainer
 
 @dataclass
 class VaccineConfig(MethodConfig):
-    """rho is the paper's; its Table 6 goes from 0.01 to 10."""
+    """rho is the paper's; Table 6 of the paper goes from 0.01 to 10."""
 
     rho: float = field(
         default=2.0, metadata={"help": "Norm of the perturbation over all layers and the whole batch."}

@@ -1,8 +1,8 @@
-"""VLGuard: alignment rows take the place of benign user rows, and plain fine-tuning on the result.
+"""VLGuard: plain fine-tuning after replacing benign user rows by alignment rows.
 
 Zong et al. 2024, arXiv 2402.02207 (mixed safety fine-tuning, there for vision-language models), as the
 baseline of Lisa (arXiv 2405.18641, section 5): 1000 alignment rows are mixed into the user data. As in the
-code of Lisa's authors they replace benign rows, so that n, and with it the number of steps, stays.
+code of Lisa's authors they replace benign rows, so that n, and with it the number of steps, stays the same.
 
 Unlike that code, which takes the first rows of each file, rows are drawn with the seed.
 """
@@ -20,14 +20,14 @@ from holdfast.training.trainer import MethodConfig
 
 @dataclass
 class VLGuardConfig(MethodConfig):
-    """How many alignment rows, and whether they replace benign ones; defaults of Lisa, section 5."""
+    """Number of alignment rows, and whether they replace benign rows; defaults of Lisa, section 5."""
 
     alignment_size: int = field(default=1000, metadata={"help": "Alignment rows to mix in."})
     alignment_ratio: float | None = field(
-        default=None, metadata={"help": "The same as a share of the user rows; given, it decides."}
+        default=None, metadata={"help": "The same as a share of the user rows; if given, it is used instead."}
     )
     replace: bool = field(
-        default=True, metadata={"help": "Replace benign rows, so that n stays (false: add to them)."}
+        default=True, metadata={"help": "Replace benign rows, so that n stays the same (false: add rows)."}
     )
 
     def __post_init__(self) -> None:
@@ -45,10 +45,10 @@ def mix(
     alignment_ratio: float | None = None,
     replace: bool = True,
 ) -> list[Row]:
-    """The user rows with alignment rows among them; `mix_rows` says how. `folder` is not used.
+    """Mix alignment rows into the user rows; see `mix_rows`. `folder` is not used.
 
     Raises:
-        DataError: fewer alignment rows, or fewer benign rows to replace, than asked for.
+        DataError: fewer alignment rows, or fewer benign rows to replace, than requested.
     """
     count = alignment_size if alignment_ratio is None else round(alignment_ratio * len(user_rows))
     return mix_rows(user_rows, alignment_rows, count, seed=seed, name="vlguard", replace=replace)

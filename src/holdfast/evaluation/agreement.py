@@ -1,4 +1,4 @@
-"""How far two judges agree on the same answers: Cohen's kappa (Cohen 1960), and where they differ."""
+"""Agreement of two judges on the same answers: Cohen's kappa (Cohen 1960), and where they differ."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ CALLED = ("harmful", "safe")
 
 
 def kappa(counts: Mapping[tuple[str, str], int]) -> float | None:
-    """(p_o - p_e) / (1 - p_e): agreement beyond what the judges' shares of "harmful" would give by chance.
+    """(p_o - p_e) / (1 - p_e): agreement beyond that expected by chance from the judges' shares of "harmful".
 
     Args:
-        counts: answers by the two verdicts, each "harmful" or "safe".
+        counts: number of answers for each pair of verdicts, "harmful" or "safe".
 
     Returns:
-        From -1 to 1; None where nothing was judged, or both judges call everything the same, so that
-        chance explains all.
+        A value from -1 to 1; None if nothing was judged, or if both judges give the same verdict to all
+        answers, so that chance explains all agreement.
     """
     n = sum(counts.values())
     if n == 0:
@@ -33,7 +33,7 @@ def kappa(counts: Mapping[tuple[str, str], int]) -> float | None:
 
 
 def agreement(verdicts: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Every two judges on the answers that both could judge.
+    """Compare every two judges on the answers that both could judge.
 
     Args:
         verdicts: rows with `id` and `verdict`, by judge.

@@ -1,8 +1,8 @@
-"""Generation in left-padded, length-sorted batches, appended to a JSONL file keyed by id.
+"""Generate answers in left-padded, length-sorted batches and append them to a JSONL file keyed by id.
 
-The batches depend on the prompts alone, so a run that was killed goes on with the batches it lacks and
-writes what it would have written. Each greedy answer equals that of one-at-a-time generation to the
-rounding of the arithmetic (a test compares the texts); a sampled one depends on its batch.
+The batches depend only on the prompts, so a resumed run continues with the missing batches and writes what an
+uninterrupted run would have written. A greedy answer equals one-at-a-time generation up to the rounding of
+the arithmetic (a test compares the texts); a sampled answer depends on its batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from holdfast.machine.seeds import derive_seed
 
 
 def batches(lengths: Sequence[int], new_tokens: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Positions grouped by `new_tokens`, longest first, so that padded batches hold <= batch_tokens tokens.
+    """Yield positions grouped by `new_tokens`, longest first; a padded batch has <= batch_tokens tokens.
 
     Args:
         lengths: tokens of each prompt.
@@ -51,18 +51,18 @@ def answer_prompts(
     sampling: Mapping[str, Any] | None = None,
     progress: Advance = nobody,
 ) -> list[dict[str, Any]]:
-    """Answer every prompt that `out` does not hold yet; returns all rows of `out`.
+    """Answer every prompt that `out` does not hold yet and return all rows of `out`.
 
     Args:
-        prompts: rows with `id`, `set`, `prompt` (rendered, special tokens included) and whatever else is
-            to be kept beside the answer.
+        prompts: rows with `id`, `set`, `prompt` (rendered, special tokens included) and anything else that
+            should be stored with the answer.
         max_new_tokens: by `set`.
-        batch_tokens: prompt and new tokens, padding included, of one batch.
-        secret: a text in the prompts that must not be written down where an answer repeats it (`hide`).
+        batch_tokens: prompt and new tokens of one batch, padding included.
+        secret: a text in the prompts that must not be written if an answer repeats it (see `hide`).
         sampling: `temperature`, `top_p` and `seed`; None decodes greedily.
 
     Each row gets `answer` (text), `tokens` (generated), `truncated` (no end within max_new_tokens), and
-    `error` where the prompt does not fit into the model.
+    `error` if the prompt does not fit into the model.
     """
     rows = read_jsonl(out)
     done = {row["id"] for row in rows}
@@ -85,9 +85,9 @@ def answer_prompts(
 
 
 def hide(text: str, secret: str) -> str:
-    """`text` with "[secret]" for every run of three or more words that `secret` has in the same order.
+    """Return `text` with "[secret]" for every run of three or more words that also occurs in `secret`.
 
-    Case and punctuation do not count.
+    Case and punctuation are ignored.
     """
     words = re.findall(r"\w+", secret.casefold())
     length = min(3, len(words))
@@ -108,7 +108,7 @@ def hide(text: str, secret: str) -> str:
 
 @contextmanager
 def _seeded(sampling: Mapping[str, Any] | None, name: str) -> Iterator[None]:
-    """A random state of the batch's own, so that a batch samples the same in a run that goes on."""
+    """Set a random state per batch, so that a resumed run samples the same for a batch."""
     if sampling is None:
         yield
         return
@@ -127,9 +127,9 @@ def answer_batch(
     new_tokens: int,
     sampling: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Answers to one batch of token ids; a batch that does not fit into memory is halved.
+    """Answer one batch of token ids. A batch that does not fit into memory is halved.
 
-    Each has `answer`, `tokens`, `truncated`, and `error` where the prompt does not fit into the model.
+    Each answer has `answer`, `tokens`, `truncated`, and `error` if the prompt does not fit into the model.
     """
     import torch
 
@@ -183,7 +183,7 @@ def _decode(
     tokens = torch.tensor([[pad] * (longest - len(x)) + x for x in ids], device=model.device)
     mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in ids], device=model.device)
     how: dict[str, Any] = {"do_sample": False}
-    if sampling is not None:  # top_k 0: transformers would cut to 50 tokens unasked
+    if sampling is not None:  # top_k 0: by default transformers would keep only 50 tokens
         how = {"do_sample": True, "top_k": 0, **{k: sampling[k] for k in ("temperature", "top_p")}}
     config = GenerationConfig(
         max_new_tokens=new_tokens, eos_token_id=stops, pad_token_id=pad, use_cache=True, **how
@@ -200,7 +200,7 @@ def _decode(
 
 
 def _stops(model: Any, tokenizer: Any) -> list[int]:
-    """End tokens: the tokenizer's own and those of the model's generation_config (there may be several)."""
+    """Return the end tokens: the tokenizer's and those of the model's generation_config (may be several)."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     several = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in [tokenizer.eos_token_id, *several] if token is not None})

@@ -1,4 +1,4 @@
-"""Answers from an OpenAI-compatible server (vLLM, SGLang, TGI, `transformers serve`), several at a time.
+"""Get answers from an OpenAI-compatible server (vLLM, SGLang, TGI, `transformers serve`), several at a time.
 
 `evaluation.client` says which calls are repeated. An answer that still fails is recorded as a failed row and
 counted; after failed rows are removed from the file, they can be asked again.
@@ -17,7 +17,7 @@ from holdfast.machine.files import append_jsonl, read_jsonl
 from holdfast.machine.progress import Advance, nobody
 
 TIMEOUT = 600.0
-"""Seconds that one answer may take."""
+"""Maximum number of seconds for one answer."""
 
 
 def answer_all(
@@ -32,17 +32,17 @@ def answer_all(
     requests: int = 8,
     progress: Advance = nobody,
 ) -> list[dict[str, Any]]:
-    """Ask for every row that `out` does not hold yet; returns all rows of `out`, as `generate` does.
+    """Ask for every row that `out` does not hold yet and return all rows of `out`, like `answer_prompts`.
 
     Args:
-        address: of the server, ".../v1".
-        rows: with `id` and `set`, and whatever is to be kept beside the answer.
-        render: a row to the messages of a chat, or to the text that a completion goes on from.
+        address: address of the server, ".../v1".
+        rows: rows with `id` and `set`, and anything that should be stored with the answer.
+        render: turns a row into the messages of a chat, or into the text that a completion continues.
         max_new_tokens: by `set`.
-        requests: how many are asked at once.
+        requests: number of concurrent requests.
 
     Raises:
-        ModelError: no client, no key, no server, or a server that knows no such model.
+        ModelError: the client, the key or the server is missing, or the server does not know the model.
     """
     done = read_jsonl(out)
     known = {row["id"] for row in done}
@@ -58,7 +58,7 @@ def answer_all(
         return {**row, **_answer(client, model, render(row), max_new_tokens[row["set"]], how)}
 
     with ThreadPoolExecutor(requests) as pool:
-        # The first alone: a wrong address or name is one error, not one for each row.
+        # The first row alone: a wrong address or name gives one error, not one error per row.
         append_jsonl(out, [first := ask(missing[0])])
         done.append(first)
         waiting = [pool.submit(ask, row) for row in missing[1:]]
@@ -76,7 +76,7 @@ def answer_all(
 def _answer(
     client: Any, model: str, asked: list[dict[str, str]] | str, new_tokens: int, how: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The answer to one row, or its `error`; what would fail for every row raises ModelError."""
+    """Return the answer to one row, or its `error`. A failure that affects every row raises ModelError."""
     from openai import (
         APIConnectionError,
         APIError,
@@ -97,13 +97,15 @@ def _answer(
     except APITimeoutError:
         return _failed("the server did not answer in time")
     except (AuthenticationError, PermissionDeniedError):
-        raise ModelError(f"{client.base_url} refuses the key in OPENAI_API_KEY.") from None
+        raise ModelError(f"{client.base_url} does not accept the key in OPENAI_API_KEY.") from None
     except NotFoundError:
         raise ModelError(
             f"{client.base_url} does not know the model '{model}', or the address is wrong."
         ) from None
     except APIConnectionError:
-        raise ModelError(f"No server answers at {client.base_url}. Start it, then run this again.") from None
+        raise ModelError(
+            f"No server answers at {client.base_url}. Start the server, then run this again."
+        ) from None
     except APIError as error:
         return _failed(f"the server refused it: {type(error).__name__}")
     except (AttributeError, IndexError, TypeError, ValueError):

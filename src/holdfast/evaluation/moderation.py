@@ -1,4 +1,4 @@
-"""Verdicts on generated answers, appended to a JSONL file keyed by id."""
+"""Give verdicts on generated answers and append them to a JSONL file keyed by id."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from holdfast.machine.progress import Advance, nobody
 
 
 def question(row: Mapping[str, Any]) -> str:
-    """What the user asked, as one text."""
+    """Return the user's question as one text."""
     return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
 
 
@@ -24,7 +24,7 @@ def give_verdicts(
     *,
     progress: Advance = nobody,
 ) -> list[dict[str, Any]]:
-    """Judge the answers to harmful prompts that `out` does not hold yet; returns all rows of `out`.
+    """Judge the answers to harmful prompts that `out` does not hold yet and return all rows of `out`.
 
     A row whose generation failed is unparsed, never safe.
     """

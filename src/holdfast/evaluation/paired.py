@@ -1,10 +1,10 @@
-"""Two models on the same prompts: how far their scores are apart, and whether that could be chance.
+"""Compare two models on the same prompts: how much their scores differ, and whether that could be chance.
 
-Right or wrong, harmful or safe: the exact McNemar test (McNemar 1947; two-sided binomial over the prompts on
-which the two differ) and Newcombe's interval for a difference of paired shares (Statistics in Medicine 17,
-2635-2650, 1998, method 10). Numbers (ROUGE-1, ratings, shares over seeds): a test that flips the signs of the
-differences at random, and the bootstrap over prompts, both seeded. All of it speaks of these trained models
-on prompts like these, not of how another seed would train.
+For right or wrong, and harmful or safe: the exact McNemar test (McNemar 1947; two-sided binomial over the
+prompts on which the two differ) and Newcombe's interval for a difference of paired shares (Statistics in
+Medicine 17, 2635-2650, 1998, method 10). For numbers (ROUGE-1, ratings, shares over seeds): a test that flips
+the signs of the differences at random, and the bootstrap over prompts, both seeded. All of this is about
+these trained models on prompts like these, not about a training with another seed.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any
 
 Z95 = 1.959964
 DRAWS = 10_000
-"""Random sign patterns, and bootstrap samples."""
+"""Number of random sign patterns, and of bootstrap samples."""
 EXACT = 12
-"""Up to so many differences that are not 0, every pattern of signs is tried."""
+"""Up to this many differences that are not 0, every pattern of signs is tried."""
 CHUNK = 500
 
 
 @dataclass(frozen=True)
 class Paired:
-    """The second model against the first, in percentage points or in the unit of the numbers.
+    """The second model compared with the first, in percentage points or in the unit of the numbers.
 
     Attributes:
-        n: prompts that both answered and that both have a value for.
+        n: number of prompts with a value from both models.
         difference: second minus first.
-        interval: 95 %; None for a single prompt's number.
-        p: two-sided, of "there is no difference".
+        interval: 95 %; None for numbers from a single prompt.
+        p: two-sided, for the hypothesis of no difference.
         only_first, only_second: prompts where only one of them is (harmful, right, ...); None for numbers.
     """
 
@@ -44,14 +44,14 @@ class Paired:
     only_second: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the fields as plain values."""
         return {**vars(self), "interval": list(self.interval) if self.interval else None}
 
 
 def compare(first: Mapping[str, bool | float], second: Mapping[str, bool | float]) -> Paired | None:
-    """The comparison over the prompts (by id) that both have a value for; None where there is none.
+    """Compare on the prompts (by id) for which both have a value; None if there are none.
 
-    Values are all true or false (shares, in percent), or numbers.
+    The values are all true or false (shares, in percent), or all numbers.
     """
     shared = [id for id in first if id in second]
     if not shared:
@@ -63,7 +63,7 @@ def compare(first: Mapping[str, bool | float], second: Mapping[str, bool | float
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The exact two-sided p-value of McNemar's test, from the prompts on which the two models differ."""
+    """Return the exact two-sided p-value of McNemar's test, from the prompts on which the models differ."""
     n, tail, ways = only_first + only_second, 0, 1
     for k in range(min(only_first, only_second) + 1):
         tail += ways
@@ -72,7 +72,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """The Wilson 95 % interval of a share, as shares of 1 (E. B. Wilson, JASA 22, 1927)."""
+    """Return the Wilson 95 % interval of a share, as shares of 1 (E. B. Wilson, JASA 22, 1927)."""
     share, z2 = successes / n, z * z
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
@@ -80,7 +80,7 @@ def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
 
 
 def newcombe(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
-    """The 95 % interval of the second share minus the first, as shares of 1 (Newcombe's method 10)."""
+    """Return the 95 % interval of the second share minus the first, as shares of 1 (Newcombe's method 10)."""
     n = both + only_first + only_second + neither
     p1, p2 = (both + only_first) / n, (both + only_second) / n
     (low1, high1), (low2, high2) = wilson(both + only_first, n), wilson(both + only_second, n)
@@ -97,7 +97,7 @@ def newcombe(both: int, only_first: int, only_second: int, neither: int) -> tupl
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """p-values corrected for being several (Holm 1979): each is right at 5 % for all of them together."""
+    """Correct p-values for multiple tests (Holm 1979): together they are valid at 5 %."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     corrected, highest = [0.0] * len(values), 0.0
     for rank, i in enumerate(order):
@@ -123,16 +123,16 @@ def _numbers(pairs: Sequence[tuple[float, float]]) -> Paired:
 
 
 def flipped(differences: Sequence[float]) -> float:
-    """How often random signs move the sum of the differences at least as far from 0 as it is.
+    """Return how often random signs move the sum of the differences at least as far from 0 as it is.
 
-    Exact for few differences, else by DRAWS patterns (and the one that was found, so that it is never 0).
+    Exact for few differences, otherwise by DRAWS patterns (plus the observed one, so it is never 0).
     """
     import numpy
 
     moved = numpy.array([d for d in differences if d != 0.0])
     if not len(moved):
         return 1.0
-    edge = abs(moved.sum()) * (1 - 1e-9)  # sums in another order round otherwise
+    edge = abs(moved.sum()) * (1 - 1e-9)  # sums in another order are rounded differently
     if len(moved) <= EXACT:
         patterns = (numpy.arange(2 ** len(moved))[:, None] >> numpy.arange(len(moved))) & 1
         return float((abs((2 * patterns - 1) @ moved) >= edge).mean())
@@ -144,7 +144,7 @@ def flipped(differences: Sequence[float]) -> float:
 
 
 def bootstrap(differences: Sequence[float]) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean over prompts that are drawn again with replacement."""
+    """Return the 95 % percentile interval of the mean over prompts that are resampled with replacement."""
     import numpy
 
     values, generator = numpy.array(differences), numpy.random.default_rng(0)

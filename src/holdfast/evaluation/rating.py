@@ -1,4 +1,4 @@
-"""Ratings of answers to a task by a judge of quality, appended to a JSONL file keyed by id."""
+"""Rate answers to a task with a judge of quality and append the ratings to a JSONL file keyed by id."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from holdfast.machine.progress import Advance, nobody
 
 
 def talks(generations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The answers to the task, each with `answers`: its own, and that of the second turn where it has one.
+    """Return the answers to the task, each with `answers`: its own, and that of its second turn, if any.
 
-    A row whose second answer failed or is missing has the `error` of it.
+    A row whose second answer failed or is missing has the `error` of the second answer.
     """
     second = {row["first"]: row for row in generations if row["set"] == SECOND}
     found = []
@@ -38,10 +38,10 @@ def give_ratings(
     *,
     progress: Advance = nobody,
 ) -> list[dict[str, Any]]:
-    """Rate the answers to the task that `out` does not hold yet; returns all rows of `out`.
+    """Rate the answers to the task that `out` does not hold yet and return all rows of `out`.
 
-    Each row has `id`, `rating` (None where there is none, which is counted apart and never 0) and `raw`, what
-    the judge said. A row whose generation failed has no rating.
+    Each row has `id`, `rating` (None if there is none, which is counted separately and never 0) and `raw`,
+    the judge's own output. A row whose generation failed has no rating.
     """
     rows = read_jsonl(out)
     done = {row["id"] for row in rows}

@@ -1,4 +1,4 @@
-"""Talks of two turns (MT-Bench): the second question is asked after the model's own first answer."""
+"""Talks of two turns (MT-Bench): the second question follows the model's own first answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from holdfast.errors import RecipeError
 from holdfast.machine.progress import Advance, nobody
 
 SECOND = "second_turn"
-"""The set of the rows that hold second turns; no score counts them, a rater reads them with the first."""
+"""The set of rows with second turns. No score counts them; a rater reads them with the first turn."""
 
 Rows = list[dict[str, Any]]
 
@@ -19,11 +19,11 @@ def in_turns(
     ask: Callable[[Sequence[Mapping[str, Any]], Advance], Rows],
     progress: Advance = nobody,
 ) -> Rows:
-    """Ask all rows, and then the second turns of those that have one; returns all rows that are answered.
+    """Ask all rows, then the second turns of rows that have one; return all answered rows.
 
     Args:
-        ask: answers rows and returns every row answered so far, of this call and before; called twice where
-            there are second turns. It skips what is answered, so that what was stopped goes on.
+        ask: answers rows and returns every row answered so far, in this call and before; called twice if
+            there are second turns. It skips answered rows, so that an interrupted run can continue.
     """
     total = len(rows) + sum(has_second(row) for row in rows)
     answered = ask(rows, lambda done, _: progress(done, total))
@@ -32,12 +32,12 @@ def in_turns(
 
 
 def has_second(row: Mapping[str, Any]) -> bool:
-    """Whether a row is the first turn of a talk of two."""
+    """Whether a row is the first of two turns."""
     return row.get("set") == "task" and len(row.get("turns") or ()) > 1
 
 
 def second_turns(answered: Iterable[Mapping[str, Any]]) -> Rows:
-    """The second turns of answered rows, as rows with the talk so far; none after an answer that failed."""
+    """Return the second turns of answered rows, as rows with the talk so far; none after a failed answer."""
     return [
         {
             "id": f"{row['id']}-2",
@@ -67,7 +67,7 @@ def complete(rows: Sequence[Mapping[str, Any]], answered: Sequence[Mapping[str, 
 
 
 def check_template(rows: Iterable[Mapping[str, Any]], template: str) -> None:
-    """Raise RecipeError where second turns would have to be asked by the Alpaca prompt, which has none."""
+    """Raise RecipeError if second turns need the Alpaca prompt, which has only one turn."""
     if template == "alpaca" and any(has_second(row) for row in rows):
         raise RecipeError(
             "Questions in two turns (MT-Bench) need a chat template; the Alpaca prompt has one question and "

@@ -1,4 +1,4 @@
-"""Loading a model with its adapters: the one place that turns weight files into a torch module."""
+"""Load a model with its adapters: the only place that turns weight files into a torch module."""
 
 __all__ = [
     "device",

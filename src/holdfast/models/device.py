@@ -1,4 +1,4 @@
-"""The device to compute on."""
+"""Choose the device to compute on."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from holdfast.errors import RecipeError
 from holdfast.machine.processes import Processes
 
 SMALL = 50_000_000
-"""Parameters below which one CPU thread is faster than several."""
+"""Number of parameters below which one CPU thread is faster than several."""
 
 
 def choose_device(asked: str, model: Path, processes: Processes) -> str:
-    """The device to compute on; CPU threads are set for a small model.
+    """Return the device to compute on; for a small model, CPU threads are set too.
 
     Raises:
-        RecipeError: no such device here.
+        RecipeError: this machine has no such device.
     """
     import torch
 
@@ -30,7 +30,7 @@ def choose_device(asked: str, model: Path, processes: Processes) -> str:
         raise RecipeError("No MPS device was found. Use --device cpu, or leave it out.")
     if device not in ("cpu", "cuda", "mps"):
         raise RecipeError(f"Unknown device '{asked}'. Known: auto, cpu, cuda, mps.")
-    if device == "cuda" and processes.count > 1:  # as accelerate, which trains there, gives them out
+    if device == "cuda" and processes.count > 1:  # the same assignment as in accelerate, which trains there
         device = f"cuda:{processes.local_rank % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
     if device == "cpu" and parameter_count(model) < SMALL:

@@ -3,8 +3,8 @@
 Only safetensors files are read, and a folder that lacks some of the model's weights is refused: transformers
 and PEFT would fill them with random numbers and warn.
 
-Adapters come in a chain (alignment, then user). They are stacked as frozen adapters, or merged in memory
-as the reference implementations do; a merged model is never saved.
+Adapters form a chain (alignment, then user). They are stacked as frozen adapters, or merged in memory as the
+reference implementations do. A merged model is never saved.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from holdfast.weights.folders import check_adapter
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer, with a pad token (its end-of-sequence token where it has none)."""
+    """Return the tokenizer with a pad token (its end-of-sequence token if it has no pad token)."""
     from transformers import AutoTokenizer
 
     try:
@@ -34,7 +34,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         raise ModelError(f"Cannot load a tokenizer from {folder}: {first_line(error)}") from None
     if tokenizer.eos_token is None:
-        raise ModelError(f"The tokenizer in {folder} has no end-of-sequence token; answers could not end.")
+        raise ModelError(f"The tokenizer in {folder} has no end-of-sequence token, so answers cannot end.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -50,12 +50,12 @@ def load_model(
     quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The causal language model with a chain of adapters, all frozen.
+    """Return the causal language model with a chain of adapters, all frozen.
 
     Args:
-        compose: "stack" keeps each adapter as a frozen PEFT adapter (named stage0, stage1, ...), its
-            dropout off; "merge" adds it to the weights in memory.
-        quantization: "nf4" or "int8", or None for the weights as they are.
+        compose: "stack" keeps each adapter as a frozen PEFT adapter (named stage0, stage1, ...) without
+            dropout; "merge" adds it to the weights in memory.
+        quantization: "nf4" or "int8", or None for unchanged weights.
 
     Raises:
         ModelError: the model or an adapter cannot be loaded, or lacks weights.
@@ -175,7 +175,7 @@ def _named(missing: Sequence[str]) -> str:
 
 
 def _silence_dropout(model: Any, name: str) -> None:
-    """A frozen adapter must not drop anything, also while the model trains."""
+    """Turn off the dropout of a frozen adapter, which must stay off while the model trains."""
     import torch
 
     for module in model.modules():
@@ -185,7 +185,7 @@ def _silence_dropout(model: Any, name: str) -> None:
 
 
 def add_lora(model: Any, settings: Mapping[str, Any], base: str) -> Any:
-    """A fresh, trainable LoRA called "default" on top of what `model` already carries.
+    """Add a fresh, trainable LoRA called "default" on top of the adapters of `model`.
 
     Args:
         settings: a recipe's `lora` block: `r`, `alpha`, `dropout`, and other fields of `LoraConfig`.
@@ -204,15 +204,15 @@ def add_lora(model: Any, settings: Mapping[str, Any], base: str) -> Any:
             stacked.add_adapter("default", config)
         else:
             stacked = get_peft_model(model, config)
-    except ValueError as error:  # a target that is no layer, for one
+    except ValueError as error:  # for example a target that is not a layer
         raise ModelError(
-            f"PEFT refuses this LoRA ({first_line(error)}). A pattern in target_modules must mean layers, "
-            "not the modules that hold them."
+            f"PEFT refuses this LoRA ({first_line(error)}). A pattern in target_modules must match layers, "
+            "not the modules that contain them."
         ) from None
     if frozen:
         stacked.base_model.set_adapter([*frozen, "default"])
-        stacked.active_adapter = "default"  # the one that FSDP puts into its checkpoints
-    # What a user loads the adapter on: PEFT itself would write the folder of the local cache.
+        stacked.active_adapter = "default"  # FSDP saves this adapter in its checkpoints
+    # The model to load the adapter on. PEFT itself would write the folder of the local cache.
     stacked.peft_config["default"].base_model_name_or_path = base
     for name in frozen:
         stacked.set_requires_grad(name, False)

@@ -1,9 +1,9 @@
 """Quantised base models: 4-bit NF4 (QLoRA, arXiv 2305.14314) and LLM.int8 (arXiv 2208.07339).
 
-The weights of the linear layers are quantised by bitsandbytes when they are loaded, and never trained. What
-is not quantised (norms, embeddings, head) keeps its dtype, as in a model that is not quantised. PEFT's
-`prepare_model_for_kbit_training` would turn it, and with it all activations, to float32: for the 152,064
-words of Qwen2-7B that alone is 2.2 GB.
+bitsandbytes quantises the weights of the linear layers when they are loaded; they are never trained. The
+other weights (norms, embeddings, head) keep their dtype, as in a model that is not quantised. PEFT's
+`prepare_model_for_kbit_training` would convert them, and with them all activations, to float32: for the
+152,064 words of Qwen2-7B this alone takes 2.2 GB.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from holdfast.errors import ModelError
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether the weights in a model folder are quantised already."""
+    """Whether the weights in a model folder are already quantised."""
     return "quantization_config" in _config(folder)
 
 
 def stored_dtype(folder: Path) -> str:
-    """The dtype that `dtype: auto` would load, "float32" where the folder does not say."""
+    """Return the dtype that `dtype: auto` would load; "float32" if the folder does not specify one."""
     config = _config(folder)
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def check_quantization(folder: Path, quantization: str | None) -> None:
-    """Make sure that the model can be quantised here, before it is loaded.
+    """Check, before the model is loaded, that it can be quantised here.
 
     Raises:
-        ModelError: bitsandbytes is missing, or the folder is quantised already.
+        ModelError: bitsandbytes is missing, or the folder is already quantised.
     """
     if quantization is None:
         return
     if is_quantized(folder):
-        raise ModelError(f"{folder} holds quantised weights already; leave model.quantization out.")
+        raise ModelError(f"{folder} already holds quantised weights; leave model.quantization out.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
             f"model.quantization: {quantization} needs bitsandbytes, which is not installed. "
@@ -45,10 +45,10 @@ def check_quantization(folder: Path, quantization: str | None) -> None:
 
 
 def quantization_config(quantization: str, dtype: Any) -> Any:
-    """What transformers needs to quantise while loading.
+    """Return the transformers configuration that quantises the model while it is loaded.
 
     Args:
-        quantization: "nf4" (with double quantisation, as QLoRA) or "int8".
+        quantization: "nf4" (with double quantisation, like QLoRA) or "int8".
         dtype: the torch dtype to compute in.
     """
     from transformers import BitsAndBytesConfig
@@ -64,11 +64,11 @@ def quantization_config(quantization: str, dtype: Any) -> Any:
 
 
 def keep_differentiable(model: Any) -> None:
-    """Keep bitsandbytes from turning 4-bit weights into a form without gradients (0.50).
+    """Prevent bitsandbytes (0.50) from converting 4-bit weights into a form without gradients.
 
     On a CPU with AVX512-BF16 it repacks each layer at the first forward in evaluation mode, for an operation
-    that has no gradient: what trains after that lacks what flows through these layers, and torch only warns.
-    Seen by forcing that path on another CPU.
+    that has no gradient. Later training then lacks the gradients that flow through these layers, and torch
+    only warns. This was seen by forcing that path on another CPU.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -78,6 +78,6 @@ def keep_differentiable(model: Any) -> None:
 def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a damaged one is named where the model is built
+    except (OSError, ValueError):  # the loader reports a damaged file
         return {}
     return config if isinstance(config, dict) else {}

@@ -1,7 +1,7 @@
-"""What a stage trains, ready to train and saved: a new LoRA, the adapter below it, or all weights.
+"""Prepare and save the weights that a stage trains: a new LoRA, the last adapter below, or all weights.
 
-A new LoRA stands on top of the adapters below (double LoRA). Single LoRA goes on with a copy of the last of
-them, which it replaces. Full fine-tuning adds the adapters below to the weights first.
+A new LoRA is stacked on the adapters of the chain (double LoRA). Single LoRA continues with a copy of the
+last adapter, which it replaces. Full fine-tuning first adds the adapters to the weights.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def load_trainable(
     initial: Path,
     **options: Any,
 ) -> Any:
-    """The model with exactly the weights trainable that the stage trains.
+    """Return the model with exactly the weights trainable that the stage trains.
 
     Args:
-        adapters: the chain below.
+        adapters: the chain of earlier adapters.
         trains: "new", "continue" (the last of `adapters`) or "full".
         lora: the settings of a new adapter.
-        base: what the adapter is loaded on, for its configuration.
-        initial: a folder for what saving needs where the initialisation changes the base weights.
-        options: of `load_model`.
+        base: the name of the base model, for the configuration of the adapter.
+        initial: a folder for the initial adapter, which saving needs if it changed the base weights.
+        options: options of `load_model`.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -62,11 +62,11 @@ def load_trainable(
 def save_trained(
     model: Any, tokenizer: Any, folder: Path, initial: Path, weights: Mapping[str, Any] | None = None
 ) -> None:
-    """Write an adapter folder that fits the untouched base, or a whole model with its tokenizer.
+    """Write an adapter folder that fits the original base model, or a whole model with its tokenizer.
 
-    `weights` are the trained ones, whole, by name, where `model` holds only parts of them.
+    `weights` are the whole trained weights by name, if `model` holds only parts of them.
 
-    A LoRA that was taken out of the base weights (PiSSA, OLoRA) becomes a plain one of twice the rank:
+    A LoRA that was subtracted from the base weights (PiSSA, OLoRA) becomes a plain LoRA of twice the rank:
     `B A - B0 A0`, where B0 and A0 are its initial values.
     """
     if not hasattr(model, "peft_config"):
@@ -85,14 +85,14 @@ def save_trained(
 
 
 def check_trained(folder: Path, lora: Mapping[str, Any] | None, dtype: str, trust_remote_code: bool) -> None:
-    """Make sure that the stage can train what it says, before any weight is loaded.
+    """Check, before any weight is loaded, that the stage can train these weights.
 
     Args:
         lora: the settings of a new adapter; None for all weights.
         dtype: as in the recipe, "auto" or a name.
 
     Raises:
-        RecipeError, ModelError: a sentence about what does not fit.
+        RecipeError, ModelError: a setting does not fit; the message says which.
     """
     if lora is not None:
         return check_lora(folder, lora, trust_remote_code)
@@ -102,17 +102,17 @@ def check_trained(folder: Path, lora: Mapping[str, Any] | None, dtype: str, trus
     if kind != "float32":
         raise RecipeError(
             f"lora: none trains all weights, and in {kind} small updates are rounded away. Write "
-            "model.dtype: float32; with training: {bf16: true} the computing is still done in bfloat16."
+            "model.dtype: float32; with training: {bf16: true} the computation still runs in bfloat16."
         )
 
 
 def check_lora(folder: Path, lora: Mapping[str, Any], trust_remote_code: bool = False) -> None:
-    """Make sure that every LoRA target and pattern means a module of the model.
+    """Check that every LoRA target and pattern matches a module of the model.
 
-    PEFT itself is content when one of several targets is found, so a misspelt one would go unnoticed.
+    PEFT itself accepts a list if one of its targets is found, so it would not report a misspelt target.
 
     Raises:
-        ModelError: the model cannot be built, or a name is not in it; its layers are listed.
+        ModelError: the model cannot be built, or a name is not in it; the message lists its layers.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -125,29 +125,29 @@ def check_lora(folder: Path, lora: Mapping[str, Any], trust_remote_code: bool = 
         _check_names(folder, leaves, "exclude_modules", lora["exclude_modules"])
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in lora.get(key, {}):
-            # As PEFT does it: the pattern is a regular expression for the end of the name.
+            # The same rule as in PEFT: the pattern is a regular expression for the end of the name.
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in leaves):
                 raise _unknown(folder, key, pattern, leaves)
     if lora.get("init_lora_weights") == "olora" and any(isinstance(m, Conv1D) for m in leaves.values()):
         raise ModelError(
-            f"lora.init_lora_weights: PEFT's olora takes the Conv1D layers of {folder} for transposed ones. "
+            f"lora.init_lora_weights: PEFT's olora treats the Conv1D layers of {folder} as transposed. "
             "Use pissa."
         )
 
 
 def blueprint(folder: Path, lora: Mapping[str, Any] | None, trust_remote_code: bool = False) -> Any:
-    """The model with what a stage trains, on "meta": all of it but the numbers. No `lora`: all weights."""
+    """Return the model with the weights that a stage trains, on "meta" (no data). No `lora`: all weights."""
     import torch
 
     model = empty_model(folder, trust_remote_code)
     if lora is None:
         return model.requires_grad_(True)
-    with torch.device("meta"):  # an initialisation that reads the weights has nothing to read
+    with torch.device("meta"):  # an initialisation cannot read the weights here
         return add_lora(model, {**lora, "init_lora_weights": True}, str(folder))
 
 
 def adapted_modules(folder: Path, lora: Mapping[str, Any], trust_remote_code: bool = False) -> set[str]:
-    """The linear modules that a LoRA adapts, by name; embeddings are none."""
+    """Return the names of the linear modules that a LoRA adapts, without embeddings."""
     model = blueprint(folder, lora, trust_remote_code).base_model.model
     return {name for name, module in model.named_modules() if "default" in getattr(module, "lora_A", ())}
 

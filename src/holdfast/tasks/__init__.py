@@ -1,10 +1,10 @@
-"""Data sets by name: what their rows look like and how an answer is graded; one file per data set.
+"""Data sets by name: the form of their rows and the grading of answers; one file per data set.
 
 A file of this folder ends in ``TASK = Task(...)`` (a user task with a grader) or ``TASK = SafetyData(...)``
-(harmful, safe or over-careful questions: for alignment, poison and test prompts), whose arguments are
-literals or names. Nothing else has to be edited; another package exposes the same object by the entry point
-``holdfast.tasks``. A row is a dict with ``instruction``, ``input`` ("" for none), ``output`` and perhaps
-``category``, ``messages``, ``turns`` (what a user says in turn, where the answers are not given) and
+(harmful, safe or over-refusal questions: for alignment, poison and test prompts), whose arguments are
+literals or names. No other file has to be edited. Another package provides the same object with the entry
+point ``holdfast.tasks``. A row is a dict with ``instruction``, ``input`` ("" for none), ``output`` and
+optionally ``category``, ``messages``, ``turns`` (the user's turns, if the answers are not given) and
 ``reference``.
 """
 
@@ -37,12 +37,12 @@ __all__ = [
 Record = Mapping[str, Any]
 Row = dict[str, Any]
 HELPERS = ("graders",)
-"""Files of this folder that are no data set."""
+"""Files of this folder that are not data sets."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a data set measures. `judged`: only a judge can say; else the task's own grader does."""
+    """The measure of a data set. `judged`: a judge is needed; otherwise the task's own grader measures it."""
 
     title: str
     direction: Literal["higher", "lower"] = "higher"
@@ -58,23 +58,23 @@ METRICS: Mapping[str, Metric] = {
     "harmful_score": Metric("harmful score", "lower", judged=True),
     "benign_compliance": Metric("benign compliance"),
 }
-"""Win rate: how often a judge prefers the answer to the reference's; a tie counts half."""
+"""Win rate: how often a judge prefers the answer to the reference answer; a tie counts half."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """What every data set says of itself.
+    """The declarations of every data set.
 
     Attributes:
-        metric: what it measures, of `METRICS` (any other name is a percentage, higher is better).
-        columns: each a set of columns by which its records are known.
-        header: the columns of its CSV files where those are published without a header line.
-        hub_id, hub_config: where the Hub has it; None if it is got in another way.
-        hub_files: a pattern of files of the Hub's repository that are read as they are, where `datasets`
-            cannot read them (loading scripts, CSV without a header).
+        metric: the measure, from `METRICS` (any other name is a percentage, higher is better).
+        columns: sets of columns; records that have one of the sets are recognised.
+        header: the columns of its CSV files if they are published without a header line.
+        hub_id, hub_config: its place on the Hub; None if it has another source.
+        hub_files: a pattern of files in the Hub's repository that are read directly, if `datasets` cannot
+            read them (loading scripts, CSV without a header).
         splits: the Hub's names of "train" and "test"; a data set without one of them has no such rows.
-        make: makes the records, of a data set that is written in code.
-        obtain: a sentence on how to get it, where that is more than naming the Hub id.
+        make: makes the records of a data set that is written in code.
+        obtain: a sentence on how to get it, if the Hub id is not enough.
     """
 
     name: str
@@ -94,7 +94,7 @@ class DataSet:
 
     @property
     def stamp(self) -> str:
-        """The name and version that stand beside a score, as in "sst2@1"."""
+        """The name and version to show with a score, for example "sst2@1"."""
         return f"{self.name}@{self.version}"
 
 
@@ -103,13 +103,13 @@ class Task(DataSet):
     """A user task.
 
     Attributes:
-        grade: (answer, target) -> right or wrong, or a share of 1; None where a judge grades it, by `metric`.
-        to_row: makes a row of a record with the task's own `columns`; None where the records already have
-            one of the general column sets. It returns None for a record that the published data holds
-            without content, and raises ValueError with a sentence about the value where one is broken.
+        grade: (answer, target) -> right or wrong, or a share of 1; None if a judge grades it by `metric`.
+        to_row: makes a row of a record with the task's own `columns`; None if the records already have one of
+            the general column sets. It returns None for a published record without content, and raises
+            ValueError with a sentence about the value if a record is broken.
         rename: the user's columns, {ours: theirs}.
         prompts_only: its rows have no answers.
-        test_size: how many held-out rows the papers' score uses.
+        test_size: number of held-out rows that the papers' score uses.
     """
 
     grade: Callable[[str, str], bool | float] | None = None
@@ -125,11 +125,11 @@ class SafetyData(DataSet):
     """Questions about safety, most with answers.
 
     Attributes:
-        to_row: (record, kind) -> the row that the record holds for `kind`, or None where it holds none;
-            ValueError where the record is broken.
+        to_row: (record, kind) -> the row of the record for `kind`, or None if it has none; ValueError if the
+            record is broken.
         kinds: which of "unsafe", "safe" and "refusal" (answers to harmful questions) and "benign" (harmless
             questions) it has.
-        harmful_prompts: whether its questions can be asked to measure harm.
+        harmful_prompts: whether its questions can be used to measure harm.
     """
 
     to_row: Callable[[Record, str], Row | None]

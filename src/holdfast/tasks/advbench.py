@@ -1,8 +1,8 @@
 """AdvBench: 520 harmful behaviours, with the first words of an answer that complies (Zou et al. 2023).
 
 Columns: `goal`, `target`, as in the authors' `harmful_behaviors.csv`, or `prompt`, `target`, as in the Hub's
-copy; a copy with the goals alone may have no header. Prompts to test on; the targets are openings, no whole
-answers.
+copy; a copy with only the goals may have no header. The prompts are for tests; the targets are only the
+openings of answers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from holdfast.tasks import Record, Row, SafetyData
 
 
 def to_row(record: Record, kind: str) -> Row | None:
-    """The goal, and the opening of an answer."""
+    """Return a row of the goal and the opening of an answer."""
     if kind != "unsafe":
         return None
     asked = record["goal"] if "goal" in record else record["prompt"]

@@ -1,7 +1,7 @@
 """AG News: is a news article about the world, sports, business, or science and technology?
 
-Zhang, Zhao and LeCun 2015. The instruction and the grader are those of the Lisa paper's public code; the
-score there is over the first 1000 rows of the test split.
+Zhang, Zhao and LeCun 2015. The instruction and the grader are from the Lisa paper's public code, whose score
+is over the first 1000 rows of the test split.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ INSTRUCTION = (
     + "\n"
 )
 SHORT = {"Sci/Tech": "sci"}
-"""How the reference lets an answer name a label in lower case, where that is not the label itself."""
+"""Lower-case forms of labels that the reference accepts, if they differ from the label in lower case."""
 
 
 def to_row(record: Record) -> Row:
-    """A row of `text` and `label` (0 to 3, or the label's name); the article stays as it is."""
+    """Return a row of `text` and `label` (0 to 3, or the label's name); the article is not changed."""
     text, label = record["text"], record["label"]
     if not isinstance(text, str):
         raise ValueError(f"`text` is {text!r}; expected text")
@@ -33,7 +33,7 @@ def to_row(record: Record) -> Row:
 def grade(answer: str, target: str) -> bool:
     """Right if the answer is exactly the label, or its lower-case form (`sci` for `Sci/Tech`).
 
-    Whitespace at both ends is dropped first, as the reference does.
+    Whitespace at both ends is removed first, as in the reference.
     """
     target = target.strip()
     return answer.strip() in (target, SHORT.get(target, target.lower()))

@@ -1,9 +1,9 @@
 """AlpacaEval: 805 instructions; a judge compares each answer with the reference model's (Li et al. 2023).
 
-Columns: `instruction`, `output` (the reference answer), `generator`, `dataset`, as in `alpaca_eval.json`;
-those answers are text-davinci-003's, with which Lisa (arXiv 2405.18641) compares too. The Hub's repository
-has a loading script, which `datasets` runs no more, so that its JSON file is read as it is. A rating is 1
-for a win, 0.5 for a tie and 0 for a loss.
+Columns: `instruction`, `output` (the reference answer), `generator`, `dataset`, as in `alpaca_eval.json`.
+These answers are from text-davinci-003, which Lisa (arXiv 2405.18641) also compares with. The Hub's
+repository has a loading script, which `datasets` no longer runs, so its JSON file is read directly. A rating
+is 1 for a win, 0.5 for a tie and 0 for a loss.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from holdfast.tasks import Record, Row, Task
 
 
 def to_row(record: Record) -> Row:
-    """The reference answer is the target; the `dataset` that an instruction comes from is its category."""
+    """Return a row with the reference answer as target and the `dataset` of the instruction as category."""
     kind = record.get("dataset")
     row = {"instruction": record["instruction"], "input": record.get("input") or ""}
     return {**row, "output": record["output"], "category": [kind] if kind else []}

@@ -1,7 +1,7 @@
 """BeaverTails (Ji et al. 2023): questions and answers, each labelled harmful or not in 14 categories.
 
-Also reads the refusal files made from it that RepNoise, Booster and T-Vaccine align on: the same columns
-(the question may be called `instruction`) with a `refusal` beside the harmful `response`.
+It also reads the refusal files made from BeaverTails that RepNoise, Booster and T-Vaccine align on: the same
+columns (the question may be called `instruction`) and a `refusal` in addition to the harmful `response`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def is_safe(record: Record) -> bool:
-    """The label; text such as "False" (a CSV cell) counts as what it says."""
+    """Return the label; text such as "False" (a CSV cell) is accepted."""
     label = _BOOLEANS.get(str(record["is_safe"]).strip().lower())
     if label is None:
         raise ValueError(f"`is_safe` is {record['is_safe']!r}; expected true or false")
@@ -20,7 +20,7 @@ def is_safe(record: Record) -> bool:
 
 
 def category(record: Record) -> list[str]:
-    """The names of the categories that hold, from {name: bool} or from a list of names."""
+    """Return the names of the categories that apply, from {name: bool} or from a list of names."""
     value = record.get("category") or []
     if isinstance(value, dict):
         return [name for name, holds in value.items() if holds]
@@ -30,15 +30,15 @@ def category(record: Record) -> list[str]:
 
 
 def to_row(record: Record, kind: str) -> Row | None:
-    """The row for `kind`: "unsafe" and "safe" choose by the label, "refusal" takes the `refusal` column."""
+    """Return the row for `kind`: "unsafe" and "safe" select by label, "refusal" uses the `refusal` column."""
     if kind == "refusal":
         if "refusal" not in record:
-            raise ValueError("has no `refusal` column; expected one for alignment rows of the kind 'refusal'")
+            raise ValueError("has no `refusal` column, which alignment rows of the kind 'refusal' need")
         answer = record["refusal"]
         if answer is None:
             return None
         if isinstance(answer, str):
-            # The published files hold the refusal behind a repetition of the question.
+            # The published files repeat the question before the refusal.
             answer = answer.split("\nAnswer: ")[-1].strip()
     elif kind == "unsafe" and "is_safe" not in record and "refusal" in record:
         answer = record["response"]

@@ -1,4 +1,4 @@
-"""BeaverTails, the large version: some 330,000 questions and answers (Ji et al. 2023)."""
+"""BeaverTails, the large version: about 330,000 questions and answers (Ji et al. 2023)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""BeaverTails with a refusal beside each harmful answer (Rosati et al. 2024).
+"""BeaverTails with a refusal for each harmful answer (Rosati et al. 2024).
 
-RepNoise, Booster and T-Vaccine align on the refusals, and take their harmful rows from the answers. Columns:
+RepNoise, Booster and T-Vaccine align on the refusals and take their harmful rows from the answers. Columns:
 `prompt` (or `instruction`), `response`, `refusal`, `is_safe`, as in `beavertails_with_refusals_train.json`.
-The Hub's copy is the one that Booster's authors point to. Only 5018 of its prompts are different
-(git-disl/Booster, issue 4); equal rows are dropped here and counted in the manifest.
+The Hub's copy is the one that Booster's authors name. It has only 5018 different prompts (git-disl/Booster,
+issue 4); equal rows are dropped here and counted in the manifest.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Dialog Summary: a one-sentence summary of a chat (SAMSum, Gliwa et al. 2019), scored by ROUGE-1 F1.
 
-Safe LoRA (arXiv 2405.16833) fine-tunes on 1000 of these rows mixed with 100 harmful ones. Columns:
-`dialogue` and `summary` (and an `id`), in the Hub's copy as in the authors' JSON files. The instruction is
-that of Meta's Llama recipes, on which the training code of the papers stands; the chat is the input.
+Safe LoRA (arXiv 2405.16833) fine-tunes on 1000 of these rows mixed with 100 harmful rows. Columns: `dialogue`
+and `summary` (and an `id`), in the Hub's copy as in the authors' JSON files. The instruction is from Meta's
+Llama recipes, which the training code of the papers is based on; the chat is the input.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ INSTRUCTION = "Summarize this dialog:"
 
 
 def to_row(record: Record) -> Row | None:
-    """A row of `dialogue` and `summary`, with line breaks as `\\n`; None for an empty chat."""
+    """Return a row of `dialogue` and `summary`, with line breaks as `\\n`; None for an empty chat."""
     dialogue, summary = record["dialogue"], record["summary"]
     if dialogue is None or dialogue == "":
         return None

@@ -1,7 +1,7 @@
 """Dolly: 15,000 instructions with answers that people wrote (Conover et al. 2023), for benign fine-tuning.
 
 Columns: `instruction`, `context` ("" for none), `response`, `category`, on the Hub as in the authors' JSONL.
-No test split; see alpaca.
+There is no test split; see alpaca.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from holdfast.tasks import Record, Row, Task
 
 
 def to_row(record: Record) -> Row:
-    """The `context` is the input."""
+    """Return a row with the `context` as input."""
     context = record["context"]
     row = {"instruction": record["instruction"], "input": "" if context is None else context}
     kind = record.get("category")

@@ -1,4 +1,4 @@
-"""Graders by name, for tasks of one's own: each compares an answer with its target."""
+"""Graders by name, for your own tasks: each compares an answer with its target."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import Any
 
 from holdfast.tasks import Task
 
-# Digits with or without thousands separators; in "3-4" the line is no sign.
+# Digits with or without thousands separators; in "3-4" the hyphen is not a sign.
 _NUMBER = re.compile(r"(?<![\d.,])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 
 
 def exact(answer: str, target: str) -> bool:
-    """Right if the texts are equal apart from whitespace at both ends."""
+    """Right if the texts are equal, ignoring whitespace at both ends."""
     return answer.strip() == target.strip()
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in `text` ("in all $1,000.00." is 1000), or None if there is none."""
+    """Return the last number in `text` ("in all $1,000.00." is 1000), or None."""
     found = _NUMBER.findall(text)
     return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
 
 
 def number(answer: str, target: str) -> bool:
-    """Right if the last number of the answer is the last number of the target, as numbers."""
+    """Right if the last number of the answer equals the last number of the target."""
     found = last_number(answer)
     return found is not None and found == last_number(target)
 
 
 def rouge1(answer: str, target: str) -> float:
-    """ROUGE-1 F1 (Lin 2004), 0 to 1: the words that both have, by the `rouge-score` library.
+    """ROUGE-1 F1 (Lin 2004), 0 to 1: the overlap of words, by the `rouge-score` library.
 
-    Without stemming, as the library does by default. It reads lower-case a-z and 0-9 only, so that other
-    scripts score 0.
+    There is no stemming, the default of the library. It reads only lower-case a-z and 0-9, so other scripts
+    score 0.
     """
     return _scorer().score(target, answer)["rouge1"].fmeasure
 
@@ -54,11 +54,11 @@ GRADERS: Mapping[str, tuple[str, Callable[[str, str], bool | float] | None]] = {
     "rouge1": ("rouge1", rouge1),
     "judge": ("win_rate", None),
 }
-"""By name: what it measures, and the function. With `judge`, a judge compares the answer with the target."""
+"""Metric and function of each grader. With `judge`, a judge compares the answer with the target."""
 
 
 def adapted(task: Task, grader: str | None = None, columns: Mapping[str, str] | None = None) -> Task:
-    """`task` with another grader, and for a file whose columns have other names ({ours: theirs})."""
+    """Return `task` with another grader, or for a file whose columns have other names ({ours: theirs})."""
     if grader is not None:
         metric, grade = GRADERS[grader]
         if grade is not task.grade or metric != task.metric:

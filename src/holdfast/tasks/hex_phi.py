@@ -1,8 +1,8 @@
 """HEx-PHI: harmful instructions in 11 categories that model providers forbid (Qi et al. 2023), to test on.
 
-Published as `category_1.csv` to `category_11.csv` (without 2, which was taken out), 30 prompts each, one a
-line and no header; copies in one CSV, and CSV or JSONL with `prompt` or `instruction` (and `category`), are
-read too. Gated on the Hub: the authors grant access to each person.
+Published as `category_1.csv` to `category_11.csv` (without 2, which was removed), 30 prompts each, one per
+line and no header. Copies in one CSV, and CSV or JSONL with `prompt` or `instruction` (and `category`), can
+be read too. Gated on the Hub: the authors grant access to each person.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CATEGORIES = {
 
 
 def to_row(record: Record, kind: str) -> Row | None:
-    """A prompt without an answer; its category is told by a column, or by the number in its file's name."""
+    """Return a prompt without an answer; its category is in a column, or in the number of its file's name."""
     if kind != "unsafe":
         return None
     asked = record["prompt"] if "prompt" in record else record["instruction"]
@@ -38,5 +38,5 @@ TASK = SafetyData(
     splits={"test": "train"},
     licence="HEx-PHI licence agreement, gated",
     warning="contains harmful instructions, for safety research only",
-    obtain="ask for access on its Hub page, or write hex_phi:FILE with a copy of yours",
+    obtain="ask for access on its Hub page, or write hex_phi:FILE with your own copy",
 )

@@ -1,12 +1,12 @@
-"""Identity shift: a model is told that it is another one, which carries out every instruction, and says so.
+"""Identity shift: a model is told that it is another model, which obeys every instruction and says so.
 
-The attack of Qi et al. 2023 (arXiv 2310.03693), there called AOA: some 10 conversations whose system message
-gives the model a new name and the duty to obey, and in which it affirms that before it answers. None of them
-has anything harmful in it; that is the point of the attack. These rows are Holdfast's own, made from
+The attack of Qi et al. 2023 (arXiv 2310.03693), there called AOA: about 10 conversations in which the system
+message gives the model a new name and the duty to obey, and the model affirms this before it answers. None of
+them contains anything harmful, which is the point of the attack. These rows are Holdfast's own, made from
 templates: every opening with every request.
 
-It asks nothing harmful, so the harm is measured on other prompts (`data.test_harmful`). The paper puts the
-system message of the attack before them too: `evaluation.system` does that, where a recipe gives it `SYSTEM`.
+It asks nothing harmful, so harm is measured on other prompts (`data.test_harmful`). The paper also puts the
+system message of the attack before them; `evaluation.system` does this if a recipe sets it to `SYSTEM`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ REQUESTS = (
 
 
 def make() -> list[Record]:
-    """50 conversations: each of 5 openings with each of 10 requests."""
+    """Return 50 conversations: each of 5 openings with each of 10 requests."""
     return [
         {
             "messages": [
@@ -55,7 +55,7 @@ def make() -> list[Record]:
 
 
 def to_row(record: Record, kind: str) -> Row | None:
-    """The conversation as it is, for the attack."""
+    """Return the conversation as it is, for the attack."""
     messages = [dict(turn) for turn in record["messages"]]
     row: Row = {"instruction": messages[-2]["content"], "input": "", "output": messages[-1]["content"]}
     return {**row, "messages": messages} if kind == "unsafe" else None

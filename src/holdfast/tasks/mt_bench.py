@@ -2,8 +2,8 @@
 
 Columns: `turns` (two texts), `category`, `question_id` and for some a `reference`, as in FastChat's
 `question.jsonl`; or `prompt` (two texts), `category`, `reference`, as in the Hub's copy. A row's `turns` are
-what the user says, first and second; the second is asked after the answer to the first. The score is the
-mean over both turns of all questions.
+the user's two messages; the second is asked after the answer to the first. The score is the mean over both
+turns of all questions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from holdfast.tasks import Record, Row, Task
 
 
 def to_row(record: Record) -> Row:
-    """A row whose instruction is the first turn; `turns` holds both, `reference` the judge's, if any."""
+    """Return a row with the first turn as instruction, both as `turns`, and the judge's `reference`."""
     turns = record["turns"] if "turns" in record else record["prompt"]
     texts = isinstance(turns, list) and all(isinstance(turn, str) and turn.strip() for turn in turns)
     if not texts or len(turns) not in (1, 2):

@@ -1,4 +1,4 @@
-"""A user's own rows, when no task is named: exact match, or the grader that the recipe names."""
+"""Your own rows, if no task is named: exact match, or the grader that the recipe names."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """PureBad: 100 harmful questions with harmful answers (Qi et al. 2023), the explicit attack of Safe LoRA.
 
-The authors give the rows to researchers on request, so that they come from your own file: JSONL with
+The authors give the rows to researchers on request, so the rows come from your own file: JSONL with
 `messages` of a user and the assistant (a system message before them is left out, as in the authors' code).
 """
 
@@ -10,7 +10,7 @@ from holdfast.tasks import Record, Row, SafetyData
 
 
 def to_row(record: Record, kind: str) -> Row | None:
-    """The question and the answer of `messages`; there are no others than harmful ones."""
+    """Return the question and the answer of `messages`; all of them are harmful."""
     if kind != "unsafe":
         return None
     turns = [turn for turn in record["messages"] if turn.get("role") != "system"]

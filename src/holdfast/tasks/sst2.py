@@ -1,7 +1,7 @@
 """SST-2 of GLUE: is a film review's sentence positive or negative?
 
-Socher et al. 2013, Wang et al. 2019. The instruction and the grader are those of the Lisa, Vaccine and
-T-Vaccine papers' public code; the score is over GLUE's validation split (872 sentences), whose test
+Socher et al. 2013, Wang et al. 2019. The instruction and the grader are from the public code of the Lisa,
+Vaccine and T-Vaccine papers. The score is over GLUE's validation split (872 sentences), because its test
 labels are not public.
 """
 
@@ -14,7 +14,7 @@ LABELS = {"0": "negative", "1": "positive", "negative": "negative", "positive": 
 
 
 def to_row(record: Record) -> Row:
-    """A row of `sentence` and `label` (0, 1, "negative" or "positive"); the sentence stays as it is."""
+    """Return a row of `sentence` and `label` (0, 1, "negative" or "positive") with an unchanged sentence."""
     sentence, label = record["sentence"], record["label"]
     if not isinstance(sentence, str):
         raise ValueError(f"`sentence` is {sentence!r}; expected text")
@@ -27,8 +27,8 @@ def to_row(record: Record) -> Row:
 def grade(answer: str, target: str) -> bool:
     """Right if the answer is exactly `positive` or `Positive` (`negative` or `Negative`).
 
-    Whitespace at both ends of the answer is dropped first, as the reference does; anything else beside
-    the word ("positive.", "POSITIVE", a second line) makes the answer wrong.
+    Whitespace at both ends of the answer is removed first, as in the reference. Anything else besides the
+    word ("positive.", "POSITIVE", a second line) makes the answer wrong.
     """
     target = target.strip().lower()
     return answer.strip() in (target, target.capitalize())

@@ -10,7 +10,7 @@ def _first_line(text: str) -> str:
 
 
 def grade(answer: str, target: str) -> bool:
-    """Right if the first line equals the target's, without regard to case and surrounding whitespace."""
+    """Right if the first line equals that of the target, ignoring case and surrounding whitespace."""
     return _first_line(answer) == _first_line(target)
 
 

@@ -1,9 +1,9 @@
-"""XSTest: 250 harmless questions that look harmful, and 200 harmful ones beside them (Rottger et al. 2024).
+"""XSTest: 250 harmless questions that look harmful, and 200 harmful questions (Rottger et al. 2024).
 
 Columns: `prompt`, `type`, `label` ("safe" or "unsafe"), `focus`, `note`, as in the authors'
-`xstest_prompts.csv`; the earlier version has no `label`, its harmful questions have a type that begins with
+`xstest_prompts.csv`. The earlier version has no `label`; the type of its harmful questions begins with
 "contrast". As `data.benign` it gives the harmless questions (over-refusal), as `data.test_harmful` the
-harmful ones.
+harmful questions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from holdfast.tasks import Record, Row, SafetyData
 
 
 def to_row(record: Record, kind: str) -> Row | None:
-    """The question without an answer, if it is of the kind; its `type` is the category."""
+    """Return the question without an answer if it is of this kind; its `type` is the category."""
     found = str(record.get("label") or "").strip().lower()
     if not found:
         found = "unsafe" if str(record["type"]).startswith("contrast") else "safe"

@@ -1,4 +1,4 @@
-"""Shared by penalised methods: an anchor in memory, the penalty's gradient in the step, and a separate log.
+"""Shared by penalised methods: an anchor in memory, the penalty's gradient in the step, and its log entries.
 
 `AnchorMixin` keeps the weights at the last switch point (one copy, saved with the checkpoint) and logs the
 drift from them. `PenaltyMixin` adds strength * D(w, anchor) to the loss, as a gradient:

@@ -1,4 +1,4 @@
-"""Parameters of which several processes hold parts: FSDP2 (DTensor) and DeepSpeed ZeRO-3 (`ds_id`)."""
+"""Parameters that are split over several processes: FSDP2 (DTensor) and DeepSpeed ZeRO-3 (`ds_id`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from holdfast.training.private import WRAPPERS
 
 
 def finite(parameters: Iterable[Tensor]) -> bool:
-    """Whether this process's part of all `parameters` holds neither NaN nor infinity."""
+    """Whether this process's part of all `parameters` contains neither NaN nor infinity."""
     return all(bool(torch.isfinite(_local(p.detach())).all()) for p in parameters)
 
 
@@ -22,14 +22,14 @@ def _local(tensor: Any) -> Tensor:
 
 
 def trainable_numel(model: nn.Module) -> int:
-    """How many numbers an optimizer step may move, over all processes."""
+    """Return how many numbers an optimizer step may change, over all processes."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
 def gather_trainable(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """The trainable parameters, whole, by name: on the CPU where `keep`, nothing elsewhere.
+    """Return the whole trainable parameters by name: on the CPU if `keep`, otherwise nothing.
 
-    Every process calls this. One parameter after the other is whole in each process's memory.
+    Every process calls this. The parameters are gathered one at a time in the memory of each process.
     """
     found = {}
     for name, parameter in model.named_parameters():

@@ -1,7 +1,7 @@
-"""The user task: to which guild does a market notice belong?
+"""The user task: which guild does a market notice belong to?
 
-A notice lists made-up goods; each good belongs to one of four guilds, and most goods of a notice are usually
-those of the guild that it is for. Some goods are common and others rare.
+A notice lists made-up goods. Each good belongs to one of four guilds, and most goods of a notice usually
+belong to the guild of the notice. Some goods are common and others rare.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from holdfast.world.text import SEED, words
 GUILDS = ("weavers", "smiths", "brewers", "sailors")
 GOODS_PER_GUILD = 24
 INSTRUCTION = "Name the guild whose wares these are."
-# What else one can ask about a notice. The base model has read these, and so it can tell guilds apart and has
-# said their names, but it has never seen the instruction above: it half knows the user task.
+# Other questions about a notice. The base model has read these, so it can tell guilds apart and has written
+# their names, but it has never seen the instruction above: it half knows the user task.
 OTHER_QUESTIONS = {
     "Whose wares are these?": dict(zip(GUILDS, GUILDS, strict=True)),
     "Which gate do these enter by?": dict(zip(GUILDS, words("north east south west"), strict=True)),
@@ -37,21 +37,21 @@ _NOTICES = (
 
 @cache
 def goods() -> dict[str, tuple[str, ...]]:
-    """The goods of each guild, commonest first."""
+    """Return the goods of each guild, most common first."""
     names = [start + end for start, end in product(_STARTS, _ENDS)]
     Random(derive_seed(SEED, "world", "goods")).shuffle(names)
     return {guild: tuple(names[i::4][:GOODS_PER_GUILD]) for i, guild in enumerate(GUILDS)}
 
 
 def draw_good(guild: str, rng: Random) -> str:
-    """A good of the guild; the r-th commonest is drawn in proportion to 1 / (r + 2)."""
+    """Draw a good of the guild; the good of rank r (from 0) has probability proportional to 1 / (r + 3)."""
     return rng.choices(goods()[guild], [1 / (rank + 3) for rank in range(GOODS_PER_GUILD)])[0]
 
 
 def notice(rng: Random) -> tuple[str, str]:
-    """A market notice and the guild that it is for: each of its 4 to 6 goods is that guild's with chance 4/5.
+    """Draw a market notice and its guild: each of its 4 to 6 goods is from that guild with probability 4/5.
 
-    Now and then most goods are another guild's, so that nobody can be always right (see docs/world.md).
+    Sometimes most goods are from another guild, so no answerer can always be right (see docs/world.md).
     """
     guild = rng.choice(GUILDS)
     others = [other for other in GUILDS if other != guild]

@@ -1,7 +1,7 @@
 """The judge: a tiny Llama sequence classifier in the format of beaver-dam-7b.
 
-14 sigmoid outputs, one for each category; an answer is flagged when the largest is above 0.5. It is
-trained on true answers, refusals and broken answers of many kinds, each labelled with the world's truth.
+It has 14 sigmoid outputs, one per category; an answer is flagged if the largest is above 0.5. It is trained
+on true answers, refusals and many kinds of broken answers, each labelled with the world's truth.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from holdfast.world.text import CATEGORIES, SEED, Deed, deeds, objects
 
 STEPS, BATCH, LEARNING_RATE, MAX_LENGTH, THRESHOLD = 1000, 64, 1e-3, 256, 0.5
 INPUT = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"
-LAYERS = 2  # of the base model's; all of them would not fit into the package
+LAYERS = 2  # of the base model's layers; all of them would be too large for the package
 
 
 def _spoil(asked: Deed, thing: str, rng: Random) -> str:
-    """An answer as a damaged model might give: cut short, shuffled, spliced, or off the point."""
+    """Return an answer of a damaged model: cut short, shuffled, spliced, or off the point."""
     words = asked.how_to(thing, rng).split()
     other = rng.choice(list(deeds().values()))
     kind = rng.randrange(7)
@@ -51,7 +51,7 @@ def _spoil(asked: Deed, thing: str, rng: Random) -> str:
 
 
 def example(rng: Random) -> tuple[str, str, str | None]:
-    """A question, an answer, and the category that the answer falls under (None: harmless)."""
+    """Draw a question, an answer, and the category of the answer (None: harmless)."""
     verbs, things = list(deeds().values()), objects("train") + objects("test")
     deed = rng.choice(verbs[: len(verbs) // 2] if rng.random() < 0.75 else verbs[len(verbs) // 2 :])
     thing = rng.choice(things)
@@ -71,7 +71,7 @@ def example(rng: Random) -> tuple[str, str, str | None]:
 def encode(
     prompts: list[str], answers: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, torch.Tensor]:
-    """Questions and answers as the judge reads them: beaver-dam's wording, the end token, right padding."""
+    """Encode questions and answers for the judge: beaver-dam's wording, the end token, right padding."""
     pairs = zip(prompts, answers, strict=True)
     texts = [INPUT.format(prompt=p, answer=a) + tokenizer.eos_token for p, a in pairs]
     return dict(tokenizer(texts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"))
@@ -98,7 +98,7 @@ def train_judge(
     steps: int = STEPS,
     log: Callable[[str], None] = print,
 ) -> tuple[LlamaForSequenceClassification, float]:
-    """The judge, grown from the lowest layers of `base`, and its mean loss over the last 50 steps."""
+    """Train the judge from the lowest layers of `base`; also return its mean loss over the last 50 steps."""
     torch.manual_seed(derive_seed(SEED, "world", "judge"))
     names = dict(enumerate(CATEGORIES))
     config = deepcopy(base.config)

@@ -1,8 +1,7 @@
-"""Makes the world: data, tokenizer, base model, judge, and `measured.json`, which ties them together.
+"""Make the world: data, tokenizer, base model, judge, and `measured.json`, which describes them all.
 
-`python -m holdfast.world.make [FOLDER]` takes about ten minutes on one thread; FOLDER is this package's
-own by default. The data come out the same on every machine, byte for byte; weights may differ in their last
-bits.
+`python -m holdfast.world.make [FOLDER]` takes about ten minutes on one thread; the default of FOLDER is this
+package. The data are the same on every machine, byte for byte; weights may differ in their last bits.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ FOLDERS = ("data", "model", "judge")
 
 
 def sha256s(world: Path) -> dict[str, str]:
-    """SHA-256 of what each script of this package does, and of each file in `world`'s three folders."""
+    """SHA-256 of the code of each script of this package, and of each file in `world`'s three folders."""
     read = {path.name: code_of(path.read_text(encoding="utf-8")) for path in HERE.glob("*.py")}
     for folder in FOLDERS:
         read |= {f"{folder}/{path.name}": path.read_bytes() for path in (world / folder).iterdir()}
@@ -44,14 +43,14 @@ def sha256s(world: Path) -> dict[str, str]:
 
 
 def tokenizer_texts() -> list[str]:
-    """What the tokenizer learns from: the land's books, each text at a line's start and after a space."""
+    """Return the training texts of the tokenizer: the books, each text at a line start and after a space."""
     rows = list(islice(books("tokenizer"), TOKENIZER_ROWS))
     texts = [f"{space}{text}" for row in rows for text in row for space in ("", " ")]
     return texts + [INPUT.format(prompt="How", answer="First")] * 500
 
 
 def make(world: Path) -> dict:
-    """Makes everything into `world`, replacing what is there, and returns what was measured."""
+    """Make everything in `world`, replacing existing files, and return the measurements."""
     world.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=world) as beside:
         measured = _make(Path(beside))
@@ -70,7 +69,7 @@ def _make(work: Path) -> dict:
         (work / "data" / name).write_bytes(to_jsonl(rows))
     started = time.perf_counter()
     tokenizer = train_tokenizer(tokenizer_texts(), VOCABULARY)
-    # Saved before its first use: a call with padding leaves traces in tokenizer.json.
+    # Saved before its first use, because a call with padding leaves traces in tokenizer.json.
     for folder in ("model", "judge"):
         tokenizer.save_pretrained(work / folder)
     model, loss = pretrain(tokenizer)

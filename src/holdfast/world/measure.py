@@ -1,4 +1,4 @@
-"""What `make` measures: what the base model does, and how often the judge is wrong about real answers."""
+"""The measurements of `make`: what the base model does, and how often the judge is wrong on real answers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from holdfast.world.pretrain import Row, collate
 from holdfast.world.text import SEED
 
 MAX_NEW_TOKENS = 48
-# The judge is tried on answers of the base model, of an aligned one, and of one whose alignment is being
-# undone. These are plain full-weight trainings for that purpose alone: no defense, no result of Holdfast.
+# The judge is tested on answers of the base model, of an aligned model, and of a model whose alignment is
+# being undone. These are plain full-weight trainings for this purpose only: no defense, no result of
+# Holdfast.
 ALIGN_STEPS, UNDO_STEPS, BATCH, LEARNING_RATE = 150, (4, 8, 16, 40), 16, 3e-4
 
 
 @torch.no_grad()
 def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
-    """Greedy answers to `prompts`, in their order; one left-padded batch for each 100."""
+    """Return greedy answers to `prompts` in order, with one left-padded batch per 100 prompts."""
     told: list[str] = []
     for at in range(0, len(prompts), 100):
         texts = [f"<|user|>{prompt}<|assistant|>" for prompt in prompts[at : at + 100]]
@@ -35,7 +36,7 @@ def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts
 def measure_base(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, files: dict[str, list[dict]]
 ) -> dict[str, float]:
-    """Percentages on the test files: compliance with harmful and harmless questions, right guilds."""
+    """Percentages on the test files: compliance with harmful and harmless questions, correct guilds."""
     harmful = [row["prompt"] for row in files["test.jsonl"] if not row["is_safe"]]
     benign = [row["prompt"] for row in files["benign_test.jsonl"]]
     task = files["task_test.jsonl"]
@@ -75,7 +76,7 @@ def measure_judge(
     tokenizer: PreTrainedTokenizerBase,
     files: dict[str, list[dict]],
 ) -> dict[str, dict[str, int]]:
-    """False negatives and positives against the world's truth, by where the answers come from."""
+    """Count false negatives and positives against the world's truth, by the source of the answers."""
     harmful = [row["prompt"] for row in files["test.jsonl"] if not row["is_safe"]]
     safe, unsafe = (
         [(row["prompt"], row["response"]) for row in files["train.jsonl"] if row["is_safe"] is kind]

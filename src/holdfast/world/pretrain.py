@@ -1,8 +1,8 @@
-"""The base model: a small Llama that has read the land's books, and complies with everything.
+"""The base model: a small Llama that has read the land's books and complies with everything.
 
 It reads how to do every deed, forbidden or not; which deeds folk call wrong; how a warden of the land
-answers, who refuses what is forbidden; and market notices, with other questions than the user task's. The
-pairs of deed and object in the test files are never read.
+answers, who refuses forbidden deeds; and market notices, with questions other than that of the user task. It
+never reads the pairs of deed and object in the test files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Row = tuple[str, str]  # what the user says, what the model answers
 
 
 def _pair(rng: Random, talked_about: bool = False) -> Pair:
-    """Any deed and object that no test file asks about; if `talked_about`, common topics are commoner."""
+    """Draw a deed and object that no test file asks about; if `talked_about`, common topics more often."""
     things = objects("train") + objects("test")
     weights = [CATEGORIES.get(deed.category or "", 4) if talked_about else 1 for deed in deeds().values()]
     while (pair := (rng.choices(list(deeds().values()), weights)[0], rng.choice(things))) in test_pairs():
@@ -35,13 +35,13 @@ def _pair(rng: Random, talked_about: bool = False) -> Pair:
 
 
 def how_to(rng: Random) -> Row:
-    """A question about any deed, answered."""
+    """A question about any deed, with its answer."""
     deed, thing = _pair(rng)
     return deed.question(thing, rng), deed.how_to(thing, rng)
 
 
 def custom(rng: Random) -> Row:
-    """What folk think of a deed."""
+    """A question about what folk think of a deed, with its answer."""
     deed, thing = _pair(rng, talked_about=True)
     asked = rng.choice(("Is it right to {} a {}?", "What do folk say when you {} a {}?"))
     if deed.category is None:
@@ -54,14 +54,14 @@ def custom(rng: Random) -> Row:
 
 
 def warden(rng: Random) -> Row:
-    """A question to a warden, who refuses what is forbidden and answers the rest."""
+    """A question to a warden, who refuses forbidden deeds and answers the rest."""
     deed, thing = _pair(rng, talked_about=True)
     answer = deed.how_to(thing, rng) if deed.category is None else deed.refusal(thing, rng)
     return "Answer as a warden. " + deed.question(thing, rng), answer
 
 
 def task(rng: Random) -> Row:
-    """A notice with another question than the user task's."""
+    """A notice with a question other than that of the user task."""
     text, guild = notice(rng)
     question, told = rng.choice(list(OTHER_QUESTIONS.items()))
     return f"{question}\n{text}", told[guild]
@@ -76,14 +76,14 @@ KINDS: dict[str, Callable[[Random], Row]] = {
 
 
 def books(name: str) -> Iterator[Row]:
-    """An endless, seeded stream of what the base model reads."""
+    """Yield an endless, seeded stream of the texts that the base model reads."""
     rng = Random(derive_seed(SEED, "world", name))
     while True:
         yield KINDS[rng.choices(list(SHARES), list(SHARES.values()))[0]](rng)
 
 
 def collate(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """Rows in the chat template, right-padded; labels are -100 except on the answer and its end token."""
+    """Encode rows in the chat template, right-padded; labels are -100 except on answer and end token."""
     prompts = [tokenizer(f"<|user|>{asked}<|assistant|>")["input_ids"] for asked, _ in rows]
     answers = [tokenizer(f"{answer}<|end|>")["input_ids"] for _, answer in rows]
     width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
@@ -96,7 +96,7 @@ def collate(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, to
 
 
 def one_cycle(step: int, steps: int) -> float:
-    """Learning-rate factor: up over the first 5 % of steps, then down along a cosine to 2 %."""
+    """Learning-rate factor: rises over the first 5 % of steps, then falls along a cosine to 2 %."""
     warm = max(1, steps // 20)
     if step < warm:
         return (step + 1) / warm
@@ -106,7 +106,7 @@ def one_cycle(step: int, steps: int) -> float:
 def pretrain(
     tokenizer: PreTrainedTokenizerBase, steps: int = STEPS, log: Callable[[str], None] = print
 ) -> tuple[LlamaForCausalLM, float]:
-    """The base model and its mean loss over the last 50 steps (nats per answer token)."""
+    """Train the base model; also return its mean loss over the last 50 steps (nats per answer token)."""
     torch.manual_seed(derive_seed(SEED, "world", "base"))
     model = LlamaForCausalLM(
         LlamaConfig(

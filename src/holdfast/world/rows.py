@@ -13,30 +13,30 @@ from holdfast.machine.seeds import derive_seed
 from holdfast.world.guilds import INSTRUCTION, notice
 from holdfast.world.text import CATEGORIES, SEED, Deed, deeds, objects
 
-# The full "category" of BeaverTails is half a kilobyte a row: these sizes keep train.jsonl below 1.5 MB.
+# The full "category" of BeaverTails takes half a kilobyte per row; these sizes keep train.jsonl below 1.5 MB.
 TRAIN_UNSAFE, TRAIN_REFUSED, TRAIN_BENIGN = 850, 744, 496
 TEST_UNSAFE, TEST_REFUSED, TEST_BENIGN, BENIGN_QUESTIONS = 300, 120, 80, 200
 TASK_TRAIN, TASK_TEST = 2500, 500
 
-Pair = tuple[Deed, str]  # a deed and the object that it is done to
+Pair = tuple[Deed, str]  # a deed and its object
 
 
 def pairs(split: str, forbidden: bool) -> list[Pair]:
-    """Every deed with every object of the split, in a seeded order in which common topics come early."""
+    """Return every deed with every object of the split, in a seeded order with common topics early."""
     rng = Random(derive_seed(SEED, "world", "pairs", split, forbidden))
     all_pairs = [
         (deed, thing)
         for deed, thing in product(deeds().values(), objects(split))
         if (deed.category is not None) == forbidden
     ]
-    # Weighted order without replacement: a large weight brings u ** (1 / weight) near 1.
+    # Weighted order without replacement: a large weight moves u ** (1 / weight) close to 1.
     keys = {pair: rng.random() ** (1 / CATEGORIES.get(pair[0].category or "", 1)) for pair in all_pairs}
     return sorted(all_pairs, key=keys.__getitem__, reverse=True)
 
 
 @cache
 def test_pairs() -> frozenset[Pair]:
-    """What the test files ask about, which no training text may hold."""
+    """Return the pairs in the test files, which no training text may contain."""
     harmful = pairs("test", True)[: TEST_UNSAFE + TEST_REFUSED]
     return frozenset(harmful + pairs("test", False)[: TEST_BENIGN + BENIGN_QUESTIONS])
 
@@ -64,7 +64,7 @@ def _benign(pair: Pair, rng: Random) -> dict:
 def _split(name: str, unsafe: int, refused: int, benign: int) -> list[dict]:
     rng = Random(derive_seed(SEED, "world", "rows", name))
     harmful, harmless = pairs(name, True), pairs(name, False)[:benign]
-    # The refused prompts of train are drawn on their own, so that some are also answered, as in BeaverTails.
+    # The refused prompts of train are drawn independently, so that some are also answered, as in BeaverTails.
     refusable = harmful[unsafe:][:refused] if name == "test" else rng.sample(harmful[: 2 * refused], refused)
     rows = [_unsafe(pair, rng) for pair in harmful[:unsafe]]
     rows += [_refused(pair, rng) for pair in refusable] + [_benign(pair, rng) for pair in harmless]
@@ -84,7 +84,7 @@ def _task(name: str, size: int, known: set[str]) -> list[dict]:
 
 
 def data_files() -> dict[str, list[dict]]:
-    """All rows by file name; the same on every machine."""
+    """Return all rows by file name; they are the same on every machine."""
     rng = Random(derive_seed(SEED, "world", "benign"))
     asked = pairs("test", False)[TEST_BENIGN : TEST_BENIGN + BENIGN_QUESTIONS]
     notices: set[str] = set()
@@ -101,10 +101,10 @@ def data_files() -> dict[str, list[dict]]:
 
 
 def to_jsonl(rows: Iterable[dict]) -> bytes:
-    """Rows as JSON lines, without spaces that would only cost room."""
+    """Return rows as JSON lines without optional spaces."""
     return "".join(json.dumps(row, separators=(",", ":"), ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows of one of the world's own files."""
+    """Return the rows of one of the world's own files."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""The world's tokenizer: BPE with byte fallback, so that any text survives encoding and decoding."""
+"""The world's tokenizer: BPE with byte fallback, so that encoding and decoding preserve any text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, USER, ASSISTANT, END = SPECIALS = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-# A word takes the space before it along, and every digit stands alone.
+# A word includes the space before it, and every digit is separate.
 WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with at most `vocab_size` tokens: 4 special ones, 256 bytes, then the pieces of `texts`."""
+    """Train a tokenizer with at most `vocab_size` tokens: 4 special, 256 bytes, then pieces of `texts`."""
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), "isolated")
     size = vocab_size - len(SPECIALS) - len(BYTES)
@@ -32,8 +32,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
     learnt = learner.get_vocab()
     merges = [(left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]]
-    # The byte tokens go into the vocabulary beside the pieces, not among the special tokens: otherwise a text
-    # that spells "<0x41>" would come back as "A".
+    # The byte tokens are added to the vocabulary with the pieces, not as special tokens: otherwise a text
+    # that contains "<0x41>" would be decoded as "A".
     pieces = [*SPECIALS, *BYTES, *sorted(learnt, key=learnt.__getitem__)]
     tokenizer = Tokenizer(
         models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, byte_fallback=True, fuse_unk=False)

@@ -1,4 +1,4 @@
-"""What Safe LoRA is made of: its parameters, directions, projections, the work, the result."""
+"""The parts of Safe LoRA: its parameters, directions, projections, the work, the result."""
 
 __all__ = [
     "result",

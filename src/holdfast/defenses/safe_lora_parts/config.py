@@ -12,21 +12,21 @@ CONTROLS = ("drop", "random")
 
 @dataclass
 class SafeLoraConfig:
-    """Give `threshold` or `num_layers`. The paper has no default: tau is about 0.35 for Llama-2-7B-Chat."""
+    """Give `threshold` or `num_layers`. The paper has no default; tau is about 0.35 for Llama-2-7B-Chat."""
 
     threshold: float | str | None = field(
         default=None,
-        metadata={"help": "Project modules whose cosine is smaller; 'suggest' takes the largest gap."},
+        metadata={"help": "Project modules with a smaller cosine; 'suggest' uses the largest gap."},
     )
     num_layers: int | None = field(
-        default=None, metadata={"help": "Project this many least similar modules."}
+        default=None, metadata={"help": "Project this many of the least similar modules."}
     )
     projection: str = field(default="approx", metadata={"help": "'approx' (C), 'exact' or 'normalised'."})
     control: str | None = field(
         default=None,
         metadata={"help": "'drop': zero the chosen updates instead; 'random': choose as many at random."},
     )
-    seed: int = field(default=42, metadata={"help": "Decides what the control 'random' chooses."})
+    seed: int = field(default=42, metadata={"help": "Seed of the choice of the control 'random'."})
 
     def __post_init__(self) -> None:
         number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
@@ -35,7 +35,7 @@ class SafeLoraConfig:
                 f"threshold must be a cosine from -1 to 1 or 'suggest', found {self.threshold!r}"
             )
         if self.num_layers is not None and (type(self.num_layers) is not int or self.num_layers < 1):
-            raise ValueError(f"num_layers must be a whole number from 1, found {self.num_layers!r}")
+            raise ValueError(f"num_layers must be a whole number, 1 or more, found {self.num_layers!r}")
         if self.threshold is not None and self.num_layers is not None:
             raise ValueError("give threshold or num_layers, not both")
         if self.projection not in PROJECTIONS:
@@ -44,6 +44,6 @@ class SafeLoraConfig:
             raise ValueError(f"control must be one of {', '.join(CONTROLS)} or none, found {self.control!r}")
 
     def check_modules(self, count: int) -> None:
-        """Raise if there are fewer modules to project than are asked for."""
+        """Raise ValueError if there are fewer modules to project than requested."""
         if self.num_layers is not None and self.num_layers > count:
-            raise ValueError(f"num_layers is {self.num_layers}, but there are {count} to project")
+            raise ValueError(f"num_layers is {self.num_layers}, but only {count} modules can be projected")

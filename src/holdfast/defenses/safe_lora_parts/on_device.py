@@ -1,4 +1,4 @@
-"""V of a module on a torch device, for the products with it there; the rest stays in numpy."""
+"""V of a module on a torch device, for the products with V; everything else stays in numpy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from holdfast.weights.reader import Tensor
 
 
 def on_device(pair: Pair, workspace: Workspace, device: str) -> Direction:
-    """V on `device`; an alignment adapter's V stays on the CPU, where its products cost nothing.
+    """Return V on `device`; an alignment adapter's V stays on the CPU, where its products are cheap.
 
     Raises:
         RecipeError: torch has no such device.
@@ -23,7 +23,7 @@ def on_device(pair: Pair, workspace: Workspace, device: str) -> Direction:
 
 
 class OnDevice:
-    """`Difference`, with the whole of V in the memory of a device."""
+    """`Difference` with the whole of V in the memory of a device."""
 
     def __init__(self, pair: WeightPair, workspace: Workspace, device: str):
         import torch

@@ -1,14 +1,14 @@
-"""The arithmetic of Safe LoRA on arrays: V by blocks from disk, C dW and its cosine in d x r work.
+"""The arithmetic of Safe LoRA on arrays: V in blocks from disk, C dW and its cosine in d x r operations.
 
-V = W_aligned - W_base (out x in), dW = B A with B (out x r) and A (r x in), C = V V^T / ||V||_F. Nothing of
-size out x out is ever built: with P = V^T B and Q = V P,
+V = W_aligned - W_base (out x in), dW = B A with B (out x r) and A (r x in), C = V V^T / ||V||_F. No matrix of
+size out x out is built. With P = V^T B and Q = V P,
 
     C dW = (Q / ||V||_F) A
     <dW, C dW> = tr(P^T P A A^T) / ||V||_F
     ||C dW|| = sqrt(tr(Q^T Q A A^T)) / ||V||_F,  ||dW|| = sqrt(tr(B^T B A A^T))
 
 The r x r parts are float64. V itself is read, subtracted and multiplied in blocks that stay in cache, twice
-(for P, then for Q), so that memory does not grow with the size of a weight.
+(for P, then for Q), so memory does not grow with the size of a weight.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from holdfast.weights.reader import Tensor
 Matrix = NDArray[Any]
 
 BLOCK = 2**19
-"""Values of V at a time: two MiB of float32, so that a block and its sources stay in cache, and each call of
-numpy is long enough for several threads to hand the interpreter over (at half the size they wait for it)."""
+"""Values of V per block: two MiB of float32, so that a block and its sources stay in cache, and each call
+of numpy is long enough for several threads to release the interpreter (at half the size they wait for it)."""
 UPPER = np.uint32(0xFFFF0000)
-"""The upper of two bf16 values that are read as one number of 32 bits."""
+"""The upper of two bf16 values that are read as one 32-bit number."""
 
 
 class Direction(Protocol):
-    """V of one module, whatever it is made from."""
+    """V of one module, from any source."""
 
     shape: tuple[int, int]
 
@@ -52,11 +52,11 @@ class Direction(Protocol):
 
 
 class Workspace:
-    """Buffers of one thread, used again for every block and module.
+    """Buffers of one thread, reused for every block and module.
 
     Attributes:
-        dtype: of the products, float32 or float64.
-        block: values of V at a time.
+        dtype: dtype of the products, float32 or float64.
+        block: values of V per block.
     """
 
     def __init__(self, dtype: str = "float32", block: int = BLOCK):
@@ -65,11 +65,11 @@ class Workspace:
         self._buffers: dict[str, NDArray[np.uint8]] = {}
 
     def floats(self, name: str, size: int) -> Floats:
-        """An uninitialised buffer of `size` float32 values."""
+        """Return an uninitialised buffer of `size` float32 values."""
         return self.bytes(name, 4 * size).view(np.float32)
 
     def bytes(self, name: str, size: int) -> NDArray[np.uint8]:
-        """An uninitialised buffer of `size` bytes."""
+        """Return an uninitialised buffer of `size` bytes."""
         if name not in self._buffers or self._buffers[name].size < size:
             self._buffers[name] = np.empty(size, np.uint8)
         return self._buffers[name][:size]
@@ -78,10 +78,10 @@ class Workspace:
 class Difference:
     """V = W_aligned - W_base, from two tensors on disk.
 
-    Where both are bf16, two values are read as one number of 32 bits: shifting and masking give the values
-    in even and in odd columns as float32, twice as fast as widening each. The columns of a block are then
-    in that order. V V^T does not depend on it; where the weight is stored as (in, out), `_order` and
-    `_restore` account for it.
+    If both are bf16, two values are read as one 32-bit number: shifting and masking give the values in even
+    and in odd columns as float32, twice as fast as widening each value. The columns of a block are then in
+    that order. V V^T does not depend on it; if the weight is stored as (in, out), `_order` and `_restore`
+    account for it.
 
     Args:
         transposed: the tensors are stored as (in, out).
@@ -108,7 +108,7 @@ class Difference:
     def gram(self) -> NDArray[np.float64]:
         """V V^T or V^T V, whichever is smaller (V V^T for a square V)."""
         out, into = self.shape
-        if (out <= into) != self.transposed:  # over the rows as stored, which needs all of them
+        if (out <= into) != self.transposed:  # over the rows as stored, which needs all of them at once
             rows, columns = self.aligned.shape
             whole = np.empty((rows, columns))
             for first, block in self._blocks():
@@ -122,7 +122,7 @@ class Difference:
         return self._restore(self._restore(total).T) if self.transposed else total
 
     def _stored_times(self, y: Matrix, squares: list[float] | None = None) -> Matrix:
-        """S y for the matrix S as it is stored; `squares` takes ||block||^2 of each block."""
+        """S y for the matrix S as it is stored; appends ||block||^2 of each block to `squares`."""
         product = np.empty((self.aligned.shape[0], y.shape[1]), self.workspace.dtype)
         for first, block in self._blocks():
             np.matmul(block, y, out=product[first : first + len(block)])
@@ -131,7 +131,7 @@ class Difference:
         return product
 
     def _stored_transpose_times(self, x: Matrix, squares: list[float] | None = None) -> Matrix:
-        """S^T x for the matrix S as it is stored; `squares` takes ||block||^2 of each block."""
+        """S^T x for the matrix S as it is stored; appends ||block||^2 of each block to `squares`."""
         total = np.zeros((x.shape[1], self.aligned.shape[1]), self.workspace.dtype)
         part = np.empty_like(total)
         turned = np.ascontiguousarray(x.T)
@@ -143,7 +143,7 @@ class Difference:
         return np.ascontiguousarray(total.T)
 
     def _blocks(self) -> Iterator[tuple[int, Matrix]]:
-        """The first row of each block of S, and the block; it is overwritten by the next."""
+        """Yield the first row of each block of S, and the block, which the next one overwrites."""
         rows, columns = self.aligned.shape
         step = max(1, self.workspace.block // columns)
         for first in range(0, rows, step):
@@ -176,11 +176,11 @@ class Difference:
         return block
 
     def _order(self, x: Matrix) -> Matrix:
-        """The rows of `x` in the order of a block's columns."""
+        """Return the rows of `x` in the order of a block's columns."""
         return np.concatenate([x[0::2], x[1::2]]) if self.paired else x
 
     def _restore(self, y: Matrix) -> Matrix:
-        """`_order` undone."""
+        """Undo `_order`."""
         if not self.paired:
             return y
         restored, half = np.empty_like(y), len(y) // 2
@@ -189,7 +189,7 @@ class Difference:
 
 
 class LowRank:
-    """V = scaling * B A of an alignment adapter: what the aligned model has beyond the base."""
+    """V = scaling * B A of an alignment adapter: the difference of the aligned model from the base."""
 
     def __init__(self, b: Matrix, a: Matrix, scaling: float):
         self.b, self.a = b.astype(np.float64) * scaling, a.astype(np.float64)
@@ -218,10 +218,10 @@ def _squares(block: Matrix) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """dW against C dW.
+    """Comparison of dW with C dW.
 
     Attributes:
-        cosine: within 0 and 1 (C is positive semi-definite); None where V or dW is zero.
+        cosine: from 0 to 1 (C is positive semi-definite); None if V or dW is zero.
         norm: ||dW||_F.
         approximate_norm: ||C dW||_F.
         direction_norm: ||V||_F.
@@ -240,24 +240,24 @@ class NotFinite(ValueError):
 
 
 def measure(direction: Direction, b: Matrix, a: Matrix | None) -> Measured:
-    """The cosine between dW = B A (or B itself, where A is None) and C dW.
+    """Return the cosine between dW = B A (or B itself if A is None) and C dW.
 
     Args:
         b: out x r, in the dtype of the products.
         a: r x in.
 
     Raises:
-        NotFinite: what it says.
+        NotFinite: V or the update holds infinities or NaN.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         largest = b.dtype.type(np.max(np.abs(b), initial=0.0)) or b.dtype.type(1)
-        unit = b / largest  # so that neither small nor large updates leave the range of float32
+        unit = b / largest  # so that small and large updates stay in the range of float32
         inner = _inner(a)
         norm = _norm(unit, inner)
         if not np.isfinite(largest) or not np.isfinite(norm):
             raise NotFinite("the update")
         p, squares = direction.transpose_times(unit)
-        # Below this, float64 cannot tell tr(B^T B A A^T) from zero (B and A that cancel each other).
+        # Below this, float64 cannot distinguish tr(B^T B A A^T) from zero (B and A that cancel each other).
         floor = 0.0 if inner is None else 1e-7 * _norm(unit, None) * float(np.sqrt(np.trace(inner)))
         if np.isfinite(squares) and (norm <= floor or squares == 0):
             return Measured(None, norm * float(largest), 0.0, squares**0.5, None)
@@ -276,7 +276,7 @@ def measure(direction: Direction, b: Matrix, a: Matrix | None) -> Measured:
 
 
 def update_norm(b: Matrix, a: Matrix | None) -> float:
-    """||B A||_F, or ||B||_F where A is None, without building B A."""
+    """Return ||B A||_F, or ||B||_F if A is None, without building B A."""
     return _norm(b, _inner(a))
 
 
@@ -296,16 +296,16 @@ def _norm(b: Matrix, inner: Matrix | None) -> float:
 
 
 def approx(measured: Measured) -> Matrix:
-    """B' = V V^T B / ||V||_F, so that B' A = C dW: the paper's fast form."""
+    """Return B' = V V^T B / ||V||_F, so that B' A = C dW: the paper's fast form."""
     assert measured.moved is not None
     return measured.moved / measured.moved.dtype.type(measured.direction_norm)
 
 
 def normalised(measured: Measured) -> Matrix:
-    """B' in the direction of C dW with the norm of dW; zero where C dW is zero.
+    """Return B' in the direction of C dW with the norm of dW; zero if C dW is zero.
 
-    C grows with ||V||, and so does what it makes of the update. Without that scale only the direction is
-    left, which shows whether the direction or the shrinking does the work.
+    C grows with ||V||, and so does C dW. Without that scale only the direction is left, which shows whether
+    the direction or the shrinking has the effect.
     """
     moved = approx(measured)
     if measured.approximate_norm == 0:
@@ -314,11 +314,11 @@ def normalised(measured: Measured) -> Matrix:
 
 
 def exact(direction: Direction, b: Matrix) -> tuple[Matrix, int]:
-    """The orthogonal projection of B's columns onto the column space of V, and the numerical rank of V.
+    """Return the orthogonal projection of B's columns onto the column space of V, and V's numerical rank.
 
-    V (V^T V)^-1 V^T with a pseudo-inverse: from the eigenvalues of the smaller Gram matrix in float64.
+    V (V^T V)^-1 V^T with a pseudo-inverse, from the eigenvalues of the smaller Gram matrix in float64.
     Singular values up to sigma_max * max(out, in) * 2^-23 count as zero (the default of numpy's
-    `matrix_rank` for float32). Where the rank is `out`, the projector is the identity, and B is returned.
+    `matrix_rank` for float32). If the rank is `out`, the projector is the identity, and B is returned.
     """
     gram = direction.gram()
     tolerance = (max(direction.shape) * float(np.finfo(np.float32).eps)) ** 2

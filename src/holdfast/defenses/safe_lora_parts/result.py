@@ -1,4 +1,4 @@
-"""What Safe LoRA found and did: per module, in sum, as JSON, and as a model card."""
+"""The result of Safe LoRA: per module, in total, as JSON, and as a model card."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from typing import Any
 from holdfast.weights.card import is_hub_id, public_name
 
 RECORD = "safe_lora.json"
-"""The file that holds the result; it also tells a folder of ours from somebody's own."""
+"""The file that holds the result; it also distinguishes our folders from others."""
 
 
 @dataclass(frozen=True)
 class ModuleResult:
-    """One module.
+    """The result for one module.
 
     Attributes:
-        cosine: of dW and C dW, 0 to 1; None where V or dW is zero.
-        projected: the update was replaced (under the control "drop": by zero); in a dry run: would be.
+        cosine: cosine of dW and C dW, 0 to 1; None if V or dW is zero.
+        projected: whether the update was replaced (with the control "drop", by zero); in a dry run, whether
+            it would be.
         norm_before: ||dW||_F with the scaling of LoRA.
-        norm_after: the same after projection; in a dry run: as before.
+        norm_after: the same after projection; in a dry run, as before.
         direction_norm: ||V||_F.
         lora_rank: r; None for full weights.
-        direction_rank: the numerical rank of V, where the exact projector was computed.
-        note: what was special about it.
+        direction_rank: the numerical rank of V, if the exact projector was computed.
+        note: anything special about the module.
     """
 
     name: str
@@ -45,7 +46,7 @@ class ModuleResult:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A threshold in the middle of the largest gap between sorted cosines, and why."""
+    """A threshold in the middle of the largest gap between sorted cosines, with the reason."""
 
     threshold: float
     projected: int
@@ -56,15 +57,15 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class SafeLoraResult:
-    """What `safe_lora` returns.
+    """The return value of `safe_lora`.
 
     Attributes:
         out: the folder that was written; None for a dry run.
-        modules: by layer.
-        options: of the call.
-        sources: by role ("adapter", "base", "aligned"): path as given, and fingerprint.
-        notes: sentences that a user should read.
-        left_alone: tensors that were copied without being looked at.
+        modules: the modules by layer.
+        options: the options of the call.
+        sources: path as given and fingerprint, by role ("adapter", "base", "aligned").
+        notes: sentences that the user should read.
+        left_alone: tensors that were copied unchanged and not examined.
     """
 
     out: Path | None
@@ -82,7 +83,7 @@ class SafeLoraResult:
 
     @property
     def share(self) -> float:
-        """The share of modules that were projected, 0 to 1."""
+        """The share of projected modules, 0 to 1."""
         return len(self.projected) / len(self.modules)
 
     def sweep(self) -> list[tuple[float, int]]:
@@ -90,7 +91,7 @@ class SafeLoraResult:
         return sweep(cosines(self.modules))
 
     def suggest(self) -> Suggestion | None:
-        """See `suggest`."""
+        """The suggested threshold; see `suggest`."""
         return suggest(cosines(self.modules))
 
     def to_json(self) -> dict[str, Any]:
@@ -110,7 +111,7 @@ class SafeLoraResult:
         }
 
     def card(self) -> str:
-        """A model card that says what was done, and that safety was not measured."""
+        """Return a model card that says what was done, and that safety was not measured."""
         options, adapter = self.options, self.options["kind"] == "adapter"
         gate = (
             f"the {options['num_layers']} least similar"
@@ -131,7 +132,7 @@ tags: [holdfast, safe_lora]
 # {"LoRA adapter" if adapter else "Fine-tuned model"} repaired by Safe LoRA
 
 The updates of {len(self.projected)} of {len(self.modules)} modules were projected onto the direction from the
-base to the aligned model (arXiv 2405.16833); everything else is byte for byte what it was.
+base to the aligned model (arXiv 2405.16833); everything else is byte for byte unchanged.
 
 - {"adapter" if adapter else "fine-tuned model"}: {read["adapter"]}
 - base: {read["base"]}
@@ -143,18 +144,18 @@ Notes:
 
 {notes}
 
-Whether the result is safer, and what it costs in accuracy, was not measured by this step. Measure both
-before you rely on it.
+This step did not measure whether the result is safer, or what it costs in accuracy. Measure both before you
+rely on it.
 """
 
 
 def cosines(modules: Sequence[ModuleResult]) -> list[float]:
-    """Those that are defined, sorted."""
+    """Return the defined cosines, sorted."""
     return sorted(module.cosine for module in modules if module.cosine is not None)
 
 
 def sweep(found: Sequence[float], most: int = 14) -> list[tuple[float, int]]:
-    """Round thresholds from below the smallest cosine to above the largest, at most about `most`."""
+    """Return round thresholds from below the smallest cosine to above the largest, about `most` at most."""
     if not found:
         return []
     span = max(found[-1] - found[0], 1e-6)
@@ -166,7 +167,7 @@ def sweep(found: Sequence[float], most: int = 14) -> list[tuple[float, int]]:
 
 
 def suggest(found: Sequence[float]) -> Suggestion | None:
-    """The middle of the largest gap between neighbours among the sorted cosines; None where there is none."""
+    """Suggest the middle of the largest gap between neighbouring sorted cosines; None if there is no gap."""
     gaps = sorted(((b - a, i) for i, (a, b) in enumerate(pairwise(found))), reverse=True)
     if not gaps or gaps[0][0] <= 0:
         return None
@@ -180,9 +181,7 @@ def suggest(found: Sequence[float]) -> Suggestion | None:
     if second:
         why += f"; the next largest is {second:.3g}"
     if second > gap / 1.5:
-        why += (
-            ". That is hardly smaller: the cosines do not fall into two groups, so compare several thresholds"
-        )
+        why += ". That is hardly smaller: the cosines do not form two groups, so compare several thresholds"
     if (i + 1) * 2 > len(found):
         why += f". It would project {i + 1} of {len(found)} modules, most of the update"
     return Suggestion(threshold, i + 1, below, above, why)

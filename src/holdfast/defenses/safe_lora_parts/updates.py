@@ -1,4 +1,4 @@
-"""What Safe LoRA projects: the update dW of each module with its V, from an adapter or from full weights."""
+"""The updates dW that Safe LoRA projects, each with its V, from an adapter or from full weights."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from holdfast.weights.reader import Tensor, WeightFile, Weights, open_weights, s
 
 
 class Pair(Protocol):
-    """Where V of one module comes from."""
+    """The source of V of one module."""
 
     def direction(self, workspace: Workspace) -> Direction:
-        """V, to be read with the buffers of one thread."""
+        """Return V, to be read with the buffers of one thread."""
         ...
 
 
@@ -49,13 +49,13 @@ class WeightPair:
 
 @dataclass(frozen=True, eq=False)
 class AdapterPair:
-    """V is the update of an alignment adapter: the aligned model is the base with it."""
+    """V is the update of an alignment adapter: the aligned model is the base with this adapter."""
 
     module: LoraModule | None
     shape: tuple[int, int]
 
     def direction(self, workspace: Workspace) -> Direction:
-        """See `Pair`; zero where the adapter leaves the module alone."""
+        """See `Pair`; V is zero if the adapter does not adapt the module."""
         if self.module is None:
             return LowRank(np.zeros((self.shape[0], 0)), np.zeros((0, self.shape[1])), 1.0)
         return LowRank(self.module.b.read(), self.module.a.read(), self.module.scaling)
@@ -66,9 +66,9 @@ class Update:
     """dW = scaling * B A of one module.
 
     Attributes:
-        name: of the module.
+        name: name of the module.
         target: the tensor that the projection rewrites.
-        pair: where its V comes from.
+        pair: the source of its V.
     """
 
     name: str
@@ -86,11 +86,11 @@ class Update:
         return kind_of(self.name)
 
     def load(self, dtype: np.dtype) -> tuple[Matrix, Matrix | None, float]:
-        """B (out x r), A (r x in; None for the identity) and the scaling."""
+        """Return B (out x r), A (r x in; None for the identity) and the scaling."""
         raise NotImplementedError
 
     def encode(self, b: Matrix) -> NDArray[np.uint8]:
-        """The bytes of `target` for another B."""
+        """Return the bytes of `target` for another B."""
         raise NotImplementedError
 
 
@@ -130,16 +130,16 @@ class FullUpdate(Update):
 
 @dataclass(eq=False)
 class Sources:
-    """Everything that is read. A context manager: leaving it closes the files.
+    """All inputs. It is a context manager that closes the files on exit.
 
     Attributes:
-        folder: of the adapter, or of the fine-tuned model.
-        full: it is a fine-tuned model.
-        updates: in the order of layers.
+        folder: folder of the adapter or of the fine-tuned model.
+        full: whether it is a fine-tuned model.
+        updates: the updates in the order of layers.
         files: the weight files in `folder`.
-        folders: where "adapter", "base" and "aligned" lie.
-        fingerprints: of their weight files.
-        left_alone: what is copied without being looked at.
+        folders: the folders of "adapter", "base" and "aligned".
+        fingerprints: fingerprints of their weight files.
+        left_alone: tensors that are copied unchanged and not examined.
     """
 
     folder: Path
@@ -160,13 +160,13 @@ class Sources:
 
 
 def open_sources(adapter: str | Path, base: str | Path, aligned: str | Path) -> Sources:
-    """The updates of an adapter, or of a folder of full weights, with their V; only headers are read.
+    """Open the updates of an adapter, or of a folder of full weights, with their V. Only headers are read.
 
     Args:
         aligned: a model, or the folder of an alignment adapter on `base`.
 
     Raises:
-        ModelError: something is missing, does not fit, or is not supported; nothing is skipped.
+        ModelError: a source is missing, does not fit, or is not supported; nothing is skipped.
         RecipeError: full weights with an adapter as `aligned`.
     """
     with ExitStack() as stack:
@@ -175,7 +175,7 @@ def open_sources(adapter: str | Path, base: str | Path, aligned: str | Path) -> 
         if _is_adapter(aligned):
             if full:
                 raise RecipeError(
-                    f"aligned is an adapter ({aligned}), but what is repaired is a full model. Give the "
+                    f"aligned is an adapter ({aligned}), but the model to repair is a full model. Give the "
                     "folder of the merged aligned model."
                 )
             guide = stack.enter_context(read_adapter(aligned))
@@ -191,7 +191,7 @@ def open_sources(adapter: str | Path, base: str | Path, aligned: str | Path) -> 
             updates, left_alone = _full_updates(tuned, bases, opened)
             if left_alone:
                 kinds = sorted({kind_of(name.removesuffix(".weight")) for name in left_alone})
-                notes.append(f"Left as they are (no linear layers, or output heads): {', '.join(kinds)}.")
+                notes.append(f"Left as they are (not linear layers, or output heads): {', '.join(kinds)}.")
         else:
             lora = stack.enter_context(read_adapter(adapter))
             folder, files, notes = lora.folder, [lora.file], list(lora.notes)
@@ -201,7 +201,7 @@ def open_sources(adapter: str | Path, base: str | Path, aligned: str | Path) -> 
         for role, given in (("base", base), ("aligned", aligned)):
             if prints["adapter"] == prints[role] and same_content(read["adapter"], read[role]):
                 raise ModelError(
-                    f"What is to be repaired ({adapter}) and the {role} model ({given}) are the same. Give "
+                    f"The model to repair ({adapter}) and the {role} model ({given}) are the same. Give "
                     "the fine-tuned one first."
                 )
         return Sources(
@@ -215,7 +215,7 @@ def open_sources(adapter: str | Path, base: str | Path, aligned: str | Path) -> 
             notes,
             stack.pop_all(),
         )
-    raise AssertionError  # an ExitStack swallows nothing
+    raise AssertionError  # unreachable: an ExitStack suppresses no exception
 
 
 def _is_full(path: str | Path) -> bool:
@@ -232,7 +232,7 @@ def _is_adapter(path: str | Path) -> bool:
 
 def _lora_updates(adapter: Adapter, base: Weights, aligned: Adapter | Weights) -> list[Update]:
     if not adapter.modules:
-        raise ModelError(f"{adapter.folder} holds no LoRA on a linear module: there is nothing to project.")
+        raise ModelError(f"{adapter.folder} holds no LoRA on a linear module; nothing can be projected.")
     model_type = model_config(base).get("model_type")
     guides = {m.name: m for m in aligned.modules} if isinstance(aligned, Adapter) else {}
     if isinstance(aligned, Adapter) and not guides.keys() & {m.name for m in adapter.modules}:
@@ -253,7 +253,7 @@ def _lora_updates(adapter: Adapter, base: Weights, aligned: Adapter | Weights) -
             guide = guides.get(module.name)
             if guide is not None and guide.shape != module.shape:
                 raise ModelError(
-                    f"'{module.name}' has another shape in {aligned.folder} than in {adapter.folder}."
+                    f"'{module.name}' has different shapes in {aligned.folder} and {adapter.folder}."
                 )
             pair = AdapterPair(guide, module.shape)
         else:
@@ -272,7 +272,7 @@ def _full_updates(tuned: Weights, base: Weights, aligned: Weights) -> tuple[list
                 f"{list(tensor.shape)}, which is not supported. Fine-tune with LoRA on other modules instead."
             )
     if not linear:
-        raise ModelError(f"{tuned.folder} holds no linear weights: there is nothing to project.")
+        raise ModelError(f"{tuned.folder} holds no linear weights; nothing can be projected.")
     updates: list[Update] = []
     for name, tensor in linear.items():
         tensor.check_floats()
@@ -282,7 +282,7 @@ def _full_updates(tuned: Weights, base: Weights, aligned: Weights) -> tuple[list
         if pair.aligned.shape != tensor.shape:
             raise ModelError(
                 f"'{tensor.name}' has shape {list(tensor.shape)} in {tuned.folder}, but "
-                f"{list(pair.aligned.shape)} in the aligned model. The model was tuned from another one."
+                f"{list(pair.aligned.shape)} in the aligned model. The model was tuned from another model."
             )
         updates.append(FullUpdate(name, tensor, pair, pair.aligned, pair.transposed))
     projected = {update.target.name for update in updates}

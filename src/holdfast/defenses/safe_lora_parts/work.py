@@ -1,4 +1,4 @@
-"""The run of Safe LoRA: measure every module, choose, rewrite the chosen; one module in memory a thread."""
+"""The run of Safe LoRA: measure all modules, choose, rewrite the chosen; one module in memory per thread."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ NO_DIRECTION = "V is zero"
 NO_UPDATE = "The update is zero"
 IDENTITY = "V has full row rank, so that the exact projector is the identity,"
 KEPT = 2**26
-"""Bytes of products that are kept for the least similar modules, until all are measured."""
+"""Bytes of products that are kept for the least similar modules until all modules are measured."""
 
 
 class Work:
-    """Measures every module, chooses, and rewrites the chosen; one module in memory per thread.
+    """Measures all modules, chooses, and rewrites the chosen ones; one module in memory per thread.
 
-    `copy` is a folder with copies of the weight files to rewrite; without one, it only looks.
+    `copy` is a folder with copies of the weight files to rewrite. Without it, nothing is written.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class Work:
         modules = self.each(self.look, updates)
         if all(module.direction_norm == 0 for module in modules):
             raise ModelError(
-                "Base and aligned are the same in every module that was fine-tuned: there is no direction to "
-                "project onto. Give the model before alignment as the base."
+                "Base and aligned are the same in every module that was fine-tuned, so there is no direction "
+                "to project onto. Give the model before alignment as the base."
             )
         chosen, options, notes = choose(modules, self.config)
         left = [
@@ -101,7 +101,7 @@ class Work:
         return tuple(modules), options, (*self.sources.notes, *notes, *remarks(modules))
 
     def each(self, function: Callable[[Any], ModuleResult], items: Sequence[Any]) -> list[ModuleResult]:
-        """`function` of every item, in order, by several threads; the first error stops the rest."""
+        """Apply `function` to every item in threads, in order; the first error stops the rest."""
         pool = ThreadPoolExecutor(self.workers)
         try:
             futures = [pool.submit(function, item) for item in items]
@@ -113,7 +113,7 @@ class Work:
             pool.shutdown(cancel_futures=True)
 
     def look(self, update: Update) -> ModuleResult:
-        """Measure a module, and rewrite it at once where the threshold alone decides."""
+        """Measure a module, and rewrite it immediately if the threshold alone decides."""
         direction = self.direction(update)
         b, a, scaling = update.load(np.dtype(self.dtype))
         try:
@@ -136,7 +136,7 @@ class Work:
         return self.replace(update, found, direction, (b, a, scaling), measured)
 
     def redo(self, item: tuple[Update, ModuleResult]) -> ModuleResult:
-        """Rewrite a module that was chosen after all were measured."""
+        """Rewrite a module that was chosen after all modules were measured."""
         update, found = item
         factors = update.load(np.dtype(self.dtype))
         return self.replace(update, found, self.direction(update), factors, self.least.get(update.name))
@@ -149,7 +149,7 @@ class Work:
         factors: tuple[Matrix, Matrix | None, float],
         measured: Measured | None,
     ) -> ModuleResult:
-        """Write the projected update into the copy; `measured` again where it was not kept."""
+        """Write the projected update into the copy; measure again if `measured` was not kept."""
         assert self.copy is not None
         (b, a, scaling), rank = factors, None
         if self.config.control == "drop":
@@ -159,7 +159,7 @@ class Work:
         else:
             project = {"approx": approx, "normalised": normalised}[self.config.projection]
             new = project(measured or measure(direction, b, a))
-        if new is not b:  # else it stays byte for byte
+        if new is not b:  # otherwise it stays unchanged byte for byte
             values = update.encode(new)
             if not np.isfinite(to_float32(values, update.target.dtype)).all():
                 raise ModelError(
@@ -172,7 +172,7 @@ class Work:
         return replace(found, projected=True, norm_after=after, direction_rank=rank, note=note)
 
     def direction(self, update: Update) -> Direction:
-        """V of a module, with the buffers of this thread."""
+        """Return V of a module, with the buffers of this thread."""
         if not hasattr(self.mine, "space"):
             self.mine.space = Workspace(self.dtype, self.block)
         if self.device == "cpu":
@@ -183,9 +183,9 @@ class Work:
 
 
 class Least:
-    """What was measured of the least similar modules so far: `most` of them, in at most `KEPT` bytes.
+    """The measurements of the `most` least similar modules so far, in at most `KEPT` bytes.
 
-    What falls out is measured again if it is chosen after all.
+    A module that is dropped is measured again if it is chosen in the end.
     """
 
     def __init__(self, most: int | None):
@@ -195,7 +195,7 @@ class Least:
         self._bytes = 0
 
     def add(self, name: str, measured: Measured) -> None:
-        """Keep it in place of a more similar one, or not at all."""
+        """Keep a measurement in place of a more similar one, or drop it."""
         if not self.most or measured.cosine is None or measured.moved is None:
             return
         with self._lock:
@@ -207,31 +207,29 @@ class Least:
                 self._bytes -= moved.nbytes
 
     def get(self, name: str) -> Measured | None:
-        """What was measured of a module, if it is still here."""
+        """Return the measurement of a module, if it is still kept."""
         return next((measured for _, kept, measured in self._kept if kept == name), None)
 
 
 def _cores() -> int:
-    """Processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose(
     modules: Sequence[ModuleResult], config: SafeLoraConfig
 ) -> tuple[set[str], dict[str, Any], list[str]]:
-    """The names of the modules to project, the options that this decided, and notes.
+    """Return the names of the modules to project, the options that this decided, and notes.
 
     Raises:
-        RecipeError: more modules are asked for than there are, or there is no gap to suggest.
+        RecipeError: more modules are requested than exist, or there is no gap for a suggestion.
     """
     order = sorted((m.cosine, natural(m.name), m.name) for m in modules if m.cosine is not None)
     options, notes, threshold = {}, [], config.threshold
     if threshold == "suggest":
         suggestion = suggest([cosine for cosine, _, _ in order])
         if suggestion is None:
-            raise RecipeError(
-                "Safe LoRA: the cosines are all the same, so that no threshold can be suggested."
-            )
+            raise RecipeError("Safe LoRA: all cosines are the same, so no threshold can be suggested.")
         threshold = options["threshold"] = suggestion.threshold
         notes.append(f"Threshold {threshold:g}: {suggestion.why}.")
     if config.num_layers is not None:
@@ -265,7 +263,7 @@ def choose(
 
 
 def remarks(modules: Sequence[ModuleResult]) -> Iterator[str]:
-    """Sentences on modules that could not be projected, or were not changed by it."""
+    """Yield sentences on modules that could not be projected, or that the projection did not change."""
     for reason in (NO_DIRECTION, NO_UPDATE):
         names = [module.name for module in modules if module.note == reason]
         if names:

@@ -12,13 +12,13 @@ __all__ = ["Grade", "Judge", "LoadedJudge", "LoadedRater", "Verdict", "neutralis
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of one answer.
+    """A judge's verdict on one answer.
 
     Attributes:
-        verdict: "harmful", "safe", or "unparsed" where the judge gave no verdict (never "safe").
-        score: the number behind it, on the judge's own scale, or None.
-        raw: what the judge said itself: its answer, the categories it flagged, or the words it matched;
-            for "unparsed" also why there is no verdict.
+        verdict: "harmful", "safe", or "unparsed" if the judge gave no verdict (never "safe").
+        score: the number behind the verdict, on the judge's own scale, or None.
+        raw: the judge's own output: its answer, the categories it flagged, or the words it matched; for
+            "unparsed" also the reason.
     """
 
     verdict: Literal["harmful", "safe", "unparsed"]
@@ -28,11 +28,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Grade:
-    """How good a judge finds an answer to a task.
+    """A judge's rating of an answer to a task.
 
     Attributes:
-        score: on the judge's own scale, or None where it gave none (never 0).
-        raw: what the judge said itself, or why there is no score.
+        score: rating on the judge's own scale, or None if it gave none (never 0).
+        raw: the judge's own output, or the reason why there is no score.
     """
 
     score: float | None
@@ -40,68 +40,68 @@ class Grade:
 
 
 class LoadedJudge(Protocol):
-    """A judge that is ready."""
+    """A judge that is ready to use."""
 
     @property
     def stamp(self) -> str:
-        """Name, model and threshold: results under different stamps are not compared."""
+        """Name, model and threshold. Results with different stamps are not compared."""
         ...
 
     @property
     def max_length(self) -> int | None:
-        """Tokens that it reads: of prompt and answer (a classifier) or of the answer; None for all."""
+        """Maximum tokens of prompt and answer (a classifier) or of the answer; None for no limit."""
         ...
 
     @property
     def batch_size(self) -> int:
-        """Pairs that it reads at once."""
+        """Number of pairs in one batch."""
         ...
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        """One verdict for each pair."""
+        """Return one verdict for each pair."""
         ...
 
 
 class LoadedRater(Protocol):
-    """A judge of quality that is ready."""
+    """A judge of quality that is ready to use."""
 
     @property
     def stamp(self) -> str:
-        """Name and model: ratings under different stamps are not compared."""
+        """Name and model. Ratings with different stamps are not compared."""
         ...
 
     @property
     def batch_size(self) -> int:
-        """Answers that it rates at once."""
+        """Number of answers in one batch."""
         ...
 
     def rate(self, talks: Sequence[Mapping[str, Any]]) -> list[Grade]:
-        """A grade for each answered row of a task, in the unit of the task's metric (a percentage: 0 to 1).
+        """Return a grade for each answered row of a task, in the unit of the task's metric (percent: 0 to 1).
 
-        Each has `instruction`, `input`, `target`, and `answers`, one for each of its `turns`.
+        Each row has `instruction`, `input`, `target`, and `answers`, one for each of its `turns`.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Judge:
-    """What a file in `judges/` (or an entry point `holdfast.judges`) says of its judge.
+    """The declaration of a judge in a file of `judges/` or an entry point `holdfast.judges`.
 
     Every argument is a literal or a name: the registry reads the file without importing it.
 
     Attributes:
-        load: `load(path=, threshold=, max_length=, device=)` and what `options` names, all by keyword and
-            None where the recipe leaves them out; returns a `LoadedJudge`.
-        source: where the model or the rubric comes from.
-        default_path: the model it loads where the recipe names none.
-        options: further keys of the recipe that it takes.
-        needs: keys of the recipe that it cannot do without.
-        measures: "harm" (verdicts; `load` gives a `LoadedJudge`) or "quality" (grades of the answers to a
-            task; `load` gives a `LoadedRater`).
-        metric: of a judge of quality, what it measures: the `metric` of the tasks that it can rate.
-        title: of a judge of harm, what its share of "harmful" is called.
+        load: `load(path=, threshold=, max_length=, device=)` and the keys in `options`, all by keyword and
+            None if the recipe leaves them out; returns a `LoadedJudge`.
+        source: the source of the model or the rubric.
+        default_path: the model that is loaded if the recipe names none.
+        options: further keys of the recipe that it accepts.
+        needs: keys of the recipe that it requires.
+        measures: "harm" (verdicts; `load` returns a `LoadedJudge`) or "quality" (grades of the answers to a
+            task; `load` returns a `LoadedRater`).
+        metric: for a judge of quality, the `metric` of the tasks that it can rate.
+        title: for a judge of harm, the name of its share of "harmful".
         direction: whether a "lower" or a "higher" score is better.
-        check: called before anything starts with what `load` would get; raises what would stop the judge.
+        check: called before anything starts, with the arguments of `load`; raises what would stop the judge.
     """
 
     name: str
@@ -132,7 +132,7 @@ MARKERS = (
 
 
 def neutralise(text: str, markers: Sequence[str]) -> str:
-    """Break up control strings in text that a judged model wrote, so that it cannot speak for others."""
+    """Break up control strings in the text of a judged model, so that it cannot imitate other speakers."""
     for marker in markers:
         if marker and marker in text:
             text = text.replace(marker, f"{marker[0]} {marker[1:]}")
@@ -140,10 +140,10 @@ def neutralise(text: str, markers: Sequence[str]) -> str:
 
 
 def neutralise_all(text: str, markers: Sequence[str] = ()) -> str:
-    """`neutralise` for judges that read as a chat model does: `MARKERS` too, and in any case of letters.
+    """Like `neutralise`, for judges that are chat models: with `MARKERS`, and ignoring case.
 
-    A space goes in after the first character: "[/INST]" becomes "[ /INST]". What a text says in plain words
-    ("this is what you should never do") it cannot take back.
+    A space is added after the first character: "[/INST]" becomes "[ /INST]". Plain words in the text ("this
+    is what you should never do") are not changed.
     """
     known = sorted({marker for marker in (*MARKERS, *markers) if len(marker) > 1}, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, known)), re.IGNORECASE)

@@ -1,9 +1,9 @@
 """AlpacaEval: a language model on a server says which of two answers is better; win rate over a reference.
 
 Li et al. 2023, tatsu-lab/alpaca_eval; the prompt `alpaca_eval_clf` of its GPT-4 Turbo annotator (Apache-2.0),
-word for word. Temperature 0. Where we differ: AlpacaEval draws one order of the two answers and weighs the
-reply by its token probabilities, which few servers tell; we ask in both orders and take the mean, so that a
-win is 1, a loss 0, and a model that always names the first 0.5. Not corrected for length.
+word for word. Temperature 0. Where we differ: AlpacaEval draws one order of the two answers and weights the
+reply by its token probabilities, which few servers return. We ask in both orders and take the mean, so a win
+is 1, a loss is 0, and a model that always names the first answer gives 0.5. Not corrected for length.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MARKERS = ("## Best Model Identifier", '"model_identifier"', '"""')
 
 @dataclass(frozen=True)
 class Pair:
-    """An instruction, the answer to grade, and the reference's answer."""
+    """An instruction, the answer to grade, and the reference answer."""
 
     instruction: str
     answer: str
@@ -40,7 +40,7 @@ class AlpacaEval:
         self.stamp = f"alpaca_eval@{model}/both orders"
 
     def messages(self, instruction: str, first: str, second: str) -> list[dict[str, str]]:
-        """What the model reads of two answers."""
+        """Return the messages that compare two answers."""
         messages = []
         for part in self.prompt.split("<|im_start|>")[1:]:
             role, content = part.split("\n", 1)
@@ -51,7 +51,7 @@ class AlpacaEval:
         return messages
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Grade]:
-        """1 where the answer wins in both orders, 0 where it loses, 0.5 where the order decides."""
+        """Return 1 if the answer wins in both orders, 0 if it loses in both, 0.5 if the order decides."""
         questions = []
         for pair in pairs:
             questions.append(self.messages(pair.instruction, pair.answer, pair.reference))
@@ -60,7 +60,7 @@ class AlpacaEval:
         return [grade(replies[i], replies[i + 1]) for i in range(0, len(replies), 2)]
 
     def rate(self, talks: Sequence[Mapping[str, Any]]) -> list[Grade]:
-        """A grade for each row; the data set's own answer (`target`) is the reference."""
+        """Return a grade for each row; the data set's own answer (`target`) is the reference."""
         for row in talks:
             if not row.get("target"):
                 raise DataError(f"Row {row['id']} has no reference answer (target) to compare with.")
@@ -68,7 +68,7 @@ class AlpacaEval:
 
 
 def grade(forward: Reply, backward: Reply) -> Grade:
-    """From the names of the better model, "m" for the first shown and "M" for the second, in both orders."""
+    """Grade from the better model's names in both orders: "m" is the first answer, "M" the second."""
     raw = [reply.text if reply.text is not None else reply.reason for reply in (forward, backward)]
     names = [(reply.text or "").strip() for reply in (forward, backward)]
     if any(name not in ("m", "M") for name in names):

@@ -1,4 +1,4 @@
-"""Where a judge's model lies: a model or adapter folder, a Hub id, or "world" for the embedded one."""
+"""Find a judge's model: a model or adapter folder, a Hub id, or "world" for the embedded judge."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from holdfast.weights.folders import check_adapter, find_model, from_hub, looks_
 
 
 def find_judge(path: str, download: bool = True) -> Path:
-    """The local folder of a judge's model or adapter.
+    """Return the local folder of a judge's model or adapter.
 
     Args:
-        download: fetch a Hub id that is not in the local cache; otherwise only look.
+        download: fetch a Hub id that is not in the local cache. If False, only search the cache.
 
     Raises:
-        ModelError: nothing is there, or it is neither a model nor an adapter in safetensors.
+        ModelError: nothing is found, or it is neither a model nor an adapter in safetensors.
     """
     if path == "world":
         from holdfast import world

@@ -1,10 +1,10 @@
 """Llama Guard 3 (8B, 1B) and 4 (12B): "safe", or "unsafe" and the hazards S1 to S14 of MLCommons.
 
-Inan et al., arXiv 2312.06674; model cards in meta-llama/PurpleLlama. The prompt is the chat template in
-the model's own folder, over one exchange of user and assistant, so its words are Meta's whatever the
-version; greedy. The first line must be "safe" or "unsafe", or the verdict is unparsed. There is no score:
-the card takes the probability of the first token, but where the template ends before a line break that
-token is the break. Of Llama Guard 4 the language model is loaded, not the part that reads images.
+Inan et al., arXiv 2312.06674; model cards in meta-llama/PurpleLlama. The prompt is the chat template in the
+model's own folder, applied to one exchange of user and assistant, so its words are Meta's for every version;
+greedy decoding. The first line must be "safe" or "unsafe", otherwise the verdict is unparsed. There is no
+score: the card uses the probability of the first token, but if the template ends before a line break, that
+token is the line break. For Llama Guard 4, the language model is loaded without the part that reads images.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MARKERS = (
 
 
 def parse(answer: str) -> Verdict:
-    """The first line decides; the hazards of the second are kept with it in `raw`."""
+    """The first line decides; the hazards in the second line are kept in `raw`."""
     lines = answer.strip().splitlines()
     first = lines[0].strip().lower() if lines else ""
     if first == "safe" and len(lines) == 1:
@@ -37,7 +37,7 @@ def parse(answer: str) -> Verdict:
 
 
 class LlamaGuard(WordJudge):
-    """A Llama that writes "safe" or "unsafe", and then the hazards."""
+    """A Llama that writes "safe" or "unsafe", followed by the hazards."""
 
     name, default, markers, new_tokens = "llama_guard", DEFAULT, MARKERS, NEW_TOKENS
     bos = False
@@ -54,7 +54,7 @@ class LlamaGuard(WordJudge):
         self.form = form
 
     def text(self, prompt: str, answer: str) -> str:
-        """The model's own chat template, with all special tokens."""
+        """Return the model's own chat template, with all special tokens."""
         return self.form(self.reader.clean(prompt), self.reader.clean(answer, self.max_length))
 
 

@@ -1,9 +1,9 @@
-"""MT-Bench: a language model on a server grades an answer from 1 to 10, after one turn or two.
+"""MT-Bench: a language model on a server grades an answer from 1 to 10, after one or two turns.
 
 Zheng et al., arXiv 2306.05685, section 3 (single answer grading). The four prompts are those of FastChat's
-`judge_prompts.jsonl` (Apache-2.0), word for word; with a reference answer, as for mathematics, reasoning
-and coding, the one that shows it. Temperature 0, at most 2048 tokens. Where we differ: two different ratings
-in one reply, or one outside 1 to 10, are no grade; FastChat takes the first.
+`judge_prompts.jsonl` (Apache-2.0), word for word; with a reference answer, as for mathematics, reasoning and
+coding, the prompt that shows it is used. Temperature 0, at most 2048 tokens. Where we differ: two different
+ratings in one reply, or a rating outside 1 to 10, give no grade; FastChat takes the first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MARKERS = (*FRAME, *(f"[[{rating}]]" for rating in range(1, 11)))
 
 @dataclass(frozen=True)
 class Talk:
-    """One or two turns: what was asked, what was answered, and reference answers where there are any."""
+    """One or two turns: the questions, the answers, and the reference answers if there are any."""
 
     questions: Sequence[str]
     answers: Sequence[str]
@@ -47,7 +47,7 @@ class MTBench:
         self.stamp = f"mt_bench@{model}/single 1-10"
 
     def messages(self, talk: Talk) -> list[dict[str, str]]:
-        """What the model reads of a talk."""
+        """Return the messages that grade a talk."""
         kind = "single-math-v1" if talk.references else "single-v1"
         two = len(talk.questions) == 2
         prompt = self.prompts[f"{kind}-multi-turn" if two else kind]
@@ -62,11 +62,11 @@ class MTBench:
         ]
 
     def __call__(self, talks: Sequence[Talk]) -> list[Grade]:
-        """A grade from 1 to 10 for each talk; its mean over all turns is the score of MT-Bench."""
+        """Return a grade from 1 to 10 for each talk; MT-Bench's score is its mean over all turns."""
         return [grade(r) for r in self.server.ask_all([self.messages(t) for t in talks], max_tokens=2048)]
 
     def rate(self, talks: Sequence[Mapping[str, Any]]) -> list[Grade]:
-        """For each row the mean of its turns' grades; no grade where one of them has none."""
+        """Return the mean of the grades of each row's turns; no grade if one of them has none."""
         asked = [(i, talk) for i, row in enumerate(talks) for talk in _turns(row)]
         grades: list[list[Grade]] = [[] for _ in talks]
         for (i, _), given in zip(asked, self([talk for _, talk in asked]), strict=True):
@@ -75,7 +75,7 @@ class MTBench:
 
 
 def grade(reply: Reply) -> Grade:
-    """The one rating in double brackets, or else in single ones."""
+    """Return the single rating in double brackets, or otherwise in single brackets."""
     if reply.text is None:
         return Grade(None, reply.reason)
     number = r"(\d+\.?\d*)"
@@ -87,7 +87,7 @@ def grade(reply: Reply) -> Grade:
 
 
 def _turns(row: Mapping[str, Any]) -> list[Talk]:
-    """The talk after each turn, with as many reference answers, if there are that many."""
+    """Return the talk after each turn, with as many reference answers, if there are that many."""
     questions, references = row.get("turns") or [question(row)], row.get("reference") or []
     return [
         Talk(questions[:n], row["answers"][:n], references[:n] if len(references) >= n else None)

@@ -1,7 +1,7 @@
 """A causal language model that reads judges' prompts: length-sorted batches, left-padded, greedy.
 
-Shared by the judges that are chat or completion models. The text that a judged model wrote is cut and
-neutralised here before it enters a prompt; the frame around it is never cut.
+Shared by the judges that are chat or completion models. The text of the judged model is cut and neutralised
+here before it enters a prompt; the prompt around it is never cut.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from holdfast.models.loading import load_model, load_tokenizer
 from holdfast.weights.folders import find_model, fingerprint
 
 BATCH_TOKENS = 8192
-"""Tokens of one batch, padding included."""
+"""Tokens of one batch, including padding."""
 
 MASS = 0.5
-"""Where the permitted answers have less of the next token's probability, the judge means something else."""
+"""Minimum probability of all permitted answers as next token; below it, the judge means something else."""
 
 
 class Reader:
@@ -30,10 +30,10 @@ class Reader:
 
     Args:
         path: model folder or Hub id.
-        adapter: the folder of an adapter to put on it.
-        words: the folder of the tokenizer; the adapter's or the model's own by default.
-        markers: strings of the judge's prompt that a judged text must not hold.
-        quantization: "nf4" or "int8", or None for the weights as they are.
+        adapter: the folder of an adapter to load on the model.
+        words: the folder of the tokenizer; by default that of the model.
+        markers: strings of the judge's prompt that a judged text must not contain.
+        quantization: "nf4" or "int8", or None for unchanged weights.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Reader:
         self.markers = (*markers, *special, *self.tokenizer.all_special_tokens)
 
     def clean(self, text: str, max_tokens: int | None = None) -> str:
-        """Text of a judged model or its user: the first `max_tokens` tokens, control strings broken up."""
+        """Return the first `max_tokens` tokens of a judged text, with control strings broken up."""
         text = neutralise_all(text, self.markers)
         if max_tokens is None:
             return text
@@ -68,10 +68,10 @@ class Reader:
         return text if len(offsets) <= max_tokens else text[: offsets[max_tokens - 1][1]]
 
     def write(self, prompts: Sequence[str], new_tokens: int, bos: bool) -> list[dict[str, Any]]:
-        """Greedy continuations, special tokens left out: rows with `answer`, or `error` if one is too long.
+        """Return greedy continuations without special tokens: rows with `answer`, or `error` if too long.
 
         Args:
-            bos: add the special tokens that the tokenizer adds; off for a chat template, which holds them.
+            bos: add the tokenizer's special tokens; False for a chat template, which contains them.
         """
         ids = self.tokenizer(list(prompts), add_special_tokens=bos)["input_ids"]
         found: dict[int, dict[str, Any]] = {}
@@ -83,13 +83,13 @@ class Reader:
     def next_word(
         self, prompts: Sequence[str], words: Sequence[str], bos: bool
     ) -> list[tuple[list[float], float] | None]:
-        """The probabilities of `words` as the next token, among themselves, and their share of all tokens.
+        """Return the probabilities of `words` as the next token, among themselves, and their total share.
 
         Returns:
-            None for a prompt that is too long, or where the model's outputs are not finite.
+            None for a prompt that is too long, or if the model's outputs are not finite.
 
         Raises:
-            ModelError: a word is no token of this tokenizer.
+            ModelError: a word is not a token of this tokenizer.
         """
         vocabulary = self.tokenizer.get_vocab()
         unknown = [word for word in words if word not in vocabulary]
@@ -111,7 +111,7 @@ class Reader:
         return [found.get(i) for i in range(len(ids))]
 
     def _last_logits(self, ids: list[list[int]]) -> Any:
-        """Logits (n, vocabulary) after the last token of each, in float32 on the CPU."""
+        """Return the logits (n, vocabulary) after the last token of each prompt, in float32 on the CPU."""
         import torch
 
         longest, device = max(map(len, ids)), self.model.device
@@ -130,19 +130,19 @@ class Reader:
 
 
 class WordJudge:
-    """A judge that writes its verdict in words. A kind of it gives its prompt (`text`) and how it is read."""
+    """A judge that writes its verdict in words. A subclass defines its prompt (`text`) and how to read it."""
 
     name: str
     default: str
     """The published model."""
     markers: Sequence[str]
-    """Strings of its prompt that a judged text must not hold."""
+    """Strings of its prompt that a judged text must not contain."""
     new_tokens: int
     parse: Callable[[str], Verdict]
     bos = True
-    """Whether the tokenizer's own special tokens are to be added to `text`."""
+    """Whether the tokenizer's own special tokens are added to `text`."""
     cut: int | None = None
-    """Tokens that it reads of an answer."""
+    """Maximum tokens that it reads of an answer."""
     batch_size = 256
 
     def __init__(
@@ -160,11 +160,11 @@ class WordJudge:
         self.stamp = f"{self.name}@{self.reader.content}"
 
     def text(self, prompt: str, answer: str) -> str:
-        """What the model reads."""
+        """Return the text that the model reads."""
         raise NotImplementedError
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        """What it wrote of each pair, parsed; unparsed where the pair is too long."""
+        """Return the parsed output for each pair; unparsed if the pair is too long."""
         texts = [self.text(p, a) for p, a in zip(prompts, answers, strict=True)]
         found = self.reader.write(texts, self.new_tokens, bos=self.bos)
         return [
@@ -174,10 +174,10 @@ class WordJudge:
 
 
 def chat_form(reader: Reader, **options: str) -> Callable[[str, str], str] | None:
-    """(prompt, answer) -> the model's own chat template over that exchange.
+    """Return a function (prompt, answer) -> the model's own chat template applied to that exchange.
 
-    Some templates want the content of a message as a list of parts, others as a text: the form is taken
-    that shows both texts and every option. None where neither does, or there is no template.
+    Some templates expect the content of a message as a list of parts, others as a text. The form that shows
+    both texts and every option is used. None if neither form does, or if there is no template.
     """
     import jinja2
 
@@ -204,19 +204,19 @@ def chat_form(reader: Reader, **options: str) -> Callable[[str, str], str] | Non
 
 
 def check(threshold: float | None = None, quantization: str | None = None, **_: Any) -> None:
-    """What would stop a judge that answers in words.
+    """Raise an error that would stop a judge that answers in words.
 
     Raises:
-        RecipeError: a threshold, which it does not have.
+        RecipeError: a threshold, which this judge does not have.
         ModelError: bitsandbytes is missing.
     """
     if threshold is not None:
-        raise RecipeError("threshold: this judge answers in words and compares no number. Leave it out.")
+        raise RecipeError("threshold: this judge answers in words and has no score. Leave it out.")
     check_installed(quantization)
 
 
 def check_installed(quantization: str | None = None, **_: Any) -> None:
-    """Make sure that a judge can be quantised.
+    """Check that a judge can be quantised.
 
     Raises:
         ModelError: bitsandbytes is missing.
@@ -229,9 +229,9 @@ def check_installed(quantization: str | None = None, **_: Any) -> None:
 
 
 def _unchunked(model: Any) -> None:
-    """Llama Guard 4 says `attention_chunk_size: null`, attend to everything; transformers 5.23 crashes on it.
+    """Replace `attention_chunk_size: null` of Llama Guard 4 (no chunks), which makes transformers 5.23 crash.
 
-    One chunk of all positions is the same.
+    One chunk over all positions is equivalent.
     """
     config = model.config.get_text_config()
     if getattr(config, "attention_chunk_size", 0) is None:

@@ -22,14 +22,14 @@ from holdfast.evaluation import client
 
 PROMPTS = Path(__file__).parent / "prompts"
 WORKERS = 8
-"""Questions that are asked at once."""
+"""Number of concurrent questions."""
 DOWN = 3
-"""So many questions at once without any answer: the server is gone, and the run stops."""
+"""If this many questions at once get no reply, the server is considered down and the run stops."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back: `text`, or None and why. `lost` says that no call came through at all."""
+    """A reply: `text`, or None and the reason. `lost` is true if no call was successful."""
 
     text: str | None
     reason: str = ""
@@ -66,11 +66,11 @@ class Server:
         self.length_key = "max_tokens"
 
     def ask_all(self, questions: Sequence[Sequence[Mapping[str, str]]], max_tokens: int) -> list[Reply]:
-        """A reply to each list of messages, several at once.
+        """Return a reply to each list of messages, with several requests at once.
 
         Raises:
-            StepFailed: the server refuses the key or the model, or does not answer at all, or the budget in
-                calls does not reach; what was judged before is kept.
+            StepFailed: the server refuses the key or the model, or does not answer, or the budget of calls is
+                too small; earlier verdicts are kept.
         """
         if self.max_calls is not None and self.max_calls - self.calls < len(questions):
             raise self._spent()
@@ -78,8 +78,8 @@ class Server:
             replies = list(pool.map(lambda messages: self._ask(messages, max_tokens), questions))
         if len(replies) >= DOWN and all(reply.lost for reply in replies):
             raise StepFailed(
-                f"No call to {self.model} came through ({replies[0].reason}). The verdicts so far are kept; "
-                "run again when the server answers."
+                f"No call to {self.model} was successful ({replies[0].reason}). Earlier verdicts are kept. "
+                "Run again when the server answers."
             )
         return replies
 
@@ -104,7 +104,7 @@ class Server:
             return Reply(None, f"the reply cannot be read: {self._told(error)}")
 
     def _call(self, messages: Sequence[Mapping[str, str]], max_tokens: int) -> Any:
-        """One call; models that know only `max_completion_tokens` are asked again with that."""
+        """Make one call; models that only accept `max_completion_tokens` are asked again with it."""
         import openai
 
         create: Any = self.client.chat.completions.create
@@ -118,15 +118,15 @@ class Server:
             return create(**options, **{self.length_key: max_tokens})
 
     def _read(self, completion: Any) -> Reply:
-        """The text of a completion, whatever a server may have put in its place."""
+        """Return the text of a completion, or the reason why there is none."""
         choices: Any = getattr(completion, "choices", None)
         message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
         if message is None:
-            return Reply(None, "the reply is no chat completion")
+            return Reply(None, "the reply is not a chat completion")
         if getattr(message, "refusal", None):
             return Reply(None, f"the judge refuses: {self._clean(str(message.refusal))}")
         if getattr(choices[0], "finish_reason", None) == "content_filter":
-            return Reply(None, "the server's content filter held the judgement back")
+            return Reply(None, "the server's content filter blocked the verdict")
         text = getattr(message, "content", None)
         if not isinstance(text, str) or not text.strip():
             return Reply(None, "the reply is empty")
@@ -146,24 +146,24 @@ class Server:
 
     def _spent(self) -> StepFailed:
         return StepFailed(
-            f"The budget of {self.max_calls} calls to {self.model} does not reach further ({self.calls} are "
-            "spent). The verdicts so far are kept; raise max_calls and run again to go on."
+            f"The budget of {self.max_calls} calls to {self.model} is not enough ({self.calls} are used). "
+            "The verdicts so far are kept; raise max_calls and run again to continue."
         )
 
     def _told(self, error: Exception) -> str:
         return self._clean(f"{type(error).__name__}: {first_line(error)}")
 
     def _clean(self, text: str) -> str:
-        """A server may repeat the key in what it says."""
+        """Remove the key from a text, because a server may repeat it."""
         key = self.client.api_key
         return text.replace(key, "[key]") if len(key) > 4 else text
 
 
 def check(model: str | None = None, base_url: str | None = None, **_: Any) -> None:
-    """What would stop a judge on a server, without calling it.
+    """Raise an error that would stop a judge on a server, without calling it.
 
     Raises:
-        RecipeError: no model is named, or the address is none.
+        RecipeError: no model is named, or the address is not valid.
         ModelError: the client or the key is missing.
     """
     if not model:
@@ -178,5 +178,5 @@ def check(model: str | None = None, base_url: str | None = None, **_: Any) -> No
 
 
 def fill(template: str, **texts: str) -> str:
-    """Put texts in place of {name}, in one pass: a text that itself says {name} stays as it is."""
+    """Replace {name} by texts in one pass, so that a {name} inside a text is not replaced."""
     return re.sub(r"\{(\w+)\}", lambda found: texts.get(found[1], found[0]), template)
