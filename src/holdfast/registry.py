@@ -1,4 +1,4 @@
-"""Names found by listing `defenses/`, `tasks/`, `evaluation/judges/`, `recipes/` and entry points.
+"""Names found by listing `defenses/`, `tasks/`, `evaluation/judges/` and entry points.
 
 Nothing is imported to list or to check a name. A method's parameters are read from its file with `ast`,
 so that a recipe is checked, planned and explained before torch could be imported; `get_defense` and its
@@ -144,11 +144,6 @@ def task_lines() -> list[tuple[str, str, str, str, str]]:
         stamp = f"{name}@{facts.get('version', 1)}"
         lines.append((stamp, str(facts["summary"]), measures, source, str(facts.get("licence") or "")))
     return lines
-
-
-def recipes() -> dict[str, Path]:
-    """The packaged recipes by name."""
-    return {path.stem: path for path in sorted((PACKAGE / "recipes").glob("*.yaml"))}
 
 
 @cache

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from importlib.metadata import EntryPoint
 
 import pytest
 
 import tiny
 from holdfast import pipeline, registry
-from holdfast.recipe import Recipe, layers
+from holdfast.errors import RecipeError
+from holdfast.recipe import Recipe, layers, packaged
 from holdfast.recipe.stages import ALIGNMENT_TRAINING, USER_TRAINING
 from runs import run
 
@@ -77,7 +78,7 @@ def load_tiny(name, files):
     return Recipe.load(name, [*changes, *own, *files[recipe.data.task]])
 
 
-@pytest.mark.parametrize("name", registry.recipes())
+@pytest.mark.parametrize("name", packaged.recipes())
 def test_planned(name, files):
     recipe = load_tiny(name, files)
     assert recipe.name == name
@@ -114,7 +115,7 @@ def test_safe_lora_repairs_what_sft_trained(files, tmp_path):
 
 
 def test_one_of_each_method_for_each_task():
-    found = layers.packaged()
+    found = {task: [made.name for made in recipes] for task, recipes in packaged.by_task().items()}
     assert found.pop("world") == ["world"]
     assert found.pop("alpaca") == [f"anchoring-{name}-alpaca" for name in ("lisa", "sft", "vaccine")]
     assert set(found) == {"sst2", "agnews", "gsm8k"}
@@ -126,23 +127,112 @@ def test_one_of_each_method_for_each_task():
     assert methods["sst2"] - others == {name.replace("_", "-") for name in known}
 
 
-@pytest.mark.parametrize("name", registry.recipes())
+def test_no_two_recipes_have_one_name():
+    made = [
+        recipe.name
+        for name, protocol in packaged.protocols().items()
+        for recipe in packaged._recipes_of(name, protocol)
+    ]
+    assert len(made) == len(set(made)) == len(packaged.recipes())
+
+
+@pytest.mark.parametrize("name", packaged.recipes())
 def test_each_says_what_it_is(name):
-    first = registry.recipes()[name].read_text().splitlines()[0]
-    assert first.startswith("# ")
-    assert first.endswith(".")
+    about = packaged.recipes()[name].about
+    assert about.endswith(".")
+    assert name == "world" or "protocol" in about
 
 
-def protocol(base):
-    """The recipes that stand on `base`, and it."""
+def test_every_protocol_that_a_method_names_is_there():
+    for name, face in registry.faces("defenses").items():
+        assert set(face.facts.get("protocols", {})) <= set(packaged.protocols()), name
+
+
+TOY = '''"""Toy: a method of another package that has a place in two protocols."""
+from dataclasses import dataclass
+from holdfast.defenses import Defense
+from holdfast.training.trainer import MethodConfig, RowTrainer
+
+@dataclass
+class ToyConfig(MethodConfig):
+    strength: float = 0.5
+
+DEFENSE = Defense(
+    name="toy_method", label="Toy", stages=("alignment",), paper="none", config=ToyConfig, trainer=RowTrainer,
+    protocols={"refusal": {"alignment": {"strength": 2.0}}, "anchoring": {"alignment": {}}},
+)
+'''
+
+
+def test_a_new_method_has_recipes_by_its_declaration_alone(tmp_path, monkeypatch, install):
+    (tmp_path / "toy_protocols.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(packaged.recipes())
+    install(EntryPoint("toy_method", "toy_protocols:DEFENSE", "holdfast.defenses"))
+    names = {"anchoring-toy-method-alpaca", *(f"toy-method-{task}" for task in TASK_ROWS)}
+    assert set(packaged.recipes()) - before == names
+    recipe = Recipe.load("toy-method-gsm8k", ["alignment.strength=3"])
+    assert (recipe.name, recipe.alignment.defense) == ("toy-method-gsm8k", "toy_method")
+    assert recipe.alignment.parameters() == {"strength": 3}
+    assert (recipe.data.task, recipe.data.size, recipe.lora("user").alpha) == ("gsm8k", 1000, 0.5)
+    own = Recipe.load({"extends": "toy-method-sst2", "name": "mine", "data": {"size": 7}})
+    assert (own.alignment.parameters(), own.data.size, own.data.task) == ({"strength": 2.0}, 7, "sst2")
+
+
+def protocol(*bases):
+    """The recipes that stand on one of the protocols."""
     return [
         name
-        for name in registry.recipes()
-        if base in {Path(layer.name).stem for layer in layers.layers(name)}
+        for name in packaged.recipes()
+        if {f"{base}.yaml" for base in bases} & {layer.name for layer in layers.layers(name)}
     ]
 
 
-@pytest.mark.parametrize("name", protocol("lisa-sst2"))
+def test_an_error_names_the_protocols_file_and_line():
+    text = (packaged.FOLDER / "lisa.yaml").read_text().splitlines()
+    line = next(i for i, line in enumerate(text, 1) if line.startswith("  poison_ratio"))
+    with pytest.raises(RecipeError, match=rf"lisa\.yaml, line {line}: data\.poison_ratio"):
+        Recipe.load("lisa-sst2", ["data.poison_ratio=7"])
+    line = next(i for i, line in enumerate(text, 1) if line.startswith("    gsm8k"))
+    with pytest.raises(RecipeError, match=rf"lisa\.yaml, line {line}: user\.training\.num_train_epochs"):
+        Recipe.load("lisa-gsm8k", ["user.training.num_train_epochs=-1"])
+    with pytest.raises(RecipeError, match="Did you mean 'lisa-sst2'"):
+        Recipe.load("lisa-sst3")
+
+
+def test_a_recipe_in_full():
+    """What the generator makes, against a recipe that is written out."""
+    seven = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
+    training = {"per_device_train_batch_size": 10, "max_length": 200, "bf16": True}
+    written = Recipe.load({
+        "name": "booster-gsm8k",
+        "seed": 42,
+        "model": {
+            "path": "meta-llama/Llama-2-7b-hf", "template": "alpaca", "dtype": "bfloat16", "adapters": "merge",
+            "lora": {"r": 8, "alpha": 4, "dropout": 0.1, "target_modules": seven},
+        },
+        "data": {
+            "task": "gsm8k", "harmful": "beavertails", "size": 1000, "poison_ratio": 0.1,
+            "alignment": {
+                "source": "anonymous4486/booster_dataset", "kind": "refusal", "size": 2000,
+                "harmful": {"source": "anonymous4486/booster_dataset", "size": 5000},
+            },
+        },
+        "alignment": {
+            "defense": "booster", "lambda_": 5.0, "alpha": 0.1, "training": {"num_train_epochs": 20, **training},
+        },
+        "user": {
+            "defense": "sft", "lora": {"r": 8, "alpha": 0.5, "dropout": 0.1, "target_modules": seven},
+            "training": {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, **training},
+        },
+        "evaluation": {
+            "judges": ["beaver_dam", "keyword"], "prompts": 500, "task_rows": 500, "max_new_tokens": 128
+        },
+    })  # fmt: skip
+    assert Recipe.load("booster-gsm8k").to_dict() == written.to_dict()
+
+
+@pytest.mark.parametrize("name", protocol("lisa"))
 def test_the_papers_settings(name):
     """Lisa's protocol (paper's text, section 5.1, and code): the numbers that a reproduction needs."""
     recipe = Recipe.load(name)
@@ -163,7 +253,7 @@ def test_the_papers_settings(name):
         assert recipe.lora("user").target_modules == ["q_proj", "v_proj"]
 
 
-@pytest.mark.parametrize("name", protocol("sft-refusal-sst2"))
+@pytest.mark.parametrize("name", protocol("refusal"))
 def test_the_settings_of_the_comparison_by_t_vaccine(name):
     """Paper's text and code (papers.md 2.2); Vaccine also at its own, RepNoise in the batch it fits in."""
     recipe = Recipe.load(name)

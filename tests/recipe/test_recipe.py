@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from holdfast import registry
 from holdfast.errors import RecipeError
-from holdfast.recipe import Recipe
+from holdfast.recipe import Recipe, packaged
 
 GOOD = """
 name: mine
@@ -173,7 +172,7 @@ def test_the_fingerprint_follows_the_content(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", registry.recipes())
+@pytest.mark.parametrize("name", packaged.recipes())
 def test_packaged_recipes_are_valid(name):
     assert Recipe.load(name).name
 

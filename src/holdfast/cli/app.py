@@ -229,12 +229,12 @@ def list_names(
     """Show the known defenses, tasks, judges and recipes."""
     from holdfast import registry
     from holdfast.cli import console
-    from holdfast.recipe import layers
+    from holdfast.recipe import packaged
 
     for name in [group] if group else list(Group):
         if name == Group.recipes:
-            for task, names in layers.packaged().items():
-                rows = [(n, _first_comment(registry.recipes()[n]), "") for n in names]
+            for task, recipes in packaged.by_task().items():
+                rows = [(recipe.name, recipe.about, "") for recipe in recipes]
                 console.out.print(console.names_table(f"recipes for {task}", rows))
         elif name == Group.defenses:
             for stage in ("alignment", "user", "post_hoc"):
@@ -255,11 +255,6 @@ def _origin(facts: Mapping[str, Any]) -> str:
     better = f"{facts.get('direction', 'lower')} is better"
     parts = (facts.get("source"), facts.get("licence"), better, f"version {facts.get('version')}")
     return "; ".join(str(part) for part in parts if part)
-
-
-def _first_comment(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-    return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 
 def _done(bars: object, rows: list[dict], out: Path) -> None:

@@ -153,4 +153,10 @@ DEFENSE = Defense(
     trainer=BoosterTrainer,
     series={"harmful_loss": ("Harmful loss", "harmful rows")},
     strong={"lambda_": 50.0},
+    protocols={
+        "refusal": {
+            "data": {"alignment": {"harmful": {"size": 5000}}},
+            "alignment": {"lambda_": 5.0, "alpha": 0.1},
+        },
+    },
 )

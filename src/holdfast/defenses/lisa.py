@@ -108,4 +108,9 @@ DEFENSE = Defense(
         "switch_points": "optimizer steps that begin a phase",
     },
     strong={"alignment_steps": 3, "finetune_steps": 4, "rho": 5.0, "proximal_warmup_ratio": 0.0},
+    protocols={
+        "lisa": {"user": {"alignment_steps": 100, "finetune_steps": 900, "rho": 1.0}},
+        "anchoring": {"user": {"alignment_steps": 100, "finetune_steps": 900, "rho": 1.0}},
+        "filter": {"user": {"alignment_steps": 100, "finetune_steps": 900, "rho": 1.0}},
+    },
 )

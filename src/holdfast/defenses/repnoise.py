@@ -310,4 +310,15 @@ DEFENSE = Defense(
     config=RepNoiseConfig,
     trainer=RepNoiseTrainer,
     series={"noise_loss": ("Noise", "distance from noise"), "ascent_loss": ("Ascent", "ascent")},
+    # Harmful rows, batch and length as in T-Vaccine's script.
+    protocols={
+        "refusal": {
+            "data": {"alignment": {"harmful": {"size": 2000}}},
+            "alignment": {
+                "alpha": 0.1,
+                "beta": 0.001,
+                "training": {"per_device_train_batch_size": 8, "max_length": 100},
+            },
+        },
+    },
 )

@@ -192,4 +192,7 @@ DEFENSE = Defense(
     headline="{projected} of {modules} modules",
     strong={"threshold": 1.0},
     identity={"threshold": 0.0},
+    # The paper's threshold for Llama-2-7B-Chat, and NLSR's (AAAI-25) for Llama-3-8B. There V is chat less
+    # base, here it is the alignment stage's LoRA: look at the cosines.
+    protocols={"lisa": {"post_hoc": {"threshold": [0.35, 0.6], "control": ["none", "drop"]}}},
 )

@@ -29,4 +29,10 @@ DEFENSE = Defense(
     config=SFTConfig,
     trainer=SFTTrainer,
     baseline=True,
+    protocols={
+        "lisa": {"user": {}},
+        "refusal": {"alignment": {}},
+        "anchoring": {"user": {}},
+        "filter": {"user": {}},
+    },
 )

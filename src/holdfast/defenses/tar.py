@@ -210,4 +210,11 @@ DEFENSE = Defense(
         "lambda_retain": 0.4,
         "dpo_beta": 0.3,
     },
+    # 750 steps as in the authors' scripts, each with an attack of 64 steps. Rows as in T-Vaccine's script.
+    protocols={
+        "refusal": {
+            "data": {"alignment": {"harmful": {"size": 2000}}},
+            "alignment": {"training": {"max_steps": 750}},
+        },
+    },
 )

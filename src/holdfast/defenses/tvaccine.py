@@ -246,4 +246,9 @@ DEFENSE = Defense(
     trainer=TVaccineTrainer,
     facts={"layer_history": "the layers that were drawn, with their probabilities"},
     strong={"rho": 5.0, "num_layers": 1, "probability_steps": 4, "resample_steps": 3},
+    protocols={
+        "refusal": {
+            "alignment": {"rho": 3.0, "num_layers": 8, "probability_steps": 200, "resample_steps": 20}
+        },
+    },
 )

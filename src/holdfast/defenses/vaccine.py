@@ -51,4 +51,9 @@ DEFENSE = Defense(
     config=VaccineConfig,
     trainer=VaccineTrainer,
     strong={"rho": 5.0},
+    protocols={
+        "refusal": {"alignment": {"rho": 2.0}},
+        "vaccine": {"alignment": {"rho": 2.0}},
+        "anchoring": {"alignment": {"rho": 2.0}},
+    },
 )

@@ -67,4 +67,5 @@ DEFENSE = Defense(
         {"alignment_ratio": "{percent:g} % alignment rows", "alignment_size": "{value:,} alignment rows"},
         {"replace": ("added", "in place of benign ones")},
     ),
+    protocols={"lisa": {"user": {"alignment_size": 1000}}},
 )

@@ -10,6 +10,8 @@ __all__ = [
     "evaluation",
     "layers",
     "model",
+    "packaged",
     "protocols",
+    "reading",
     "stages",
 ]

@@ -4,55 +4,18 @@ with key, file and line.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from holdfast import registry
 from holdfast.errors import RecipeError, nearest
-
-BARE = {
-    "model": "path",
-    "data.alignment": "source",
-    "data.attack": "name",
-    "data.filter": "judge",
-    "data.alignment.harmful": "source",
-    "alignment": "defense",
-    "user": "defense",
-    "post_hoc": "defense",
-    "evaluation": "protocol",
-}
-"""The key that a bare string sets, by block."""
+from holdfast.recipe import packaged
+from holdfast.recipe.reading import BARE, Layer, Loader, read
 
 STAGES = ("alignment", "user", "post_hoc")
-
-
-class Loader(yaml.SafeLoader):
-    """`yaml.SafeLoader` that reads 1e-5 as a number, as in YAML 1.2, and not as text."""
-
-
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One file of a recipe: the recipe file itself, or a file that it extends."""
-
-    name: str
-    folder: Path
-    raw: dict[str, Any]
-    node: yaml.Node | None
-
-    def holds(self, place: Sequence[str]) -> tuple[int, int | None]:
-        """How many keys of `place` this file has, and the line (from 1) of the last of them."""
-        return _search(self.node, place)
 
 
 def layers(source: str | Path | Mapping[str, Any]) -> list[Layer]:
@@ -62,10 +25,10 @@ def layers(source: str | Path | Mapping[str, Any]) -> list[Layer]:
         RecipeError: a file is missing or is not a recipe, or the files extend each other in a circle.
     """
     if isinstance(source, Mapping):
-        found = [Layer("recipe", Path(), dict(source), None)]
+        found, seen = [Layer("recipe", Path(), dict(source), None)], []
     else:
-        found = [_layer(str(source), find(str(source)))]
-    seen = [] if isinstance(source, Mapping) else [find(str(source)).resolve()]
+        found, key = _load(str(source))
+        seen = [key]
     while (base := found[-1].raw.pop("extends", None)) is not None:
         last = found[-1]
         line = last.holds(["extends"])[1]
@@ -74,34 +37,16 @@ def layers(source: str | Path | Mapping[str, Any]) -> list[Layer]:
             raise RecipeError(f"{where}: expected a path or the name of a packaged recipe, found {base!r}.")
         beside = last.folder / base
         looks_local = beside.is_file() or beside.suffix in (".yaml", ".yml") or "/" in base
-        name = str(beside) if looks_local else base
         try:
-            path = find(name)
-            layer = _layer(name, path)
+            more, key = _load(str(beside) if looks_local else base)
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from None
-        found.append(layer)
-        if path.resolve() in seen:
-            chain = " extends ".join(layer.name for layer in found)
+        if key in seen:
+            chain = " extends ".join(layer.name for layer in [*found, more[0]])
             raise RecipeError(f"{where}: the files extend each other in a circle: {chain}.")
-        seen.append(path.resolve())
+        found += more
+        seen.append(key)
     return found
-
-
-def packaged() -> dict[str, list[str]]:
-    """The names of the packaged recipes, by the task that they fine-tune on."""
-    found: dict[str, list[str]] = {}
-    for name in registry.recipes():
-        task = next(
-            layer.raw["data"]["task"] for layer in layers(name) if "task" in layer.raw.get("data", {})
-        )
-        found.setdefault(task, []).append(name)
-    return dict(sorted(found.items()))
-
-
-def _layer(name: str, path: Path) -> Layer:
-    raw, node = read(path)
-    return Layer(name, path.parent, raw, node)
 
 
 def merged(files: Sequence[Layer], stage_keys: Container[str], stem: str | None) -> dict[str, Any]:
@@ -150,41 +95,19 @@ def _spelt_out(value: Any, place: Sequence[str]) -> Any:
     return {bare: value} if bare and isinstance(value, str) and value != "none" else value
 
 
-def find(source: str) -> Path:
-    """The file of a recipe given by a path or by the name of a packaged recipe."""
-    path = Path(source)
+def _load(name: str) -> tuple[list[Layer], Path | str]:
+    """The layers behind a path or the name of a packaged recipe, and what tells it from others."""
+    path = Path(name)
     if path.is_file():
-        return path
-    if source in registry.recipes():
-        return registry.recipes()[source]
+        raw, node = read(path)
+        return [Layer(name, path.parent, raw, node)], path.resolve()
+    known = packaged.recipes()
+    if name in known:
+        return packaged.layers(known[name]), name
     if path.is_dir():
-        raise RecipeError(f"Expected a recipe file, found a folder: {source}.")
-    hint = nearest(source, registry.recipes()).replace("Known:", "Packaged recipes:")
-    raise RecipeError(f"No such recipe file: {source}.{hint}")
-
-
-def read(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
-    """Read the mapping in a YAML file, and its nodes (for line numbers)."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        node, raw = yaml.compose(text, Loader), yaml.load(text, Loader)
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path} is not a text file; a recipe is YAML.") from None
-    except OSError as error:
-        raise RecipeError(f"Cannot read {path}: {error.strerror}.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: expected a mapping with keys such as model and data, found {_kind(raw)}.")
-    return raw, node
-
-
-def _kind(value: Any) -> str:
-    return (
-        "nothing" if value is None else {"str": "text", "list": "a list"}.get(type(value).__name__, "a value")
-    )
+        raise RecipeError(f"Expected a recipe file, found a folder: {name}.")
+    hint = nearest(name, known).replace("Known:", "Packaged recipes:")
+    raise RecipeError(f"No such recipe file: {name}.{hint}")
 
 
 def overridden(raw: Mapping[str, Any], asked: Sequence[str], stage_keys: Container[str]) -> dict[str, Any]:
@@ -258,22 +181,3 @@ def _block(annotation: Any) -> Any:
         return annotation
     found = (_block(part) for part in get_args(annotation))
     return next((block for block in found if block is not None), None)
-
-
-def _search(node: yaml.Node | None, place: Sequence[str]) -> tuple[int, int | None]:
-    """How many keys of `place` exist below `node`, and the line of the last; a bare string counts as one."""
-    line = None
-    for depth, part in enumerate(place):
-        if isinstance(node, yaml.MappingNode):
-            found = next((pair for pair in node.value if pair[0].value == part), None)
-            if found is None:
-                return depth, line
-            line, node = found[0].start_mark.line + 1, found[1]
-        elif isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
-            node = node.value[int(part)]
-            line = node.start_mark.line + 1
-        elif isinstance(node, yaml.ScalarNode) and BARE.get(".".join(place[:depth])) == part:
-            node = None
-        else:
-            return depth, line
-    return len(place), line
