@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast import registry
-from holdfast.machine.files import read_jsonl, write_json, write_text
+from holdfast.machine.files import read_jsonl, write_json, write_jsonl
 from holdfast.machine.progress import Advance
 from holdfast.measuring import judging, protocol
 from holdfast.pipeline.context import Context
@@ -103,7 +103,7 @@ def score_answers(
     folder: Path, context: Context, generate: str, moderate: Sequence[str], rate: str | None
 ) -> None:
     """`scores.json` from the answers, all judges' verdicts, and the ratings if there are any."""
-    from holdfast.evaluation.scoring import as_lines, compute_scores, items
+    from holdfast.evaluation.scoring import compute_scores, items
 
     verdicts = {}
     for judge, step in zip(context.recipe.evaluation.judges, moderate, strict=True):
@@ -120,6 +120,4 @@ def score_answers(
     scores = compute_scores(generations, verdicts, task.grade, truth, task.metric, ratings, titles)
     write_json(folder / "scores.json", scores)
     headline = next(iter(verdicts.values()), [])
-    write_text(
-        folder / "items.jsonl", as_lines(items(generations, headline, task.grade, task.metric, ratings))
-    )
+    write_jsonl(folder / "items.jsonl", items(generations, headline, task.grade, task.metric, ratings))
