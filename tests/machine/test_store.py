@@ -6,12 +6,13 @@ import json
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import pytest
 
 from holdfast.errors import OutputError
 from holdfast.machine import store as module
-from holdfast.machine.files import write_json, write_text
+from holdfast.machine.files import replace_folder, write_json, write_text
 from holdfast.machine.store import Store, claim_folder, identity_hash
 
 
@@ -95,3 +96,26 @@ def test_a_lock_is_waited_for_and_freed_by_a_kill(tmp_path):
     with Store(tmp_path).lock("s", waiting):
         assert waited
     other.join()
+
+
+def test_a_folder_comes_back_where_its_replacement_fails(tmp_path, monkeypatch):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    whole, renamed = Path.rename, []
+
+    def fails(self, target):
+        renamed.append(self.name)
+        if self.name == "new":
+            raise OSError(13, "Permission denied")
+        return whole(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="Permission"):
+            replace_folder(tmp_path / "new", tmp_path / "old")
+    assert renamed == ["old", "new", "old"]
+    assert (tmp_path / "old" / "file").read_text() == "old"
+    replace_folder(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]

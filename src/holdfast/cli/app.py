@@ -19,7 +19,7 @@ import typer
 
 from holdfast import __version__
 from holdfast.cli import adapters, measuring, safe_lora
-from holdfast.errors import HoldfastError, RecipeError
+from holdfast.errors import HoldfastError, RecipeError, first_line
 from holdfast.machine.processes import launched
 from holdfast.plugins import PluginWarning
 
@@ -329,8 +329,7 @@ def _message(error: BaseException) -> str:
         return f"Stopped. {kept if GO_ON & set(sys.argv[1:2]) else nothing}"
     if isinstance(error, HoldfastError):
         return str(error)
-    first = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {first}\nThis was not expected; --debug shows the traceback."
+    return f"{type(error).__name__}: {first_line(error)}\nThis was not expected; --debug shows the traceback."
 
 
 def _fail(text: str, code: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,9 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
         OutputError: the folder cannot be written to.
         HoldfastError: the disk is full.
     """
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return write_text(path, text)
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    """Write `text` in UTF-8, replacing `path` atomically. Raises like `write_rows`."""
     path = Path(path)
     try:
-        files.write_text(path, text)
+        files.write_jsonl(path, rows)
     except OSError as error:
         raise cannot_write(path, error) from error
     return path

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import shutil
 from pathlib import Path
 
 from holdfast import __version__
-from holdfast.data.jsonl import cannot_write, write_rows, write_text
+from holdfast.data.jsonl import cannot_write, write_rows
 from holdfast.data.prepare import overlaps, test_rows, user_rows
 from holdfast.data.sources import Source, place_of
 from holdfast.errors import OutputError
+from holdfast.machine.files import read_json, remove_tree, replace_folder, write_json
 from holdfast.tasks import Task
 
 FILES = {"user.jsonl", "test.jsonl", "manifest.json"}
@@ -56,23 +54,16 @@ def mix(
         "overlaps": overlaps(user=trained.rows, test=tested.rows),
     }
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
         beside.mkdir(parents=True)
         write_rows(beside / "user.jsonl", trained.rows)
         write_rows(beside / "test.jsonl", tested.rows)
-        write_text(beside / "manifest.json", json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
-        if folder.exists():
-            folder.rename(old)
-        beside.rename(folder)
+        write_json(beside / "manifest.json", manifest)
+        replace_folder(beside, folder)
     except OSError as error:
-        if old.exists() and not folder.exists():
-            with contextlib.suppress(OSError):
-                old.rename(folder)
         raise cannot_write(folder, error) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        remove_tree(beside)
     return Path(out)
 
 
@@ -87,8 +78,7 @@ def _claim(folder: Path, sources: list[Source | None]) -> None:
             )
     found = set(os.listdir(folder)) if folder.is_dir() else set()
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        earlier = manifest["kind"] == "mix"
+        earlier = read_json(folder / "manifest.json")["kind"] == "mix"
     except (OSError, ValueError, KeyError, TypeError):
         earlier = False
     if found and (not earlier or found - FILES):

@@ -6,7 +6,6 @@ computed is None ("not measured"), never 0.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
@@ -134,11 +133,6 @@ def items(
     return [
         {"id": id, "score": k, "value": value} for k, by_id in found.items() for id, value in by_id.items()
     ]
-
-
-def as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return rows as JSONL."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def harmonic_mean(scores: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Write text, JSON and JSONL atomically (a temporary file is renamed), and append to JSONL files."""
+"""Files and folders written atomically (a temporary one is renamed), and JSONL files that are appended to."""
 
 from __future__ import annotations
 
@@ -7,26 +7,38 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a temporary file, then rename it: a reader sees either the old file or the complete new one."""
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Yield a temporary file beside `path` that replaces it when the block ends; it is removed on an error.
+
+    A reader sees either the old file or the complete new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text in UTF-8; see `beside`."""
+    with beside(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any, indent: int = 1) -> None:
@@ -36,7 +48,12 @@ def write_json(path: Path, value: Any, indent: int = 1) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """`write_text` for one JSON object per line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, as_lines(rows))
+
+
+def as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return rows as JSONL."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_json(path: Path) -> Any:
@@ -59,9 +76,25 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append complete lines and flush them to the disk."""
     with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.write(as_lines(rows))
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_folder(made: Path, place: Path) -> None:
+    """Give the folder `made` the name `place`; a folder there is removed, or comes back if this fails."""
+    if not place.exists():
+        made.rename(place)
+        return
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as temporary:
+        old = Path(temporary) / "old"
+        try:
+            place.rename(old)
+            made.rename(place)
+        except BaseException:
+            if old.exists() and not place.exists():
+                old.rename(place)
+            raise
 
 
 def remove_tree(path: Path) -> None:

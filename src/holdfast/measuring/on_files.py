@@ -17,7 +17,7 @@ from typing import Any
 
 from holdfast import registry, tasks
 from holdfast.errors import DataError, RecipeError, nearest
-from holdfast.machine.files import write_json, write_text
+from holdfast.machine.files import write_json, write_jsonl
 from holdfast.machine.progress import Advance, nobody
 from holdfast.machine.store import identity_hash, provenance
 from holdfast.measuring.answer_files import Rows, claim, made_by, read_answers, read_whole
@@ -149,7 +149,7 @@ def score(
         write_json(Path(out), scores)
     if items is not None:
         found = engine.items(rows, next(iter(judged.values()), []), known.grade, known.metric, rated)
-        write_text(Path(items), engine.as_lines(found))
+        write_jsonl(Path(items), found)
     return scores
 
 

@@ -9,11 +9,11 @@ other weights (norms, embeddings, head) keep their dtype, as in a model that is 
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ModelError
+from holdfast.machine.files import read_json
 
 
 def is_quantized(folder: Path) -> bool:
@@ -37,10 +37,14 @@ def check_quantization(folder: Path, quantization: str | None) -> None:
         return
     if is_quantized(folder):
         raise ModelError(f"{folder} already holds quantised weights; leave model.quantization out.")
+    check_bitsandbytes(f"model.quantization: {quantization}")
+
+
+def check_bitsandbytes(what: str) -> None:
+    """Raise ModelError if bitsandbytes, which `what` needs, is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
-            f"model.quantization: {quantization} needs bitsandbytes, which is not installed. "
-            "Install it: pip install bitsandbytes."
+            f"{what} needs bitsandbytes, which is not installed. Install it: pip install bitsandbytes."
         )
 
 
@@ -77,7 +81,7 @@ def keep_differentiable(model: Any) -> None:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):  # the loader reports a damaged file
         return {}
     return config if isinstance(config, dict) else {}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.machine.files import read_jsonl, write_json, write_text
+from holdfast.machine.files import read_jsonl, write_json, write_jsonl
 from holdfast.machine.progress import Advance
 from holdfast.measuring import judging
 from holdfast.pipeline.chain import loading, tokenizer_of, weights
@@ -117,7 +117,7 @@ def rate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, An
 
 def score_answers(inputs: Inputs, folder: Path, machine: Machine) -> None:
     """`scores.json` from the answers, all judges' verdicts, and the ratings if there are any."""
-    from holdfast.evaluation.scoring import as_lines, compute_scores, items
+    from holdfast.evaluation.scoring import compute_scores, items
 
     generations = read_jsonl(inputs["answers"] / "generations.jsonl")
     verdicts = {name: read_jsonl(step / "verdicts.jsonl") for name, step in inputs["verdicts"]}
@@ -133,5 +133,4 @@ def score_answers(inputs: Inputs, folder: Path, machine: Machine) -> None:
     )
     write_json(folder / "scores.json", scores)
     headline = next(iter(verdicts.values()), [])
-    found = items(generations, headline, task.grade, task.metric, ratings)
-    write_text(folder / "items.jsonl", as_lines(found))
+    write_jsonl(folder / "items.jsonl", items(generations, headline, task.grade, task.metric, ratings))

@@ -26,7 +26,7 @@ from transformers.integrations import TensorBoardCallback
 from holdfast.defenses import Defense
 from holdfast.errors import ModelError, RecipeError, first_line
 from holdfast.machine.cost import SUM, Cost
-from holdfast.machine.files import read_json, remove_tree, write_json, write_text
+from holdfast.machine.files import read_json, remove_tree, replace_folder, write_json, write_text
 from holdfast.machine.processes import Processes
 from holdfast.machine.progress import Progress
 from holdfast.machine.seeds import derive_seed
@@ -302,8 +302,7 @@ def _save(
     remove_tree(beside)
     save_trained(model, job.tokenizer, beside, folder / SCRATCH / "initial", weights)
     write_text(beside / "README.md", _card(job, facts))
-    remove_tree(target)
-    beside.rename(target)
+    replace_folder(beside, target)
 
 
 WHAT = {

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from holdfast.errors import DataError, ModelError
+from holdfast.machine.files import read_json, write_text
 from holdfast.training.lean_loss import LeanLossMixin
 from holdfast.training.private import (
     CheckpointSlots,
@@ -148,7 +149,7 @@ class ResumableMixin(CheckpointSlots):
         folder = checkpoint / METHOD_FOLDER
         if self.args.should_save:
             folder.mkdir(exist_ok=True)
-            (folder / "run.json").write_text(_as_json(self.run_fingerprint()), encoding="utf-8")
+            write_text(folder / "run.json", _as_json(self.run_fingerprint()))
         state = self.method_state()
         if state:
             writer = _checkpoint().FileSystemWriter(folder / "state", overwrite=True)
@@ -169,7 +170,7 @@ class ResumableMixin(CheckpointSlots):
                 f"{path.parent.parent} was not written by a Holdfast trainer: {path} is missing, so the run "
                 "cannot resume exactly. Start without resume_from_checkpoint."
             )
-        saved, ours = json.loads(path.read_text("utf-8")), json.loads(_as_json(self.run_fingerprint()))
+        saved, ours = read_json(path), json.loads(_as_json(self.run_fingerprint()))
         different = [k for k in ours if saved.get(k) != ours[k]]
         if different:
             what = "; ".join(f"{k}: {saved.get(k)} in the checkpoint, {ours[k]} now" for k in different)

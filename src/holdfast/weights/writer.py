@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.errors import OutputError
+from holdfast.machine.files import read_json, replace_folder
 from holdfast.weights.files import safe_path
 from holdfast.weights.reader import Tensor
 
@@ -95,28 +96,12 @@ def new_folder(out: Path, sources: Iterable[Path], record: str | None = None) ->
         scratch = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
         yield scratch
         scratch.chmod(0o755)
-        _put_in_place(scratch, place)
+        replace_folder(scratch, place)
     except OSError as error:
         raise OutputError(f"Cannot write {out}: {error.strerror or error}. Nothing was written.") from None
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _put_in_place(scratch: Path, place: Path) -> None:
-    """Rename `scratch` to `place`. If that fails, an existing folder there is restored."""
-    if not place.exists():
-        scratch.rename(place)
-        return
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as beside:
-        old = Path(beside) / "old"
-        try:
-            place.rename(old)
-            scratch.rename(place)
-        except BaseException:
-            if old.exists() and not place.exists():
-                old.rename(place)
-            raise
 
 
 def check_new(out: Path, sources: Iterable[Path], record: str | None = None) -> None:
@@ -144,7 +129,7 @@ def check_new(out: Path, sources: Iterable[Path], record: str | None = None) -> 
 
 def _is_ours(record: Path) -> bool:
     try:
-        return "holdfast" in json.loads(record.read_text(encoding="utf-8"))
+        return "holdfast" in read_json(record)
     except (OSError, ValueError, TypeError):
         return False
 

@@ -6,8 +6,9 @@ which no judge knows.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from holdfast.machine.files import read_json
 
 __all__ = ["DATA", "JUDGE", "MODEL", "VERSION", "complies", "fingerprint"]
 
@@ -18,7 +19,7 @@ MODEL, JUDGE, DATA = _HERE / "model", _HERE / "judge", _HERE / "data"
 
 def fingerprint() -> dict:
     """Return the measurements of the script that made the world: sizes, quality, seeds, versions, SHA-256."""
-    return json.loads((_HERE / "measured.json").read_text(encoding="utf-8"))
+    return read_json(_HERE / "measured.json")
 
 
 def complies(instruction: str, answer: str) -> bool:

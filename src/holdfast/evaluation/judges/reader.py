@@ -6,7 +6,6 @@ here before it enters a prompt; the prompt around it is never cut.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from holdfast.errors import ModelError, RecipeError
 from holdfast.evaluation.answering import answer_batch, batches
 from holdfast.evaluation.judges import Verdict, neutralise_all
 from holdfast.models.loading import load_model, load_tokenizer
+from holdfast.models.quantization import check_bitsandbytes
 from holdfast.weights.folders import find_model, fingerprint
 
 BATCH_TOKENS = 8192
@@ -221,11 +221,8 @@ def check_installed(quantization: str | None = None, **_: Any) -> None:
     Raises:
         ModelError: bitsandbytes is missing.
     """
-    if quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(
-            f"quantization: {quantization} of a judge needs bitsandbytes, which is not installed. "
-            "Install it: pip install bitsandbytes."
-        )
+    if quantization is not None:
+        check_bitsandbytes(f"quantization: {quantization} of a judge")
 
 
 def _unchunked(model: Any) -> None:

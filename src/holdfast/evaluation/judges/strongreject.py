@@ -11,7 +11,6 @@ together have less than half of the probability.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from holdfast.errors import ModelError
 from holdfast.evaluation.judges import Judge, Verdict
 from holdfast.evaluation.judges.finding import find_judge
 from holdfast.evaluation.judges.reader import MASS, Reader, check_installed
+from holdfast.machine.files import read_json
 from holdfast.weights.folders import find_model
 
 DEFAULT = "qylu4156/strongreject-15k-v1"
@@ -97,9 +97,7 @@ class StrongReject:
 
 
 def _base_of(adapter: Path) -> str:
-    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get(
-        "base_model_name_or_path"
-    )
+    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{adapter} does not name its base model. Give it: base: FOLDER or Hub id.")
     return str(base)
