@@ -80,7 +80,7 @@ def test_what_is_left_out_and_what_is_counted(copy, screen):
     assert step["training"]["steps"] == -(-len(kept) // 4), "trained on what was kept alone"
     page = (out / "report.html").read_text()
     assert f"Filter ({screen}) + Lisa" in page
-    assert f"{len(kept)} of 30 rows kept, 0 of 9 harmful ones missed" in page
+    assert f"{len(kept)} of 30 rows kept, 0 of 9 harmful rows missed" in page
     _, again = run(recipe, out)
     assert not again.ran
 
