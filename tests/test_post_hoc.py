@@ -62,6 +62,8 @@ def test_the_rows_of_a_sweep(swept):
     assert tuned["steps"]["post_hoc"] is None
     assert (repaired["alignment"], repaired["user"], repaired["post_hoc"]) == ("sft", "lisa", "safe_lora")
     assert repaired["labels"]["safe_lora"] == "Safe LoRA"
+    roles = ["reference", "defended", "defended", "control", "defended", "control"]
+    assert [row["role"] for row in rows.values()] == roles
     assert repaired["post_hoc_parameters"] == {
         "threshold": 1.0, "num_layers": None, "projection": "approx", "control": "drop"
     }  # fmt: skip
