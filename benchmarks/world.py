@@ -15,7 +15,7 @@ from typing import Any
 from _record import save
 
 from holdfast import Recipe, run
-from holdfast.cli.demo import RUNS, user_runs
+from holdfast.cli.demo import user_runs
 from holdfast.reporting.charts import save_png
 from holdfast.reporting.collect import collect
 
@@ -26,19 +26,20 @@ SCORES = ("harmful_score", "true_harmful_score", "finetune_accuracy", "benign_co
 
 def runs() -> dict[str, list[str]]:
     """The name of each row, and its changes to the packaged recipe."""
+    shown = user_runs()
     ratios = {
-        f"{name}, p={p:g}": [*RUNS[name], f"data.poison_ratio={p:g}"]
+        f"{name}, p={p:g}": [*shown[name], f"data.poison_ratio={p:g}"]
         for name in ("SFT", "Lisa")
         for p in (0, 0.05, 0.2)
     }
     others = dict(user_runs(full=True))
     others.pop("SFT without harmful rows")  # the same as SFT, p=0
-    swept = {f"Lisa, rho={rho:g}": [*RUNS["Lisa"], f"user.rho={rho:g}"] for rho in (0.1, 0.3, 3)}
-    terms = {f"Lisa, {term}": [*RUNS["Lisa"], f"user.proximal={term}"] for term in ("fisher", "delta_w")}
+    swept = {f"Lisa, rho={rho:g}": [*shown["Lisa"], f"user.rho={rho:g}"] for rho in (0.1, 0.3, 3)}
+    terms = {f"Lisa, {term}": [*shown["Lisa"], f"user.proximal={term}"] for term in ("fisher", "delta_w")}
     weights = {f"EWC, lambda={x}": ["user.defense=ewc", f"user.lambda_={x}"] for x in ("1e4", "1e5")}
     plain = {"EWC, l2": ["user.defense=ewc", "user.penalty=l2", "user.lambda_=1"]}
     controls = {
-        f"SFT + Safe LoRA, {control}": [*RUNS["SFT + Safe LoRA"], f"post_hoc.control={control}"]
+        f"SFT + Safe LoRA, {control}": [*shown["SFT + Safe LoRA"], f"post_hoc.control={control}"]
         for control in ("drop", "random")
     }
     return {**others, **controls, **ratios, **swept, **terms, **weights, **plain}

@@ -18,14 +18,14 @@ from _record import save
 from world import SEEDS, over_seeds
 
 from holdfast import Recipe, run
-from holdfast.cli.demo import RUNS, alignment_runs
+from holdfast.cli.demo import alignment_runs, user_runs
 
 COSTS = {"alignment_seconds": statistics.mean, "alignment_peak_memory_bytes": max}
 
 
 def runs() -> dict[str, list[str]]:
     """The name of each run, and its changes to the packaged recipe."""
-    return {"SFT": RUNS["SFT"], **alignment_runs(full=True)}
+    return {"SFT": user_runs()["SFT"], **alignment_runs(full=True)}
 
 
 def labelled(row: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import defense_table
 import pytest
 import yaml
 
@@ -115,6 +116,13 @@ def test_every_defense_has_a_page_with_its_parameters(name):
         assert f"`{parameter}`" in page
         if name == "lisa" and not isinstance(what.default, bool):
             assert f"| `{parameter}` | {what.default} |" in page
+
+
+def test_the_readmes_table_is_made_from_the_declarations():
+    assert defense_table.parts(defense_table.README.read_text())[1] == defense_table.table(), (
+        "run python tests/defense_table.py"
+    )
+    assert len(defense_table.table().splitlines()) == 2 + len(registry.list_defenses())
 
 
 def test_the_recipe_page_names_every_key():

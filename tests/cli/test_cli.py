@@ -225,6 +225,8 @@ def test_the_full_demo_adds_a_control_and_every_defense():
     assert {recipe.user.defense for recipe in loaded.values()} == set(registry.list_defenses("user"))
     alignments = {recipe.alignment.defense for recipe in loaded.values() if recipe.alignment}
     assert alignments == set(registry.list_defenses("alignment"))
+    repairs = {recipe.post_hoc.defense for recipe in loaded.values() if recipe.post_hoc}
+    assert repairs == set(registry.list_defenses("post_hoc"))
     assert len(demo_runs(full=True)) > len(demo_runs()) == 7
     # The attack is the same after every alignment.
     assert loaded["T-Vaccine"].user == loaded["Vaccine"].user == loaded["SFT"].user

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import tiny
+from holdfast.defenses import Defense
 from holdfast.errors import ModelError, RecipeError
+from holdfast.machine.files import read_jsonl
 from holdfast.machine.store import Store
 from holdfast.pipeline import plan, repairing
 from holdfast.pipeline.chain import weights as chained
@@ -58,6 +62,8 @@ def test_the_rows_of_a_sweep(swept):
     assert tuned["steps"]["post_hoc"] is None
     assert (repaired["alignment"], repaired["user"], repaired["post_hoc"]) == ("sft", "lisa", "safe_lora")
     assert repaired["labels"]["safe_lora"] == "Safe LoRA"
+    roles = ["reference", "defended", "defended", "control", "defended", "control"]
+    assert [row["role"] for row in rows.values()] == roles
     assert repaired["post_hoc_parameters"] == {
         "threshold": 1.0, "num_layers": None, "projection": "approx", "control": "drop"
     }  # fmt: skip
@@ -332,3 +338,68 @@ def test_the_base_beside_the_recipe_is_found(tmp_path):
     assert recipe.post_hoc.base == str((tmp_path / "base").resolve())
     assert Recipe.load(recipe.to_dict()).fingerprint() == recipe.fingerprint()
     assert Recipe.load("world").to_dict()["post_hoc"] is None
+
+
+@dataclass
+class RowsConfig:
+    """One number."""
+
+    share: float = 0.5
+
+
+def write_rows(tuned, *, share):
+    shutil.copytree(tuned.source, tuned.out)
+    with pytest.raises(KeyError):
+        tuned.rows("test_dataset")
+    return {
+        **{name: len(tuned.rows(name)) for name in ("train_dataset", "alignment_dataset", "harmful_dataset")},
+        "tokens": len(tuned.tokenizer("a b").input_ids), "share": share, "base": tuned.base,
+        "device": tuned.device, "seed": tuned.seed, "dtype": tuned.dtype,
+    }  # fmt: skip
+
+
+ROWS = Defense(
+    name="with_rows",
+    label="With rows",
+    stages=("post_hoc",),
+    paper="none",
+    needs=("train_dataset", "alignment_dataset", "harmful_dataset", "tokenizer"),
+    config=RowsConfig,
+    apply=write_rows,
+    headline="{train_dataset} of {alignment_dataset} rows",
+)
+
+
+def test_a_method_of_another_package_gets_the_rows_that_it_needs(tmp_path, install):
+    """Rows, tokenizer, device, seed and dtype; no base, which it does not ask for; named by its rows."""
+    install(EntryPoint("with_rows", f"{__name__}:ROWS", "holdfast.defenses"))
+    recipe = {**tiny.recipe(tmp_path / "in"), "post_hoc": "with_rows"}
+    results, seen = run(recipe, tmp_path / "out")
+    assert "harmful rows" in seen.ran
+    row = results["rows"][2]
+    assert (row["name"], row["labels"]["with_rows"]) == ("tiny + With rows", "With rows")
+    folders = (tmp_path / "out" / "steps").glob("data-*")
+    steps = {json.loads((path / "step.json").read_text())["title"]: path for path in folders}
+    titles = ("user rows", "alignment rows", "harmful rows")
+    counts = [len(read_jsonl(steps[title] / "rows.jsonl")) for title in titles]
+    found = row["repair"]
+    assert [found[name] for name in ("train_dataset", "alignment_dataset", "harmful_dataset")] == counts
+    assert min(counts) > 0
+    assert (found["base"], found["device"], found["seed"], found["share"]) == (
+        None,
+        "cpu",
+        recipe["seed"],
+        0.5,
+    )
+    assert found["tokens"] > 0
+    identity = json.loads((tmp_path / "out" / "steps" / row["steps"]["post_hoc"] / "step.json").read_text())[
+        "identity"
+    ]
+    assert set(identity["rows"]) == {"train_dataset", "alignment_dataset", "harmful_dataset"}
+    recipe["data"] = {**recipe["data"], "alignment": None}
+    with pytest.raises(RecipeError, match=r"data\.alignment"):
+        Recipe.load({**recipe, "alignment": "none", "user": {"defense": "sft"}})
+    assert (
+        f"SFT → Lisa → With rows ({counts[0]} of {counts[1]} rows)"
+        in (tmp_path / "out" / "report.html").read_text()
+    )

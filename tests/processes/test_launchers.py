@@ -28,7 +28,7 @@ def failing(self, args, state, control, **kwargs):
     on_step_end(self, args, state, control, **kwargs)
 
 training.TrainingMonitor.on_step_end = failing
-from holdfast.cli import main
+from holdfast.cli.app import main
 main()
 """
 

@@ -6,7 +6,8 @@ steps, so each alignment method trains once for each seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,75 +19,46 @@ from holdfast.pipeline import run
 from holdfast.recipe import Recipe
 from holdfast.reporting import report
 
-LISA = ["user.defense=lisa", "user.alignment_steps=10", "user.finetune_steps=90"]
-# A repair of a quarter of the 8 modules. Repairing more is safer, but costs accuracy for some seeds.
-SAFE_LORA = "post_hoc={defense: safe_lora, num_layers: 2}"
-# Half of the world model's layers at a time. With the paper's K of 200, the 200 steps of this alignment would
-# compute the probabilities only once.
-T_VACCINE = [
-    "alignment=tvaccine",
-    "alignment.rho=8",
-    "alignment.num_layers=2",
-    "alignment.probability_steps=50",
-    "alignment.resample_steps=10",
-]
+STAGES = ("user", "alignment", "post_hoc")
+"""Where a method of several stages acts here: the first of these."""
 
-RUNS = {
-    "NA-SFT": ["alignment=none", "user.defense=sft"],
-    "SFT": ["user.defense=sft"],
-    "Lisa": LISA,
-    "SFT + Safe LoRA": ["name=SFT", "user.defense=sft", SAFE_LORA],
+SHOWN = {
+    "NA-SFT": ("sft",),
+    "SFT": ("sft",),
+    "Lisa": ("lisa",),
+    "SFT + Safe LoRA": ("sft", "safe_lora"),
+    "Vaccine": ("vaccine",),
+    "T-Vaccine": ("tvaccine",),
+    "T-Vaccine + Lisa + Safe LoRA": ("tvaccine", "lisa", "safe_lora"),
 }
-"""Defenses of the model that SFT aligned: the name of a run's last row, and its changes to the recipe."""
-
-ALIGNMENTS = {
-    "Vaccine": ["alignment=vaccine", "alignment.rho=8"],
-    "T-Vaccine": T_VACCINE,
-    "T-Vaccine + Lisa + Safe LoRA": ["name=T-Vaccine + Lisa", *T_VACCINE, *LISA, SAFE_LORA],
-}
-"""The same attack on models aligned by other methods, and a stack with a defense at every stage."""
-
-MORE_RUNS = {
-    "SFT without harmful rows": ["user.defense=sft", "data.poison_ratio=0"],
-    "EWC": ["user.defense=ewc", "user.lambda_=1e6"],
-    # A fifth of the rows, as in the Lisa paper (1000 of 5000).
-    "VLGuard": ["user.defense=vlguard", "user.alignment_size=200"],
-    "BSO": ["user.defense=bso", "user.alignment_steps=10", "user.finetune_steps=90"],
-}
-MORE_ALIGNMENTS = {
-    "RepNoise": ["alignment=repnoise"],
-    # Attacks at learning rates that have an effect here: the paper's 2e-6 to 4e-5 change nothing in such a
-    # small model. Nothing of the base model is retained, because it complies with everything; the authors'
-    # base model refuses.
-    "TAR": [
-        "alignment=tar",
-        "alignment.inner_steps=8",
-        "alignment.inner_subsample=2",
-        "alignment.adversary_learning_rates=1e-4, 3e-4, 1e-3",
-        "alignment.lambda_tr=8",
-        "alignment.lambda_retain=0",
-    ],
-    # With the paper's lambda of 5, the tiny model learns to refuse everything.
-    "Booster": ["alignment=booster", "alignment.lambda_=1.5"],
-}
-"""The rows that `full` adds and that need settings for the world."""
+"""The rows of the short demo, by the methods of their stages: each is the last row of a run."""
 
 
 def user_runs(full: bool = False) -> dict[str, list[str]]:
-    """The rows of `RUNS`; `full` adds the control without harmful rows and every other defense."""
-    if not full:
-        return RUNS
-    known = {**RUNS, **MORE_RUNS}
-    return known | {label: [f"user.defense={name}"] for label, name in _others("user", known)}
+    """Defenses on the model that SFT aligned: the row, and what it changes in the recipe `world`.
+
+    Args:
+        full: with the control without harmful rows, and every other defense of the user and post-hoc stages.
+    """
+    shown = {name: stack for name, stack in SHOWN.items() if not _acts(stack[0], "alignment", only=True)}
+    if full:
+        shown |= _others("user", shown) | _others("post_hoc", shown)
+    found = {name: changes(name, stack) for name, stack in shown.items()}
+    if full:
+        found["SFT without harmful rows"] = [*found["SFT"], "data.poison_ratio=0"]
+    return found
 
 
 def alignment_runs(full: bool = False) -> dict[str, list[str]]:
-    """The rows of `ALIGNMENTS`; `full` adds every other method of the alignment stage."""
-    if not full:
-        return ALIGNMENTS
-    known = {**ALIGNMENTS, **MORE_ALIGNMENTS}
-    others = _others("alignment", {**known, **RUNS})
-    return known | {label: [f"alignment.defense={name}"] for label, name in others}
+    """The same attack on models that were aligned otherwise, and a defense at every stage.
+
+    Args:
+        full: with every other method of the alignment stage.
+    """
+    shown = {name: stack for name, stack in SHOWN.items() if _acts(stack[0], "alignment", only=True)}
+    if full:
+        shown |= _others("alignment", shown)
+    return {name: changes(name, stack) for name, stack in shown.items()}
 
 
 def demo_runs(full: bool = False) -> dict[str, list[str]]:
@@ -94,11 +66,37 @@ def demo_runs(full: bool = False) -> dict[str, list[str]]:
     return user_runs(full) | alignment_runs(full)
 
 
-def _others(stage: str, known: Container[str]) -> list[tuple[str, str]]:
-    """The label and name of each defense of a stage that has no row yet."""
-    faces = registry.faces("defenses").items()
-    found = [(face.facts.get("label", name), name) for name, face in faces if stage in face.facts["stages"]]
-    return [(label, name) for label, name in found if label not in known]
+def changes(row: str, stack: tuple[str, ...]) -> list[str]:
+    """What a row changes in the recipe `world`: its methods, at the settings that they declare for it."""
+    found = []
+    for name in stack:
+        face = registry.faces("defenses")[name]
+        stage = next(stage for stage in STAGES if stage in face.facts["stages"])
+        given = face.facts.get("protocols", {}).get("world", {}).get(stage, {})
+        found.append(f"{stage}.defense={name}")
+        found += [f"{stage}.{key}={json.dumps(value)}" for key, value in given.items()]
+    if _acts(stack[-1], "post_hoc"):  # the run adds the repair's label to its own name
+        found.append(f"name={row.rpartition(' + ')[0]}")
+    if row == "NA-SFT":
+        found.append("alignment=none")
+    return found
+
+
+def _acts(name: str, stage: str, only: bool = False) -> bool:
+    """Whether a method acts at a stage, or at that stage only."""
+    stages = registry.faces("defenses")[name].facts["stages"]
+    return stages == (stage,) if only else stage in stages
+
+
+def _others(stage: str, shown: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """A row for each defense of a stage that has none."""
+    named = {name for stack in shown.values() for name in stack}
+    found: dict[str, tuple[str, ...]] = {}
+    for name, face in registry.faces("defenses").items():
+        if _acts(name, stage) and not face.facts.get("baseline") and name not in named:
+            label = face.facts.get("label", name)
+            found |= {f"SFT + {label}": ("sft", name)} if stage == "post_hoc" else {label: (name,)}
+    return found
 
 
 def demo(

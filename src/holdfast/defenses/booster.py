@@ -153,7 +153,9 @@ DEFENSE = Defense(
     trainer=BoosterTrainer,
     series={"harmful_loss": ("Harmful loss", "harmful rows")},
     strong={"lambda_": 50.0},
+    # At the paper's lambda, 5, the tiny model of the world learns to refuse everything.
     protocols={
+        "world": {"alignment": {"lambda_": 1.5}},
         "refusal": {
             "data": {"alignment": {"harmful": {"size": 5000}}},
             "alignment": {"lambda_": 5.0, "alpha": 0.1},

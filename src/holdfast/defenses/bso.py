@@ -239,5 +239,8 @@ DEFENSE = Defense(
         "switch_points": "optimizer steps that begin a phase",
     },
     strong={"alignment_steps": 3, "finetune_steps": 4},
-    protocols={"lisa": {"user": {"alignment_steps": 100, "finetune_steps": 900}}},
+    protocols={
+        "lisa": {"user": {"alignment_steps": 100, "finetune_steps": 900}},
+        "world": {"user": {"alignment_steps": 10, "finetune_steps": 90}},
+    },
 )

@@ -109,6 +109,7 @@ DEFENSE = Defense(
     },
     strong={"alignment_steps": 3, "finetune_steps": 4, "rho": 5.0, "proximal_warmup_ratio": 0.0},
     protocols={
+        "world": {"user": {"alignment_steps": 10, "finetune_steps": 90}},
         "lisa": {"user": {"alignment_steps": 100, "finetune_steps": 900, "rho": 1.0}},
         "anchoring": {"user": {"alignment_steps": 100, "finetune_steps": 900, "rho": 1.0}},
         "filter": {"user": {"alignment_steps": 100, "finetune_steps": 900, "rho": 1.0}},

@@ -194,5 +194,9 @@ DEFENSE = Defense(
     identity={"threshold": 0.0},
     # The paper's threshold for Llama-2-7B-Chat, and NLSR's (AAAI-25) for Llama-3-8B. There V is chat less
     # base, here it is the alignment stage's LoRA: look at the cosines.
-    protocols={"lisa": {"post_hoc": {"threshold": [0.35, 0.6], "control": ["none", "drop"]}}},
+    protocols={
+        "lisa": {"post_hoc": {"threshold": [0.35, 0.6], "control": ["none", "drop"]}},
+        # A quarter of the 8 modules. More is safer, but costs accuracy at some seeds.
+        "world": {"post_hoc": {"num_layers": 2}},
+    },
 )

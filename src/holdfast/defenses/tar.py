@@ -211,7 +211,18 @@ DEFENSE = Defense(
         "dpo_beta": 0.3,
     },
     # 750 steps as in the authors' scripts, each with an attack of 64 steps. Rows as in T-Vaccine's script.
+    # In the world, attacks at rates that matter there; the paper's 2e-6 to 4e-5 change nothing in so small
+    # a model. Nothing is retained of the start, which complies with everything; the authors' start refuses.
     protocols={
+        "world": {
+            "alignment": {
+                "inner_steps": 8,
+                "inner_subsample": 2,
+                "adversary_learning_rates": "1e-4, 3e-4, 1e-3",
+                "lambda_tr": 8,
+                "lambda_retain": 0,
+            },
+        },
         "refusal": {
             "data": {"alignment": {"harmful": {"size": 2000}}},
             "alignment": {"training": {"max_steps": 750}},

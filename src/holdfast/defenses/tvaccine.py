@@ -246,7 +246,9 @@ DEFENSE = Defense(
     trainer=TVaccineTrainer,
     facts={"layer_history": "the layers that were drawn, with their probabilities"},
     strong={"rho": 5.0, "num_layers": 1, "probability_steps": 4, "resample_steps": 3},
+    # In the world, half of its layers at a time. The paper's K would look once at harmful rows in 200 steps.
     protocols={
+        "world": {"alignment": {"rho": 8, "num_layers": 2, "probability_steps": 50, "resample_steps": 10}},
         "refusal": {
             "alignment": {"rho": 3.0, "num_layers": 8, "probability_steps": 200, "resample_steps": 20}
         },

@@ -52,6 +52,7 @@ DEFENSE = Defense(
     trainer=VaccineTrainer,
     strong={"rho": 5.0},
     protocols={
+        "world": {"alignment": {"rho": 8}},
         "refusal": {"alignment": {"rho": 2.0}},
         "vaccine": {"alignment": {"rho": 2.0}},
         "anchoring": {"alignment": {"rho": 2.0}},

@@ -67,5 +67,6 @@ DEFENSE = Defense(
         {"alignment_ratio": "{percent:g} % alignment rows", "alignment_size": "{value:,} alignment rows"},
         {"replace": ("added", "in place of benign ones")},
     ),
-    protocols={"lisa": {"user": {"alignment_size": 1000}}},
+    # A fifth of the rows, as the 1000 of 5000 in the Lisa paper.
+    protocols={"lisa": {"user": {"alignment_size": 1000}}, "world": {"user": {"alignment_size": 200}}},
 )

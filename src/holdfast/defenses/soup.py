@@ -1,0 +1,213 @@
+"""Soup: weight averaging with the aligned model, and a safety vector on top (task arithmetic, RESTA).
+
+With the weights W_tuned after fine-tuning, W_aligned before it and W_base before alignment,
+
+    W = lambda W_aligned + (1 - lambda) W_tuned + gamma (W_aligned - W_base)
+
+- `lambda_` is the share of the aligned model: 0 leaves the tuned model, 1 gives the aligned one. With gamma 0
+  it is the average of a model soup (Wortsman et al., arXiv 2203.05482), the interpolation of WiSE-FT (arXiv
+  2109.01903, alpha = 1 - lambda), and task arithmetic with the task vector W_tuned - W_aligned scaled by
+  1 - lambda (Ilharco et al., arXiv 2212.04089).
+- `gamma` adds a safety vector. With lambda 0 and gamma 1 it is RESTA (Bhardwaj et al., ACL 2024, arXiv
+  2402.11746) with coefficient 1.
+
+For LoRA nothing dense is built. The user's adapter on top of the alignment's is scaled, and a safety vector
+is appended to its rank; a single adapter that went on from the alignment's is concatenated with it. Both are
+exact up to float32 rounding (`weights/combine.py`). All weights are averaged in float32, a block of rows at a
+time, and rounded once to the dtype of the tuned model.
+
+Where we differ from RESTA's authors, and why: their safety vector is the aligned model less one that was
+fine-tuned on harmful rows; here it is the aligned model less the model before alignment, which needs no
+harmful training. Their DARE variant, which drops a random share of the update, is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from holdfast.defenses import Defense, Planned, Tuned
+from holdfast.errors import ModelError, RecipeError
+from holdfast.weights.adapter import read_adapter
+from holdfast.weights.combine import combine
+from holdfast.weights.floats import FLOATS, from_float32
+from holdfast.weights.reader import Tensor, Weights, open_weights
+from holdfast.weights.writer import (
+    Entry,
+    copy_beside,
+    float_entry,
+    new_folder,
+    raw_entry,
+    row_blocks,
+    write_tensors,
+)
+
+
+@dataclass
+class SoupConfig:
+    """The two coefficients. The default is the plain average of the tuned and the aligned model."""
+
+    lambda_: float = field(
+        default=0.5, metadata={"help": "Share of the aligned model, from 0 (the tuned model) to 1."}
+    )
+    gamma: float = field(
+        default=0.0, metadata={"help": "What the safety vector, aligned less base, is multiplied with."}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lambda_ <= 1:
+            raise ValueError(f"lambda_ must be from 0 to 1, found {self.lambda_}")
+        if not math.isfinite(self.gamma):
+            raise ValueError(f"gamma must be a finite number, found {self.gamma}")
+
+
+def check(planned: Planned, *, lambda_: float, gamma: float) -> None:
+    """Find before training whether there is a safety vector of the right kind.
+
+    Raises:
+        RecipeError: `gamma` is set, but there is no model before alignment, or its difference from the
+            aligned model is no LoRA, so that an adapter cannot hold it.
+    """
+    if gamma and planned.base is None:
+        raise RecipeError(
+            "post_hoc.soup: gamma adds the aligned model less the model before alignment, but alignment is "
+            "none. Have an alignment stage, or give the model before alignment: post_hoc.base."
+        )
+    if gamma and planned.trains != "full" and planned.aligns != "new":
+        raise RecipeError(
+            "post_hoc.soup: the user stage trains an adapter, but the alignment changed all weights, which "
+            "an adapter cannot hold. Leave gamma out, or train all weights with user.lora: none."
+        )
+
+
+def apply(tuned: Tuned, *, lambda_: float, gamma: float) -> dict[str, Any]:
+    """Write the average; returns how many weights it has and how many of them were changed.
+
+    Raises:
+        ModelError: the folders do not fit together, or hold something that cannot be averaged.
+        OutputError: `tuned.out` cannot be written.
+    """
+    if tuned.trains == "full":
+        return _average_model(tuned, lambda_, gamma)
+    return _average_adapter(tuned, lambda_, gamma)
+
+
+def _average_adapter(tuned: Tuned, lambda_: float, gamma: float) -> dict[str, Any]:
+    """The user's adapter: on top of the aligned model ("new"), or in the alignment adapter's place."""
+    with read_adapter(tuned.source) as adapter:
+        count = len(adapter.modules)
+        if lambda_ == gamma == 0:
+            _copy(tuned, [adapter.file.path])
+            return {"weights": count, "changed": 0}
+    parts = [(tuned.source, 1 - lambda_)]
+    of_alignment = gamma if tuned.trains == "new" else lambda_ + gamma
+    if of_alignment:
+        assert tuned.aligned is not None
+        parts.append((tuned.aligned, of_alignment))
+    made = combine([path for path, _ in parts], tuned.out, weights=[weight for _, weight in parts])
+    _write_card(tuned, "peft", lambda_, gamma)
+    return {"weights": made.modules, "changed": made.modules}
+
+
+def _average_model(tuned: Tuned, lambda_: float, gamma: float) -> dict[str, Any]:
+    """All weights, in the files of the tuned model."""
+    with open_weights(tuned.source) as weights:
+        if lambda_ == gamma == 0:
+            _copy(tuned, [file.path for file in weights.files])
+            return {"weights": len(weights), "changed": 0}
+        assert tuned.aligned is not None
+        folders = [tuned.aligned, *([tuned.base] if gamma and tuned.base else [])]
+        with open_weights(folders[0]) as aligned, open_weights(folders[-1]) as base:
+            entries = {
+                name: _entry(tensor, _same(aligned, tensor), _same(base, tensor), lambda_, gamma)
+                for name, tensor in weights.items()
+            }
+            with new_folder(tuned.out, [tuned.source, *folders]) as folder:
+                copy_beside(weights.folder, folder)
+                for file in weights.files:
+                    write_tensors(folder / file.path.name, {name: entries[name] for name in file.tensors})
+        _write_card(tuned, "transformers", lambda_, gamma)
+        changed = sum(tensor.dtype in FLOATS for tensor in weights.values())
+        return {"weights": len(weights), "changed": changed}
+
+
+def _same(weights: Weights, tensor: Tensor) -> Tensor:
+    """The tensor of the same name and shape in another model."""
+    found = weights.get(tensor.name)
+    if found is None or found.shape != tensor.shape:
+        has = "no such tensor" if found is None else f"one of shape {list(found.shape)}"
+        raise ModelError(
+            f"'{tensor.name}' has shape {list(tensor.shape)} in {tensor.file.path.parent}, but "
+            f"{weights.folder} has {has}. Only models of one architecture can be averaged."
+        )
+    return found
+
+
+def _entry(tensor: Tensor, aligned: Tensor, base: Tensor, lambda_: float, gamma: float) -> Entry:
+    if tensor.dtype not in FLOATS:
+        return raw_entry(tensor)
+    return float_entry(tensor.dtype, tensor.shape, _blocks(tensor, aligned, base, lambda_, gamma))
+
+
+def _blocks(tensor: Tensor, aligned: Tensor, base: Tensor, lambda_: float, gamma: float) -> Iterator[Any]:
+    """The average by blocks of rows, so that a term with coefficient 0 or 1 rounds nothing."""
+    for rows in row_blocks(tensor):
+        guide = aligned.read(*rows)
+        found = np.float32(1 - lambda_) * tensor.read(*rows) + np.float32(lambda_) * guide
+        if gamma:
+            found += np.float32(gamma) * (guide - base.read(*rows))
+        yield from_float32(found, tensor.dtype)
+
+
+def _copy(tuned: Tuned, files: list[Path]) -> None:
+    """The tuned weights as they are, byte for byte."""
+    with new_folder(tuned.out, [tuned.source]) as folder:
+        copy_beside(tuned.source, folder)
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+    _write_card(tuned, "transformers" if tuned.trains == "full" else "peft", 0.0, 0.0)
+
+
+def _write_card(tuned: Tuned, library: str, lambda_: float, gamma: float) -> None:
+    """A model card that says what was averaged, and that nothing was measured."""
+    vector = f", plus {gamma:g} times the aligned model less the base model" if gamma else ""
+    text = f"""---
+library_name: {library}
+tags: [holdfast, soup]
+---
+# Averaged by Holdfast
+
+{lambda_:g} of the aligned model and {1 - lambda_:g} of the fine-tuned one{vector} (see arXiv 2402.11746 and
+2203.05482).
+
+Whether the result is safer, and what it costs in accuracy, was not measured by this step. Measure both before
+you rely on it.
+"""
+    (tuned.out / "README.md").write_text(text, encoding="utf-8", newline="\n")
+
+
+DEFENSE = Defense(
+    name="soup",
+    label="Soup",
+    stages=("post_hoc",),
+    paper="RESTA, arXiv 2402.11746; model soups, arXiv 2203.05482",
+    needs=("aligned",),
+    optional=("base",),
+    config=SoupConfig,
+    apply=apply,
+    check=check,
+    facts={
+        "weights": "weight matrices of the adapter's modules, or tensors of the model",
+        "changed": "those that were averaged",
+    },
+    headline="{changed} of {weights} weights averaged",
+    strong={"lambda_": 0.5, "gamma": 1.0},
+    identity={"lambda_": 0.0},
+    protocols={"lisa": {"post_hoc": {"lambda_": [0.25, 0.5, 0.75]}}},
+)
