@@ -84,6 +84,7 @@ def score_row(
         "alignment": alignment,
         "user": user,
         "post_hoc": post_hoc,
+        "baselines": [name for name in (alignment, user) if name == "sft"],
         "role": role_of(alignment, user, post_hoc, more),
         "headline": "{projected} of {modules} modules" if post_hoc else None,
         "seed": seed,

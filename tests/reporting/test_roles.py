@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from holdfast.pipeline.context import State
 
+from holdfast.pipeline.planning import State
 from holdfast.pipeline.results import role
 
 

@@ -96,6 +96,9 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
             for name in (state.alignment, state.user, state.post_hoc)
             if name
         },
+        "baselines": [
+            name for name in (state.alignment, state.user) if name and methods[name].facts.get("baseline")
+        ],
         "role": role(state),
         "headline": headline,
         "post_hoc_parameters": state.post_hoc_parameters,

@@ -138,13 +138,15 @@ def _rescue(baseline: Row, rivals: Sequence[Row]) -> str:
 
 def _title(row: Row) -> str:
     """The methods that defend the row, followed by its name if the methods alone do not identify it."""
-    bare = "sft" if row.filter is None else None  # after a filter, SFT is named too
-    parts = [row.alignment if row.alignment != "sft" else None, row.user if row.user != bare else None]
+    # Plain fine-tuning is not named, except after a filter.
+    bare = row.user if row.filter is None and row.user is not None and row.plain(row.user) else None
+    aligned = row.alignment if row.alignment is not None and not row.plain(row.alignment) else None
+    parts = [aligned, row.user if row.user != bare else None]
     names = [row.method(name) for name in (*parts, row.post_hoc) if name]
     if row.filter is not None:
         names.insert(parts[0] is not None, f"Filter ({row.filter})")
     title, label = " + ".join(names), _label(row)
-    whole = " + ".join([row.method("sft"), title] if row.user == bare else [title])
+    whole = " + ".join([row.method(bare), title] if bare is not None else [title])
     told = not title or label.casefold() in (title.casefold(), whole.casefold())
     return label if told else f"{title} ({label})"
 

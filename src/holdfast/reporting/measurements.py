@@ -109,6 +109,11 @@ class Row:
         label = mapping(self.members[0].raw.get("labels")).get(name)
         return str(label) if label else method_name(name)
 
+    def plain(self, name: str) -> bool:
+        """Whether a method is plain training, without a defense."""
+        plain = self.members[0].raw.get("baselines")
+        return isinstance(plain, list) and name in plain
+
     @property
     def repaired(self) -> str:
         """What the repair did, over all seeds, in the words of its method; empty if the results lack it."""
