@@ -13,7 +13,7 @@ demo: $(INSTALLED)  ## The embedded world from one end to the other; ends with a
 	$(BIN)/holdfast demo --out $(OUT)
 
 test: $(INSTALLED)  ## The whole test suite, offline and on the CPU
-	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: $(INSTALLED)  ## The tests that need a GPU
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
