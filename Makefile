@@ -13,7 +13,7 @@ demo: $(INSTALLED)  ## Run every stage in the embedded world; ends with a table 
 	$(BIN)/holdfast demo --out $(OUT)
 
 test: $(INSTALLED)  ## Run the whole test suite, offline and on the CPU
-	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: $(INSTALLED)  ## Run the tests that need a GPU
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)

@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import holdfast
 import tiny
 from commands import holdfast_command as command
 from commands import refused
+from runs import no_pages
 
 
 @pytest.fixture
@@ -41,11 +41,12 @@ def recipe(tmp_path):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list"], ["--version"]])
 def test_help_answers_before_torch_could(arguments):
-    began = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-m", "holdfast", *arguments], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0
     assert done.stdout.strip()
-    assert time.monotonic() - began < 5, "torch alone takes this long on a busy machine"
+    assert after.ru_utime - before.ru_utime < 2, "of computing; torch and what comes with it take longer"
 
 
 @pytest.mark.parametrize("name", ["demo", "run", "plan", "mix", "report", "list"])
@@ -245,10 +246,11 @@ def test_the_demo_compares_its_rows(tmp_path, monkeypatch):
     from holdfast.recipe import Recipe
 
     load = Recipe.load
-    few = ["alignment.training.max_steps=4", "user.training.max_steps=4", "evaluation.prompts=6",
-           "evaluation.task_rows=6", "evaluation.max_new_tokens=4"]  # fmt: skip
+    few = ["alignment.training.max_steps=2", "user.training.max_steps=2", "evaluation.prompts=4",
+           "evaluation.task_rows=4", "evaluation.max_new_tokens=4"]  # fmt: skip
     monkeypatch.setattr(Recipe, "load", lambda source, overrides=(): load(source, [*few, *overrides]))
-    results = demo(tmp_path / "demo", seeds=2, device="cpu")
+    with no_pages():  # but the last, which compares them
+        results = demo(tmp_path / "demo", seeds=2, device="cpu")
     names = [row["name"] for row in results["rows"]]
     assert set(names) == {"base", "aligned", "T-Vaccine + Lisa", *demo_runs()}
     assert names.count("Lisa") == 2

@@ -31,10 +31,15 @@ class Seen(Progress):
 def run(recipe, out, page=False, **options):
     """A run on the CPU; its report is an empty file unless `page` asks for it (half a second)."""
     seen = Seen()
-    with nullcontext() if page else mock.patch("holdfast.reporting.report", _no_page):
+    with nullcontext() if page else no_pages():
         asked = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         results = pipeline.run(asked, out=out, device="cpu", progress=seen, **options)
     return results, seen
+
+
+def no_pages():
+    """Runs write an empty report."""
+    return mock.patch("holdfast.reporting.report", _no_page)
 
 
 def _no_page(runs, out, **options):

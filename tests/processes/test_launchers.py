@@ -16,22 +16,6 @@ import yaml
 import launch
 import tiny
 
-FAILING = """
-import os
-from holdfast.pipeline import training
-
-on_step_end = training.TrainingMonitor.on_step_end
-
-def failing(self, args, state, control, **kwargs):
-    if state.global_step == 2 and os.environ["RANK"] == "1":
-        raise ValueError("made up")
-    on_step_end(self, args, state, control, **kwargs)
-
-training.TrainingMonitor.on_step_end = failing
-from holdfast.cli.app import main
-main()
-"""
-
 
 def torchrun(folder, *arguments):
     """Two processes; arguments as after `torchrun --nproc_per_node 2`."""
@@ -73,7 +57,6 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("launched")
     evaluation = {"prompts": 2, "max_new_tokens": 2, "task_rows": 2}
     (place / "recipe.yaml").write_text(yaml.safe_dump(tiny.recipe(place / "in", evaluation=evaluation)))
-    (place / "failing.py").write_text(FAILING)
     return place
 
 
@@ -88,14 +71,28 @@ def test_a_run_speaks_with_one_voice(folder):
     assert [row["processes"] for row in results["rows"]] == [2, 2]
 
 
+def fail():
+    """In the training of the second process, while the first waits for it."""
+    from holdfast.pipeline.training import TrainingMonitor
+
+    on_step_end = TrainingMonitor.on_step_end
+
+    def failing(self, args, state, control, **kwargs):
+        if state.global_step == 2 and launch.rank() == 1:
+            raise ValueError("made up")
+        on_step_end(self, args, state, control, **kwargs)
+
+    TrainingMonitor.on_step_end = failing
+
+
 def test_a_failure_in_one_process_ends_all_and_says_which(folder):
     began = time.monotonic()
-    done = torchrun(folder, "failing.py", "run", "recipe.yaml", "--device", "cpu", "--out", "failed")
-    assert done.returncode == 1
+    printed, codes = command(folder, "run", "recipe.yaml", "--device", "cpu", "--out", "failed", before=fail)
+    assert codes == [1, 1]
     assert time.monotonic() - began < 60
-    messages = [line for line in ours(done.stderr) if line.startswith("holdfast: ")]
+    messages = [line for line in ours("".join(printed)) if line.startswith("holdfast: ")]
     assert messages == ["holdfast: process 1 of 2: alignment with SFT failed: ValueError: made up"]
-    assert "training.py" not in done.stderr, "no traceback of ours"
+    assert "Traceback" not in "".join(printed)
 
 
 def test_what_all_refuse_is_said_once(folder):

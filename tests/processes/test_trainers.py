@@ -85,11 +85,9 @@ def keep(trainer, folder):
 
 def work(folder, kind):
     """All trainings of a kind in one launch."""
+    saves = {"save_strategy": "steps", "save_steps": CUT}
     for name in CASES:
-        for run, more in {
-            "plain": APART,
-            "dropout": {**APART, "dropout": 0.2, "save_strategy": "steps", "save_steps": CUT},
-        }.items():
+        for run, more in {"plain": APART, "dropout": {**APART, "dropout": 0.2, **saves}}.items():
             place = folder / name / run
             trainer = make(name, place, **more)
             assert trainer.args.world_size == launch.WORLD
