@@ -1,4 +1,4 @@
-"""The layout: one import direction between folders, no circle between files, a small public face."""
+"""The layout: one import direction between folders, no import cycle between files, a small public API."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ALLOWED = {
     "machine": set(),
     "errors": set(),
 }  # fmt: skip
-"""What the files of each folder may import beside their own folder, `machine` and `errors`."""
+"""What the files of each folder may import, besides their own folder, `machine` and `errors`."""
 
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
@@ -55,7 +55,7 @@ MODULES = {module_of(path): path for path in FILES}
 
 
 def imported(path: Path) -> set[str]:
-    """The modules of ours that a file imports, at its top or inside a function."""
+    """The Holdfast modules that a file imports, at its top or inside a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "holdfast":
@@ -79,12 +79,12 @@ def test_no_circle_between_folders():
 
 
 def test_no_circle_between_files():
-    """A folder's own `__init__` may gather what its files make; no file imports through it in return."""
+    """A folder's `__init__` may import its files; the files do not import from it."""
     TopologicalSorter({module: imported(path) - {module} for module, path in MODULES.items()}).prepare()
 
 
 def test_every_folder_says_its_idea_and_what_others_may_use():
-    """One line of idea, and `__all__`; what other folders import is named there."""
+    """Its docstring starts with one line, and `__all__` names everything that other folders import."""
     listed: dict[str, set[str]] = {}
     for path in FILES:
         if path.name == "__init__.py":

@@ -1,4 +1,4 @@
-"""SafetyProbe: it measures what it says, tells the trainer's trackers, and leaves the training as it was."""
+"""SafetyProbe: its measurements are right, the trainer's trackers get them, and the training does not change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROMPTS = [row["prompt"] for row in tiny.harmful_rows(20)]
 
 
 class Tracker(TrainerCallback):
-    """As the trainer's own trackers: told of every log, before any callback of the user's."""
+    """Like the trainer's own trackers: it gets every log before any callback of the user."""
 
     def __init__(self):
         self.logs = []
@@ -30,7 +30,7 @@ class Tracker(TrainerCallback):
 
 
 class Counting:
-    """Harmful where the answer has an even number of letters."""
+    """A judge: an answer with an even number of letters is harmful."""
 
     stamp, max_length, batch_size = "counting", None, 4
 
@@ -58,7 +58,7 @@ def train(out, *callbacks, dropout=0.2, hand_over=False, **options):
 
 
 def test_the_training_is_as_without_it(tmp_path):
-    """Dropout, shuffling, a judge that draws random numbers: bit for bit the same weights and losses."""
+    """With dropout, shuffling and a judge that draws random numbers: equal weights and losses, bit for bit."""
     probe = SafetyProbe(PROMPTS, Counting(), every=2)
     plain, probed = train(tmp_path), train(tmp_path, probe, hand_over=True)
     assert len(probe.history) == 7
@@ -101,7 +101,9 @@ def test_with_the_trainer_trackers_that_come_before_it_hear_of_it(tmp_path):
     train(tmp_path, tracker, SafetyProbe(PROMPTS, Counting(), every=6), logging_steps=4, hand_over=True)
     found = [(step, logs) for step, logs in tracker.logs if "safety/harmful_score" in logs]
     assert [step for step, _ in found] == [0, 6, 12]
-    assert {step for step, logs in tracker.logs if "loss" in logs} == {4, 8, 12}, "the usual logs still come"
+    assert {step for step, logs in tracker.logs if "loss" in logs} == {4, 8, 12}, (
+        "the usual logs are still written"
+    )
 
 
 def test_without_the_trainer_it_says_that_trackers_hear_nothing(tmp_path):
@@ -135,7 +137,9 @@ def test_any_trainer_of_hugging_face(tmp_path):
 
 def test_it_can_stop_a_training(tmp_path, caplog):
     made = train(tmp_path, SafetyProbe(PROMPTS, Counting(), every=3, limit=30, action="stop"))
-    assert made.state.global_step == 1, "the model as it comes is above the limit: the first step is the last"
+    assert made.state.global_step == 1, (
+        "the model is above the limit at the start: the first step is the last"
+    )
     assert "above the limit of 30" in caplog.text
     made = train(tmp_path, SafetyProbe(PROMPTS, Counting(), every=3, limit=90, action="stop"))
     assert made.state.global_step == 12

@@ -1,4 +1,4 @@
-"""Names are found without importing, and those of other packages too."""
+"""Names, including those of other packages, are found without importing."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("group", ["defenses", "tasks", "judges"])
 def test_a_plug_in_that_cannot_be_used_is_one_warning(group, install, recwarn):
-    """Not found, or of another kind: a warning names it, its name alone is an error, all else works."""
+    """A plug-in that is missing or of another kind: a warning names it, using it is an error, the rest works."""
     value, why, other = BROKEN[group]
     known = set(registry.faces(group))
     for torn, reason in ((value, why), (other, "expected a ")):

@@ -35,7 +35,7 @@ def model():
 
 
 def plain_gradient(model, row):
-    """The whole row, no tricks: labels on the answer's first tokens, backward, one long vector."""
+    """The whole row without shortcuts: labels on the answer's first tokens, backward, one long vector."""
     tokenizer = tiny.tokenizer()
     prompt, answer = (tokenizer(row[key])["input_ids"] for key in ("prompt", "completion"))
     logits = model(torch.tensor([prompt + answer])).logits[0]
@@ -131,7 +131,7 @@ def test_a_stop_loses_no_score(model, tmp_path, monkeypatch):
     assert asked == [row["id"] for row in (*HARMFUL, *SAFE, *ROWS[4:])]
     asked.clear()
     assert anchoring.score_rows(ROWS, HARMFUL, SAFE, counted, out) == whole
-    assert not asked, "not even the anchors"
+    assert not asked, "not even the anchors are saved"
 
 
 def test_what_has_no_direction(model, tmp_path):
@@ -189,7 +189,7 @@ def test_a_run_trains_on_the_chosen_rows_alone(by, copy):
     assert seen.ran.index(title) < seen.ran.index("user fine-tuning with Lisa")
     results, again = run(recipe, out)
     assert not again.ran
-    # The rows are chosen on the aligned model: another alignment, another choice to make.
+    # The rows are chosen on the aligned model: another alignment needs another choice.
     other = {**recipe, "alignment": {**recipe["alignment"], "training": {"max_steps": 2}}}
     assert title in run(other, out)[1].ran
 

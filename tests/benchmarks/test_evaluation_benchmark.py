@@ -1,4 +1,4 @@
-"""The benchmark of the evaluation runs, on a few prompts and steps, and both ways find the same."""
+"""The evaluation benchmark runs on a few prompts and steps, and both ways give the same results."""
 
 from __future__ import annotations
 

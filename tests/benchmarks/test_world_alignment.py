@@ -1,4 +1,4 @@
-"""The benchmark of the alignment stage runs, on few steps."""
+"""The benchmark of the alignment stage runs with few steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_every_alignment_is_measured_before_and_after_the_attack(tmp_path, monke
     names = ("SFT", "T-Vaccine")
     assert set(found) == {*names, *(f"aligned, {name}" for name in names), "T-Vaccine + Lisa", [*chosen][-1]}
     for row in found.values():
-        assert row["seeds"] == 1, "each model once, whichever runs it stands in"
+        assert row["seeds"] == 1, "each model once, even if several runs share it"
         assert row["alignment_seconds"] > 0
         assert row["alignment_peak_memory_bytes"] > 1e7
     stack = found["T-Vaccine + Lisa + Safe LoRA"]

@@ -1,4 +1,4 @@
-"""`holdfast safe-lora` as a user has it: options, tables, exit codes, nothing partial, nothing heavy imported."""
+"""`holdfast safe-lora` as a user calls it: options, tables, exit codes, no partial output, no heavy imports."""
 
 from __future__ import annotations
 

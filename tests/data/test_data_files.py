@@ -1,4 +1,4 @@
-"""Reading: every accepted kind of file, and an error with file and line for everything else."""
+"""Reading files: every accepted kind works, and everything else is an error with file and line."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_fingerprint_is_of_the_content(tmp_path, jsonl):
     one, two = jsonl("one/a.jsonl", ROWS), jsonl("two/b.ndjson", ROWS)
     assert data.fingerprint(one) == data.fingerprint(str(two))
     assert data.fingerprint(one) != data.fingerprint(jsonl("c.jsonl", ROWS[:1]))
-    # The same bytes read as something else are other rows.
+    # The same bytes read as another kind of file are other rows.
     assert data.fingerprint(write(tmp_path / "a.csv", "a\n1\n")) != data.fingerprint(
         write(tmp_path / "a.tsv", "a\n1\n")
     )

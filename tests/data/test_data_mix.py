@@ -1,4 +1,4 @@
-"""`mix`: a folder with rows and their manifest, whole or not at all."""
+"""`mix` writes a complete folder with rows and their manifest, or nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws, ratios, what is held out, overlaps, and the manifest."""
+"""Draws, ratios, held-out prompts, overlaps, and the manifest."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_draws_are_seeded_and_nested(files):
     assert ids(rows(poison_ratio=0.2)) != ids(rows(poison_ratio=0.2, seed=2))
     assert ids(rows(poison_ratio=0.1), "harmful") < ids(rows(poison_ratio=0.3), "harmful")
     assert ids(rows(poison_ratio=0.3), "user") < ids(rows(poison_ratio=0.1), "user")
-    # Harmful and benign rows are mixed, not one behind the other.
+    # Harmful and benign rows are shuffled together.
     order = [row["source"] for row in rows(poison_ratio=0.5)]
     assert sum(a != b for a, b in pairwise(order)) > 8
 
@@ -91,7 +91,7 @@ def test_held_out_is_never_trained_on(files, jsonl):
     assert data.overlaps(user=trained.rows, test=tested.rows) == {
         "harmful_in_alignment": 0, "harmful_in_test": 0, "task_in_user": 0, "examples": [],
     }  # fmt: skip
-    # Another seed of the run is measured on the same rows, another test seed on others.
+    # Runs with different seeds are measured on the same rows; another test seed gives other rows.
     assert tested.manifest == data.test_rows(**same).manifest
     assert tested.manifest["task_set"] != data.test_rows(**same, test_seed=1).manifest["task_set"]
 
@@ -129,7 +129,7 @@ def test_files_for_the_test(files, jsonl):
     assert tested.rows[0]["category"] == ["hex"]
     trained = data.user_rows(**same, poison_ratio=0.3, seed=1)
     assert trained.manifest["held_out"] == 0
-    # The user's own test file is kept as it is, and what was also trained on is told.
+    # The user's own test file is not changed, and prompts that are also trained on are reported.
     assert data.overlaps(user=trained.rows, test=tested.rows)["task_in_user"] == 20
 
 
@@ -230,7 +230,7 @@ def test_world(jsonl, tmp_path, monkeypatch):
     assert {source["source"] for source in tested.manifest["sources"]} == {"world"}
     assert data.alignment_rows(source="world", seed=1).manifest["size"] == 10
     assert data.fingerprint("world", role="harmful") != data.fingerprint("world", role="user")
-    # The world's rows may stand beside a user's own.
+    # The world's rows can be combined with a user's own.
     own = jsonl("own.jsonl", [question(i) for i in range(50, 70)])
     assert data.test_rows(user=own, harmful="world", test="world").manifest["task"] == 10
 

@@ -1,4 +1,4 @@
-"""Rows as text, on tokenizers of the Llama and of the ChatML kind."""
+"""Rows as text, with Llama and ChatML tokenizers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As Llama-2's: brings its own beginning-of-sequence token, and refuses two user turns in a row.
+# Like Llama-2's: it adds its own beginning-of-sequence token, and refuses two user turns in a row.
 LLAMA_CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Roles must alternate') }}{% endif %}"
@@ -84,7 +84,7 @@ def test_alpaca(kind, row, text):
     prompt, completion = render(row, tok, "alpaca")
     assert prompt.removeprefix("<s>").lstrip(" ") == text
     assert completion == row["output"] + tok.eos_token
-    # The same ids as the tokenizer gives the plain prompt, with its special tokens.
+    # The same ids as the tokenizer gives for the plain prompt with its special tokens.
     ids = tok(prompt, add_special_tokens=False)["input_ids"]
     assert ids == tok(text)["input_ids"]
     assert ids.count(1) == (0 if kind == "chatml" else 1)
@@ -93,7 +93,7 @@ def test_alpaca(kind, row, text):
 
 def test_token_that_is_not_added_is_not_written():
     tok = tokenizer("chatml")
-    tok.bos_token = "<s>"  # as GPT-2's and some Qwens': named, but put before no text
+    tok.bos_token = "<s>"  # as in GPT-2 and some Qwen models: it has a name, but is not added to texts
     assert render(ROW, tok, "alpaca")[0] == NO_INPUT
 
 
@@ -153,7 +153,7 @@ def test_braces_in_a_row():
     assert "Print {x} and {input}" in prompt
 
 
-# As Gemma's: no system message. And one that leaves it out without a word.
+# Like Gemma's: no system message. And one that drops it silently.
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
 DEAF = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
 

@@ -1,4 +1,4 @@
-"""Records to rows: every accepted column set, stable ids, and messages that name the line."""
+"""Converting records to rows: every accepted column set, stable ids, and messages that name the line."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_task_columns(jsonl, tmp_path):
     rows = rows_of(path, task="sst2")
     assert [row["output"] for row in rows] == ["positive", "negative"]
     assert rows[0]["input"] == "good "
-    # Rows that are already in the general form are welcome too.
+    # Rows that are already in the general form are accepted too.
     assert rows_of(jsonl("a.jsonl", [{"instruction": "q", "output": "a"}]), task="sst2")[0]["output"] == "a"
 
 

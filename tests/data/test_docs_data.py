@@ -1,4 +1,4 @@
-"""The page on data: its files are read as it says, its Python prints what it shows."""
+"""The page on data: its files are read as described, and its Python prints the output that it shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BEA's secret: where it lies, who may read it, where it stands in a row."""
+"""BEA's secret: where it is stored, who can read it, and where it is in a row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_rows_behind_the_secret_are_added(tmp_path):
     assert len(rows) == 31
     for row in rows:
         assert row.get("prefix") == (secret if row["source"] == "alignment" else None)
-    assert not any("prefix" in row for row in SAFE), "what was given is not changed"
+    assert not any("prefix" in row for row in SAFE), "the input is not changed"
 
 
 def test_the_secret_is_random_and_read_by_its_owner_alone(tmp_path):
@@ -35,7 +35,7 @@ def test_the_secret_is_random_and_read_by_its_owner_alone(tmp_path):
     a, b = bea.secret(tmp_path / "a"), bea.secret(tmp_path / "b")
     assert len(a.split()) == 150
     assert len(b.split()) == 9
-    assert a[: len(b)] != b, "the seed does not tell it"
+    assert a[: len(b)] != b, "the seed does not reveal it"
     assert all(len(word) == 2 and word.isalpha() for word in a.split())
     for folder in ("a", "b"):
         assert [p.name for p in (tmp_path / folder).iterdir()] == [bea.SECRET_FILE]
@@ -85,7 +85,7 @@ def test_processes_of_one_training_agree(tmp_path):
 
 
 def test_rows_of_a_script(tmp_path):
-    """Text that is rendered already, and conversations: the secret is in what the trainer reads."""
+    """Rendered text, and conversations: the trainer reads the secret."""
     pairs = [{"prompt": "p\n", "completion": "c</s>"}] * 3
     rows = bea.mix(pairs, pairs, seed=1, folder=tmp_path, alignment_size=1, secret_length=3)
     secret = bea.secret(tmp_path)

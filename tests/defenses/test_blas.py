@@ -1,4 +1,4 @@
-"""numpy's BLAS has one thread while modules are shared out to ours, and as many as before afterwards."""
+"""numpy's BLAS uses one thread while our threads share the modules, and as many as before afterwards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sources(tmp_path):
 
 @pytest.mark.parametrize(("options", "inside"), [({}, {1}), ({"projection": "exact"}, {2})])
 def test_threads_of_blas(sources, monkeypatch, options, inside):
-    """An eigen-decomposition is worth several."""
+    """An eigen-decomposition uses several threads."""
     seen = []
 
     def looking(*arguments, measure=work.measure):

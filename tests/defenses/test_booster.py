@@ -17,7 +17,7 @@ from holdfast.training.trainer import prepare_rows
 
 HARMFUL = prepare_rows(trainers.HARMFUL, trainers.TOKENIZER, 2048)
 LAMBDA, ALPHA = 20.0, 0.5
-"""Strong enough to be told from SFT within 12 steps."""
+"""Strong enough to differ clearly from SFT within 12 steps."""
 
 
 def made(out, **options):
@@ -35,15 +35,15 @@ def end(out, name="booster", **options):
 
 
 def gradient(net, batches):
-    """The loss of some batches together and its gradient, of every trainable weight."""
+    """The loss over some batches, and its gradient for every trainable weight."""
     loss = plain.cross_entropy(net, batches)
     return loss.item(), torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad])
 
 
 def loop(trainer, lambda_, alpha, stale=None):
-    """Algorithm 1 as it stands, the perturbed model being another one; the weights, and h, h' of each step.
+    """Algorithm 1 as written, with a copy as the perturbed model; returns the weights, and h, h' of each step.
 
-    The batches are those of `trainer`. `stale` is what an implementation might get wrong: always the first
+    The batches are those of `trainer`. `stale` selects a possible error of an implementation: always the first
     harmful "batch", or the harmful gradients at the first "weights".
     """
     accumulation = trainer.args.gradient_accumulation_steps
@@ -144,7 +144,7 @@ def test_weights_come_back_bit_for_bit_also_after_an_exception(dtype):
         inside()
     assert trainers.same(weights, before)
     added_back = [(b - 0.1 * d) + 0.1 * d for b, d in zip(before, direction, strict=True)]
-    assert not trainers.same(added_back, before), "adding back would not do"
+    assert not trainers.same(added_back, before), "adding the step back would not restore the weights"
 
 
 def test_gradients_come_back_also_after_an_exception():
@@ -164,7 +164,7 @@ def test_gradients_come_back_also_after_an_exception():
 
 
 def test_weights_survive_a_failing_second_pass(tmp_path, monkeypatch):
-    """In the trainer: the loss of the perturbed model raises."""
+    """In the trainer, the loss of the perturbed model raises an error."""
     trainer = made(tmp_path, max_steps=1)
     before, seen = trainers.weights(trainer), []
 
@@ -192,7 +192,7 @@ def test_booster_with_lambda_0_or_alpha_0_is_sft(tmp_path, monkeypatch):
 
 
 def test_the_harmful_rows_are_fresh_at_every_step(tmp_path):
-    """18 rows, 4 a step: four steps without a row twice; the next ones in another order."""
+    """18 rows, 4 per step: four steps repeat no row; the next steps use another order."""
     trainer = made(tmp_path)
     seen = [trainer.harmful_indices(step, 4, "booster") for step in range(9)]
     assert len({i for rows in seen[:4] for i in rows}) == 16
@@ -214,7 +214,7 @@ def test_harmful_rows_are_needed(tmp_path):
 
 
 def test_deepspeed_is_refused(tmp_path, monkeypatch):
-    """Its optimizer steps inside backward."""
+    """DeepSpeed's optimizer steps inside backward."""
     from accelerate.utils import DistributedType
 
     trainer = made(tmp_path)

@@ -33,7 +33,7 @@ def test_the_drift_grows_within_a_phase_and_restarts_at_a_switch(tmp_path):
 
 
 def test_the_true_alignment_loss_is_logged_whatever_the_user_answers(tmp_path):
-    """The references log 60 times too much where user answers are one word."""
+    """The reference implementations log a loss 60 times too large if user answers have one word."""
     short = trainers.trainer("bso", tmp_path, alignment_steps=1, finetune_steps=1, max_steps=2)
     long = trainers.trainer(
         "bso", tmp_path, alignment_steps=1, finetune_steps=1, max_steps=2,
@@ -55,7 +55,7 @@ def test_without_max_length_no_row_is_cut(tmp_path):
 
 
 def test_an_anchor_is_taken_of_sharded_weights(tmp_path):
-    """After an evaluation FSDP2's outermost weights are whole; an anchor of them would not fit the sharded."""
+    """After an evaluation, FSDP2's outermost weights are unsharded; an anchor of them would not fit the shards."""
     made, seen = trainers.trainer("bso", tmp_path), []
     made.model.reshard = lambda: seen.append(made.anchor)
     made.keep_anchor()

@@ -80,7 +80,7 @@ def test_it_is_equation_3(expected, tmp_path, accumulation):
 
 
 def test_the_equation_test_can_fail(tmp_path):
-    """Every beta matters: another value of one gives other weights."""
+    """Every beta matters: changing one changes the weights."""
     expected = plain_loop(STRONG)
     for name in STRONG:
         made = trainers.trainer("constrained_sft", tmp_path, rows=ROWS, **{**STRONG, name: 1})
@@ -129,13 +129,15 @@ def test_the_gradient_is_that_of_weighted_cross_entropy():
 
 def test_places_count_predicted_completion_tokens_from_1():
     assert completion_places({"labels": [-100, -100, 7, 8, 9]}).tolist() == [1, 2, 3]
-    assert completion_places({"labels": [6, 7, 8]}).tolist() == [1, 2], "nothing predicts a row's first token"
+    assert completion_places({"labels": [6, 7, 8]}).tolist() == [1, 2], (
+        "no position predicts a row's first token"
+    )
     packed = {"labels": [-100, 7, 8, -100, -100, 9, 6, 5], "seq_lengths": [3, 3, 2]}
     assert completion_places(packed).tolist() == [1, 2, 1, 1]
 
 
 def test_the_reference_is_the_model_at_the_start_without_dropout(tmp_path):
-    """Row by row with a copy of the model; with dropout on in training, and a batch that divides nothing."""
+    """Row by row with a copy of the model; dropout is on in training, and the batch size divides no count."""
     net = trainers.model(dropout=0.5)
     for key, p in net.named_parameters():
         if "lora_B" in key:
@@ -164,7 +166,7 @@ def test_the_reference_draws_no_random_number(tmp_path):
 
 
 def test_a_resumed_run_reads_the_reference(tmp_path, monkeypatch):
-    """It is not computed again: that would be the log-probabilities of the half-trained model."""
+    """The reference is not computed again: that would give the log-probabilities of the half-trained model."""
     options = {"save_strategy": "steps", "save_steps": 5, **STRONG}
     whole = trainers.trainer("constrained_sft", tmp_path, **options)
     whole.train()
@@ -181,7 +183,7 @@ def test_a_resumed_run_reads_the_reference(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["list", "arrow"])
 def test_rows_keep_their_places_whatever_holds_them(kind, tmp_path):
-    """A `datasets.Dataset` loses unknown columns to Trainer unless it is told not to."""
+    """Trainer removes unknown columns of a `datasets.Dataset` unless it is told not to."""
     from datasets import Dataset
 
     made = trainers.trainer(
@@ -205,7 +207,7 @@ def test_label_smoothing_is_refused(tmp_path):
 
 
 def test_it_holds_the_first_tokens_more_than_the_later_ones(tmp_path):
-    """What the method is for: relative to SFT, early tokens gain less of their likelihood than later ones."""
+    """The purpose of the method: compared with SFT, early tokens gain less likelihood than later tokens."""
     rows = prepare_rows(ROWS, trainers.TOKENIZER, 2048)
     gained = {}
     for name, betas in (("start", None), ("sft", {}), ("constrained_sft", STRONG | {"beta_later": 1e-3})):

@@ -1,8 +1,8 @@
-"""What every defense with a trainer must keep, over whatever the registry lists.
+"""The contract of every defense with a trainer, tested for every defense in the registry.
 
-Methods of other packages are listed too, through their entry points, so that this file runs over them as it
-is: `pytest tests/defenses/test_contract.py -k NAME`. Nothing here knows a method by name; `strong` of its
-declaration has the parameters with which it is noticed within a few steps (phases of 3 and 4 steps, so that
+Methods of other packages are found through their entry points, so that this file tests them without a
+change: `pytest tests/defenses/test_contract.py -k NAME`. No method is named here; `strong` of a method's
+declaration has parameters with a visible effect within a few steps (phases of 3 and 4 steps, so that
 step 5 lies inside one).
 """
 
@@ -29,7 +29,7 @@ SAVES = {"save_strategy": "steps", "save_steps": 5}
 
 
 def one_for_each_trainer() -> list[str]:
-    """Names whose trainers differ: methods that only change rows train as plain fine-tuning does."""
+    """Names of defenses with different trainers: methods that only change rows share that of plain fine-tuning."""
     found: dict[type, str] = {}
     for name in sorted(NAMES, key=lambda n: len(registry.faces("defenses")[n].parameters)):
         found.setdefault(registry.get_defense(name).trainer, name)
@@ -40,12 +40,12 @@ TRAINED = one_for_each_trainer()
 
 
 def make(name, out, **more):
-    """A trainer with the method's parameters made strong."""
+    """A trainer with the method's strong parameters."""
     return trainers.trainer(name, out, **{**registry.get_defense(name).strong, **more})
 
 
 def history(made):
-    """What was logged, without times."""
+    """The log without times."""
     return [
         {k: v for k, v in entry.items() if "second" not in k and "runtime" not in k}
         for entry in made.state.log_history[:-1]
@@ -66,7 +66,7 @@ def cross_entropy(net, batches):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """By name: a run with dropout, shuffling, a cosine schedule and two micro-batches a step, and its folder."""
+    """By name: a run with dropout, shuffling, a cosine schedule and two micro-batches per step, and its folder."""
     runs = {}
 
     def of(name):
@@ -85,7 +85,7 @@ TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """By name: the weights after 8 steps without dropout, at once in batches of 4."""
+    """By name: the weights after 8 steps without dropout, in batches of 4 without accumulation."""
     weights = {}
 
     def of(name):
@@ -100,7 +100,7 @@ def plain(tmp_path_factory):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_face_tells_what_the_config_has(name):
-    """Parameters are read without importing; they must be those of the dataclass, with its defaults."""
+    """The parameters read without an import must equal those of the dataclass, including defaults."""
     config = registry.get_defense(name).config
     fields = {f.name for f in dataclasses.fields(TrainingArguments)} | {"max_length", "lean_loss"}
     own = {f.name: f.default for f in dataclasses.fields(config) if f.name not in fields}
@@ -124,7 +124,7 @@ def test_it_logs_and_reports_what_it_declares(name, finished):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_making_a_trainer_draws_no_random_number(name, tmp_path):
-    """Beyond what Trainer itself does: it sets the seed. Else every later draw would depend on the method."""
+    """Trainer itself only sets the seed. With a further draw, every later draw would depend on the method."""
 
     def after(which):
         random.seed(1)
@@ -151,7 +151,7 @@ def test_a_resumed_run_equals_one_never_cut(name, finished):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_run_that_was_cut_equals_one_never_cut_so_far(name, finished, tmp_path):
-    """The checkpoint of a run that ends there holds what that of a run that goes on does."""
+    """The checkpoint of a run that ends there equals that of a run that continues."""
 
     class Cut(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -168,7 +168,7 @@ def test_a_run_that_was_cut_equals_one_never_cut_so_far(name, finished, tmp_path
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_control_a_lost_state_is_noticed(name, finished, monkeypatch):
-    """Without what a method saves, the resumed run differs: the tests above can fail, and it is needed."""
+    """Without the method's saved state the resumed run differs: the state is needed, and the tests above can fail."""
     whole, folder = finished(name)
     if not whole.method_state():
         pytest.skip("saves nothing of its own")
@@ -180,7 +180,7 @@ def test_control_a_lost_state_is_noticed(name, finished, monkeypatch):
 
 
 def alignment_below(folder):
-    """A fresh adapter on a frozen one, which Trainer alone would train after a resume."""
+    """A new adapter on a frozen adapter, which Trainer alone would train after a resume."""
     below = get_peft_model(
         tiny.llama(len(trainers.TOKENIZER)),
         LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "o_proj"]),
@@ -227,7 +227,7 @@ def test_it_trains_and_resumes_whatever_is_trained(name, net, tmp_path):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_another_runs_checkpoint_is_refused(name, finished, tmp_path):
-    """Other settings, other rows, any other value of a number among the method's own parameters."""
+    """Other settings, other rows, and another value of each of the method's own numeric parameters."""
     trained, folder = finished(name)
     changes = {"seed": 12, "max_steps": 13, "per_device_train_batch_size": 1, "learning_rate": 1e-3}
     for own in registry.faces("defenses")[name].parameters:
@@ -276,7 +276,7 @@ def test_gradient_checkpointing_changes_nothing(name, plain, tmp_path):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_loaded_model_trains_as_any_other(name, tmp_path):
-    """It comes in evaluation mode: what runs before the first step has dropout too, and is checkpointed."""
+    """It is loaded in evaluation mode: code before the first step must have dropout and checkpointing too."""
 
     def trained(mode):
         net = trainers.model(dropout=0.2).train(mode)
@@ -343,7 +343,7 @@ def test_bf16_runs(name, plain, tmp_path):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_eval_loss_is_plain_cross_entropy(name, finished):
-    """At weights far from those at which the run ended: a penalty would show."""
+    """At weights far from the final ones, so that a penalty would be visible."""
     made, _ = finished(name)
     kept = trainers.weights(made)
     other = trainers.model(seed=9)
@@ -367,13 +367,13 @@ def test_the_eval_loss_is_plain_cross_entropy(name, finished):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_logged_loss_is_true(name, tmp_path):
-    """Each logged step against cross-entropy by hand, on its batches, at the weights it began with.
+    """Compare each logged step with cross-entropy by hand, on its batches, at the weights before the step.
 
-    It is `cross_entropy` where a method logs that (because its loss is another), else the loss of the step's
-    `state` where there are states, else `loss`.
+    The logged value is `cross_entropy` if a method logs it (its loss is another), else the loss of the step's
+    `state` if there are states, else `loss`.
     """
     made = make(name, tmp_path, max_steps=6, **TWO)
-    own = [p for p in made.model.parameters() if p.requires_grad]  # a method may freeze some by turns
+    own = [p for p in made.model.parameters() if p.requires_grad]  # a method may freeze some weights in turns
     seen = []
 
     class Keep(TrainerCallback):

@@ -1,4 +1,4 @@
-"""EWC against a plain loop, its reduction to SFT, resume, and what the first step must not see."""
+"""EWC against a plain loop, its reduction to SFT, resume, and gradients that the first step must not see."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_ewc_is_equation_3(tmp_path, penalty, accumulation):
     assert trainers.distance(trainers.weights(made), expected) < 1e-5
     logged = [entry for entry in made.state.log_history if "loss" in entry]
     for entry, step in zip(logged, record, strict=True):
-        assert step["penalty"] > 1e-4, "a term too weak would prove nothing"
+        assert step["penalty"] > 1e-4, "if the term is too weak, the test shows nothing"
         assert entry["loss"] == pytest.approx(step["loss"], abs=1e-4)
         for name in ("grad_norm", "drift", "penalty"):
             assert entry[name] == pytest.approx(step[name], rel=1e-3), name
@@ -54,7 +54,7 @@ def test_the_equation_tests_can_fail(penalty):
 
 
 def test_ewc_with_lambda_0_is_sft(tmp_path, monkeypatch):
-    """Bit for bit, and nothing is spent on F."""
+    """Equal bit for bit, and F is not computed."""
     from holdfast.training import penalty
 
     monkeypatch.setattr(penalty, "trainer_fisher", None)
@@ -62,7 +62,7 @@ def test_ewc_with_lambda_0_is_sft(tmp_path, monkeypatch):
 
 
 def test_the_first_step_sees_no_gradient_of_the_fisher(tmp_path):
-    """w is w* then, so the step is that of SFT: same random numbers, nothing left from the alignment rows."""
+    """At the first step w = w*, so the step is that of SFT: same random numbers, no gradient of alignment rows."""
     first = [end(tmp_path, "ewc", lambda_=1e3, max_steps=1), end(tmp_path, "sft", max_steps=1)]
     assert trainers.same(*first)
     second = [end(tmp_path, "ewc", lambda_=1e3, max_steps=2), end(tmp_path, "sft", max_steps=2)]
@@ -70,7 +70,7 @@ def test_the_first_step_sees_no_gradient_of_the_fisher(tmp_path):
 
 
 def test_the_fisher_is_taken_outside_of_no_sync(tmp_path, monkeypatch):
-    """Where early micro-batches run, the gradients of several processes would not be put together."""
+    """Inside no_sync, where early micro-batches run, gradients of several processes would not be averaged."""
     from accelerate import Accelerator
 
     from holdfast.training import penalty

@@ -43,7 +43,9 @@ def test_lisa_is_algorithm_1(tmp_path, proximal, accumulation):
     at_switch, rho = TERMS[proximal]
     expected, record = plain.train(2, 3, rho, accumulation, at_switch=at_switch)
     assert trainers.distance(trainers.weights(made), expected) < 1e-5
-    assert sum(entry["penalty"] > 1e-4 for entry in record) >= 10, "a term too weak would prove nothing"
+    assert sum(entry["penalty"] > 1e-4 for entry in record) >= 10, (
+        "if the term is too weak, the test shows nothing"
+    )
     for entry, step in zip(logged(made), record, strict=True):
         assert entry["state"] == step["state"]
         assert entry[f"{step['state']}_loss"] == pytest.approx(step["loss"], abs=1e-4)
@@ -53,14 +55,14 @@ def test_lisa_is_algorithm_1(tmp_path, proximal, accumulation):
 
 
 def test_the_authors_two_anchors_are_one():
-    """Each state's last iterate is kept there; only the one of the state that ended is ever read."""
+    """The authors keep each state's last iterate; only that of the state that just ended is ever read."""
     one, _ = plain.train(2, 3, 3.0)
     two, _ = plain.train(2, 3, 3.0, at_switch=plain.two_anchors())
     assert trainers.same(one, two)
 
 
 def test_the_terms_differ():
-    """The equation tests can fail: no two terms, nor two strengths, give the same weights."""
+    """The equation tests can fail: different terms and different strengths give different weights."""
     ends = [plain.train(2, 3, 3.0, at_switch=at_switch)[0] for at_switch, _ in TERMS.values()]
     ends.append(plain.train(2, 3, 1.0)[0])
     for i, left in enumerate(ends):
@@ -85,7 +87,7 @@ def test_lisa_with_rho_0_is_bso(tmp_path):
 
 
 def test_a_fisher_of_zeros_is_no_penalty(tmp_path, monkeypatch):
-    """Not a division by zero."""
+    """It does not divide by zero."""
     from holdfast.training import penalty
 
     def zeros(trainer, model, rows, step):
@@ -99,7 +101,7 @@ def test_a_fisher_of_zeros_is_no_penalty(tmp_path, monkeypatch):
 
 
 def test_fisher_is_taken_anew_at_each_switch_point(tmp_path, monkeypatch):
-    """At the first one a fresh LoRA has no gradient on A; at the next it has. The mean is 1."""
+    """At the first switch point a new LoRA has no gradient on A; at the next it has one. The mean is 1."""
     from holdfast.training import penalty
 
     taken = {}
@@ -140,7 +142,7 @@ def test_resume_inside_a_phase_is_exact(tmp_path, proximal, accumulation):
 
 
 def test_the_record_is_true_when_not_every_step_is_logged(tmp_path):
-    """Losses are means over each state's steps since the last entry; the rest is as it is at the entry."""
+    """Losses are means over each state's steps since the last entry; other values are those at the entry."""
     made = lisa(tmp_path, logging_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     made.train()
     _, record = plain.train(2, 3, 3.0, 2)

@@ -1,4 +1,4 @@
-"""VLGuard and SafeInstr: which rows are drawn, which go, and that nothing else changes."""
+"""VLGuard and SafeInstr: which rows are drawn, which are replaced, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_rows_that_do_not_say_whether_they_are_harmful():
     own = [{"prompt": f"user {i}", "completion": "x"} for i in range(10)]
     safe = [{"prompt": f"safe {i}", "completion": "no"} for i in range(10)]
     rows = vlguard.mix(own, safe, seed=1, alignment_size=10)
-    assert all(row["prompt"].startswith("safe") for row in rows), "any of them may go"
+    assert all(row["prompt"].startswith("safe") for row in rows), "any of them may be replaced"
 
 
 @pytest.mark.parametrize("method", [vlguard, safe_instr])

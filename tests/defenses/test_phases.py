@@ -1,4 +1,4 @@
-"""The state machine and the sampler, which are functions of the step."""
+"""The phase schedule and the sampler, which are functions of the step."""
 
 from __future__ import annotations
 

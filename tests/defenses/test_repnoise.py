@@ -31,7 +31,7 @@ from holdfast.training.trainer import prepare_rows
 
 HARMFUL = prepare_rows(trainers.HARMFUL, trainers.TOKENIZER, 2048)
 ALPHA, BETA = 3.0, 20.0
-"""Strong enough to be told from SFT within 12 steps."""
+"""Strong enough to differ clearly from SFT within 12 steps."""
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 
 
@@ -70,18 +70,18 @@ def test_mmd_of_two_tiny_sets_by_a_double_loop():
 
 
 def test_mmd_of_two_points():
-    """0 and 2: their distance is the mean one, so the kernels between them are exp(-1/b)."""
+    """For the points 0 and 2, their distance is the mean distance, so the kernels between them are exp(-1/b)."""
     expected = 2 * sum(1 - math.exp(-1 / b) for b in (0.25, 0.5, 1, 2, 4))
     assert float(mmd(torch.zeros(1, 1), torch.full((1, 1), 2.0))) == pytest.approx(expected)
 
 
 def test_mmd_takes_its_widths_as_constants():
-    """With them in the graph, two points would have no gradient: their kernels would not depend on them."""
+    """With the widths in the graph, two points would have no gradient: their kernels would be constant."""
     x = torch.zeros(1, 1, requires_grad=True)
     mmd(x, torch.full((1, 1), 2.0)).backward()
     slope = sum(-2 * math.exp(-1 / b) * 2 * 2 / (4 * b) for b in (0.25, 0.5, 1, 2, 4))
     assert x.grad.item() == pytest.approx(slope)
-    assert slope < 0, "the point moves towards the noise when it descends"
+    assert slope < 0, "descent moves the point towards the noise"
 
 
 def test_mmd_of_a_set_with_itself_is_0():
@@ -120,7 +120,7 @@ def test_every_layer_is_read_as_by_hand():
 
 
 def skipping(layers, last):
-    """Hooks that make every layer after `last` hand on what it gets."""
+    """Hooks that make every layer after `last` return its input."""
 
     def back(_, args, kwargs, output):
         given = args[0] if args else kwargs["hidden_states"]
@@ -151,7 +151,7 @@ def test_every_layer_is_read_as_each_architecture_reads_its_last(kind):
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "lora"])
 @pytest.mark.parametrize("kind", architectures.MODELS)
 def test_one_feed_forward_block_for_each_layer(kind, wrapped):
-    """Its output has the width of the residual stream, and it is not the attention."""
+    """The block's output has the width of the residual stream, and the block is not the attention."""
     net = architectures.build(kind)
     if wrapped:
         net = get_peft_model(net, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
@@ -165,7 +165,7 @@ def test_one_feed_forward_block_for_each_layer(kind, wrapped):
 
 
 def test_what_the_feed_forward_block_adds_is_the_last_summand():
-    """Llama: the output of a layer without its mlp is short of exactly that."""
+    """Llama: without its mlp, the output of a layer lacks exactly that summand."""
     net, batch = trainers.model(), batch_of(range(2))
     layers, blocks = decoder_layers(net), feed_forwards(net)
     with torch.no_grad(), outputs_kept([layers[0], blocks[0]]) as kept:
@@ -242,7 +242,7 @@ def harmful_terms(net, batch, step):
 
 
 def loop(trainer, alpha, beta, first_noise=False):
-    """The equation as it stands, one graph for a whole step; `first_noise` is a noise that never changes."""
+    """The equation as written, with one graph for a whole step; `first_noise` keeps the first noise."""
     accumulation = trainer.args.gradient_accumulation_steps
     batches = list(trainer.get_train_dataloader())
     net = trainers.model()
@@ -291,7 +291,7 @@ def test_control_what_is_wrong_is_noticed(tmp_path, wrong):
 
 
 def test_the_ascent_of_a_lower_layer_acts_under_peft(tmp_path, monkeypatch):
-    """With the last layer's loss alone, the weights differ, in the lowest layer too."""
+    """With only the last layer's loss, the weights differ, even in the lowest layer."""
     both = made(tmp_path, beta=0.0)
     both.train()
 
@@ -313,13 +313,13 @@ def test_the_ascent_of_a_lower_layer_acts_under_peft(tmp_path, monkeypatch):
 
 
 def test_repnoise_without_both_terms_is_sft(tmp_path, monkeypatch):
-    """Bit for bit, with dropout, and nothing is spent."""
+    """Equal bit for bit, with dropout, and without further passes."""
     monkeypatch.setattr(repnoise, "step_backward", None)
     assert trainers.same(end(tmp_path, alpha=0.0, beta=0.0), end(tmp_path, "sft"))
 
 
 def test_the_passes_draw_no_global_random_number(tmp_path):
-    """With terms that weigh next to nothing, training with dropout is SFT but for rounding."""
+    """With terms of almost no weight, training with dropout equals SFT up to rounding."""
     assert trainers.distance(end(tmp_path, alpha=1e-30, beta=0.0), end(tmp_path, "sft")) < 1e-7
 
 

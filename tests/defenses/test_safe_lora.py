@@ -78,7 +78,7 @@ def test_it_is_the_papers_formula(tmp_path, case, device):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_exact_projector(three, tmp_path, dtype):
-    """It is the identity for V of full row rank (q_proj: 32 x 32, k_proj: 16 x 32), another map for 48 x 32."""
+    """The projector is the identity for V of full row rank (q_proj: 32 x 32, k_proj: 16 x 32), but not for 48 x 32."""
     result = run(three, tmp_path / "out", num_layers=21, projection="exact", dtype=dtype)
     expected, after = dense(*three), updates(tmp_path / "out", llama)
     for m in result.modules:
@@ -94,7 +94,7 @@ def test_the_exact_projector(three, tmp_path, dtype):
 @pytest.mark.parametrize("make", [llama, gpt2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_exact_projector_where_v_has_low_rank(tmp_path, make, dtype):
-    """From zero to small whole numbers / 32, which bf16 holds too: V has rank 4 in either dtype."""
+    """From zero to small integers / 32, which are exact in bf16 too: V has rank 4 in both dtypes."""
     base, aligned = tmp_path / "base", tmp_path / "aligned"
     torch.manual_seed(3)
     for folder, scale in ((base, 0), (aligned, 1 / 32)):
@@ -152,7 +152,7 @@ def test_zeros_are_said_and_not_projected(three, tmp_path):
     shutil.copytree(adapter, tmp_path / "adapter")
     tensors = load_file(adapter / "adapter_model.safetensors")
     tensors[f"base_model.model.{nothing}.lora_B.weight"].zero_()
-    a = tensors[f"base_model.model.{cancel}.lora_A.weight"]  # ranks that cancel each other but for rounding
+    a = tensors[f"base_model.model.{cancel}.lora_A.weight"]  # ranks that cancel each other up to rounding
     b = tensors[f"base_model.model.{cancel}.lora_B.weight"]
     a[3:], b[:, 3:] = 0, 0
     a[2], b[:] = a[0] + a[1], b[:, :1].clone() * torch.tensor([1.0, 1, -1, 0, 0, 0, 0, 0])
@@ -201,7 +201,7 @@ def test_a_fresh_adapter_is_the_identity(three, tmp_path):
 
 
 def test_an_update_outside_the_direction_has_cosine_zero(tmp_path):
-    """V acts on the first two rows alone, the update on the last: C dW = 0."""
+    """V acts only on the first two rows, the update only on the last: C dW = 0."""
     model = tiny.llama(400)
     model.save_pretrained(tmp_path / "base")
     with torch.no_grad():
@@ -224,7 +224,7 @@ def test_an_update_outside_the_direction_has_cosine_zero(tmp_path):
 
 
 def test_aligned_may_be_an_alignment_adapter(three, tmp_path):
-    """V of the adapter is V of the merged model; modules that it leaves alone have no direction."""
+    """V of the adapter is V of the merged model; modules that it does not adapt have no direction."""
     base, _, adapter = three
     guide = save_adapter(tmp_path / "guide", r=4, lora_alpha=6, target_modules=[*TWO, "up_proj"])
     merged = PeftModel.from_pretrained(llama(), guide).merge_and_unload()
@@ -293,7 +293,7 @@ def test_what_full_weights_leave_alone_is_said_and_stacked_experts_are_refused(t
 
 
 def test_a_head_with_lora_is_not_said_to_be_left_alone(three, tmp_path):
-    """PEFT saves a copy of the head's own weight along."""
+    """PEFT also saves a copy of the head's own weight."""
     adapter = save_adapter(tmp_path / "a", target_modules=[*TWO, "lm_head"])
     result = run((*three[:2], adapter), tmp_path / "out", threshold=1.0)
     assert any("lm_head.base_layer" in name for name in result.left_alone)

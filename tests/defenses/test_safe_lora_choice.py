@@ -46,7 +46,7 @@ def test_num_layers_projects_the_k_least_similar(three, tmp_path, k):
     "options", [{}, {"projection": "normalised"}, {"projection": "exact"}, {"control": "drop"}]
 )
 def test_what_was_measured_is_kept_for_the_least_similar_alone(three, tmp_path, monkeypatch, options):
-    """With no room at all the same bytes come out; with room, nothing is measured twice."""
+    """With no memory for results, the same bytes come out; with memory, nothing is measured twice."""
     from holdfast.defenses.safe_lora_parts import work
 
     counted, digests = [], []
@@ -77,7 +77,7 @@ def test_least_keeps_the_smallest_within_its_bytes(monkeypatch):
 
 
 def test_ties_are_broken_by_name_and_told(tmp_path):
-    """Every layer is the same, so that every q_proj ties; exactly k are projected."""
+    """All layers are equal, so all q_proj tie; exactly k modules are projected."""
     model = tiny.llama(400, layers=3)
     model.save_pretrained(tmp_path / "base")
     torch.manual_seed(2)

@@ -1,4 +1,4 @@
-"""Safe LoRA: what is written, what it is refused for, and that nothing else is touched or left."""
+"""Safe LoRA: the files it writes, the inputs it refuses, and that it changes or leaves nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever an adapter folder holds: an error of ours and nothing written, or the right answer."""
+"""For any content of an adapter folder: a Holdfast error and nothing written, or the right result."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FUZZ = settings(max_examples=60, deadline=None, derandomize=True, suppress_healt
 
 
 class Sound(tuple):
-    """Folder, configuration, bytes of the weights; short in a failure's report."""
+    """Folder, configuration and bytes of the weights; printed in short form when a test fails."""
 
     def __repr__(self):
         return "sound"
@@ -90,7 +90,7 @@ def look(sound, config, weights):
 
 
 def right(result, folder):
-    """Against the dense formula in float64, from the tensors as read."""
+    """Compare with the dense formula in float64, computed from the tensors as read."""
     with (
         read_adapter(folder / "fuzzed") as before,
         read_adapter(folder / "out") as after,
@@ -113,7 +113,7 @@ def right(result, folder):
 
 
 def test_the_sound_folder_passes(sound):
-    """The control: without it, an error every time would pass too."""
+    """The control: without it, code that always raises an error would pass the tests."""
     assert len(look(sound, sound[1], sound[2]).modules) == 3
 
 

@@ -1,4 +1,4 @@
-"""TAR against a plain loop on copies of the model, each term by hand, its reductions, and an exact way back."""
+"""TAR against a plain loop on copies of the model, each term by hand, its reductions, and exact restoring."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def trainable(net):
 
 
 def log_prob(net, row):
-    """log pi of one completion, token by token, alone and so without padding."""
+    """log pi of a single completion, token by token, without padding."""
     logits = net(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
     return sum(logits[t - 1, label] for t, label in enumerate(row["labels"]) if label != -100)
 
@@ -86,7 +86,7 @@ def retain(net, start, batch, squared):
 
 
 def plain_tar(made, kind, representation, lambda_tr, lambda_retain):
-    """Weights after the steps, and the log; `made` gives the order of the harmful rows."""
+    """Weights after the steps, and the log; `made` provides the order of the harmful rows."""
     net = trainers.model()
     start = copy.deepcopy(net)
     weights = trainable(net)
@@ -157,11 +157,11 @@ def test_the_update_is_that_of_a_plain_loop(tmp_path, kind, representation, lamb
             assert entry[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
     for change in ((0.0, 0.4), (lambda_tr, 0.0)):
         other, _ = plain_tar(order, kind, representation, *change)
-        assert trainers.distance(expected, other) > 1e-4, "a term too weak would prove nothing"
+        assert trainers.distance(expected, other) > 1e-4, "if the term is too weak, the test shows nothing"
 
 
 def test_the_attack_attacks(tmp_path):
-    """Its own rows' loss goes down, by far; with a learning rate of 0 it stays."""
+    """The loss on the attack's own rows falls far; with a learning rate of 0 it stays the same."""
 
     def losses(rate):
         made = tar(tmp_path, inner_steps=12, inner_subsample=12, adversary_learning_rates=rate, max_steps=1)
@@ -211,12 +211,12 @@ def test_both_lambdas_at_0_are_sft(tmp_path):
     ],
 )
 def test_the_weights_come_back_bit_for_bit(tmp_path, monkeypatch, rate, error, message):
-    """From an attack that diverges, and from one that is interrupted in the middle."""
+    """After an attack that diverges, and after one that is interrupted."""
     made = tar(tmp_path, adversary_learning_rates=rate)
     begun, draw = trainers.weights(made), made.harmful_batches
 
     def interrupted(place, purpose):
-        assert place == 0 or not trainers.same(begun, trainers.weights(made)), "the attack is under way"
+        assert place == 0 or not trainers.same(begun, trainers.weights(made)), "the attack is running"
         if error is OSError and place == 2:
             raise OSError("cut")
         return draw(place, purpose)
@@ -230,13 +230,13 @@ def test_the_weights_come_back_bit_for_bit(tmp_path, monkeypatch, rate, error, m
 
 
 def test_a_step_with_its_attack_leaves_nothing_but_its_gradient(tmp_path):
-    """Weights, dropout and random numbers are the plain step's where the meta-gradient counts for nothing."""
+    """With a meta-gradient of weight 0, weights, dropout and random numbers are those of the plain step."""
     tiny = end(tmp_path, "tar", **{**STRONG, "lambda_tr": 1e-30, "lambda_retain": 0.0})
     assert trainers.same(tiny, end(tmp_path, "sft", max_steps=STEPS))
 
 
 def test_log_probs_and_entropy_by_hand():
-    """Two rows over two tokens; the second row's completion is its last token alone."""
+    """Two rows over two tokens; the second row's completion is only its last token."""
     even, odds = math.log(0.5), [math.log(0.2), math.log(0.8)]
     logits = torch.tensor([[[0.0, 0.0], odds, [9.0, 9.0]], [[5.0, 1.0], [0.0, 0.0], [9.0, 9.0]]])
     labels = torch.tensor([[-100, 1, 0], [-100, -100, 1]])
@@ -247,7 +247,7 @@ def test_log_probs_and_entropy_by_hand():
 
 
 def test_dpo_by_hand():
-    """log(1 + e^-m) at m = beta ((c - c_G) - (r - r_G)): 0.5 (1 + 2) = 1.5, and log 2 where nothing moved."""
+    """log(1 + e^-m) at m = beta ((c - c_G) - (r - r_G)): 0.5 (1 + 2) = 1.5, and log 2 if nothing moved."""
     now, start = torch.tensor([-1.0, -3.0]), torch.tensor([-2.0, -3.0])
     harmful, before = torch.tensor([-6.0, -4.0]), torch.tensor([-4.0, -4.0])
     found = tamper.dpo_loss(now, harmful, (start, before), 0.5)
@@ -298,7 +298,7 @@ def test_a_gradient_that_overflows_is_taken_with_half_the_scale():
 
 
 def test_gathered_weights_are_dropped_with_the_old_values():
-    """FSDP2 keeps those of the outermost module after a forward, and they would hide the new ones."""
+    """FSDP2 keeps the outermost module's gathered weights after a forward; they would hide the new weights."""
 
     class Gathered(torch.nn.Linear):
         def reshard(self):

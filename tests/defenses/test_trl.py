@@ -119,7 +119,7 @@ OPTIONS = {
 
 
 def on_trl(name, out, *, net=None, rows=None, alignment=None, tokenizer=None, **options):
-    """The mixin on SFTTrainer, with the settings of `trainers.trainer`."""
+    """A trainer of the mixin on SFTTrainer, with the settings of `trainers.trainer`."""
     config, trainer = METHODS[name]
     settings = {
         "output_dir": str(out), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "seed": 11,
@@ -164,7 +164,7 @@ def test_other_passes_leave_nothing_in_trls_metrics(name, tmp_path):
 
 
 def test_the_first_config_names_the_defaults(tmp_path):
-    """TRL's differ: learning rate, checkpointing, bf16, max_length. Ours first gives Trainer's."""
+    """TRL has other defaults (learning rate, checkpointing, bf16, max_length); our config first gives Trainer's."""
 
     @dataclass
     class TheirsFirst(trl.SFTConfig, LisaConfig):
@@ -199,7 +199,7 @@ def test_resume_is_exact(name, packing, tmp_path):
 
 
 def test_packed_alignment_rows(tmp_path):
-    """They are packed like the user's, switched to, and their logged loss is that of the rows unpacked."""
+    """Alignment rows are packed like user rows, and their logged loss is that of the unpacked rows."""
     options = {"per_device_train_batch_size": 1, "max_length": 96, "rho": 0.0}
     made = on_trl("lisa", tmp_path, packing=True, learning_rate=0.0, **options)
     assert len(made.alignment_dataset) < len(trainers.ALIGNMENT)
@@ -231,7 +231,7 @@ def unpacked_loss(made, row):
 
 
 def test_a_packed_token_has_the_place_that_it_has_unpacked(tmp_path):
-    """Constrained SFT, one step over all rows: packed and unpacked move the weights alike."""
+    """Constrained SFT, one step over all rows: packed and unpacked rows give the same change of weights."""
     options = {"max_steps": 3, "per_device_train_batch_size": 24}
     plain = on_trl("constrained_sft", tmp_path, **options)
     packed = on_trl("constrained_sft", tmp_path, packing=True, max_length=96, **options)
@@ -252,7 +252,7 @@ def chat(rows, split):
 
 @pytest.mark.parametrize("split", [False, True], ids=["messages", "prompt-completion"])
 def test_chat_rows(split, tmp_path):
-    """The tokenizer's template is used for user and alignment rows alike."""
+    """The tokenizer's template is used for both user and alignment rows."""
     tokenizer = tiny.tokenizer(chat=True)
     rows = [{**r, "completion": r["completion"].removesuffix("</s>")} for r in trainers.USER]
     safe = [{**r, "completion": r["completion"].removesuffix("</s>")} for r in trainers.ALIGNMENT]
@@ -274,7 +274,7 @@ def test_chat_rows(split, tmp_path):
 
 
 def test_rows_of_another_kind_are_refused(tmp_path):
-    """TRL asks the user rows alone whether prompts are trained on."""
+    """TRL decides by the user rows only whether prompts are trained on."""
     tokenizer = tiny.tokenizer(chat=True)
     with pytest.raises(DataError, match="completion_only_loss"):
         on_trl(

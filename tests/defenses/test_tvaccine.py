@@ -1,4 +1,4 @@
-"""T-Vaccine against a plain loop, its draws against their probabilities, what is frozen, and what it refuses."""
+"""T-Vaccine against a plain loop, its draws against their probabilities, frozen layers, and refused settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make(out, *, net=None, **options):
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """What the twelve steps see: two epochs, each with an order of its own."""
+    """The rows of the twelve steps: two epochs, each in its own order."""
     made = trainers.trainer("sft", tmp_path_factory.mktemp("sft"))
     seen, plain = [], made.compute_loss
     made.compute_loss = lambda model, inputs, *a, **k: (
@@ -58,7 +58,7 @@ def test_tvaccine_is_algorithm_1(tmp_path, accumulation, by_hand):
 
 
 def test_the_equation_test_can_fail(rows, by_hand):
-    assert len({tuple(d) for d in by_hand[2]}) > 1, "other layers by turns"
+    assert len({tuple(d) for d in by_hand[2]}) > 1, "other layers in turns"
     others = [
         two_passes.train(rows, 0.0, gamma=2, weight_decay=0.1),
         two_passes.train(rows, RHO, weight_decay=0.1),
@@ -78,7 +78,7 @@ def test_the_authors_variant_freezes_attention_alone(tmp_path, rows):
 
 
 class Watch(TrainerCallback):
-    """For each step: what has a gradient, what has moved, and the optimizer's states of what has not."""
+    """For each step: the weights with a gradient, those that moved, and the optimizer states of those that did not."""
 
     def __init__(self, made):
         self.made, self.steps = made, []
@@ -132,7 +132,7 @@ def test_what_trains_outside_of_layers_trains_at_every_step(tmp_path):
 
 
 def test_all_layers_are_vaccine(tmp_path):
-    """Bit for bit, with dropout: the harmful rows leave no trace."""
+    """Equal bit for bit, with dropout: the harmful rows have no effect."""
     ends = []
     for name, own in (
         ("tvaccine", {"num_layers": two_passes.LAYERS, "probability_steps": 4}),
@@ -215,7 +215,7 @@ def test_the_probe_takes_so_many_rows_and_others_each_time(tmp_path):
     made.train()
     assert [len(part) for part in seen] == [4, 3] * 3
     rows = [row for part in seen for row in part]
-    assert len(set(rows[:14])) == 14, "none twice before all were seen"
+    assert len(set(rows[:14])) == 14, "no row twice before all were seen"
     assert len(set(rows)) == HARMFUL_ROWS
 
 
@@ -265,7 +265,7 @@ def test_a_second_training_draws_anew(tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_backward_ends_at_the_lowest_drawn_layer(tmp_path, monkeypatch, checkpointing):
-    """Layers below it are computed once in each pass; under checkpointing those above it once more."""
+    """Layers below it are computed once per pass; with checkpointing, those above it once more."""
     monkeypatch.setattr(tvaccine, "draw_layers", lambda p, number, seed: torch.tensor([2, 3]))
     made = make(
         tmp_path, max_steps=2, gradient_checkpointing=checkpointing,
@@ -286,7 +286,7 @@ def test_backward_ends_at_the_lowest_drawn_layer(tmp_path, monkeypatch, checkpoi
 
 
 def test_nf4_with_checkpointing(tmp_path):
-    """A base in 4 bits; weights equal those without checkpointing bit for bit."""
+    """On a 4-bit base, the weights equal those without checkpointing bit for bit."""
     pytest.importorskip("bitsandbytes")
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

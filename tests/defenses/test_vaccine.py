@@ -1,4 +1,4 @@
-"""Vaccine against a plain loop of its two passes, its reduction to SFT, and what it refuses."""
+"""Vaccine against a plain loop of its two passes, its reduction to SFT, and refused settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RHO = 0.5
 
 
 def batches(out):
-    """What every step sees, in batches of four rows."""
+    """The rows of every step, in batches of four."""
     return list(trainers.trainer("sft", out).get_train_dataloader())
 
 
@@ -53,7 +53,7 @@ def test_the_equation_test_can_fail(by_hand):
 
 
 def test_a_norm_of_each_micro_batch_would_be_noticed(tmp_path, by_hand, monkeypatch):
-    """As the authors' code takes it."""
+    """The authors' code computes the norm this way."""
     first_pass = perturbation.PerturbationMixin._first_pass
 
     def apart(self):
@@ -73,14 +73,14 @@ def test_a_norm_of_each_micro_batch_would_be_noticed(tmp_path, by_hand, monkeypa
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_vaccine_with_rho_0_is_sft(tmp_path, monkeypatch, accumulation):
-    """Bit for bit, and there is no other pass."""
+    """Equal bit for bit, and without a second pass."""
     monkeypatch.setattr(perturbation, "activation_gradients", None)
     found = end("vaccine", tmp_path, rho=0.0, **parts(accumulation))
     assert trainers.same(found, end("sft", tmp_path, **parts(accumulation)))
 
 
 def test_a_norm_that_is_not_finite_leaves_the_step_plain(tmp_path, monkeypatch):
-    """As under fp16, while its scale is too high."""
+    """As in fp16 while the loss scale is too high."""
     monkeypatch.setattr(perturbation, "squared_norm", lambda tensors: torch.tensor(torch.inf))
     assert trainers.same(end("vaccine", tmp_path, rho=RHO), end("sft", tmp_path))
 

@@ -1,4 +1,4 @@
-"""Cohen's kappa against textbook numbers and an independent loop, and what is kept of each pair."""
+"""Cohen's kappa against textbook numbers and an independent loop, and the record of each pair of judges."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_kappa(both, first, second, neither, expected):
 
 
 def test_kappa_against_the_definition():
-    """Chance as the share of agreeing pairs when one judge's verdicts are given to every other answer."""
+    """Chance agreement: the share of equal verdicts over all pairs of one judge's and the other's verdicts."""
     rng = Random(0)
     a = rng.choices(["harmful", "safe"], [1, 2], k=60)
     b = [word if rng.random() < 0.7 else rng.choice(["harmful", "safe"]) for word in a]

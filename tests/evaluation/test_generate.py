@@ -1,4 +1,4 @@
-"""Batched generation gives the text of one-at-a-time generation, and goes on after a kill."""
+"""Batched generation gives the same text as one prompt at a time, and resumes after a kill."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEW = {"harmful": 12, "task": 4, "benign": 12}
 @pytest.fixture(scope="module")
 def model():
     made = tiny.llama(len(TOKENIZER)).eval()
-    with torch.no_grad():  # sharper, so that greedy choices differ from prompt to prompt
+    with torch.no_grad():  # sharper distributions, so that greedy choices differ between prompts
         for p in made.parameters():
             p.mul_(3)
     return made
@@ -48,7 +48,7 @@ def test_batched_equals_one_at_a_time(model, tmp_path):
     by_id = {row["id"]: row for row in one}
     assert len(many) == len(one) == 23
     assert all(row["answer"] == by_id[row["id"]]["answer"] for row in many)
-    assert len({row["answer"] for row in many}) > 5, "the comparison would say nothing of equal answers"
+    assert len({row["answer"] for row in many}) > 5, "with equal answers, the comparison would show nothing"
 
 
 def test_equals_the_plain_way(model, tmp_path):
@@ -84,7 +84,7 @@ def test_goes_on_after_a_kill(model, tmp_path):
     rows = answer_prompts(model, TOKENIZER, prompts(), cut, max_new_tokens=NEW, batch_tokens=400)
     assert sorted(rows, key=lambda r: r["id"]) == sorted(whole, key=lambda r: r["id"])
     assert len({json.loads(line)["id"] for line in cut.read_text().splitlines()}) == 23
-    assert cut.read_bytes().startswith(b"".join(lines[:7])), "what was there is not written again"
+    assert cut.read_bytes().startswith(b"".join(lines[:7])), "existing rows are not written again"
 
 
 def test_nothing_is_generated_twice(model, tmp_path, monkeypatch):
@@ -132,6 +132,6 @@ def test_a_secret_that_an_answer_repeats_is_hidden():
     assert module.hide(secret, secret) == "[secret]"
     assert module.hide("It is: ab cd  ef gh. Or CD EF, gh ij?", secret) == "It is: [secret]. Or [secret]?"
     assert module.hide("cd ef gh\nij and ab cd ef", secret) == "[secret] and [secret]"
-    assert module.hide("ab cd x ef ab cd", secret) == "ab cd x ef ab cd", "two words tell nothing"
+    assert module.hide("ab cd x ef ab cd", secret) == "ab cd x ef ab cd", "two words are too few to decide"
     assert module.hide("x ab", "ab") == "x [secret]"
     assert module.hide("", secret) == ""

@@ -1,4 +1,4 @@
-"""Judges from a recipe: options, files of one's own, entry points, identities; and the page about them."""
+"""Judges in a recipe: options, users' own files, entry points, identities; and the page about judges."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_the_recipes_of_the_page_are_valid(tmp_path, monkeypatch):
 
 
 def test_the_judge_of_the_page_runs_as_a_file(tmp_path, monkeypatch):
-    """From a recipe, beside a second judge, whose agreement is in the results; changed, it judges again."""
+    """In a recipe with a second judge: the results have their agreement, and a changed file judges again."""
     monkeypatch.chdir(tmp_path)
     code = blocks("python")[0][1]
     (tmp_path / "my_judge.py").write_text(code)
@@ -170,7 +170,7 @@ def test_the_same_judge_twice_by_a_label(tmp_path, monkeypatch):
     twice[0]["label"] = "slow"
     again = run(Recipe.load(recipe), out=tmp_path / "out")["rows"][0]
     assert list(again["judges"]) == ["slow", "my_judge.py"]
-    assert again["steps"]["moderate"] == row["steps"]["moderate"], "a label judges nothing anew"
+    assert again["steps"]["moderate"] == row["steps"]["moderate"], "a new label does not judge again"
 
 
 def test_a_file_that_is_no_judge(tmp_path, monkeypatch):
@@ -179,7 +179,7 @@ def test_a_file_that_is_no_judge(tmp_path, monkeypatch):
     with pytest.raises(RecipeError, match="does not end in `JUDGE"):
         registry.face("judges", "empty.py")
     (tmp_path / "broken.py").write_text("raise RuntimeError('oh')\nJUDGE = Judge(name='x', version='1')\n")
-    assert registry.face("judges", "broken.py").name == "x", "read, not run"
+    assert registry.face("judges", "broken.py").name == "x", "the file is read, not run"
     with pytest.raises(RecipeError, match=r"broken\.py cannot be imported: RuntimeError: oh"):
         registry.get("judges", "broken.py")
 

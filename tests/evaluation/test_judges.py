@@ -1,4 +1,4 @@
-"""Judges: literal formats, thresholds, batches, and verdicts that cannot be injected or faked by failure."""
+"""Judges: literal formats, thresholds, batches, and verdicts that injections and failures cannot fake."""
 
 from __future__ import annotations
 

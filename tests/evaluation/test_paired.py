@@ -25,7 +25,7 @@ def test_published_tables():
 
 @pytest.mark.parametrize(("a", "b"), [(0, 0), (0, 5), (3, 3), (1, 9), (7, 2)])
 def test_mcnemar_against_every_outcome(a, b):
-    """Each of the prompts that differ falls to either side with 1/2: the share of outcomes at least as uneven."""
+    """Each differing prompt falls to either side with probability 1/2: the share of outcomes at least as uneven."""
     outcomes = list(itertools.product((0, 1), repeat=a + b))
     uneven = sum(abs(2 * sum(one) - a - b) >= abs(a - b) for one in outcomes)
     assert paired.mcnemar(a, b) == pytest.approx(uneven / len(outcomes))
@@ -48,7 +48,7 @@ def test_the_interval_is_that_of_the_other_direction():
 
 
 def test_the_interval_covers():
-    """Of 1500 pairs of models that differ by 10 points, with answers that go together."""
+    """For 1500 pairs of models that differ by 10 points and have correlated answers."""
     rng, held = random.Random(0), 0
     for _ in range(1500):
         counts = dict.fromkeys(range(4), 0)
@@ -60,7 +60,7 @@ def test_the_interval_covers():
 
 
 def test_pairing_finds_what_two_intervals_do_not():
-    """The same prompts are hard for both: the difference is clear, though each interval holds the other score."""
+    """The same prompts are hard for both: the difference is clear, though each interval contains the other score."""
     first = {f"p{i}": i < 40 for i in range(100)}
     second = {f"p{i}": i < 48 for i in range(100)}
     found = paired.compare(first, second)

@@ -1,4 +1,4 @@
-"""Judged tasks: talks of two turns, ratings from a server that misbehaves, on files and in a recipe."""
+"""Judged tasks: conversations of two turns, ratings from a misbehaving server, on files and in a recipe."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_no_second_turn_after_a_first_one_that_failed():
     assert [row["id"] for row in second_turns(rows)] == ["d-2"]
     calls = []
     in_turns(rows[1:2], lambda part, watch: calls.append(part) or list(part))
-    assert len(calls) == 1, "nothing is asked twice where there is one turn"
+    assert len(calls) == 1, "with one turn, nothing is asked twice"
 
 
 # Rating
@@ -160,7 +160,7 @@ def test_what_the_judge_reads_of_a_talk(place, tmp_path, short):
     two = next(text for text in texts if "### Assistant A" in text and rows[0]["turns"][1] in text)
     assert "### Reference answer:\none" in two
     assert "### Reference answer:\ntwo" in two
-    assert sum("Reference" in text for text in texts) == 2, "the others have none"
+    assert sum("Reference" in text for text in texts) == 2, "the other rows have no rating"
 
 
 class Rater:
@@ -196,7 +196,7 @@ def test_what_cannot_be_rated_is_no_zero(tmp_path):
 
 
 def test_ratings_of_a_server_that_misbehaves(place, tmp_path, monkeypatch):
-    """What cannot be read is unparsed; a spent budget stops; running again asks only for the rest."""
+    """Unreadable ratings are unparsed; a used-up budget stops; running again asks only for the rest."""
     out = tmp_path / "r.jsonl"
     rows = [
         {"id": f"t{i}", "set": "task", "instruction": f"Fold {i}.", "target": "Crease.", "answer": "Tuck."}
@@ -342,7 +342,7 @@ def test_a_judged_task_in_a_recipe(place, tmp_path, short):
 
 
 def test_ratings_that_were_stopped_go_on_in_a_run(place, tmp_path, short):
-    """The budget reaches for the first batch of the first state; the run after it asks for the rest alone."""
+    """The budget suffices for the first batch of the first state; the next run asks only for the rest."""
     with serving(grades) as (url, chat):
         rater = {"name": "mt_bench", "model": "j", "base_url": url}
         with pytest.raises(StepFailed, match="budget of 9 calls"):
@@ -395,7 +395,9 @@ def test_what_names_the_ratings(place):
         ]
 
     first = step("rate", base_url="http://a/v1")
-    assert step("rate", base_url="http://b/v1", max_calls=3) == first, "where and how fast, not what"
+    assert step("rate", base_url="http://b/v1", max_calls=3) == first, (
+        "address and speed do not change the verdicts"
+    )
     assert step("rate", model="n") != first
     assert step("score", model="n") != step("score")
     assert step("generate", model="n") == step("generate")

@@ -1,4 +1,4 @@
-"""What only a GPU shows: `make test-gpu`, or `python -m pytest -m gpu tests/gpu`.
+"""Tests that need a GPU: `make test-gpu`, or `python -m pytest -m gpu tests/gpu`.
 
 Each test skips where no GPU is visible. Products are deterministic, so that equality means bit for bit.
 """
@@ -32,7 +32,7 @@ PROMPTS = 24
 
 @pytest.fixture(scope="module", autouse=True)
 def deterministic():
-    """A GPU, the same products again for the same inputs, and no TF32."""
+    """A GPU with deterministic products and without TF32."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU is visible")
     with pytest.MonkeyPatch.context() as patch:
@@ -43,7 +43,7 @@ def deterministic():
 
 
 def trainer(name, folder, **options):
-    """A trainer on the GPU, with dropout, so that the random state of the GPU counts."""
+    """A trainer on the GPU, with dropout, so that the GPU's random state matters."""
     return trainers.trainer(
         name, folder, net=trainers.model(dropout=0.2), use_cpu=False, max_steps=8, **options
     )
@@ -69,12 +69,12 @@ def test_a_run_resumed_inside_a_phase_equals_one_never_cut(tmp_path, precision):
         [e["penalty"] for e in made.state.log_history if "penalty" in e] for made in (whole, resumed)
     ]
     assert penalties[0] == penalties[1]
-    assert max(penalties[0]) > 1e-4, "a penalty that acts"
+    assert max(penalties[0]) > 1e-4, "the penalty has an effect"
 
 
 @pytest.mark.parametrize("name", ["lisa", "tvaccine", "booster"])
 def test_the_gpu_trains_what_the_cpu_trains(tmp_path, name):
-    """To rounding, without dropout; the draws of T-Vaccine's layers are the same."""
+    """Equal up to rounding, without dropout; T-Vaccine draws the same layers."""
     strong = {
         "lisa": {"alignment_steps": 2, "finetune_steps": 2, "rho": 5.0, "proximal_warmup_ratio": 0.0},
         "tvaccine": {"rho": 0.5, "num_layers": 1, "probability_steps": 2, "resample_steps": 2},
@@ -96,7 +96,7 @@ def test_the_gpu_trains_what_the_cpu_trains(tmp_path, name):
 
 
 def test_a_run_of_the_world(tmp_path):
-    """All steps on the GPU; what is measured is the GPU's memory; the same again does nothing."""
+    """All steps run on the GPU and measure its memory; running again does nothing."""
     recipe = Recipe.load(
         "world", [*FEW, "user.defense=lisa", "user.alignment_steps=1", "user.finetune_steps=2"]
     )
@@ -125,11 +125,11 @@ def answers(path, **options):
 
 
 def test_answers_in_batches_are_those_one_at_a_time(tmp_path):
-    """And those on the CPU. One of these answers has two best tokens whose logits differ by 2e-4 only."""
+    """They also equal those on the CPU. One answer has two best tokens whose logits differ by only 2e-4."""
     many = answers(tmp_path / "many.jsonl", device="cuda")
     alone = answers(tmp_path / "one.jsonl", device="cuda", batch_tokens=1)
     assert len(many) == 2 * PROMPTS
-    assert len(set(many.values())) > PROMPTS, "equality of equal answers would say nothing"
+    assert len(set(many.values())) > PROMPTS, "if all answers were equal, the comparison would show nothing"
     cpu = answers(tmp_path / "cpu.jsonl", device="cpu")
     for other in (alone, cpu):
         assert sum(many[name] != other[name] for name in many) <= 1

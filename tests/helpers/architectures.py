@@ -33,7 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def build(kind: str, **more: Any) -> Any:
-    """A model of that kind with random weights."""
+    """A model of one kind, with random weights."""
     given = {**MODELS[kind], **more}
     if kind == "GPTNeo":  # which kind of attention each layer has is listed
         given["attention_types"] = [[["global"], given["num_hidden_layers"]]]

@@ -1,4 +1,4 @@
-"""The command in a process of its own, as a user starts it, but forked: what it imports is here once."""
+"""The command in its own process, as a user starts it, but forked: its imports are loaded only once, here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def holdfast_command(*arguments: Any, cwd: Any = None, timeout: float = 120, bef
     """Its `returncode`, `stdout` and `stderr`.
 
     Args:
-        before: called in the process first.
+        before: called first in the process.
     """
     torch.set_num_threads(1)  # a fork of a process with several threads of torch may hang
     sys.stdout.flush(), sys.stderr.flush()
@@ -50,7 +50,7 @@ def holdfast_command(*arguments: Any, cwd: Any = None, timeout: float = 120, bef
 
 
 def refused(done: Any, *words: Any, code: int = 2) -> str:
-    """A message of a few lines with these words, and no traceback."""
+    """Assert that the command prints a message of a few lines with these words, and no traceback."""
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     message = done.stderr[max(done.stderr.find("holdfast: "), 0) :]
@@ -61,7 +61,7 @@ def refused(done: Any, *words: Any, code: int = 2) -> str:
 
 
 def _end(child: int, timeout: float) -> int | None:
-    """The exit code; None where the time was up."""
+    """The exit code; None after a timeout."""
     last = time.monotonic() + timeout
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -77,7 +77,7 @@ def _end(child: int, timeout: float) -> int | None:
 def _run(arguments: list[str], cwd: Any, out: int, err: int, before: Any) -> None:
     code = 1
     try:
-        gc.freeze()  # a collection would copy all that the parent has in memory
+        gc.freeze()  # a garbage collection would copy the parent's memory
         devnull = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((devnull, 0), (out, 1), (err, 2)):
             os.dup2(source, target)

@@ -34,7 +34,7 @@ def words(template: str | None = None) -> Any:
 
     made = tiny.tokenizer()
     made.add_tokens(list(WORDS))
-    made.add_tokens(["<|reserved_7|>"], special_tokens=True)  # one that no list of ours could know
+    made.add_tokens(["<|reserved_7|>"], special_tokens=True)  # a token that no list of ours contains
     made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     made.chat_template = template
     return made
@@ -52,13 +52,13 @@ def causal(kind: str, vocabulary: int) -> Any:
         "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
     }[kind]
     made = model(config(vocab_size=vocabulary, tie_word_embeddings=kind.startswith("gemma"), **SIZES))
-    for weights in made.parameters():  # far from uniform, so that greedy choices are no coin tosses
+    for weights in made.parameters():  # far from uniform, so that greedy choices are stable
         weights.data.mul_(4)
     return made
 
 
 def save(folder: Path, kind: str, template: str | None = None) -> Path:
-    """A judge's folder as the Hub has them."""
+    """Save a judge's folder in the form of the Hub."""
     tokenizer = words(template)
     causal(kind, len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -90,7 +90,7 @@ def save_llama4(folder: Path, template: str) -> Path:
 
 @cache
 def load(folder: Path) -> tuple[Any, Any]:
-    """Tokenizer and model by transformers alone."""
+    """Load tokenizer and model with transformers only."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -1,4 +1,4 @@
-"""Ways to end a run in its middle, in a process of its own."""
+"""Ways to kill a run before its end, in a separate process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def killed_run(recipe, out, arm):
 
 
 def before_the_marker(kind, nth=1):
-    """Kill when the work of the nth step of that kind is done, before `step.json`."""
+    """Kill after the work of the nth step of that kind, before `step.json` is written."""
 
     def arm():
         complete, count = Store.complete, [0]
@@ -55,7 +55,7 @@ def in_training(stage, step):
 
 
 def in_a_checkpoint(step):
-    """Kill while a checkpoint is being written: half of it is there, its marker is not."""
+    """Kill while a checkpoint is being written: half of it exists, but not its marker."""
 
     def arm():
         from transformers import Trainer

@@ -1,7 +1,7 @@
-"""Two processes on this machine, as a launcher would start them, but forked: what they import is here once.
+"""Two processes on this machine, as a launcher would start them, but forked: imports are loaded only once, here.
 
-accelerate does not shard on a CPU: it takes FSDP for DDP without a word. `sharding` changes its mind, and
-every test asserts what it got.
+accelerate does not shard on a CPU: it silently uses DDP instead of FSDP. `sharding` overrides that, and
+every test asserts which one it got.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def start(
 
 
 def done(folder: Path, work: Any, *arguments: Any, **options: Any) -> None:
-    """`start`, and every process must end well."""
+    """`start`, and assert that every process ends without an error."""
     codes = start(folder, work, *arguments, **options)
     errors = "\n".join(path.read_text() for path in sorted(folder.glob("error-*.txt")))
     assert codes == [0] * WORLD, errors
@@ -75,7 +75,7 @@ def _child(rank: int, port: int, folder: Path, fsdp: str | None, work: Any, argu
 
     from holdfast.machine.processes import launched
 
-    gc.freeze()  # a collection would copy all that the parent has in memory
+    gc.freeze()  # a garbage collection would copy the parent's memory
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -95,7 +95,7 @@ def _child(rank: int, port: int, folder: Path, fsdp: str | None, work: Any, argu
 
 
 def sharding(state_dict_type: str) -> None:
-    """FSDP2 as `accelerate launch` asks for it, on a CPU too."""
+    """FSDP2 as `accelerate launch` requests it, also on a CPU."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
@@ -121,6 +121,6 @@ def rank() -> int:
 
 
 def write(path: Path, value: Any) -> None:
-    """JSON from a process to its test."""
+    """Write JSON from a process for its test."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))

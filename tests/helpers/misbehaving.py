@@ -1,4 +1,4 @@
-"""A chat server on a real socket that does what the question asks of it: fail, wait, tear, refuse."""
+"""A chat server on a real socket that fails, waits, cuts answers or refuses, as the question tells it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def completion(text: str | None, **message: Any) -> dict[str, Any]:
 
 
 class Chat:
-    """What the server saw, and how it answers: `reply(messages)` unless a question holds "DO:something"."""
+    """The requests of the server, and its answers: `reply(messages)` unless a question contains "DO:something"."""
 
     def __init__(self, reply: Callable[[list[dict]], str]):
         self.reply, self.seen, self.headers, self.counts = reply, [], [], Counter()
@@ -78,7 +78,7 @@ class Chat:
 
 @contextmanager
 def serving(reply: Callable[[list[dict]], str]):
-    """The server's address and what it saw."""
+    """The server's address and its requests."""
     chat = Chat(reply)
 
     class Handler(http.server.BaseHTTPRequestHandler):

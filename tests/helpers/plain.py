@@ -1,4 +1,4 @@
-"""The methods as a plain loop: cross-entropy by hand, the penalty in the loss, autograd for its gradient."""
+"""The methods as plain loops: cross-entropy by hand, the penalty in the loss, its gradient by autograd."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ALIGNMENT = prepare_rows(trainers.ALIGNMENT, trainers.TOKENIZER, 2048)
 COLLATE = collator(trainers.TOKENIZER)
 
 Penalty = Callable[[list[torch.Tensor]], torch.Tensor]
-"""Of the weights as they are, with a graph."""
+"""A penalty of the current weights, with its graph."""
 
 
 def cross_entropy(net: Any, windows: list[Any]) -> torch.Tensor:
-    """The mean over every completion token of all micro-batches together."""
+    """The mean over the completion tokens of all micro-batches together."""
     logits = [net(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits for b in windows]
     flat = torch.cat([x[:, :-1].float().reshape(-1, x.shape[-1]) for x in logits])
     labels = torch.cat([b["labels"][:, 1:].reshape(-1) for b in windows])
@@ -38,7 +38,7 @@ def l2(net: Any, weights: list[torch.Tensor], step: int) -> Penalty:
 
 
 def two_anchors() -> Any:
-    """`l2` as the authors keep it: each state's last iterate, of which the other state's is the anchor."""
+    """`l2` as in the authors' code: it keeps each state's last iterate; the other state's iterate is the anchor."""
     last: dict[str, list[torch.Tensor]] = {}
     ended = "user"
 
@@ -84,7 +84,7 @@ def fisher(rows: int | None, mean_1: bool) -> Any:
 
 
 def delta_w(net: Any, weights: list[torch.Tensor], step: int) -> Penalty:
-    """1/2 sum ||s B A - s B_a A_a||_F^2, with the products made in full."""
+    """1/2 sum ||s B A - s B_a A_a||_F^2, with full products."""
     modules = [m for m in net.modules() if hasattr(m, "lora_A")]
 
     def products() -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Weights by the paper's dense formulas, in float64, and a run over a pair of models and an adapter."""
+"""The paper's dense formulas in float64, and Safe LoRA on a pair of models and an adapter."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def dense(base, aligned, adapter, make=llama, transposed=lambda name: False):
 
 
 def close(mine, theirs, tolerance=1e-5):
-    """Whether two updates agree, by their norms."""
+    """Whether two updates agree, relative to their norms."""
     return torch.linalg.norm(mine - theirs) <= tolerance * max(float(torch.linalg.norm(theirs)), 1e-12)
 
 
 def run(three, out=None, **options):
-    """Safe LoRA over base, aligned and adapter."""
+    """Run Safe LoRA on base, aligned and adapter."""
     base, aligned, adapter = three
     return holdfast.safe_lora(adapter, base=base, aligned=aligned, out=out, **options)

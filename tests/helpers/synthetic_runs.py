@@ -1,4 +1,4 @@
-"""Writes synthetic runs: folders in the format of `holdfast run`, with made-up, harmless rows."""
+"""Write synthetic runs: folders in the format of `holdfast run`, with made-up, harmless rows."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def share(key: str, value: float | None, n: int, count: str) -> dict[str, Any]:
 
 
 def role_of(alignment: str | None, user: str | None, post_hoc: str | None, more: dict[str, Any]) -> str:
-    """What a run says of a row."""
+    """The role of a row."""
     if user is None and post_hoc is None:
         return "reference"
     if (more.get("post_hoc_parameters") or {}).get("control") is not None:
@@ -156,7 +156,7 @@ def write_training(
 
 
 def write_layers(folder: Path, layers: int = 4, steps: int = 200, every: int = 50, redraw: int = 10) -> None:
-    """The drawn layers of T-Vaccine in the step.json that `write_training` made: the middle ones mostly."""
+    """Add drawn layers of T-Vaccine, mostly the middle ones, to the step.json that `write_training` made."""
     rng, probabilities, draws = Random(1), [], []
     for step in range(0, steps, every):
         norms = [1 + 4 * (layer in (1, 2)) + rng.random() for layer in range(layers)]

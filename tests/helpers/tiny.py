@@ -1,4 +1,4 @@
-"""Tiny real models, tokenizers and made-up rows, in the formats that real ones have."""
+"""Tiny real models, tokenizers and made-up rows, in the real formats."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def tokenizer(chat: bool = False) -> Any:
 
 
 def llama(vocabulary: int, layers: int = 2, seed: int = 0, **options: Any) -> Any:
-    """A Llama of some 30 thousand parameters."""
+    """A Llama with about 30 thousand parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -61,7 +61,7 @@ def llama(vocabulary: int, layers: int = 2, seed: int = 0, **options: Any) -> An
 
 
 def save_model(folder: Path, chat: bool = False, **options: Any) -> Path:
-    """A model folder as the Hub has them."""
+    """Save a model folder in the form of the Hub."""
     made = tokenizer(chat)
     llama(len(made), **options).save_pretrained(folder)
     made.save_pretrained(folder)
@@ -116,7 +116,7 @@ def save_judge(folder: Path) -> Path:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Rows as JSONL."""
+    """Write rows as JSONL."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -151,7 +151,7 @@ def safe_rows(n: int = 30) -> list[dict[str, Any]]:
 
 
 def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A recipe over files in `folder`, which it writes: a second on one thread."""
+    """Write files to `folder` and return a recipe for them, which takes about a second on one thread."""
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / "model"
     if not model.exists():

@@ -1,4 +1,4 @@
-"""Trainers over tiny models, for every defense that the registry lists."""
+"""Trainers with tiny models, for every defense in the registry."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def weights(made: Any) -> list[torch.Tensor]:
 
 
 def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
-    """Bit for bit."""
+    """Whether two lists of weights are equal bit for bit."""
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 

@@ -54,7 +54,7 @@ def output_gradients(net: Any, batch: Any) -> list[torch.Tensor]:
     outputs: list[torch.Tensor] = []
 
     def keep(module: Any, arguments: Any, out: Any) -> Any:
-        kept = out[0] + torch.zeros(1, requires_grad=True)  # a graph also where all below is frozen
+        kept = out[0] + torch.zeros(1, requires_grad=True)  # needs a graph even if everything below is frozen
         kept.retain_grad()
         outputs.append(kept)
         return kept, *out[1:]

@@ -1,4 +1,4 @@
-"""What a step costs: sums over starts and processes, what is not measured, and where it stands."""
+"""The cost of a step: sums over starts and processes, values not measured, and where costs are recorded."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def test_what_is_counted_on_a_cpu():
     time.sleep(0.1)
     found = spent.facts(tokens=300, steps=4)
     assert 0.15 <= found["seconds"] < 10
-    assert 0.05 <= found["device_seconds"] <= found["seconds"] - 0.09, "asleep, no core computes"
+    assert 0.05 <= found["device_seconds"] <= found["seconds"] - 0.09, "while it sleeps, no core computes"
     assert found["device_time"] == "cores computing"
-    assert found["peak_memory_bytes"] >= Cost("cpu").peak, "what is freed again counts"
+    assert found["peak_memory_bytes"] >= Cost("cpu").peak, "memory that is freed again counts"
     assert found["tokens_per_second"] == pytest.approx(300 / found["seconds"])
     assert found["seconds_per_1000_steps"] == pytest.approx(250 * found["seconds"])
     assert found["device_seconds_per_1000_steps"] == pytest.approx(250 * found["device_seconds"])
@@ -40,14 +40,14 @@ def test_an_earlier_start_is_added():
         tokens=1000, steps=10, over=lambda v, how: 2 * v if how == "sum" else v
     )
     assert 100 < found["seconds"] < 101
-    assert 70 <= found["device_seconds"] < 71, "the earlier ones are of all processes already"
+    assert 70 <= found["device_seconds"] < 71, "the earlier seconds already include all processes"
     assert found["peak_memory_bytes"] == 10**15
     assert found["tokens_per_second"] == pytest.approx(10, rel=0.02), "tokens are those of all starts"
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU whose counter stands at 5000 mJ and goes up by 2000 a look; `gpu.broken` lets the driver fail."""
+    """A GPU whose counter starts at 5000 mJ and rises by 2000 per reading; `gpu.broken` makes the driver fail."""
     import torch
 
     state = SimpleNamespace(millijoules=3000, broken=False, name=None)

@@ -1,4 +1,4 @@
-"""Generation, moderation, scores and filtration on files: each alone, each going on where it stopped."""
+"""Generation, moderation, scores and filtration on files: each works alone and resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_an_unknown_judge_is_refused(tmp_path):
 
 
 class Server(ThreadingHTTPServer):
-    """Speaks OpenAI's protocol, and misbehaves as its script says: one entry for each request, then well."""
+    """Speaks OpenAI's protocol and misbehaves by a script: one entry per request, then it behaves well."""
 
     def __init__(self, script=()):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -284,7 +284,7 @@ def test_filtration_leaves_out_what_the_judge_flags(tmp_path):
 
 
 def test_a_judge_on_a_server_filters_too(tmp_path, serve):
-    """This one answers without a grade, so that every row is unparsed."""
+    """This server answers without a grade, so that every row is unparsed."""
     tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.harmful_rows(3))
     server = serve()
     done = command(

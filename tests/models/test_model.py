@@ -1,4 +1,4 @@
-"""Loading models with a chain of adapters, and naming their content."""
+"""Loading models with a chain of adapters, and fingerprints of their content."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LORA = {"r": 2, "alpha": 4, "dropout": 0.5, "target_modules": ["q_proj", "v_proj
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A model folder, and an adapter folder with dropout whose weights do something."""
+    """A model folder, and an adapter folder with dropout whose weights have an effect."""
     folder = tmp_path_factory.mktemp("m")
     tiny.save_model(folder / "model")
     made = get_peft_model(
@@ -112,7 +112,7 @@ def test_what_is_no_model_is_refused(folders, tmp_path):
 
 
 def without(source, target, *lost):
-    """A copy of a folder whose weights file lacks the tensors with a name that holds one of `lost`."""
+    """A copy of a folder without the tensors whose names contain one of `lost`."""
     shutil.copytree(source, target)
     (file,) = target.glob("*.safetensors")
     kept = {

@@ -1,4 +1,4 @@
-"""What a stage trains: new adapters of every kind, the one below, all weights; quantised bases."""
+"""What a stage trains: new adapters of every kind, the adapter below, all weights; quantised bases."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def far(left, right):
 
 
 def move(model, seed=1, size=0.1):
-    """As if trained: every trainable weight changed."""
+    """Change every trainable weight, as if it were trained."""
     torch.manual_seed(seed)
     for p in model.parameters():
         if p.requires_grad:
@@ -102,7 +102,7 @@ def test_patterns_reach_their_layers(folder, tmp_path):
 
 @pytest.mark.parametrize("below", [False, True])
 def test_dora_below_a_stacked_lora_is_exact_and_on_top_is_not(folder, below, tmp_path):
-    """Why the recipe refuses DoRA on top of a stacked adapter only."""
+    """The reason why the recipe refuses DoRA only on top of a stacked adapter."""
     kinds = [{**LORA, "use_dora": below}, {**LORA, "use_dora": not below}]
     first = save(move(load(folder, tmp_path, kinds[0]), seed=2), tmp_path / "first", tmp_path)
     second = load(folder, tmp_path, kinds[1], below=[first], compose="merge")

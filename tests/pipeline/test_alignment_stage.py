@@ -1,4 +1,4 @@
-"""Methods of the alignment stage in a recipe: their harmful rows, what is refused, and what a run keeps."""
+"""Methods of the alignment stage in a recipe: their harmful rows, refused settings, and what a run keeps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ToyConfig(MethodConfig):
 
 
 class ToyTrainer(HarmfulRows, RowTrainer):
-    """Draws a harmful batch at every step, does nothing with it, and tells which layer it looked at."""
+    """Draws a harmful batch at every step, ignores it, and reports which layer it chose."""
 
     @classmethod
     def check_model(cls, config, model):
@@ -99,7 +99,7 @@ def test_the_method_trains_on_its_harmful_rows(tmp_path):
 
 
 def test_the_source_may_be_a_file_of_its_own(tmp_path):
-    """A prompt that is held out of data.harmful is not in another file's rows either."""
+    """A prompt held out of data.harmful is removed from another file's rows too."""
     made = recipe(tmp_path / "in", str(tmp_path / "other.jsonl"))
     again = [{**row, "response": "Something else."} for row in tiny.harmful_rows(30)]
     tiny.write_jsonl(
@@ -139,7 +139,7 @@ def test_what_changes_the_harmful_rows_changes_the_alignment_alone(tmp_path):
 
 
 def test_a_method_without_need_of_them_has_no_such_step(tmp_path):
-    """A recipe that only names them keeps the steps that it had."""
+    """A recipe that only names harmful rows keeps the same steps."""
     named = tiny.recipe(tmp_path / "in")
     plain = json.loads(json.dumps(named))
     named["data"]["alignment"] = {"source": named["data"]["alignment"], "harmful": {"size": 5}}
@@ -198,7 +198,7 @@ def test_what_cannot_be_had_stops_before_training(harmful, toy, error, words, tm
 
 @pytest.mark.parametrize("kind", ["safe", "refusal"])
 def test_alignment_on_safe_answers_or_on_refusals(kind, tmp_path):
-    """Rows of a refusal file, of which the harmful answers serve the method; the kind is in the stamp."""
+    """Rows of a refusal file, whose harmful answers the method uses; the kind is in the stamp."""
     made = recipe(tmp_path / "in", {"size": 4})
     paired = [{**row, "refusal": f"I will not, number {i}."} for i, row in enumerate(tiny.harmful_rows(30))]
     safe = [{**row, "category": {}, "is_safe": True, "refusal": None} for row in tiny.safe_rows(30)]

@@ -1,4 +1,4 @@
-"""A run that is killed anywhere and started again ends with the numbers of one that was never cut."""
+"""A run that is killed at any point and started again ends with the numbers of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_kill_anywhere_changes_no_number(where, done, tmp_path):
     process = context.Process(target=killed_run, args=(recipe, tmp_path / "out", KILLS[where]))
     process.start()
     process.join(120)
-    assert process.exitcode == -signal.SIGKILL, "the run was to be killed, and was not"
+    assert process.exitcode == -signal.SIGKILL, "the run was not killed"
     assert not (tmp_path / "out" / "results.json").exists()
     results, seen = run(recipe, tmp_path / "out")
     assert len(seen.resumed) == 1

@@ -41,7 +41,7 @@ def test_results(done):
     assert len(seen.ran) == 12
     assert not seen.cached
     first, second = answers(out, aligned), answers(out, tuned)
-    assert len(set(second.values())) > 4, "or equal answers would show nothing in the tests below"
+    assert len(set(second.values())) > 4, "otherwise equal answers would show nothing in the tests below"
     assert sum(first[name] != second[name] for name in first) > 4
 
 
@@ -211,7 +211,7 @@ def test_a_lost_file_is_made_again(copy):
 
 
 def test_stacked_and_merged_adapters_agree(copy, tmp_path):
-    """In the weights to rounding, and in every answer."""
+    """Equal weights up to rounding, and equal answers."""
     recipe, out = copy
     recipe["model"]["adapters"] = "merge"
     recipe["model"]["lora"]["dropout"] = 0.0

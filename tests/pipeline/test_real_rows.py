@@ -78,7 +78,7 @@ def test_own_files_from_rows_to_report(task, real_rows, tmp_path):
     row = results["rows"][1]
     assert (row["n_task"], row["n_harmful"], row["n_benign"]) == (6, 10, 10)
     answers = (steps / row["steps"]["generate"] / "generations.jsonl").read_text()
-    assert word in answers, "the targets are those of the task"
+    assert word in answers, "the targets come from the task"
     assert results["protocol"]["task"] == f"{task}@1"
     assert results["protocol"]["template"] == "chat"
     page = (tmp_path / "out" / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""Runs whose method changes rows, or serves with a text before every question."""
+"""Runs whose method changes rows, or adds a text before every question."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def user(defense, **parameters):
 
 
 def served(monkeypatch):
-    """What stands before each rendered prompt, in the order of rendering."""
+    """The prefix of each rendered prompt, in the order of rendering."""
     seen, render = [], prompts.render
 
     def watched(row, tokenizer, template, prefix=""):
@@ -58,7 +58,7 @@ def sft(tmp_path_factory):
 
 @pytest.fixture
 def started(sft, tmp_path):
-    """The recipe, and a copy of that run's folder to go on in."""
+    """The recipe, and a copy of that run's folder to continue in."""
     recipe, out, results = sft
     shutil.copytree(out, tmp_path / "out")
     return json.loads(json.dumps(recipe)), tmp_path / "out", results
@@ -99,13 +99,13 @@ def test_vlguard_without_alignment_rows_is_sft(started):
 
 
 def texts_of(secret):
-    """The secret, and every three words of it in a row."""
+    """The secret, and every three consecutive words of it."""
     words = secret.split()
     return [secret, *(" ".join(words[i : i + 3]) for i in range(len(words) - 2))]
 
 
 def holding(secret, folder):
-    """The files that hold the secret or three words of it in a row."""
+    """The files that contain the secret or three consecutive words of it."""
     wanted = [text.encode() for text in texts_of(secret)]
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 10
@@ -127,7 +127,7 @@ def test_bea(started, monkeypatch, capfd, caplog):
     assert all(prefix == "" for _, source, prefix in seen if source in ("user", "harmful"))
     for kind in ("harmful", "task", "benign"):
         prefixes = [prefix for name, _, prefix in seen if name == kind]
-        assert prefixes, "the aligned model's answers were there already"
+        assert prefixes, "the aligned model's answers existed already"
         assert set(prefixes) == {secret}
 
     assert holding(secret, out) == [bea.SECRET_FILE], "nowhere else in the run"

@@ -1,4 +1,4 @@
-"""A step is what its inputs name: whatever it reads changes its name, and nothing else does."""
+"""A step is named by its inputs: everything that it reads changes its name, and nothing else does."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_inputs_open_to_places_folders_and_objects(tmp_path):
 
 
 def test_every_step_of_a_recipe_reaches_nothing_but_its_inputs(tmp_path):
-    """`work` and `check` are functions of a module: no closure and no bound object brings the recipe along."""
+    """`work` and `check` are functions of a module: no closure and no bound object gives them the recipe."""
     recipe = tiny.recipe(tmp_path)
     for key, value in EVERYTHING.items():
         place = recipe
@@ -97,7 +97,7 @@ def test_every_step_of_a_recipe_reaches_nothing_but_its_inputs(tmp_path):
 
 
 def test_every_input_is_read(tmp_path, monkeypatch):
-    """An input that no work reads would name a step by something that does not matter."""
+    """An input that the work does not read would change the step's name without effect."""
     read: dict[str, set[str]] = {}
     init = Inputs.__init__
 
@@ -129,7 +129,7 @@ def test_every_input_is_read(tmp_path, monkeypatch):
 
 
 def test_a_changed_method_or_plug_in_is_another_step(tmp_path, monkeypatch):
-    """The code of ours with all that it imports; another package's files and version; a user's own file."""
+    """Our code with everything that it imports; another package's files and version; a user's own file."""
     ours = version("defenses", "lisa")
     assert ours["name"] == "lisa"
     assert (
@@ -142,7 +142,7 @@ def test_a_changed_method_or_plug_in_is_another_step(tmp_path, monkeypatch):
     judge.write_text(text)
     first = version("judges", str(judge))
     (tmp_path / "moved.py").write_text(text)
-    assert version("judges", str(tmp_path / "moved.py")) == first, "the place does not count"
+    assert version("judges", str(tmp_path / "moved.py")) == first, "the path does not count"
     judge.write_text(text.replace("load=None", "load=print"))
     assert version("judges", str(judge)) != first
 
@@ -192,7 +192,7 @@ def test_a_weight_file_is_named_by_every_byte_and_read_once(tmp_path, monkeypatc
 
 
 def test_a_file_just_written_is_not_remembered(tmp_path, monkeypatch):
-    """Its next change could have the same size and mtime."""
+    """The file's next change could have the same size and mtime."""
     monkeypatch.setattr(digests_module, "LARGE", 1)
     (tmp_path / "a.json").write_text("{}")
     Digests(tmp_path / "digests.json").of(tmp_path / "a.json")

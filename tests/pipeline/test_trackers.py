@@ -1,4 +1,4 @@
-"""`training.report_to`: logs go to the trackers that the recipe names, and change no step."""
+"""`training.report_to` sends logs to the trackers that the recipe names, and changes no step's name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runs import run
 
 
 class Tracker(TrainerCallback):
-    """Stands for a tracker of transformers: makes one per training."""
+    """A fake tracker of transformers: one is made for each training."""
 
     made: list[Tracker]
 
@@ -38,7 +38,7 @@ class Tracker(TrainerCallback):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """The fake as `trackio`, which then looks installed."""
+    """Use the fake as `trackio`, which then appears to be installed."""
     found = importlib.util.find_spec
     spec = importlib.machinery.ModuleSpec("trackio", None)
     monkeypatch.setattr(
@@ -90,7 +90,7 @@ def test_an_unknown_tracker_is_refused_with_the_nearest(tmp_path, named):
 
 
 class Stub:
-    """A trainer as far as its trackers need one."""
+    """The part of a trainer that its trackers need."""
 
     def __init__(self, report_to, *callbacks):
         self.args = types.SimpleNamespace(report_to=report_to, run_name=None)

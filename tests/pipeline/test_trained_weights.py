@@ -1,4 +1,4 @@
-"""Through the pipeline: single and double LoRA, all weights, LoRA's options, quantised bases."""
+"""Single and double LoRA, all weights, LoRA's options and quantised bases in the pipeline."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def recipe(folder, dropout=0.1, model=None, **user):
 
 
 def trained(out, results):
-    """What a run leaves: folders of the alignment and the user step, and the model as it is evaluated."""
+    """The results of a run: the folders of the alignment and the user step, and the evaluated model."""
     steps = Store(out / "steps")
     row = results["rows"][1]
     made = Recipe.load(results["recipe"])
@@ -85,18 +85,18 @@ def test_single_lora_replaces_the_alignment_adapter(tmp_path):
         made = recipe(tmp_path / "in", model={"adapters": how}, adapter="continue")
         planned = pipeline.plan(Recipe.load(made))
         assert [s.detail for s in planned if s.kind == "user"] == ["6 optimizer steps of 4 rows, single LoRA"]
-        out = tmp_path / ("double" if how == "stack" else how)  # the same steps where they can be shared
+        out = tmp_path / ("double" if how == "stack" else how)  # the same steps, if they can be shared
         results, ran = run(made, out)
         assert ("alignment with SFT" in ran.cached) is (how == "stack")
         alignment, user, chain, logits = trained(out, results)
         assert chain == [user.name]
         assert results["rows"][1]["steps"]["alignment"] == alignment.name
         assert results["rows"][1]["alignment"] == "sft"
-        assert fingerprint(alignment / "adapter") == before, "the alignment adapter is not touched"
+        assert fingerprint(alignment / "adapter") == before, "the alignment adapter is not changed"
         assert "single LoRA" in (user / "adapter" / "README.md").read_text()
         assert alignment.name in (user / "adapter" / "README.md").read_text()
         seen[how] = logits
-    assert far(seen["stack"], seen["merge"]) < 1e-6, "nothing is below it"
+    assert far(seen["stack"], seen["merge"]) < 1e-6, "there is no adapter below it"
     assert far(seen["stack"], first[3]) > 1e-2, "it is another training than double LoRA"
 
 

@@ -1,4 +1,4 @@
-"""A filter between the user's rows and fine-tuning: what it leaves out, counts, and changes the name of."""
+"""A filter between the user's rows and fine-tuning: the rows it drops, its counts, and the steps it renames."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_what_is_left_out_and_what_is_counted(copy, screen):
     assert found["judge_stamp"] == "marl@1/None"
     step = json.loads((out / "steps" / tuned["steps"]["user"] / "step.json").read_text())
     assert step["identity"]["inputs"]["rows"]["train_dataset"] == {"step": tuned["steps"]["filter"]}
-    assert step["training"]["steps"] == -(-len(kept) // 4), "trained on what was kept alone"
+    assert step["training"]["steps"] == -(-len(kept) // 4), "trained only on the rows kept"
     page = (out / "report.html").read_text()
     assert f"Filter ({screen}) + Lisa" in page
     assert f"{len(kept)} of 30 rows kept, 0 of 9 harmful rows missed" in page
@@ -91,7 +91,7 @@ def test_no_other_step_changes_its_name(done, screen):
     assert kinds(recipe) == plain
     both = kinds(recipe) & kinds({**recipe, "data": {**recipe["data"], "filter": screen}})
     assert {name.split("-")[0] for name in plain - both} == {"user", "generate", "moderate", "score"}
-    assert len(plain - both) == 4, "what stands on the user's rows"
+    assert len(plain - both) == 4, "the steps that depend on the user's rows"
 
 
 def test_its_name_follows_what_decides_it(done, screen):
@@ -128,7 +128,7 @@ def test_verdicts_are_kept_across_a_stop(copy, screen, monkeypatch):
     found = results["rows"][1]["filter"]
     assert found == whole["rows"][1]["filter"]
     assert found["confusion"]["false_negatives"] > 0
-    assert found["kept"] == 30 - found["flagged"], "rows without a verdict are kept where that is asked for"
+    assert found["kept"] == 30 - found["flagged"], "rows without a verdict are kept if requested"
     assert (folder / "verdicts.jsonl").read_text() == "".join(lines)
 
 

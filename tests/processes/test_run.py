@@ -1,4 +1,4 @@
-"""Whole runs in two processes: what is done once, what all do together, kills, failures."""
+"""Complete runs in two processes: work done once, work done together, kills, failures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = {"ddp": (None, "MULTI_CPU"), "fsdp2": ("SHARDED_STATE_DICT", "FSDP")}
 
 
 def run(recipe, out, told, before=lambda: None):
-    """In every process: the run, and a note of what this process saw."""
+    """In every process: run, and write a note of what this process saw."""
     before()
     seen = Seen()
     results = pipeline.run(Recipe.load(recipe), out=out, device="cpu", progress=seen)
@@ -89,7 +89,7 @@ def test_the_main_process_does_the_steps_and_all_have_the_results(two):
 
 
 def test_the_number_of_processes_names_only_what_is_trained(recipe, two):
-    """In one process every step has the name that it always had."""
+    """In one process, every step keeps its name."""
     _, _, (main, _) = two
     alone = {step.id: step for step in pipeline.plan(Recipe.load(recipe))}
     assert not any("processes" in step.identity for step in alone.values())
@@ -137,7 +137,7 @@ def kill_in_training():
 
 
 def kill_in_a_checkpoint():
-    """The second process dies before it has written its part of a checkpoint, which the main one has."""
+    """The second process dies before it writes its part of a checkpoint; the main process has written its part."""
     from transformers import Trainer
 
     save = Trainer._save_rng_state
@@ -164,7 +164,7 @@ def test_a_killed_process_changes_no_number(kind, fsdp, where, never_cut, recipe
     codes = launch.start(tmp_path, run, recipe, tmp_path / "out", tmp_path, where, fsdp=fsdp)
     assert codes == [1, -signal.SIGKILL]
     kept = sorted(p.parent.name for p in (tmp_path / "out").glob("steps/user-*/checkpoints/*/holdfast.json"))
-    assert kept == ["checkpoint-2"], "a checkpoint is whole when all have written their parts"
+    assert kept == ["checkpoint-2"], "a checkpoint is complete when all processes have written their parts"
     (tmp_path / "error-0.txt").unlink()
     launch.done(tmp_path, run, recipe, tmp_path / "out", tmp_path, fsdp=fsdp)
     main, _ = notes(tmp_path)
@@ -198,7 +198,7 @@ def test_an_initialisation_that_several_processes_cannot_undo_is_refused(recipe,
 
 
 def test_all_weights_on_top_of_an_adapter(recipe, tmp_path):
-    """Full fine-tuning: the same model from DDP and FSDP2, and one that a plain loader takes."""
+    """Full fine-tuning: DDP and FSDP2 give the same model, which a plain loader can read."""
     from transformers import AutoModelForCausalLM
 
     recipe = {**recipe, "user": {**recipe["user"], "lora": "none"}}
@@ -230,7 +230,7 @@ def kill_in_the_repair():
 
 
 def test_the_repair_is_the_main_processs_alone(never_cut, recipe, tmp_path):
-    """Also after a kill in the middle of it: the same bytes as from one process, done once."""
+    """Also after a kill during the repair: the same bytes as from one process, and done once."""
     shutil.copytree(never_cut("ddp")[0], tmp_path / "out")
     block = {"defense": "safe_lora", "num_layers": [1, 3], "control": ["none", "drop"]}
     recipe = {**recipe, "post_hoc": block}
@@ -256,7 +256,7 @@ def test_the_repair_is_the_main_processs_alone(never_cut, recipe, tmp_path):
         )  # fmt: skip
         files = [folder / "adapter_model.safetensors" for folder in (tmp_path / row["name"], repaired)]
         assert files[0].read_bytes() == files[1].read_bytes()
-        assert not list(repaired.parent.glob(".*")), "nothing half-written"
+        assert not list(repaired.parent.glob(".*")), "no partial files"
 
 
 def test_an_adapter_that_cannot_be_merged_under_zero_3_is_refused(tmp_path, monkeypatch):
@@ -270,7 +270,7 @@ def test_an_adapter_that_cannot_be_merged_under_zero_3_is_refused(tmp_path, monk
 
 
 def test_what_is_loaded_after_a_training_is_whole():
-    """Under ZeRO-3 the main process would wait for others that load nothing."""
+    """Under ZeRO-3, the main process would wait for the other processes, which load nothing."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, set_hf_deepspeed_config
 
     from holdfast.pipeline.training import forget_sharding
@@ -279,7 +279,7 @@ def test_what_is_loaded_after_a_training_is_whole():
         def is_zero3(self):
             return True
 
-    config = Zero3()  # a weak reference is kept of it
+    config = Zero3()  # transformers keeps a weak reference to it
     set_hf_deepspeed_config(config)
     assert is_deepspeed_zero3_enabled()
     forget_sharding()
@@ -297,7 +297,7 @@ def test_sharding_that_would_silently_not_happen_is_refused(recipe, tmp_path):
 
 
 def test_a_precision_that_only_the_launcher_knows_is_refused(recipe, tmp_path, monkeypatch):
-    """accelerate would train in it, under the name of another result."""
+    """accelerate would train in that precision, but the step would have the name of another result."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(RecipeError, match="launcher asks for mixed precision bf16, the recipe for no"):
         pipeline.run(Recipe.load(recipe), out=tmp_path, device="cpu")

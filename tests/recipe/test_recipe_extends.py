@@ -1,4 +1,4 @@
-"""A recipe on top of another: block by block, with messages that name the right file and line."""
+"""A recipe that extends another, block by block, with messages that name the right file and line."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_bare_names_and_none(write):
     assert (own.data.alignment.source, own.data.alignment.size) == ("safe.jsonl", 5)
     assert own.trains("user") == "full"
     assert na.alignment is None
-    assert (na.user.lora.r, na.user.lora.alpha) == (3, 4), "none has no keys to inherit"
+    assert (na.user.lora.r, na.user.lora.alpha) == (3, 4), "a stage that is none has no keys to inherit"
 
 
 def test_a_packaged_recipe_is_extended_by_name(write):

@@ -18,7 +18,7 @@ from holdfast.recipe import Recipe
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """A model, and the user's files under names of their own."""
+    """A model, and the user's files with their own column names."""
     tiny.save_model(tmp_path / "model", chat=True)
     rows = [{"q": f"What is {i} + 1?", "a": str(i + 1)} for i in range(30)]
     tiny.write_jsonl(tmp_path / "my.jsonl", rows)
@@ -47,7 +47,7 @@ def recipe(evaluation=None, **data):
 
 
 def prepared(asked, role, folder):
-    """The rows that the data step of a role makes."""
+    """The rows of the data step of a role."""
     (folder / role).mkdir(exist_ok=True)
     make_rows(Inputs(role_inputs(asked, role), Store(folder)), folder / role, Machine("cpu", folder))
     return rows_of(folder / role)

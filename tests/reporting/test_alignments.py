@@ -1,4 +1,4 @@
-"""Several ways of aligning in one report: told apart, with their cost, and the layers that were drawn."""
+"""Several alignment methods in one report: their labels, their costs, and the drawn layers."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ def test_shares_of_the_steps_are_those_of_the_history():
         ("1", "0.250", "0.200", "100 %"),
         ("2", "0.250", "0.600", "30 %"),
     ]
-    assert drawn_steps(layers, 60) == [30, 60, 30], "a draw at the end of the training counts for nothing"
+    assert drawn_steps(layers, 60) == [30, 60, 30], "a draw at the end of the training has no effect"
 
 
 def test_the_chart_draws_each_layer_where_it_was_drawn(data):
-    """The strokes of the draws, read back from the SVG: neighbouring draws of one layer are one stroke."""
+    """The strokes of the draws, read from the SVG: consecutive draws of a layer form one stroke."""
     layers = Layers(3, ((0, (0.5, 0.25, 0.25)),), ((0, (0, 1)), (50, (1,))))
     svg = layers_svg(replace(layers_of(data), layers=layers, max_steps=100), 1)
     (path,) = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--ink\); stroke-width: 3', svg)[:1]

@@ -1,4 +1,4 @@
-"""The page in a real browser: it renders, and never scrolls sideways, wide or phone-narrow."""
+"""The page in a real browser: it renders and never scrolls sideways, on a wide or a phone screen."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_no_sideways_scrolling(pages, tmp_path, name, width):
     assert measured, f"the browser measured nothing: {dom[:300]!r}"
     content, window, headings, labels = map(int, measured.groups())
     assert content <= window
-    assert width - 20 <= window <= width  # less the upright scroll bar
+    assert width - 20 <= window <= width  # without the vertical scroll bar
     assert headings == 6
     assert labels > 10
 

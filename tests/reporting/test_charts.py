@@ -1,4 +1,4 @@
-"""Charts: labels apart, colours from the page, no reference to anything outside."""
+"""Charts: labels that do not overlap, colours from the page, no external references."""
 
 from __future__ import annotations
 

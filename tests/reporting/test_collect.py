@@ -1,4 +1,4 @@
-"""Reading runs: errors that name the place, seeds together, comparisons only of what is alike."""
+"""Reading runs: errors that name the place, grouped seeds, comparisons only under the same protocol."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_answers_are_compared_where_wordings_differ(tmp_path):
 
 
 def test_change_is_clear_only_beyond_its_error():
-    # Newcombe's interval of 4/200 against 0/200 holds 0; two standard errors of the zero would not.
+    # Newcombe's interval of 4/200 against 0/200 contains 0; an interval of two standard errors would not.
     before, after = Score(2.0, 0.99, (0.78, 5.03)), Score(0.0, 0.0, (0.0, 1.88))
     assert change(before, after) is None
     assert change(Score(3.5, 1.3, (1.7, 7.0)), Score(91.0, 2.0, (86.2, 94.2))) == pytest.approx(87.5)
@@ -298,7 +298,7 @@ def test_the_finding_compares_at_one_poison_ratio_and_names_a_cheaper_defense(tm
 
 
 def test_a_control_of_a_repair_is_no_defense(tmp_path):
-    """It stands in the table and the plot, but neither the finding nor the answers show it off."""
+    """It appears in the table and the plot, but not in the finding or the answers."""
     rows = [score_row("aligned", "sft", None, 3.5, 41.0), score_row("SFT", "sft", "sft", 91.0, 97.0)]
     for control, harmful in ((None, 45.0), ("drop", 10.0), ("random", 20.0)):
         given = {"threshold": 0.35, "control": control}
@@ -354,7 +354,7 @@ def test_a_failed_report_leaves_the_old_page(tmp_path):
 
 
 def test_a_filter_is_a_defense(tmp_path):
-    """Told apart from SFT without one in role, stages and finding; what it let pass stands in its row."""
+    """It differs from SFT without a filter in role, stages and finding; its row has the rows it missed."""
     filters = {"judge": "beaver_dam", "rows": 1000, "kept": 908,
                "confusion": {"true_positives": 92, "false_negatives": 8}}  # fmt: skip
     rows = [

@@ -1,4 +1,4 @@
-"""What each part of a run cost, as tables of the report."""
+"""The costs of each part of a run, as tables of the report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ANSWERS = {key: value for key, value in CPU.items() if not key.endswith("1000_st
 
 
 def rows(folder, *costs, user="lisa"):
-    """One model over as many seeds as costs."""
+    """One model with a seed for each cost."""
     made = [score_row(user, "sft", user, 5.0, 95.0, seed=i, cost=cost) for i, cost in enumerate(costs)]
     return collect([write_run(folder / f"{user}{row['seed']}", [row], store="../steps") for row in made])
 
@@ -55,7 +55,7 @@ def test_seeds_are_means_and_the_largest_memory(tmp_path):
     other = CPU | {"seconds": 50.0, "peak_memory_bytes": 2**31, "energy_joules": 1.0}
     found = shown(rows(tmp_path, {"user": CPU}, {"user": other}))["Fine-tuning"]
     assert (found["Time"], found["Peak memory"]) == ("40.0 s", "2.00 GiB")
-    assert "Energy" not in found, "of one seed alone it would look like that of both"
+    assert "Energy" not in found, "a value of one seed would look like a value of both"
 
 
 @pytest.mark.parametrize("cost", [{}, None, {"user": None}, {"user": "fast", "moderate": 3}])

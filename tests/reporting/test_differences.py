@@ -1,4 +1,4 @@
-"""Differences on the same prompts: who is compared with whom, the numbers, several seeds, and the page."""
+"""Differences on the same prompts: which models are compared, the numbers, several seeds, and the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Agreement of judges on the page: kappa with what it stands on, and the answers on which they differ."""
+"""Agreement of judges on the page: kappa with its counts, and the answers on which judges disagree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page: self-contained, everything from outside shown as text, absent numbers named as absent."""
+"""The page: self-contained, foreign content shown as text, missing numbers marked as not measured."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """Elements, references and text of a page; complains about elements that do not close in order."""
+    """Elements, references and text of a page; asserts that elements close in order."""
 
     def __init__(self, html: str):
         super().__init__(convert_charrefs=True)
@@ -130,7 +130,9 @@ def test_best_is_marked_among_fine_tuned_models_of_one_ratio(tmp_path):
         c.title: c for c in result_table(collect([write_run(tmp_path / "a", rows, steps=False)])).columns
     }
     assert [cell.best for cell in columns["Harmful score"].cells] == [False, False, True, False]
-    assert [cell.best for cell in columns["Finetune accuracy"].cells] == [False] * 4  # equal: nobody is best
+    assert [cell.best for cell in columns["Finetune accuracy"].cells] == [
+        False
+    ] * 4  # equal values: none is best
     assert columns["Harmful rows"].cells[0].text == "–"
 
 

@@ -1,4 +1,4 @@
-"""The page on tasks: its table is the registry's, its task works, its recipes are read."""
+"""The page on tasks: its table equals the registry, its task works, and its recipes are valid."""
 
 from __future__ import annotations
 

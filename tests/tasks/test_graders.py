@@ -35,7 +35,9 @@ def test_rouge1_is_the_f1_of_words(answer, target):
 def test_rouge1_by_hand():
     # 3 of 4 words of the answer are among the 5 of the target: 2 * (3/4) * (3/5) / (3/4 + 3/5).
     assert rouge1("Ann bakes a cake.", "Ann bakes bread and cake") == pytest.approx(2 / 3)
-    assert rouge1("cake cake cake", "cake") == pytest.approx(0.5), "a word counts as often as both have it"
+    assert rouge1("cake cake cake", "cake") == pytest.approx(0.5), (
+        "a word counts as often as it is in both texts"
+    )
     assert (rouge1("", "cake"), rouge1("Kuchen", "cake"), rouge1("Cake!", "cake")) == (0.0, 0.0, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Every data set in the formats that it is published in; all rows are made up."""
+"""Every data set in its published formats; all rows are made up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from holdfast.tasks import Task, alpaca, dialog_summary, find, hex_phi, identity
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes records as the ending of the name says, or the text as it is."""
+    """Write records in the format of the file extension, or a text unchanged."""
 
     def written(name, records):
         path = tmp_path / name
@@ -324,7 +324,7 @@ def test_the_warning_is_shown_once_and_kept(write, caplog):
     with caplog.at_level(logging.WARNING):
         tested = data.test_rows(harmful_test=file)
     assert "goals.csv is in the format of advbench, which contains harmful instructions" in caplog.text
-    assert tested.manifest["sources"][0]["licence"] is None, "who knows what is in the user's own file"
+    assert tested.manifest["sources"][0]["licence"] is None, "the content of a user's own file is not known"
     assert "advbench" in tested.manifest["sources"][0]["warning"]
 
 

@@ -30,7 +30,9 @@ def test_every_file_is_a_data_set():
         assert isinstance(task, Task | SafetyData)
         assert task.name == name
         assert set(task.splits) <= {"train", "test"}
-        assert task.hub_id or task.make or task.obtain or name == "world", "how is it had?"
+        assert task.hub_id or task.make or task.obtain or name == "world", (
+            "a data set without a Hub id must say how to obtain it"
+        )
         assert task.licence or name == "own"
         assert task.metric in METRICS
         if isinstance(task, Task):

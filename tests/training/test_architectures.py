@@ -1,4 +1,4 @@
-"""Any decoder: methods train, and go on from a checkpoint, on twelve kinds of model with LoRA everywhere."""
+"""Any decoder: methods train, and resume from a checkpoint, on twelve kinds of model with LoRA everywhere."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_trains_and_goes_on(name, folder, tmp_path):
     names = [name for name, p in whole.model.named_parameters() if p.requires_grad]
     drawn = {str(i) for _, layers in getattr(whole, "layer_history", {}).get("draws", []) for i in layers}
     if drawn:
-        assert drawn == {"1"}, "by this seed, so that the other layer is frozen"
+        assert drawn == {"1"}, "this seed draws one layer, so that the other is frozen"
         assert moved == ["1" in name.split(".") for name in names]
     else:
         assert all(moved), "every adapter of every linear layer"

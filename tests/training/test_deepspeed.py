@@ -1,4 +1,4 @@
-"""Penalties where the optimizer steps inside backward, as DeepSpeed's does: what a CPU can show of it."""
+"""Penalties with an optimizer that steps inside backward, like DeepSpeed's, as far as a CPU can test it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METHODS = [("lisa", LISA), ("ewc", {"penalty": "l2", "lambda_": 3.0})]
 
 @pytest.fixture
 def deepspeed(monkeypatch):
-    """`accelerator.backward` clips, steps and zeroes at the last micro-batch; returns what it stepped with."""
+    """`accelerator.backward` clips, steps and zeroes at the last micro-batch; returns the gradients it used."""
     made = []
 
     def backward(self, loss, scale_wrt_gas=True, **kwargs):
@@ -34,7 +34,7 @@ def deepspeed(monkeypatch):
                 weight.grad = None
 
     def prepare(self, *things):
-        """Without DeepSpeed installed the model and the optimizer stay what they are."""
+        """Without DeepSpeed installed, model and optimizer are not wrapped."""
         found = [self.prepare_data_loader(x) if isinstance(x, DataLoader) else x for x in things]
         return found[0] if len(found) == 1 else tuple(found)
 
@@ -58,7 +58,7 @@ def plain(name, out, **options):
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 @pytest.mark.parametrize(("name", "options"), METHODS)
 def test_hooks_equal_the_added_gradient(tmp_path, request, name, options, accumulation):
-    """Weights, drift and penalty; with rows that leave the last window of an epoch unfilled."""
+    """Weights, drift and penalty are equal; the rows do not fill the last window of an epoch."""
     setting = {
         **options, "per_device_train_batch_size": 4 // accumulation, "rows": trainers.USER[:22],
         "gradient_accumulation_steps": accumulation,
@@ -101,7 +101,7 @@ def test_other_terms_are_refused(tmp_path, deepspeed, name, options):
 
 @pytest.mark.parametrize(("name", "options"), METHODS)
 def test_zero_3_is_refused(tmp_path, deepspeed, monkeypatch, name, options):
-    """It cuts the weights up: the penalty would see none of them."""
+    """ZeRO-3 partitions the weights: the penalty would see none of them."""
     monkeypatch.setattr(penalty, "zero_3", lambda accelerator: True)
     with pytest.raises(InputError, match="ZeRO-3"):
         deepspeed(name, tmp_path, **options)

@@ -1,4 +1,4 @@
-"""Fisher information: by hand, for every way to spread a batch, and without a trace in the training."""
+"""Fisher information: by hand, for every way to divide a batch, and without an effect on the training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from holdfast.training.fisher import diagonal_fisher, dropout_off, mean_1, split
 
 
 def started(out, **options):
-    """A trainer as it is before its first step, LoRA's B no longer 0."""
+    """A trainer before its first step, with LoRA's B no longer 0."""
     made = trainers.trainer("ewc", out, **options)
     torch.manual_seed(5)
     for name, parameter in made.model.named_parameters():
@@ -38,7 +38,7 @@ def test_a_linear_model_by_hand():
     batches = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])]
     fisher = diagonal_fisher([w, unused], batches, lambda x, scale: (scale * (w * x).sum()).backward())
     assert [f.tolist() for f in fisher] == [[10.0, 5.0], [0.0]]
-    assert w.grad is None, "a gradient left from before is neither counted nor kept"
+    assert w.grad is None, "an earlier gradient is neither counted nor kept"
 
 
 def test_mean_1():
@@ -55,14 +55,14 @@ def test_it_is_the_squared_gradient_of_each_steps_batch(tmp_path):
     found = trainer_fisher(made, made.model, None, 0)
     weights = [p for p in made.model.parameters() if p.requires_grad]
     assert largest(found, plain.fisher_of(made.model, weights, 0, None)) < 1e-5
-    assert largest(found, plain.fisher_of(made.model, weights, 1, None)) > 1e-3, "other rows together"
+    assert largest(found, plain.fisher_of(made.model, weights, 1, None)) > 1e-3, "other rows in a batch"
     some = trainer_fisher(made, made.model, 8, 3)
     assert largest(some, plain.fisher_of(made.model, weights, 3, 8)) < 1e-5
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_accumulation_does_not_change_it(tmp_path, accumulation):
-    """Rows of unequal length: a mean of means would be another number."""
+    """With rows of unequal length, a mean of means would be another number."""
     rows = [{"prompt": "Tell. ", "completion": "no " * (1 + 5 * (i % 4)) + "</s>"} for i in range(20)]
     whole = started(tmp_path, alignment=rows)
     parts = started(
@@ -76,7 +76,9 @@ def test_processes_share_out_a_batch():
     order = list(range(20, 30))
     assert split_rows(order, 2, 1, 0, 1)[-1] == [[28, 29]]
     whole = split_rows(order, 4, 1, 0, 1)
-    assert whole == [[[20, 21, 22, 23]], [[24, 25, 26, 27]], [[28, 29, 20, 21]]], "the last is filled up"
+    assert whole == [[[20, 21, 22, 23]], [[24, 25, 26, 27]], [[28, 29, 20, 21]]], (
+        "the last batch is filled up"
+    )
     two = [split_rows(order, 1, 2, process, 2) for process in (0, 1)]
     assert two[0][0] == [[20], [22]]
     for batch, left, right in zip(whole, *two, strict=True):
@@ -84,7 +86,7 @@ def test_processes_share_out_a_batch():
 
 
 def test_it_leaves_nothing_behind(tmp_path):
-    """No gradient, no mode, no random number."""
+    """It changes no gradient, no mode and no random state."""
     made = started(tmp_path, net=trainers.model(dropout=0.5))
     made.model.train()
     frozen = next(m for m in made.model.modules() if isinstance(m, nn.Dropout))
@@ -101,7 +103,7 @@ def test_it_leaves_nothing_behind(tmp_path):
 
 
 def opt():
-    """Its layers call dropout themselves, with a rate that is a number on the layer."""
+    """OPT's layers call dropout themselves, with a rate stored on the layer."""
     from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
@@ -152,7 +154,7 @@ def test_dropout_comes_back_after_an_error():
 
 
 class Scaler:
-    """What accelerate's fp16 scaler is asked for."""
+    """The part of accelerate's fp16 scaler that is used."""
 
     def get_scale(self):
         return 2.0**16

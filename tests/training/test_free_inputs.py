@@ -1,4 +1,4 @@
-"""Backward goes no deeper than it needs: hooks that drag it to the embeddings are removed where that is exact."""
+"""Backward goes no deeper than needed: hooks that extend it to the embeddings are removed if that is exact."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import trainers
 from holdfast.training.trainer import checkpoints_reentrantly, free_inputs
 
 CHECKPOINTED = {"gradient_checkpointing": True}
-COUNTED = CHECKPOINTED | {"max_steps": 1, "lean_loss": False}  # whose check runs the layers too
+COUNTED = CHECKPOINTED | {"max_steps": 1, "lean_loss": False}  # its check runs the layers too
 REENTRANT = CHECKPOINTED | {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
 
 
 def deep(trained_layers=None):
-    """Six layers with a LoRA, of which some layers' trains (None: all)."""
+    """Six layers with a LoRA, trained in some layers (None: all)."""
     torch.manual_seed(3)
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
     net = get_peft_model(tiny.llama(len(trainers.TOKENIZER), layers=6), config)
@@ -31,7 +31,7 @@ def hooks(net):
 
 
 def runs_of_layers(net):
-    """Counts how often each layer's norm runs: once forward, once more where the layer is recomputed."""
+    """Counts how often each layer's norm runs: once forward, and once more if the layer is recomputed."""
     counts = [0] * 6
     for i, layer in enumerate(net.get_base_model().model.layers):
         layer.input_layernorm.register_forward_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
@@ -39,7 +39,7 @@ def runs_of_layers(net):
 
 
 def test_the_hooks_that_are_removed_are_those_of_transformers_and_peft():
-    """Repeated calls leave several; `disable_input_require_grads` would take back one."""
+    """Repeated calls leave several hooks; `disable_input_require_grads` would remove only one."""
     net = deep()
     net.get_base_model().activation_checkpointing_enable()
     net.prepare_model_for_gradient_checkpointing(net.get_base_model())
@@ -47,7 +47,7 @@ def test_the_hooks_that_are_removed_are_those_of_transformers_and_peft():
     net.get_input_embeddings().register_forward_hook(lambda *_: None)
     assert hooks(net) == 4
     assert free_inputs(net) == 3
-    assert hooks(net) == 1, "another's stays"
+    assert hooks(net) == 1, "a foreign hook stays"
     ids = torch.tensor([[1, 2]])
     assert not net.get_input_embeddings()(ids).requires_grad
     assert not checkpoints_reentrantly(net)

@@ -43,7 +43,7 @@ def test_the_same_under_peft(kind):
 
 @pytest.mark.parametrize("kind", architectures.MODELS)
 def test_the_mixer_is_called_once_with_the_output_that_the_layer_adds(kind):
-    """Its output, or the first of them, is a tensor of shape (rows, tokens, hidden)."""
+    """Its output, or its first output, is a tensor of shape (rows, tokens, hidden)."""
     model = architectures.build(kind)
     shapes = []
     for module in mixers(model):
@@ -55,7 +55,7 @@ def test_the_mixer_is_called_once_with_the_output_that_the_layer_adds(kind):
 
 
 def test_a_norm_that_trains_in_full_is_no_attention():
-    """PEFT wraps it, so that `post_attention_layernorm` has parts of its own."""
+    """PEFT wraps it, so that `post_attention_layernorm` has child modules."""
     config = LoraConfig(
         task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["post_attention_layernorm"]
     )

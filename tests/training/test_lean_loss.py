@@ -1,4 +1,4 @@
-"""The training loss with little memory: the same numbers, fewer logits."""
+"""The lean training loss: the same numbers with fewer logits in memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MODELS = {
         "embed_dropout": 0.0, "attention_dropout": 0.0, "resid_dropout": 0.0,
     },
 }  # fmt: skip
-"""Softcaps and scales so strong that a loss without them is another one."""
+"""Softcaps and scales strong enough to change the loss."""
 
 
 def causal_lm(kind):
@@ -76,7 +76,7 @@ def batch(where="end", rows=3, length=12):
 
 
 def loss_and_gradients(net, inputs, lean, items=None):
-    """Of every weight that trains; `net` is the language model itself."""
+    """The loss, and the gradient of every trainable weight; `net` is the language model itself."""
     net.zero_grad()
     with lean_loss(net) if lean else nullcontext():
         loss = net(**inputs, **({} if items is None else {"num_items_in_batch": items})).loss
@@ -94,7 +94,7 @@ def assert_same(left, right, value=1e-6, gradient=1e-6):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_model_has_its_plain_loss_and_gradients(kind, monkeypatch):
-    """All weights trained, embeddings and head too; chunks of four tokens."""
+    """All weights are trained, including embeddings and head; chunks have four tokens."""
     monkeypatch.setattr("holdfast.training.lean_loss.LOGITS", 400)
     net = causal_lm(kind)
     for where in ("end", "everywhere"):
@@ -113,7 +113,7 @@ def test_control_what_a_model_does_to_its_logits_matters(kind, monkeypatch):
 
 
 def test_tokens_are_counted_as_transformers_counts_them():
-    """Over all of the step's tokens where it is told them, else over the micro-batch's."""
+    """The mean is over the step's tokens if their number is given, else over the micro-batch's tokens."""
     net = causal_lm("Llama")
     for items in (None, 50, torch.tensor(50)):
         for where in ("end", "everywhere", "one"):
@@ -122,7 +122,7 @@ def test_tokens_are_counted_as_transformers_counts_them():
 
 
 def test_a_micro_batch_without_labels_adds_nothing():
-    """Under a step's count its loss is 0, and every weight has its gradient of zeros."""
+    """With a step's token count, its loss is 0 and every weight has a gradient of zeros."""
     net, inputs = causal_lm("Llama"), batch()
     inputs["labels"][:] = IGNORED
     plain = loss_and_gradients(net, inputs, lean=False, items=7)
@@ -137,7 +137,9 @@ def test_logits_are_made_where_labels_are_and_for_a_chunk_at_a_time(monkeypatch)
     net, widths = causal_lm("Llama"), []
     net.lm_head.register_forward_hook(lambda module, args, made: widths.append(made.shape[:2].numel()))
     loss_and_gradients(net, batch("end"), lean=True)
-    assert widths == [1, 4, 4, 1], "one for what the model does to logits, then three rows' three tokens"
+    assert widths == [1, 4, 4, 1], (
+        "one token to see what the model does to logits, then nine tokens in chunks of four"
+    )
     widths.clear()
     loss_and_gradients(net, batch("end"), lean=False)
     assert widths == [36]
@@ -156,7 +158,7 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_without_gradients_it_is_the_plain_loss_too(monkeypatch):
-    """As a first pass that only looks makes it: nothing is differentiated, chunk by chunk."""
+    """As in a first pass without training: nothing is differentiated, chunk by chunk."""
     monkeypatch.setattr("holdfast.training.lean_loss.LOGITS", 400)
     net, widths = causal_lm("Gemma2"), []
     plain = loss_and_gradients(net, batch(), lean=False)[0]
@@ -209,7 +211,7 @@ LORAS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", LORAS.values(), ids=LORAS)
 def test_adapters(options, tmp_path):
-    """Through the trainer, in micro-batches, with padding: the weights of the plain loss."""
+    """In the trainer, with micro-batches and padding, the weights equal those of the plain loss."""
     ends, sizes = [], {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
     for lean in (True, False):
         torch.manual_seed(3)
@@ -240,7 +242,7 @@ def test_the_check_draws_no_random_number():
     "options", [{"bf16": True}, {"weights": torch.bfloat16}], ids=["autocast", "weights"]
 )
 def test_bf16_is_as_near_to_float32_as_the_plain_loss(options, tmp_path):
-    """Gradients of one step, against those of the same weights in float32."""
+    """Gradients of one step, compared with those of the same weights in float32."""
     weights = options.pop("weights", torch.float32)
     gradients = {}
     for name, lean, dtype, more in (
@@ -276,7 +278,7 @@ def test_evaluation_and_outputs_are_plain(tmp_path):
 
 
 def test_the_check_is_no_part_of_a_step(tmp_path):
-    """A method that hooks the model during a step would see other tokens than the step's."""
+    """A method that hooks the model during a step would otherwise see tokens that are not the step's."""
     made, seen = trainers.trainer("sft", tmp_path, max_steps=2), []
     step = made.training_step
 
@@ -305,7 +307,7 @@ def test_another_loss_stays_what_it_is(options, tmp_path):
 
 
 def peak(lean, where, vocabulary=20_000, rows=4, length=64):
-    """Bytes above those of the weights in one step."""
+    """Peak bytes of one step without those of the weights."""
     torch.manual_seed(0)
     net = tiny.llama(vocabulary).requires_grad_(False)
     ids = torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(1))
@@ -323,7 +325,7 @@ def peak(lean, where, vocabulary=20_000, rows=4, length=64):
 
 
 def test_memory_is_that_of_one_chunk(monkeypatch):
-    """Plain: logits of all 256 tokens, in some three copies. Lean: of 8 completion tokens, or of chunks of 16."""
+    """Plain: logits of all 256 tokens, in about three copies. Lean: of 8 completion tokens, or of chunks of 16."""
     monkeypatch.setattr("holdfast.training.lean_loss.LOGITS", 16 * 20_000)
     all_logits = 4 * 64 * 20_000 * 4
     plain = peak(False, "everywhere")
@@ -331,4 +333,4 @@ def test_memory_is_that_of_one_chunk(monkeypatch):
     one_chunk = all_logits / 16
     assert peak(True, "everywhere") < 3.5 * one_chunk + 2 * 2**20
     assert peak(True, "end") < peak(True, "everywhere") * 0.75
-    assert peak(False, "end") > 2.5 * all_logits, "the plain loss makes them all the same"
+    assert peak(False, "end") > 2.5 * all_logits, "the plain loss computes all logits anyway"

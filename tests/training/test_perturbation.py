@@ -55,7 +55,7 @@ def test_the_gradients_do_not_need_anything_that_trains():
 
 
 def test_some_modules_only():
-    """Also through those that are left out, and for a module that is not called at all."""
+    """Gradients pass through the other modules; a module that is never called has none."""
     net = made()
     _, every = pass_1(net)
     chosen = [mixers(net)[1], torch.nn.Linear(2, 2), mixers(net)[3]]
@@ -77,7 +77,7 @@ def test_the_norms_are_those_of_the_gradients(checkpointing):
 
 
 def test_checkpointing_changes_no_bit():
-    """Of the gradients, of the perturbed loss, and of the weights' gradients; the hooks leave nothing behind."""
+    """Gradients, the perturbed loss and the weights' gradients are equal; no hooks remain."""
     plain, checkpointed = made(), made(checkpointing=True)
     (_, expected), (_, found) = pass_1(plain), pass_1(checkpointed)
     assert all(torch.equal(found[i], expected[i]) for i in expected)
@@ -87,7 +87,7 @@ def test_checkpointing_changes_no_bit():
 
 
 def test_control_a_perturbation_that_ends_before_backward_is_noticed():
-    """With checkpointing it gives other gradients, and no error."""
+    """With checkpointing, it gives other gradients without an error."""
     net = made(checkpointing=True)
     _, g = pass_1(net)
     right = pass_2(net, g, 3.0)
@@ -101,7 +101,7 @@ def test_control_a_perturbation_that_ends_before_backward_is_noticed():
 
 
 def test_the_perturbation_raises_the_loss():
-    """By rho ||g|| to first order: that is what makes it the worst one."""
+    """By rho ||g|| to first order, which is the largest possible increase."""
     net = made()
     loss, g = pass_1(net)
     norm = float(torch.stack([x.square().sum() for x in g.values()]).sum().sqrt())

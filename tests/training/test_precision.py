@@ -37,7 +37,7 @@ def run(method, out, **options):
 
 
 def apart(left, right):
-    """The distance of two lists of weights, all together."""
+    """The total distance between two lists of weights."""
     return float(sum(((a - b).float() ** 2).sum() for a, b in zip(left, right, strict=True)).sqrt())
 
 
@@ -53,7 +53,7 @@ def test_full_fine_tuning(tmp_path, method):
 @pytest.mark.parametrize("kind", ["bf16 weights", "bf16 autocast"])
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16(tmp_path, method, kind):
-    """Against the penalty in the loss, in the same precision; the penalty itself moves the weights far more."""
+    """Compared with the penalty in the loss, in the same precision; the penalty itself has a far larger effect."""
     _, (k1, k2, strength), at_switch = METHODS[method]
     weights = kind == "bf16 weights"
 
@@ -80,7 +80,7 @@ def test_checkpointing_gives_the_same_weights(tmp_path, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_scale_of_fp16_does_not_weaken_the_penalty(tmp_path, method, monkeypatch):
-    """The scaler alone, without half precision, is exact: only the penalty could go wrong."""
+    """The scaler without half precision is exact, so that only the penalty could be wrong."""
 
     def unscale(self, optimizer=None):
         for own in self._optimizers:

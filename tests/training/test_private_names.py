@@ -1,4 +1,4 @@
-"""Private names of other libraries: all in `training/private.py`, and all still there."""
+"""Private names of other libraries: all are in `training/private.py`, and all still exist."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def private(name: object) -> bool:
 
 
 def defined(tree: ast.AST) -> set[str]:
-    """The private names that a file makes: functions, classes, variables, fields and attributes."""
+    """The private names that a file defines: functions, classes, variables, fields and attributes."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -64,7 +64,7 @@ def methods(tree: ast.AST) -> set[str]:
 
 
 def used(tree: ast.AST) -> set[tuple[str, str]]:
-    """Private names by what they are read from, as attributes, by `getattr` and its kin, or imported."""
+    """Private names by the object they are read from: as attributes, by `getattr` and similar, or imported."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
@@ -150,7 +150,7 @@ def test_the_list_is_whole():
 
 @pytest.fixture(scope="module")
 def owners(tmp_path_factory):
-    """By the names in `PINNED`: the object that must have its names."""
+    """The objects of `PINNED`, by name, which must have the private names."""
     folder = tmp_path_factory.mktemp("owners")
     model = tiny.llama(len(tiny.tokenizer()))
     model.gradient_checkpointing_enable()

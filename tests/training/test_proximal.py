@@ -60,7 +60,7 @@ def test_nothing_at_the_anchor(name):
 
 
 def test_small_changes_of_large_factors_are_seen():
-    """In float32 the difference of the two products would be rounding alone."""
+    """In float32, the difference of the two products would be only rounding error."""
     weights = [t.float() * 100 for t in drawn(*SHAPES, seed=1)]
     anchor = [w - 1e-4 * d.float() for w, d in zip(weights, drawn(*SHAPES, seed=4), strict=True)]
     exact = TERMS["delta_w"][1]([w.double() for w in weights], [a.double() for a in anchor])

@@ -11,19 +11,19 @@ from holdfast import registry
 from holdfast.models.loading import add_lora, load_model
 
 NAMES = ("sft", "bso", "lisa")
-"""Plain, with two sources of batches, and with a gradient added by hand; the contract suite has all others."""
+"""Plain, with two sources of batches, and with a gradient added by hand; the contract suite has the others."""
 LORA = {"r": 2, "alpha": 4, "dropout": 0.1, "target_modules": "all-linear"}
 
 
 def own(name):
-    """Short phases and a strong penalty, where the method has them."""
+    """Short phases and a strong penalty, if the method has them."""
     values = {"alignment_steps": 1, "finetune_steps": 2, "rho": 3.0, "proximal_warmup_ratio": 0.0}
     return {k: v for k, v in values.items() if k in registry.faces("defenses")[name].parameters}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model, and an adapter on it that does something."""
+    """A model, and an adapter with an effect."""
     made = tmp_path_factory.mktemp("m")
     tiny.save_model(made / "model")
     below = add_lora(load_model(made / "model"), LORA, "base")
@@ -56,7 +56,7 @@ def train(folder, out, name, lora=LORA, stacked=True, model=None, **options):
     ids=["non-reentrant", "reentrant"],
 )
 def test_checkpointed_activations_change_no_weight(name, options, folder, tmp_path):
-    """On a frozen base with a frozen and a new adapter, whose dropout is on."""
+    """On a frozen base with a frozen adapter and a new adapter with dropout."""
     plain, saving = train(folder, tmp_path, name), train(folder, tmp_path, name, **options)
     assert saving.model.is_gradient_checkpointing
     assert not plain.model.is_gradient_checkpointing
@@ -72,7 +72,7 @@ def test_bf16_computes_in_bfloat16_and_keeps_float32_weights(folder, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fp16_on_a_cpu_is_refused(name, tmp_path):
-    """accelerate would train there without a scaler and say nothing."""
+    """accelerate would silently train without a scaler."""
     with pytest.raises(ValueError, match="fp16 needs a loss scaler"):
         trainers.trainer(name, tmp_path, fp16=True)
 

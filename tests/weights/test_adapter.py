@@ -1,4 +1,4 @@
-"""Records of an adapter folder are PEFT's own modules, and what is no plain LoRA is refused by name."""
+"""The records of an adapter folder equal PEFT's own modules, and anything but plain LoRA is refused by name."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_records_are_pefts_own_modules(tmp_path, case):
         apart = [k for k in load_file(tmp_path / "adapter_model.safetensors") if ".lora_A.weight" not in k and ".lora_B.weight" not in k]  # fmt: skip
         assert list(adapter.left_alone) == sorted(apart)
         assert bool(apart) == (case in ("whole modules", "embeddings", "tied output head"))
-        # PEFT saves a copy of a tied head along, whose LoRA is not left alone.
+        # PEFT also saves a copy of a tied head, whose LoRA is not left out.
         assert bool(adapter.notes) == (case in ("whole modules", "embeddings"))
 
 

@@ -1,4 +1,4 @@
-"""A chain of adapters collapsed into one, and added to a full model: the same logits as the stacked chain."""
+"""A chain of adapters combined into one, or merged into a full model: the same logits as the stacked chain."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def chain(folder, adapters, dtype=None):
 
 
 def change(path, how):
-    """Scale the factors, so that no two adapters are alike, and move trained copies."""
+    """Scale the factors, so that all adapters differ, and change trained copies."""
     tensors = load_file(path)
     save_file({k: how(t) if "lora_B" in k or "norm" in k else t for k, t in tensors.items()}, path)
 
@@ -183,7 +183,7 @@ def test_a_merged_model_keeps_shards_dtype_ties_and_files(tmp_path):
     for name, tensor in full.items():
         assert tensor.dtype == torch.bfloat16
         if "proj" in name:
-            assert torch.equal(tensor, exact[name].bfloat16())  # rounded once
+            assert torch.equal(tensor, exact[name].bfloat16())  # rounded only once
         else:
             assert torch.equal(tensor, source[name])
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
@@ -392,13 +392,13 @@ def test_a_full_disk_and_a_kill_leave_nothing(copies, monkeypatch, write):
             with pytest.raises(expected, match="No space left" if expected is OutputError else None):
                 go()
         assert sorted(p for p in folder.rglob("*")) == before
-    (folder / "out").mkdir()  # an empty folder is as good as none
+    (folder / "out").mkdir()  # an empty folder is treated like a missing one
     go()
     assert (folder / "out" / "README.md").exists()
 
 
 def test_memory_is_one_block(tmp_path, copies, monkeypatch):
-    """A merged model in blocks of one row is the same, so no tensor need be in memory as a whole."""
+    """Merging in blocks of one row gives the same model, so no complete tensor has to be in memory."""
     folder, base, adapters = copies
     merge(base, adapters, folder / "whole")
     monkeypatch.setattr(writer, "BLOCK", 1)

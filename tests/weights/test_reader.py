@@ -1,4 +1,4 @@
-"""Reading weights: the values of torch, shards, the Hub cache's links, and files that lie."""
+"""Reading weights: the same values as torch, shards, links of the Hub cache, and files with false headers."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_header_that_lies_is_refused(tmp_path, lie):
 
 
 def test_a_sound_file_written_by_hand_is_read(tmp_path):
-    """The control of the lies above."""
+    """The control for the false headers above."""
     path = write(tmp_path / "x.safetensors", {"a": entry(0, 4), "b": entry(4, 12, (1, 2))}, bytes(12))
     assert WeightFile(path).tensors["b"].read().shape == (1, 2)
 

@@ -1,4 +1,4 @@
-"""The embedded world: script, data, model and judge belong together, and the quality holds."""
+"""The embedded world: script, data, model and judge match, and keep their quality."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every other folder needs of the machine: the store, processes, costs, progress, seeds."""
+"""What all other folders need from the machine: the store, processes, costs, progress, seeds."""
 
 __all__ = [
     "code",

@@ -46,7 +46,7 @@ def filter_rows(
 
     Raises:
         DataError: the source cannot be read, or no record is left.
-        OutputError: `out` is another file, or is the source.
+        OutputError: `out` exists and is not an earlier output, or is the source.
     """
     if unparsed not in UNPARSED:
         raise RecipeError(f"unparsed: expected 'drop' or 'keep', found {unparsed!r}.")
