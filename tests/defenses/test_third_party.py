@@ -12,7 +12,6 @@ import pytest
 
 from places import ROOT
 
-TESTS = Path(__file__).parents[1]
 TOY = '''
 """Toy: pulls the weights towards where they began (a method of another package)."""
 
