@@ -374,7 +374,7 @@ def test_a_method_of_another_package_gets_the_rows_that_it_needs(tmp_path, insta
     """Rows, tokenizer, device, seed and dtype; no base, which it does not ask for; named by its rows."""
     install(EntryPoint("with_rows", f"{__name__}:ROWS", "holdfast.defenses"))
     recipe = {**tiny.recipe(tmp_path / "in"), "post_hoc": "with_rows"}
-    results, seen = run(recipe, tmp_path / "out")
+    results, seen = run(recipe, tmp_path / "out", page=True)
     assert "harmful rows" in seen.ran
     row = results["rows"][2]
     assert (row["name"], row["labels"]["with_rows"]) == ("tiny + With rows", "With rows")
@@ -395,7 +395,7 @@ def test_a_method_of_another_package_gets_the_rows_that_it_needs(tmp_path, insta
     identity = json.loads((tmp_path / "out" / "steps" / row["steps"]["post_hoc"] / "step.json").read_text())[
         "identity"
     ]
-    assert set(identity["rows"]) == {"train_dataset", "alignment_dataset", "harmful_dataset"}
+    assert set(identity["inputs"]["rows"]) == {"train_dataset", "alignment_dataset", "harmful_dataset"}
     recipe["data"] = {**recipe["data"], "alignment": None}
     with pytest.raises(RecipeError, match=r"data\.alignment"):
         Recipe.load({**recipe, "alignment": "none", "user": {"defense": "sft"}})

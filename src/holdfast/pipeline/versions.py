@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +39,15 @@ def version(group: str, name: str) -> dict[str, Any]:
         return declared  # it ends in a digest of the file
     if face.module.split(".")[0] == "holdfast":
         return {"name": name, **declared, "code": digest_of_module(face.module)}
-    entry = next(entry for entry in entry_points(group=f"holdfast.{group}") if entry.name == name)
-    return {"name": name, **declared, **_of_package(entry)}
+    return {"name": name, **declared, "package": face.package, "code": _code_of_package(face.module)}
 
 
-def _of_package(entry: EntryPoint) -> dict[str, Any]:
-    """The distribution of an entry point, its version, and a digest of the package's Python files."""
-    found: dict[str, Any] = {}
-    if entry.dist is not None:
-        found |= {"distribution": entry.dist.name, "package_version": entry.dist.version}
-    spec = importlib.util.find_spec(entry.module.split(".")[0])
-    if spec is not None and spec.submodule_search_locations:
+def _code_of_package(module: str) -> str:
+    """A digest of the Python files of the package that holds a module, or of the module's one file."""
+    spec = importlib.util.find_spec(module.split(".")[0])
+    if spec is None:
+        return ""
+    if spec.submodule_search_locations:
         folders = [Path(place) for place in spec.submodule_search_locations]
-        found["code"] = digest_of_files(path for folder in folders for path in folder.rglob("*.py"))
-    elif spec is not None and spec.origin:
-        found["code"] = digest_of_files([Path(spec.origin)])
-    return found
+        return digest_of_files(path for folder in folders for path in folder.rglob("*.py"))
+    return digest_of_files([Path(spec.origin)] if spec.origin else [])
