@@ -34,7 +34,7 @@ ALLOWED = {
     "evaluation": {"models", "weights", "tasks", "world"},
     "data": {"tasks", "world"},
     "training": set(),
-    "models": {"weights"},
+    "models": {"training", "weights"},
     "weights": {"world"},
     "tasks": {"plugins"},
     "plugins": set(),

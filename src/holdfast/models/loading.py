@@ -18,7 +18,6 @@ from holdfast.errors import ModelError, first_line
 from holdfast.models.quantization import (
     check_quantization,
     is_quantized,
-    keep_differentiable,
     quantization_config,
     stored_dtype,
 )
@@ -83,6 +82,8 @@ def load_model(
             f"{type(model).__name__}; save the model again."
         )
     if quantized:
+        from holdfast.training.quantised import keep_differentiable
+
         keep_differentiable(model)
     else:
         model = model.to(device)

@@ -11,6 +11,7 @@ __all__ = [
     "perturbation",
     "private",
     "proximal",
+    "quantised",
     "shards",
     "tampering",
     "tokenising",

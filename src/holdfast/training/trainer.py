@@ -34,6 +34,7 @@ from holdfast.training.private import (
     remove_input_hooks,
     sft_rows,
 )
+from holdfast.training.quantised import keep_differentiable
 from holdfast.training.tokenising import as_sequence, collator, rows_fingerprint, tokenise_all
 
 METHOD_FOLDER = "method"
@@ -226,6 +227,7 @@ class _BeforeTheFirstStep(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        keep_differentiable(self.trainer.model)
         if not checkpoints_reentrantly(self.trainer.model):
             free_inputs(self.trainer.model)
         self.trainer.decide_lean()
