@@ -117,10 +117,12 @@ def test_a_run_of_the_world(tmp_path):
     assert again["rows"] == results["rows"]
 
 
-def answers(path, **options):
+def answers(path, device, **decoding):
     """Answers of the world's model by id, from the public function."""
-    rows = holdfast.generate("world", path, harmful="world", benign="world", prompts=PROMPTS,
-                             max_new_tokens=24, **options)  # fmt: skip
+    rows = holdfast.generate(
+        "world", path, harmful="world", benign="world", prompts=PROMPTS, device=device,
+        decoding={"max_new_tokens": 24, **decoding},
+    )  # fmt: skip
     return {row["id"]: row["answer"] for row in rows}
 
 
