@@ -14,6 +14,8 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from holdfast.errors import first_line
+
 
 class PluginWarning(UserWarning):
     """An entry point of another package is not used; the message says which and why."""
@@ -83,8 +85,7 @@ def _add(made: Plugins, entry: EntryPoint, kind: type) -> str:
     try:
         thing = entry.load()
     except (Exception, SystemExit) as error:  # the import runs any code of that package
-        first = str(error).strip().split("\n")[0]
-        return f"it cannot be imported: {type(error).__name__}: {first}"
+        return f"it cannot be imported: {type(error).__name__}: {first_line(error)}"
     if not isinstance(thing, kind):
         return f"expected a {kind.__name__}, found {type(thing).__name__}"
     if getattr(thing, "name", None) != entry.name:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import RecipeError, nearest
+from holdfast.errors import RecipeError, first_line, nearest
 from holdfast.plugins import Plugin, Plugins, plugins
 from holdfast.tasks import METRICS, DataSet, Metric
 
@@ -167,8 +167,9 @@ def _run_file(module: str, path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(made)
     except Exception as error:  # whatever that code raises
-        first = str(error).strip().split("\n")[0]
-        raise RecipeError(f"{path} cannot be imported: {type(error).__name__}: {first}") from error
+        raise RecipeError(
+            f"{path} cannot be imported: {type(error).__name__}: {first_line(error)}"
+        ) from error
     return made
 
 

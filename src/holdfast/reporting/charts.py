@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import OutputError
+from holdfast.machine.files import beside
 from holdfast.reporting.collect import ReportData
 from holdfast.reporting.labels import Box, place
 from holdfast.reporting.measurements import Row, Score, sweeps
@@ -70,10 +71,8 @@ def save_png(data: ReportData, path: Path) -> Path:
             _scatter(figure, axes, rows, numbers_only=len(rows) > NAMED, short_legend=False)
         _side_table(figure, data.rows)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            figure.savefig(temporary, format="png", dpi=144, facecolor="white")
-            temporary.replace(path)
+            with beside(path) as temporary:
+                figure.savefig(temporary, format="png", dpi=144, facecolor="white")
         except OSError as error:
             raise OutputError(f"Cannot write {path}: {error.strerror or error}.") from None
     return path
@@ -114,16 +113,7 @@ def _scatter(
             clip_on=False,
             zorder=3.5 if role in HOLLOW else 3,  # hollow markers go on top: those below stay visible
         )
-    for _, line in sweeps(rows):
-        scores = [_point(row) for row in line]
-        axes.plot(
-            [harmful.value for harmful, _ in scores],
-            [accuracy.value for _, accuracy in scores],
-            color=COLOURS["defended"],
-            linewidth=0.9,
-            alpha=0.6,
-            zorder=2,
-        )
+    _join_sweeps(axes, rows)
     axes.set_xlim(-4, 104)
     limits = _accuracy_limits(rows)
     axes.set_ylim(*limits)
@@ -141,6 +131,20 @@ def _scatter(
         columnspacing=0.8 if short_legend else 1.6,
     )
     _name_points(figure, axes, rows, numbers_only)
+
+
+def _join_sweeps(axes: Axes, rows: Sequence[Row]) -> None:
+    """A line through the points of each sweep."""
+    for _, line in sweeps(rows):
+        scores = [_point(row) for row in line]
+        axes.plot(
+            [harmful.value for harmful, _ in scores],
+            [accuracy.value for _, accuracy in scores],
+            color=COLOURS["defended"],
+            linewidth=0.9,
+            alpha=0.6,
+            zorder=2,
+        )
 
 
 def _name_points(figure: Figure, axes: Axes, rows: Sequence[Row], numbers_only: bool) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import OutputError
+from holdfast.machine.files import beside
 from holdfast.reporting.svg import COLOURS, figure_of, margins, style
 from holdfast.reporting.text import one_line
 
@@ -66,10 +67,8 @@ def save_cosines(record: Mapping[str, Any], path: Path) -> Path:
         if kinds:
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=10)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=144)
-            temporary.replace(path)
+            with beside(path) as temporary:
+                figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=144)
         except OSError as error:
             raise OutputError(f"Cannot write {path}: {error.strerror or error}.") from None
     return path
