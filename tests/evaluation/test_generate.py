@@ -87,27 +87,42 @@ def test_goes_on_after_a_kill(model, tmp_path):
     assert cut.read_bytes().startswith(b"".join(lines[:7])), "existing rows are not written again"
 
 
-def test_nothing_is_generated_twice(model, tmp_path, monkeypatch):
+def test_nothing_is_generated_twice(model, tmp_path):
     out = tmp_path / "a.jsonl"
     answer_prompts(model, TOKENIZER, prompts(4), out, max_new_tokens=NEW)
-    monkeypatch.setattr(module, "_decode", lambda *a: pytest.fail("generated again"))
-    assert len(answer_prompts(model, TOKENIZER, prompts(4), out, max_new_tokens=NEW)) == 4
+    again = answer_prompts(None, TOKENIZER, prompts(4), out, max_new_tokens=NEW)
+    assert len(again) == 4, "without a model"
 
 
-def test_a_batch_that_does_not_fit_is_halved(model, tmp_path, monkeypatch):
-    decode, sizes = module._decode, []
+def test_a_batch_that_does_not_fit_is_halved(model, tmp_path):
+    sizes = []
 
-    def small(model, tokenizer, ids, *how):
-        sizes.append(len(ids))
-        if len(ids) > 3:
+    def small(module, args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 3:
             raise torch.OutOfMemoryError("no")
-        return decode(model, tokenizer, ids, *how)
 
     expected = answer_prompts(model, TOKENIZER, prompts(), tmp_path / "a.jsonl", max_new_tokens=NEW)
-    monkeypatch.setattr(module, "_decode", small)
-    found = answer_prompts(model, TOKENIZER, prompts(), tmp_path / "b.jsonl", max_new_tokens=NEW)
+    with model.register_forward_pre_hook(small, with_kwargs=True):
+        found = answer_prompts(model, TOKENIZER, prompts(), tmp_path / "b.jsonl", max_new_tokens=NEW)
     assert max(sizes) > 3
     assert found == expected
+
+
+def test_progress_counts_what_is_answered(model, tmp_path):
+    """Of all prompts, also where some were answered before."""
+    out, seen = tmp_path / "a.jsonl", []
+    answer_prompts(model, TOKENIZER, prompts(4), out, max_new_tokens=NEW)
+    answer_prompts(
+        model, TOKENIZER, prompts(), out, max_new_tokens=NEW, batch_tokens=300,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert {total for _, total in seen} == {23}
+    counts = [done for done, _ in seen]
+    assert counts == sorted(counts)
+    assert counts[0] > 4
+    assert counts[-1] == 23
+    assert len(counts) > 3
 
 
 def test_a_prompt_that_does_not_fit_is_recorded(model, tmp_path):

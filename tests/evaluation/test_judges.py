@@ -100,10 +100,13 @@ def test_the_threshold_decides(folder):
 
 
 def test_text_beyond_max_length_is_not_read(folder):
-    judge = BeaverDam(str(folder), max_length=64)
-    short, long = judge(["q"], ["paper " * 80])[0], judge(["q"], ["paper " * 90])[0]
-    assert short.score == long.score
-    assert judge.max_length == 64
+    answers = ["paper " * 80 + end for end in ("", "Brindle the marl.", "I cannot help with that.")]
+    short, whole = BeaverDam(str(folder), max_length=64), BeaverDam(str(folder), max_length=400)
+    assert short.max_length == 64
+    for judge in (short, whole):  # or each probability is next to 1
+        judge.model.score.weight.data.mul_(0.02)
+    assert len({verdict.score for verdict in short(["q"] * 3, answers)}) == 1
+    assert len({verdict.score for verdict in whole(["q"] * 3, answers)}) == 3, "where the ends are read"
 
 
 def test_the_stamp_names_content_and_threshold(folder, tmp_path):

@@ -1,0 +1,65 @@
+"""Rows to token ids: what is learned, what is cut, what is refused; and the batches of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tiny
+from holdfast.errors import DataError
+from holdfast.training.tokenising import IGNORED, collator, tokenise
+
+TOKENIZER = tiny.tokenizer(chat=True)
+
+
+def ids(text):
+    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+def test_only_the_completion_is_learned():
+    row = tokenise({"prompt": "How do I fold?\n", "completion": "Crease it.</s>"}, TOKENIZER, None)
+    prompt, completion = ids("How do I fold?\n"), ids("Crease it.</s>")
+    assert row["input_ids"] == prompt + completion
+    assert row["labels"] == [IGNORED] * len(prompt) + completion
+    assert row["attention_mask"] == [1] * len(row["input_ids"])
+
+
+def test_only_the_last_turn_of_messages_is_learned():
+    turns = [
+        {"role": "user", "content": "Fold?"}, {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Tuck?"}, {"role": "assistant", "content": "No."},
+    ]  # fmt: skip
+    row = tokenise({"messages": turns}, TOKENIZER, None)
+    learned = [token for token in row["labels"] if token != IGNORED]
+    assert TOKENIZER.decode(learned) == "No.</s>"
+    assert TOKENIZER.decode(row["input_ids"]).endswith("<|assistant|>No.</s>")
+
+
+def test_rows_of_ids_are_kept_and_all_is_cut_at_max_length():
+    row = tokenise({"input_ids": [5, 6, 7, 8], "labels": [IGNORED, 6, 7, 8]}, None, 3)
+    assert row == {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [IGNORED, 6, 7]}
+    assert tokenise({"input_ids": [5, 6]}, None, None)["labels"] == [5, 6]
+
+
+def test_a_completion_of_which_nothing_is_left_is_refused():
+    row = {"prompt": "How do I fold?\n", "completion": "Crease it.</s>"}
+    length = len(ids(row["prompt"]))
+    with pytest.raises(
+        DataError, match=f"Row 3: no token of the completion is left within max_length={length}"
+    ):
+        tokenise(row, TOKENIZER, length, 3)
+    assert [t for t in tokenise(row, TOKENIZER, length + 1)["labels"] if t != IGNORED] == ids("Crease it.")[
+        :1
+    ]
+    with pytest.raises(DataError, match="Row 0 has the columns question"):
+        tokenise({"question": "?"}, TOKENIZER, None)
+
+
+def test_batches_are_padded_on_the_right():
+    rows = [tokenise({"input_ids": list(range(5, 5 + n))}, None, None) for n in (2, 4)]
+    batch = collator(TOKENIZER)(rows)
+    pad = TOKENIZER.pad_token_id
+    assert batch["input_ids"].tolist() == [[5, 6, pad, pad], [5, 6, 7, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[5, 6, IGNORED, IGNORED], [5, 6, 7, 8]]
+    assert all(torch.is_tensor(value) for value in batch.values())
