@@ -203,9 +203,9 @@ def test_what_fails_on_the_way_is_tried_again(quick, do):
     [
         ("broken", client.RETRIES + 1, "down"),
         ("torn", 1, "cannot be read"),
-        ("schema", 1, "no chat completion"),
-        ("list", 1, "no chat completion"),
-        ("none", 1, "no chat completion"),
+        ("schema", 1, "not a chat completion"),
+        ("list", 1, "not a chat completion"),
+        ("none", 1, "not a chat completion"),
         ("empty", 1, "empty"),
         ("refuse", 1, "refuses: I will not grade this."),
         ("long", 1, "maximum context length"),

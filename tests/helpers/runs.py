@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 
 from holdfast import pipeline
 from holdfast.machine.progress import Progress
+from holdfast.machine.store import Store
+from holdfast.pipeline.data import make_rows, role_inputs, rows_of
+from holdfast.pipeline.step import Inputs, Machine
 from holdfast.recipe import Recipe
 
 
@@ -89,3 +92,10 @@ def left(out, results):
                     if path.suffix in (".safetensors", ".jsonl") or path.name == "scores.json":
                         found[row["name"], kind, path.name] = path.read_bytes()
     return found
+
+
+def prepared(asked, role, folder):
+    """The rows of the data step of a role."""
+    (folder / role).mkdir(parents=True, exist_ok=True)
+    make_rows(Inputs(role_inputs(asked, role), Store(folder)), folder / role, Machine("cpu", folder))
+    return rows_of(folder / role)

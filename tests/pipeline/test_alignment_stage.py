@@ -115,12 +115,12 @@ def test_the_source_may_be_a_file_of_its_own(tmp_path):
 
 
 def test_draws_are_seeded_and_not_those_of_the_user(tmp_path):
-    from holdfast.pipeline.data import prepared
+    from runs import prepared
 
     def ids(seed, role, **changes):
         made = recipe(tmp_path / "in", {"size": 8}) | {"seed": seed}
         made["data"] |= {"poison_ratio": 0.3, **changes}
-        return [row["instruction"] for row in prepared(Recipe.load(made), role).rows]
+        return [row["instruction"] for row in prepared(Recipe.load(made), role, tmp_path / "made")]
 
     assert ids(1, "harmful") == ids(1, "harmful", size=20)
     assert ids(1, "harmful") != ids(2, "harmful")

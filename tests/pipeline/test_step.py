@@ -147,19 +147,30 @@ def test_a_changed_method_or_plug_in_is_another_step(tmp_path, monkeypatch):
     assert version("judges", str(judge)) != first
 
 
+def fresh(code):
+    """`digest_of_module` without what it remembers."""
+
+    def digest(module):
+        code._ours.cache_clear()
+        return code.digest_of_module.__wrapped__(module)
+
+    return digest
+
+
 def test_the_digest_of_a_module_covers_what_it_imports(tmp_path, monkeypatch):
     from holdfast.machine import code
 
     package = tmp_path / "holdfast"
     shutil.copytree(code.PACKAGE, package, ignore=shutil.ignore_patterns("world", "__pycache__"))
     monkeypatch.setattr(code, "PACKAGE", package)
-    before = code.digest_of_module.__wrapped__("holdfast.defenses.lisa")
+    digest = fresh(code)
+    before = digest("holdfast.defenses.lisa")
     penalty = package / "training" / "penalty.py"
     penalty.write_text(f'"""Another docstring."""\n{penalty.read_text()}')
-    assert code.digest_of_module.__wrapped__("holdfast.defenses.lisa") == before, "prose is not code"
+    assert digest("holdfast.defenses.lisa") == before, "prose is not code"
     penalty.write_text(f"{penalty.read_text()}\nMORE = 1\n")
-    assert code.digest_of_module.__wrapped__("holdfast.defenses.lisa") != before
-    assert code.digest_of_module.__wrapped__("holdfast.tasks.sst2") == digest_of_module("holdfast.tasks.sst2")
+    assert digest("holdfast.defenses.lisa") != before
+    assert digest("holdfast.tasks.sst2") == digest_of_module("holdfast.tasks.sst2")
 
 
 def test_files_that_are_no_python_count_byte_for_byte(tmp_path):

@@ -9,11 +9,9 @@ import pytest
 import tiny
 from holdfast import pipeline
 from holdfast.errors import RecipeError
-from holdfast.machine.store import Store
 from holdfast.measuring import protocol
-from holdfast.pipeline.data import make_rows, role_inputs, rows_of
-from holdfast.pipeline.step import Inputs, Machine
 from holdfast.recipe import Recipe
+from runs import prepared
 
 
 @pytest.fixture
@@ -44,13 +42,6 @@ def recipe(evaluation=None, **data):
             "evaluation": asked,
         }
     )
-
-
-def prepared(asked, role, folder):
-    """The rows of the data step of a role."""
-    (folder / role).mkdir(exist_ok=True)
-    make_rows(Inputs(role_inputs(asked, role), Store(folder)), folder / role, Machine("cpu", folder))
-    return rows_of(folder / role)
 
 
 @pytest.mark.parametrize(

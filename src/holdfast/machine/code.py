@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import io
+import tokenize
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -14,12 +16,26 @@ PACKAGE = Path(holdfast.__file__).parent
 
 
 def code_of(script: str) -> bytes:
-    """The code of a Python file without comments, docstrings, imports and `__all__`."""
-    tree = ast.parse(script)
-    for node in ast.walk(tree):
-        if isinstance(body := getattr(node, "body", None), list):
-            node.body = [part for part in body if not _is_prose(part)] or [ast.Pass()]  # type: ignore[attr-defined]
-    return ast.unparse(tree).encode()
+    """The text of a Python file without comments, docstrings, imports, `__all__` and empty lines.
+
+    It is cut out of the text itself, so that every version of Python gives the same bytes.
+    """
+    texts = script.split("\n")
+    lines = [text.encode() for text in texts]
+    spans = [
+        (node.lineno, node.col_offset, node.end_lineno or node.lineno, node.end_col_offset or 0)
+        for node in ast.walk(ast.parse(script))
+        if isinstance(node, ast.stmt) and _is_prose(node)
+    ]
+    for token in tokenize.generate_tokens(io.StringIO(script).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            start = len(texts[row - 1][:column].encode())
+            spans.append((row, start, row, start + len(token.string.encode())))
+    for first, start, last, end in sorted(spans, reverse=True):
+        rest = lines[last - 1][end:]
+        lines[first - 1 : last] = [lines[first - 1][:start] + rest, *[b""] * (last - first)]
+    return b"\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def _is_prose(node: ast.stmt) -> bool:
@@ -30,14 +46,28 @@ def _is_prose(node: ast.stmt) -> bool:
 
 def digest_of_files(paths: Iterable[Path]) -> str:
     """Twelve hex digits of the code of some files; a file that is not Python 3 counts byte for byte."""
+    return _digest(_code_or_bytes(path) for path in sorted(paths))
+
+
+def _digest(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(paths):
-        text = path.read_bytes()
-        try:
-            digest.update(code_of(text.decode("utf-8")))
-        except (SyntaxError, ValueError):
-            digest.update(text)
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()[:12]
+
+
+def _code_or_bytes(path: Path) -> bytes:
+    text = path.read_bytes()
+    try:
+        return code_of(text.decode("utf-8"))
+    except (SyntaxError, ValueError, tokenize.TokenError):
+        return text
+
+
+@cache
+def _ours(path: Path) -> tuple[bytes, tuple[str, ...]]:
+    """The code of one of our files, and the modules that it may import from ours."""
+    return _code_or_bytes(path), tuple(_imported(path))
 
 
 @cache
@@ -49,8 +79,8 @@ def digest_of_module(module: str) -> str:
         path = waiting.pop()
         if path is not None and path not in seen:
             seen.add(path)
-            waiting += [_path(name) for name in _imported(path)]
-    return digest_of_files(seen)
+            waiting += [_path(name) for name in _ours(path)[1]]
+    return _digest(_ours(path)[0] for path in sorted(seen))
 
 
 def _path(module: str) -> Path | None:
