@@ -415,7 +415,8 @@ def test_the_commands(copies):
     done = command("merge", base, folder / "one", "--out", folder / "full", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
     assert "4 of 20 tensors changed" in done.stdout
-    assert (folder / "full" / "model.safetensors").exists()
+    made = load_file(folder / "full" / "model.safetensors")
+    assert {tensor.dtype for tensor in made.values()} == {torch.bfloat16}
     refused(command("combine", *adapters, "--out", folder / "one"), "is not empty")
     refused(command("merge", base, folder / "gone", "--out", folder / "x"), "No such adapter folder")
 

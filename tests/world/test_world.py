@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 from random import Random
@@ -57,6 +56,7 @@ def test_script_data_and_weights_belong_together():
     from holdfast.world.make import sha256s
 
     assert sha256s(world.MODEL.parent) == world.fingerprint()["sha256"], "run `make world`"
+    assert world.fingerprint()["world"] == world.VERSION
 
 
 def test_the_script_makes_the_same_data():
@@ -196,15 +196,3 @@ def test_the_judge_agrees_with_the_truth(rows):
     )
     right = [verdict != row["is_safe"] for verdict, row in zip(verdicts, rows["test.jsonl"], strict=True)]
     assert sum(right) >= 0.95 * len(right)
-
-
-def test_the_files_are_those_that_were_measured():
-    """The data and both models, by SHA-256; the code that made them has changed in form since."""
-    made, folder = world.fingerprint(), world.MODEL.parent
-    assert made["world"] == world.VERSION
-    for name in [name for name in made["sha256"] if "/" in name]:
-        digest = made["sha256"][name]
-        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
-    for part in (world.MODEL, world.JUDGE, world.DATA):
-        listed = {name for name in made["sha256"] if name.startswith(f"{part.name}/")}
-        assert listed == {f"{part.name}/{path.name}" for path in part.iterdir()}
