@@ -1,4 +1,4 @@
-"""What code does, as a digest: comments, docstrings and layout do not count."""
+"""Digests of code that ignore comments, docstrings, imports and layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGE = Path(holdfast.__file__).parent
 
 
 def code_of(script: str) -> bytes:
-    """The code of a Python file without comments, docstrings, imports and `__all__`."""
+    """Return a Python file's code without comments, docstrings, imports and `__all__`."""
     tree = ast.parse(script)
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, "body", None), list):
@@ -29,7 +29,7 @@ def _is_prose(node: ast.stmt) -> bool:
 
 
 def digest_of_files(paths: Iterable[Path]) -> str:
-    """Twelve hex digits of the code of some files; a file that is not Python 3 counts byte for byte."""
+    """Return twelve hex digits of the code of some files; a file that is not Python 3 is hashed as bytes."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         text = path.read_bytes()
@@ -42,7 +42,7 @@ def digest_of_files(paths: Iterable[Path]) -> str:
 
 @cache
 def digest_of_module(module: str) -> str:
-    """Twelve hex digits of the code of one of our modules and of every one of ours that it imports."""
+    """Return twelve hex digits of the code of one of our modules and of all of ours that it imports."""
     seen: set[Path] = set()
     waiting = [_path(module)]
     while waiting:
@@ -54,7 +54,7 @@ def digest_of_module(module: str) -> str:
 
 
 def _path(module: str) -> Path | None:
-    """The file of one of our modules; None for a name that is no module of ours."""
+    """Return the file of one of our modules; None for any other name."""
     place = PACKAGE.joinpath(*module.split(".")[1:])
     for path in (place.with_suffix(".py"), place / "__init__.py"):
         if module.startswith("holdfast.") and path.is_file():
@@ -63,7 +63,7 @@ def _path(module: str) -> Path | None:
 
 
 def _imported(path: Path) -> Iterator[str]:
-    """The modules that a file may import from ours."""
+    """Yield the names of the modules of ours that a file may import."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "holdfast":
             yield node.module or ""

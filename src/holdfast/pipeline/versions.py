@@ -43,7 +43,7 @@ def version(group: str, name: str) -> dict[str, Any]:
 
 
 def _code_of_package(module: str) -> str:
-    """Return a digest of the Python files of the package that contains a module, or of a single-file module."""
+    """Return a digest of the Python files of a module's package, or of the module's only file."""
     spec = importlib.util.find_spec(module.split(".")[0])
     if spec is None:
         return ""
