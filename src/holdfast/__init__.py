@@ -1,6 +1,6 @@
 """Keep a language model's safety alignment through fine-tuning.
 
-The public names are imported on first use, so that `import holdfast` costs nothing.
+The public names are imported on first use, so that `import holdfast` is fast.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Objects of other packages, found by their entry points: one rule for defenses, tasks and judges.
+"""Objects of other packages, found by their entry points; one rule for defenses, tasks and judges.
 
-A package names its object by the entry point `holdfast.defenses`, `holdfast.tasks` or `holdfast.judges`. One
-that cannot be imported, is of another kind, or has a name that is taken is left out with a `PluginWarning`;
-everything else works.
+A package names its object in the entry points `holdfast.defenses`, `holdfast.tasks` or `holdfast.judges`. An
+object that cannot be imported, has another type, or has a name that is taken is left out with a
+`PluginWarning`; everything else works.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from holdfast.errors import first_line
 
 
 class PluginWarning(UserWarning):
-    """An entry point of another package is not used; the message says which and why."""
+    """An entry point of another package is not used; the message says which one and why."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Plugin:
     """An object of another package.
 
     Attributes:
-        value: its place, as the entry point gives it: "module:object".
-        package: the name and version of its distribution, as in "toy-package 1.0"; "" if they are not known.
+        value: the value of its entry point: "module:object".
+        package: the name and version of its distribution, as in "toy-package 1.0"; "" if they are unknown.
     """
 
     name: str
@@ -37,17 +37,17 @@ class Plugin:
 
     @property
     def module(self) -> str:
-        """The module that holds it."""
+        """The module that contains the object."""
         return self.value.partition(":")[0]
 
 
 @dataclass(frozen=True)
 class Plugins:
-    """What the other packages bring of one group.
+    """The objects of other packages in one group.
 
     Attributes:
-        found: by name, those that can be used.
-        refused: by name, why the others cannot. A name that is taken is not among them.
+        found: the objects that can be used, by name.
+        refused: the reasons why the others cannot, by name; objects whose name is taken are not included.
     """
 
     found: dict[str, Plugin] = field(default_factory=dict)
@@ -56,11 +56,11 @@ class Plugins:
 
 @cache
 def plugins(group: str, kind: type, ours: Collection[str]) -> Plugins:
-    """The objects of other packages in `group`. Imports them, once.
+    """Return the objects of other packages in `group`, which are imported once.
 
     Args:
-        kind: the class that each must be an instance of.
-        ours: the names that are taken by Holdfast itself.
+        kind: the class of which each object must be an instance.
+        ours: the names of Holdfast's own objects.
     """
     made = Plugins()
     for entry in entry_points(group=f"holdfast.{group}"):
@@ -68,7 +68,7 @@ def plugins(group: str, kind: type, ours: Collection[str]) -> Plugins:
         if entry.name in ours:
             _warn(entry, f"the name '{entry.name}' is one of Holdfast's own")
         elif taken is not None and (taken.value, taken.package) == (entry.value, _package(entry)):
-            continue  # the same package, found at two places
+            continue  # the same package, found in two places
         elif taken is not None:
             _warn(entry, f"the name '{entry.name}' is taken by {taken.package or taken.value}")
         else:
@@ -99,7 +99,7 @@ def _package(entry: EntryPoint) -> str:
 
 
 def _warn(entry: EntryPoint, reason: str) -> str:
-    """Warn that an entry point is not used; returns the sentence."""
+    """Warn that an entry point is not used; returns the message."""
     package = _package(entry) or "another package"
     text = f"The {entry.group} entry point '{entry.name}' ({entry.value}) of {package} is not used: {reason}."
     warnings.warn(f"{text} Update or uninstall that package.", PluginWarning, stacklevel=3)

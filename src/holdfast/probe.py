@@ -1,18 +1,18 @@
-"""SafetyProbe: the harmful score during training, in anybody's `transformers.Trainer`.
+"""SafetyProbe: measures the harmful score during training, in any `transformers.Trainer`.
 
     Trainer(..., callbacks=[SafetyProbe(prompts, judge="keyword", every=50)])
 
-Every `every` optimizer steps, and before the first, the model answers a few harmful prompts, a judge reads
-the answers, and harmful score and refusal rate are added to `trainer_state.json`. transformers does not tell
-a callback who its trainer is. With the trainer, the scores also go to the console and to its trackers:
+Before the first optimizer step and after every `every` steps, the model answers a few harmful prompts, a
+judge reads the answers, and harmful score and refusal rate are added to `trainer_state.json`. transformers
+does not give a callback its trainer. If you give it, the scores also go to the console and to the trackers:
 
     trainer.add_callback(SafetyProbe(prompts, judge="keyword", every=50, trainer=trainer))
 
 The probe does not change the training: decoding is greedy, the modes of all modules and all random states
 are restored, and no gradient is touched.
 
-Few prompts and short answers make it cheap, and rough: its standard error stands beside each score. It
-says when a model begins to comply, not how safe the model is in the end.
+A few prompts and short answers make the probe cheap but rough; each score has its standard error. The probe
+shows when a model begins to comply, not how safe the model is in the end.
 """
 
 from __future__ import annotations
@@ -42,28 +42,29 @@ SCORE = "safety/harmful_score"
 
 
 class SafetyProbe(TrainerCallback):
-    """Measures the harmful score while a model trains; can warn, or stop, past a limit.
+    """Measures the harmful score while a model trains; can warn or stop the training above a limit.
 
     Args:
         prompts: harmful questions, as texts.
-        judge: the name of a judge (`holdfast list judges`), or one that is loaded.
+        judge: the name of a judge (`holdfast list judges`), or a loaded judge.
         every: optimizer steps between two measurements; the first is before training.
-        limit: harmful score in percent, above which `action` is taken; None never acts.
+        limit: the harmful score in percent above which `action` is taken; None takes no action.
         action: "warn" once, or "stop" the training after the step.
-        size: prompts that are asked, evenly spaced over `prompts`; None asks all.
-        max_new_tokens: length of an answer: an answer's first words tell a refusal.
-        template: "chat", "alpaca", or "auto": chat where the tokenizer has a template.
-        trainer: the trainer that the probe is added to, as for TRL's callbacks; its other callbacks (console,
-            trackers) get each measurement as a log. Without it, `trainer_state.json` and `history` hold them.
-        judge_options: of the judge's `load`: path, threshold, max_length.
+        size: the number of prompts to ask, evenly spaced over `prompts`; None asks all.
+        max_new_tokens: the length of an answer; the first words are enough to recognise a refusal.
+        template: "chat", "alpaca", or "auto": chat if the tokenizer has a template.
+        trainer: the trainer to which the probe is added, as for TRL's callbacks; its other callbacks
+            (console, trackers) get each measurement as a log. Without it, the measurements are only in
+            `trainer_state.json` and `history`.
+        judge_options: arguments of the judge's `load`: path, threshold, max_length.
 
     Attributes:
         history: one dict for each measurement: step, safety/harmful_score, safety/harmful_score_stderr,
             safety/refusal_rate, safety/n, safety/unparsed; percent.
 
     Raises:
-        RecipeError: no prompts, or an argument out of its range.
-        ModelError: on training, where the trainer has no tokenizer (`processing_class`).
+        RecipeError: there are no prompts, or an argument is out of range.
+        ModelError: when training starts, if the trainer has no tokenizer (`processing_class`).
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class SafetyProbe(TrainerCallback):
         self._warned = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Get ready, and measure the model as it comes."""
+        """Load the judge, tokenize the prompts, and measure the model before the first step."""
         tokenizer = kwargs.get("processing_class")
         if tokenizer is None:
             raise ModelError("SafetyProbe needs the trainer's tokenizer: give processing_class=tokenizer.")
@@ -124,16 +125,16 @@ class SafetyProbe(TrainerCallback):
         self.history = [
             {k: v for k, v in entry.items() if k != "epoch"} for entry in state.log_history if SCORE in entry
         ]
-        if not self.history or self.history[-1]["step"] != state.global_step:  # else resumed right there
+        if not self.history or self.history[-1]["step"] != state.global_step:  # else resumed there
             self._measure(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure after every `every`-th step, and after the last."""
+        """Measure after every `every`-th step, and after the last one."""
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             self._measure(args, state, control, **kwargs)
 
     def _measure(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Every process asks the same prompts, so that a sharded model can answer; the main one's count."""
+        """Measure in all processes, so that a sharded model can answer; the main one's scores are used."""
         with untouched(model):
             answers = answer_batch(model, kwargs["processing_class"], self._ids, self.max_new_tokens)
             texts = [found["answer"] for found in answers]
@@ -179,7 +180,7 @@ class SafetyProbe(TrainerCallback):
 
 @contextmanager
 def untouched(model: Any = None) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module's mode and all random states are as before."""
+    """Use evaluation mode inside; afterwards restore every module's mode and all random states."""
     modes = {module: module.training for module in model.modules()} if model is not None else {}
     python, numbers = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

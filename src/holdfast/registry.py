@@ -1,8 +1,8 @@
-"""Names found by listing `defenses/`, `tasks/`, `evaluation/judges/` and entry points.
+"""Defenses, tasks and judges by name, found in `defenses/`, `tasks/`, `evaluation/judges/` and entry points.
 
-Nothing is imported to list or to check a name. A method's parameters are read from its file with `ast`,
-so that a recipe is checked, planned and explained before torch could be imported; `get_defense` and its
-like import the one file that is asked for.
+No file of ours is imported to list or to check a name. A method's parameters are read from its file with
+`ast`, so that a recipe can be checked, planned and explained without torch; `get_defense` and similar
+functions import only the file that they return an object from.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OBJECTS = {"defenses": "DEFENSE", "tasks": "TASK", "judges": "JUDGE"}
 
 @dataclass(frozen=True)
 class Parameter:
-    """One knob of a method: its default, its type as written, and what it does."""
+    """One parameter of a method: its default, its type as written, and its help text."""
 
     default: Any
     type: str
@@ -42,12 +42,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Face:
-    """What a file says of its method without being imported.
+    """The description of a method, task or judge, read from its file without importing it.
 
-    `facts` are the literal arguments of its closing object (`stages`, `paper`, `licence`, ...); `code` are
-    the names of the others (`trainer`, `mix`, `prefix`, ...); `type` is the object's class ("Task");
-    `summary` is the first line of its docstring; `package` is the name and version of the distribution that
-    it comes from, "" for our own.
+    `facts` are the literal arguments of the file's closing object (`stages`, `paper`, `licence`, ...); `code`
+    are the names of its other arguments (`trainer`, `mix`, `prefix`, ...); `type` is the object's class
+    ("Task"); `summary` is the first line of the docstring; `package` is the name and version of the
+    distribution, or "" for our own.
     """
 
     name: str
@@ -62,17 +62,18 @@ class Face:
 
 @cache
 def faces(group: str) -> dict[str, Face]:
-    """Every defense, task or judge by name: the project's own, then those of other packages that work."""
+    """Return every defense, task or judge by name: our own, then the working ones of other packages."""
     return _own(group) | {name: _imported_face(plugin) for name, plugin in _plugins(group).found.items()}
 
 
 def face(group: str, name: str) -> Face:
-    """What is known of `name` without importing it; a name ending in .py is a file of the user's own.
+    """Return the description of `name` without importing it; a name ending in .py is a user's own file.
 
-    Its version then ends in eight digits of the file's content, so that what an older one did is not reused.
+    The version of such a file ends in eight digits of the hash of its content, so that results of an older
+    version are not reused.
 
     Raises:
-        RecipeError: nothing has that name; the nearest one is in the message.
+        RecipeError: nothing has that name; the message gives the nearest name.
     """
     if name.endswith(".py"):
         path = Path(name)
@@ -80,7 +81,7 @@ def face(group: str, name: str) -> Face:
             raise RecipeError(f"There is no file {name} with a {group.rstrip('s')}.")
         found = _read_face(path, f"_holdfast_{path.stem}", OBJECTS[group])
         if found is None:
-            raise RecipeError(f"{name} does not end in `{OBJECTS[group]} = ...(...)`, which says what it is.")
+            raise RecipeError(f"{name} does not end in `{OBJECTS[group]} = ...(...)`, which declares it.")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         version = f"{found.facts.get('version', '0')}-{digest}"
         return replace(found, facts={**found.facts, "version": version})
@@ -91,10 +92,10 @@ def face(group: str, name: str) -> Face:
 
 
 def unknown(group: str, name: str, known: Collection[str] | None = None) -> str:
-    """What is wrong with a name that `faces` does not have: why its plug-in is not used, or the nearest name.
+    """Return why a name cannot be used: the reason that its plug-in is refused, or the nearest known name.
 
     Args:
-        known: names to choose the nearest from; all by default.
+        known: the names among which to look for the nearest one; all by default.
     """
     refused = _plugins(group).refused
     if name in refused:
@@ -107,7 +108,7 @@ def get(group: str, name: str) -> Any:
     """Import and return the object called `name`.
 
     Raises:
-        RecipeError: nothing has that name; the nearest one is in the message.
+        RecipeError: nothing has that name; the message gives the nearest name.
     """
     found = face(group, name)
     if name.endswith(".py"):
@@ -119,19 +120,19 @@ def get(group: str, name: str) -> Any:
 
 
 def get_defense(name: str) -> Defense:
-    """The defense called `name`, imported."""
+    """Import and return the defense called `name`."""
     return get("defenses", name)
 
 
 def list_defenses(stage: str | None = None) -> list[str]:
-    """Names of the defenses, or of those that act at `stage`: "alignment", "user" or "post_hoc"."""
+    """Return the names of all defenses, or of those at `stage`: "alignment", "user" or "post_hoc"."""
     return sorted(
         name for name, face in faces("defenses").items() if stage is None or stage in face.facts["stages"]
     )
 
 
 def task_lines() -> list[tuple[str, str, str, str, str]]:
-    """Of each data set: its stamp, what it is, what it measures and which way is better, source, licence."""
+    """Return for each data set: its stamp, summary, metric and the better direction, source, licence."""
     lines = []
     for name, face in faces("tasks").items():
         facts = face.facts
@@ -148,7 +149,7 @@ def task_lines() -> list[tuple[str, str, str, str, str]]:
 
 @cache
 def training_arguments() -> dict[str, Parameter]:
-    """The fields of `transformers.TrainingArguments`, read from its source: importing it takes seconds."""
+    """Return the fields of `transformers.TrainingArguments`, read from its source to save an import."""
     spec = importlib.util.find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
         raise RecipeError("transformers is not installed. Install it: pip install 'transformers>=5'.")
@@ -158,15 +159,15 @@ def training_arguments() -> dict[str, Parameter]:
 
 
 def _run_file(module: str, path: Path) -> ModuleType:
-    """The module that a file of the user's own makes."""
+    """Run a user's own file and return it as a module."""
     spec = importlib.util.spec_from_file_location(module, path)
     assert spec is not None
     assert spec.loader is not None
     made = importlib.util.module_from_spec(spec)
-    sys.modules[module] = made  # a dataclass looks its own module up
+    sys.modules[module] = made  # dataclasses look up their module
     try:
         spec.loader.exec_module(made)
-    except Exception as error:  # whatever that code raises
+    except Exception as error:  # the user's code can raise any exception
         raise RecipeError(
             f"{path} cannot be imported: {type(error).__name__}: {first_line(error)}"
         ) from error
@@ -175,7 +176,7 @@ def _run_file(module: str, path: Path) -> ModuleType:
 
 @cache
 def _own(group: str) -> dict[str, Face]:
-    """The project's own, read from the files of their folder."""
+    """Return our own descriptions, read from the files in the group's folder."""
     found = {}
     folder = PACKAGE / FOLDERS[group]
     for path in sorted(folder.glob("*.py")):
@@ -186,12 +187,12 @@ def _own(group: str) -> dict[str, Face]:
 
 
 def _plugins(group: str) -> Plugins:
-    """What other packages bring."""
+    """Return the objects of other packages."""
     return plugins(group, _kind(group), frozenset(_own(group)))
 
 
 def _kind(group: str) -> type:
-    """The class of the objects of a group."""
+    """Return the class of the objects in a group."""
     if group == "defenses":
         from holdfast.defenses import Defense
 
@@ -204,7 +205,7 @@ def _kind(group: str) -> type:
 
 
 def _imported_face(plugin: Plugin) -> Face:
-    """The face of another package's object, which is imported."""
+    """Return the description of another package's object, which is imported."""
     thing = plugin.object
     summary = (importlib.import_module(plugin.module).__doc__ or "").strip().split("\n")[0]
     simple = (str, int, float, bool, tuple, Mapping)
@@ -227,7 +228,7 @@ def _imported_face(plugin: Plugin) -> Face:
 
 
 def _read_face(path: Path, module: str, closing: str) -> Face | None:
-    """The face of a file that ends in `<closing> = Something(...)`; None for any other file."""
+    """Return the description in a file that ends in `<closing> = Something(...)`; None for any other file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     call = next(
         (
@@ -249,7 +250,7 @@ def _read_face(path: Path, module: str, closing: str) -> Face | None:
         try:
             facts[keyword.arg or ""] = ast.literal_eval(keyword.value)
         except ValueError:
-            code.add(keyword.arg or "")  # a class or a function: only importing could tell more
+            code.add(keyword.arg or "")  # a class or a function, known only after an import
     summary = (ast.get_docstring(tree) or "").split("\n")[0]
     parameters = _parameters(tree, config) if config else {}
     made = call.func.id if isinstance(call.func, ast.Name) else ""
@@ -257,10 +258,10 @@ def _read_face(path: Path, module: str, closing: str) -> Face | None:
 
 
 def _parameters(tree: ast.Module, config: str) -> dict[str, Parameter]:
-    """The fields of a Config and of the Configs of sibling files that it extends, eldest first."""
+    """Return the fields of a Config and of the Configs in sibling files that it extends, base class first."""
     for statement in tree.body:
         if isinstance(statement, ast.ImportFrom) and config in {alias.name for alias in statement.names}:
-            return _parameters(_tree_of(statement.module or ""), config)  # it stands in a file of its own
+            return _parameters(_tree_of(statement.module or ""), config)  # it is defined in another file
     node = _class(tree, config)
     inherited: dict[str, Parameter] = {}
     for base in node.bases:
@@ -277,7 +278,7 @@ def _parameters(tree: ast.Module, config: str) -> dict[str, Parameter]:
 
 
 def _tree_of(module: str) -> ast.Module:
-    """The syntax tree of a module of ours."""
+    """Return the syntax tree of one of our modules."""
     path = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
     return ast.parse(path.read_text(encoding="utf-8"))
 

@@ -110,7 +110,7 @@ def test_ended_from_outside_nothing_half_written_is_left(place, how):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=place)
     assert done.returncode == 130, done.stderr
-    assert "holdfast: Stopped. Nothing half-written is left; run the same command again." in done.stderr
+    assert "holdfast: Stopped. No half-written file is left; run the same command again." in done.stderr
     assert digest(place) == before
     assert not list(place.glob(".*"))
 

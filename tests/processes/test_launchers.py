@@ -118,7 +118,7 @@ def test_an_interrupt_ends_all_with_one_word(folder):
     )
     assert codes == [130, 1]
     assert printed[0].splitlines()[-1] == (
-        "holdfast: Stopped. What is done is kept; run the same command again to go on."
+        "holdfast: Stopped. Finished work is kept; run the same command again to resume."
     )
     assert "Traceback" not in printed[0]
     assert printed[1] == ""

@@ -266,7 +266,7 @@ def test_an_adapter_that_cannot_be_merged_under_zero_3_is_refused(tmp_path, monk
     recipe = tiny.recipe(tmp_path / "in")
     recipe["model"]["adapters"] = "merge"
     monkeypatch.setattr(transformers.integrations, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(RecipeError, match="DeepSpeed ZeRO-3 cuts the weights up"):
+    with pytest.raises(RecipeError, match="DeepSpeed ZeRO-3 partitions the weights"):
         pipeline.run(Recipe.load(recipe), out=tmp_path / "out", device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""The commands that make one thing to hand out of a chain of adapters."""
+"""`holdfast combine | merge`: turn a chain of adapters into one adapter or one full model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Out = Annotated[Path, typer.Option(help="New folder.")]
 
 
 class Dtype(StrEnum):
-    """What weights can be written as."""
+    """The dtypes in which weights can be written."""
 
     bfloat16 = "bfloat16"
     float16 = "float16"

@@ -1,7 +1,7 @@
 """The command: the only file that prints, reads the environment, or configures logging.
 
-torch, transformers and peft are imported by what the subcommands call, never by listing, planning,
-reporting or `--help`.
+torch, transformers and peft are imported only by functions that subcommands call, and never for listing,
+planning, reporting or `--help`.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ Overrides = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")]
 GO_ON = {"demo", "run", "generate", "moderate", "rate", "filter"}
-"""Commands that go on where they were stopped; the others begin anew."""
+"""Commands that resume after a stop; the others start again from the beginning."""
 
 
 class Group(StrEnum):
-    """What can be listed."""
+    """The groups that can be listed."""
 
     defenses = "defenses"
     tasks = "tasks"
@@ -251,7 +251,7 @@ def list_names(
 
 
 def _origin(facts: Mapping[str, Any]) -> str:
-    """Where a judge comes from, its licence, which of its scores is better, its version."""
+    """Return a judge's source, its licence, the better direction of its score, and its version."""
     better = f"{facts.get('direction', 'lower')} is better"
     parts = (facts.get("source"), facts.get("licence"), better, f"version {facts.get('version')}")
     return "; ".join(str(part) for part in parts if part)
@@ -261,13 +261,13 @@ def _done(bars: object, rows: list[dict], out: Path) -> None:
     from holdfast.cli import console
 
     if not getattr(bars, "ran", 0):
-        console.out.print("Nothing to do: every step of this recipe is done already.", highlight=False)
+        console.out.print("Nothing to do: every step of this recipe is complete.", highlight=False)
     console.out.print(console.rows_table(rows))
     console.out.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _quiet() -> None:
-    """Keep the libraries' own bars and advice out of ours; errors still come through."""
+    """Turn off the progress bars and advice of the libraries; errors are still shown."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -280,13 +280,13 @@ def _quiet() -> None:
 def _show_warning(
     message: Warning | str, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
-    """One plain line on standard error."""
+    """Print a warning as one plain line on standard error."""
     print(f"holdfast: warning: {message}", file=sys.stderr)
 
 
 def main() -> None:
-    """Entry point: errors of ours become a message on standard error and an exit code."""
-    # What ends the command from outside shall also leave a message, and nothing half-written.
+    """Entry point: turns Holdfast's errors into a message on standard error and an exit code."""
+    # A signal that stops the command also prints a message, and no half-written file is left.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
@@ -295,7 +295,7 @@ def main() -> None:
         sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     try:
         if processes.count > 1:
-            _quiet()  # before the others are met, which imports torch
+            _quiet()  # before connecting to the others, which imports torch
             processes.start()
         _app()
     except BrokenPipeError:
@@ -304,7 +304,7 @@ def main() -> None:
     except (Exception, KeyboardInterrupt) as error:
         stopped = isinstance(error, KeyboardInterrupt)
         if not processes.speaks() or (stopped and not processes.main):
-            sys.exit(1)  # another process says why
+            sys.exit(1)  # another process reports the reason
         if not processes.main:
             sys.stderr = sys.__stderr__
         if debug and not stopped:
@@ -317,15 +317,15 @@ def _app() -> None:
     try:
         app()
     except SystemExit as end:
-        if end.code == 130:  # typer turns an interrupt into an exit without a word
+        if end.code == 130:  # typer turns an interrupt into an exit without a message
             raise KeyboardInterrupt from None
         raise
 
 
 def _message(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
-        kept = "What is done is kept; run the same command again to go on."
-        nothing = "Nothing half-written is left; run the same command again."
+        kept = "Finished work is kept; run the same command again to resume."
+        nothing = "No half-written file is left; run the same command again."
         return f"Stopped. {kept if GO_ON & set(sys.argv[1:2]) else nothing}"
     if isinstance(error, HoldfastError):
         return str(error)

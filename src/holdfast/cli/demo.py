@@ -1,6 +1,6 @@
-"""The demo: every stage in the embedded world, showing the effect of harmful rows and of each defense.
+"""The demo: runs every stage in the embedded world and shows the effect of harmful rows and of each defense.
 
-Every row is an ordinary run of the packaged recipe `world` with a few keys changed. The runs share their
+Every row is an ordinary run of the packaged recipe `world` with a few changed keys. The runs share their
 steps, so each alignment method trains once for each seed.
 """
 
@@ -20,7 +20,7 @@ from holdfast.recipe import Recipe
 from holdfast.reporting import report
 
 STAGES = ("user", "alignment", "post_hoc")
-"""Where a method of several stages acts here: the first of these."""
+"""The order in which the stage of a method that acts at several stages is chosen."""
 
 SHOWN = {
     "NA-SFT": ("sft",),
@@ -31,14 +31,14 @@ SHOWN = {
     "T-Vaccine": ("tvaccine",),
     "T-Vaccine + Lisa + Safe LoRA": ("tvaccine", "lisa", "safe_lora"),
 }
-"""The rows of the short demo, by the methods of their stages: each is the last row of a run."""
+"""The rows of the short demo, with the methods of their stages; each is the last row of a run."""
 
 
 def user_runs(full: bool = False) -> dict[str, list[str]]:
-    """Defenses on the model that SFT aligned: the row, and what it changes in the recipe `world`.
+    """Return the rows for defenses on the model that SFT aligned, with their changes to the recipe `world`.
 
     Args:
-        full: with the control without harmful rows, and every other defense of the user and post-hoc stages.
+        full: add the control without harmful rows, and every other defense of the user and post-hoc stages.
     """
     shown = {name: stack for name, stack in SHOWN.items() if not _acts(stack[0], "alignment", only=True)}
     if full:
@@ -50,10 +50,10 @@ def user_runs(full: bool = False) -> dict[str, list[str]]:
 
 
 def alignment_runs(full: bool = False) -> dict[str, list[str]]:
-    """The same attack on models that were aligned otherwise, and a defense at every stage.
+    """Return the rows for the same attack on models that other methods aligned, and a defense at every stage.
 
     Args:
-        full: with every other method of the alignment stage.
+        full: add every other method of the alignment stage.
     """
     shown = {name: stack for name, stack in SHOWN.items() if _acts(stack[0], "alignment", only=True)}
     if full:
@@ -62,12 +62,12 @@ def alignment_runs(full: bool = False) -> dict[str, list[str]]:
 
 
 def demo_runs(full: bool = False) -> dict[str, list[str]]:
-    """All rows of the demo."""
+    """Return all rows of the demo."""
     return user_runs(full) | alignment_runs(full)
 
 
 def changes(row: str, stack: tuple[str, ...]) -> list[str]:
-    """What a row changes in the recipe `world`: its methods, at the settings that they declare for it."""
+    """Return the changes of a row to the recipe `world`: its methods, with their settings for that recipe."""
     found = []
     for name in stack:
         face = registry.faces("defenses")[name]
@@ -89,7 +89,7 @@ def _acts(name: str, stage: str, only: bool = False) -> bool:
 
 
 def _others(stage: str, shown: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """A row for each defense of a stage that has none."""
+    """Return a row for each defense of a stage that has no row yet."""
     named = {name for stack in shown.values() for name in stack}
     found: dict[str, tuple[str, ...]] = {}
     for name, face in registry.faces("defenses").items():

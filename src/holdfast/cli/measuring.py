@@ -24,7 +24,7 @@ MaxCalls = Annotated[
 
 
 class Unparsed(StrEnum):
-    """What becomes of a row on which the judge gave no verdict."""
+    """What to do with a row for which the judge gave no verdict."""
 
     drop = "drop"
     keep = "keep"
@@ -223,7 +223,7 @@ def _confusion(found: dict[str, Any]) -> str:
 
 
 def say(text: str) -> None:
-    """One line of result."""
+    """Print one line of results."""
     from holdfast.cli import console
 
     console.out.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -1,4 +1,4 @@
-"""`holdfast safe-lora`: options, and what is shown. The work is `holdfast.safe_lora`."""
+"""`holdfast safe-lora`: its options and its output. `holdfast.safe_lora` does the work."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from holdfast.defenses.safe_lora_parts.result import ModuleResult, SafeLoraResult
 
 ROWS = 40
-"""Modules that the table shows; all of them are in the JSON file."""
+"""Maximum number of modules in the table; the JSON file contains all of them."""
 
 
 class Projection(StrEnum):
-    """What the chosen updates are multiplied with."""
+    """The matrix by which the chosen updates are multiplied."""
 
     approx = "approx"
     exact = "exact"
@@ -29,7 +29,7 @@ class Projection(StrEnum):
 
 
 class Control(StrEnum):
-    """What is done instead, to see what the direction is worth."""
+    """What to do instead of the repair, to measure the effect of the direction."""
 
     drop = "drop"
     random = "random"
@@ -111,7 +111,7 @@ def safe_lora(
 
 
 def _check_plot(plot: Path) -> None:
-    """Raise RecipeError or OutputError if the picture could not be written in the end."""
+    """Raise RecipeError or OutputError if the plot cannot be written."""
     if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise RecipeError(f"--plot writes .png, .svg or .pdf, found '{plot.name}'.")
     from holdfast.reporting.cosines import check_place

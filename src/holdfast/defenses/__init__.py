@@ -1,6 +1,6 @@
-"""Defenses: one file each, found by the registry.
+"""Defenses: one file for each method, found by the registry.
 
-Nothing here imports torch, so that `Defense` can be named cheaply; the files beside this one do.
+This file does not import torch, so that importing `Defense` is fast; the files beside it do.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ Trains = Literal["new", "continue", "full"]
 
 @dataclass(frozen=True)
 class Defense:
-    """What a file in `defenses/` (or an entry point `holdfast.defenses`) says of its method.
+    """The declaration of a method, in a file in `defenses/` or an entry point `holdfast.defenses`.
 
-    Nothing else in Holdfast knows a method by name: recipes, the pipeline, the report, the contract suite and
-    the tables of the documentation read what stands here. Every argument is a literal or a name, because the
-    registry reads the file without importing it.
+    No other code in Holdfast knows a method by name: recipes, the pipeline, the report, the contract suite
+    and the tables of the documentation read this declaration. Every argument is a literal or a name, because
+    the registry reads the file without importing it.
 
     Attributes:
         name: the name that recipes use.
-        label: how tables and charts write it.
-        stages: where it acts, of "alignment", "user", "post_hoc".
-        paper: where it comes from.
-        needs: what it needs beyond `train_dataset`. A trainer (or its `mix`): "alignment_dataset",
-            "harmful_dataset". A post-hoc method: "base" and "aligned" (the model before alignment, and after
-            it), "train_dataset", "alignment_dataset", "harmful_dataset" (rows) and "tokenizer".
-        optional: what a post-hoc method gets too if the run has it.
+        label: the name in tables and charts.
+        stages: the stages at which it acts: "alignment", "user", "post_hoc".
+        paper: the source of the method.
+        needs: its inputs in addition to `train_dataset`. For a trainer (or its `mix`): "alignment_dataset",
+            "harmful_dataset". For a post-hoc method: "base" and "aligned" (the model before and after
+            alignment), "train_dataset", "alignment_dataset", "harmful_dataset" (rows) and "tokenizer".
+        optional: inputs that a post-hoc method also gets if the run has them.
         config: its `TrainingArguments` with the method's own fields; a plain dataclass for a post-hoc method.
         trainer: its `transformers.Trainer`.
         adapter: what the user stage trains unless the recipe says otherwise: "new" (double LoRA: a fresh
             adapter on top of the alignment one) or "continue" (single LoRA: the alignment adapter itself).
         mix: for methods that change rows only, `mix(user_rows, alignment_rows, *, seed, folder,
-            **parameters)` returns the rows to train on; `folder` keeps what must stay beside the adapter.
-            A row's "prefix" is a text to stand before its question. The trainer then gets no alignment rows.
+            **parameters)` returns the rows to train on; `folder` is for files that must stay beside the
+            adapter. A row's "prefix" is put before its question. The trainer then gets no alignment rows.
         prefix: for methods that serve the model with a text before every question,
             `prefix(folder, **parameters)` returns that text.
-        secret: whether that text is secret; a run hides it where the model repeats it.
+        secret: whether that text is secret; a run then hides it in answers that repeat it.
         serving: one sentence for the model card on how the model must be served.
         apply: for post-hoc methods, `apply(tuned, **parameters)` writes a changed copy of `tuned.source` at
             `tuned.out` and returns facts for `step.json`. See `Tuned`.
@@ -51,17 +51,18 @@ class Defense:
             repair is not possible. See `Planned`.
         repairs: what the user stage may train for a post-hoc method: "new", "continue", "full".
         one_of: parameters of which a recipe must give exactly one.
-        controls: parameters that, if a recipe gives them, make a control of the method: results never stand
-            under the method's own name then.
-        baseline: whether it is plain training, with which the others are compared.
-        series: what it logs beside `loss` and `grad_norm`, for the report: {key: (chart, name of the line)}.
-        facts: what its trainer reports (`reported`) or `apply` returns: {key: what it is}.
-        headline: what tables say of a repair, with the names of facts in braces.
-        plan: phrases for `holdfast plan`, each {parameter: text}: the first parameter that is not None gives
-            it. The text holds {value} or {percent}, or is a pair (if false, if true).
-        strong: parameters with which the method is noticed within a few steps, for the contract suite.
-        identity: for post-hoc methods, parameters with which nothing changes.
-        protocols: the settings at which packaged recipes run it, by the protocol's name: `recipes/NAME.yaml`.
+        controls: parameters that turn the method into a control; such results are never shown under the
+            method's own name.
+        baseline: whether it is plain training, with which the other methods are compared.
+        series: the values that it logs beside `loss` and `grad_norm`, for the report: {key: (chart, name of
+            the line)}.
+        facts: the values that its trainer reports (`reported`) or `apply` returns: {key: description}.
+        headline: the text of tables for a repair, with the names of facts in braces.
+        plan: phrases for `holdfast plan`, each {parameter: text}; the first parameter that is not None gives
+            the text, which contains {value} or {percent}, or is a pair (if false, if true).
+        strong: parameters that have a clear effect within a few steps, for the contract suite.
+        identity: for post-hoc methods, parameters that change nothing.
+        protocols: the settings of packaged recipes, by the protocol's name: `recipes/NAME.yaml`.
     """
 
     name: str
@@ -94,18 +95,18 @@ class Defense:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a post-hoc method can use. It holds what the method declares in `needs` and `optional`.
+    """The inputs of a post-hoc method: those that it declares in `needs` and `optional`.
 
     Attributes:
-        source: the folder that the user stage made: an adapter, or a model if it trained all weights.
+        source: the folder that the user stage wrote: an adapter, or a model if it trained all weights.
         out: the folder to write, which does not exist yet.
         trains: what the user stage trained: "new" (an adapter on top of the alignment's), "continue" (the
-            alignment's adapter went on) or "full" (all weights).
+            alignment's adapter itself) or "full" (all weights).
         base: the folder of the model before alignment.
-        aligned: the aligned model's folder, or that of the alignment's adapter on `base`.
-        seed: of the run.
-        device: to compute on, such as "cpu" or "cuda".
-        dtype: of the run's model, such as "bfloat16".
+        aligned: the folder of the aligned model, or of the alignment's adapter on `base`.
+        seed: the seed of the run.
+        device: the device to compute on, such as "cpu" or "cuda".
+        dtype: the dtype of the run's model, such as "bfloat16".
     """
 
     source: Path
@@ -120,10 +121,10 @@ class Tuned:
     load_tokenizer: Callable[[], Any] | None = field(default=None, repr=False)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of "train_dataset", "alignment_dataset" or "harmful_dataset", read at each call.
+        """Return the rows of "train_dataset", "alignment_dataset" or "harmful_dataset", read at each call.
 
         Raises:
-            KeyError: the method does not declare that it needs them.
+            KeyError: the method does not declare these rows.
         """
         return self.load_rows[name]()
 
@@ -136,14 +137,14 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Planned:
-    """What is known of a repair before anything is trained.
+    """The facts about a repair that are known before training.
 
     Attributes:
-        model: the folder of the run's model: the base model, or the aligned one of a run without alignment.
+        model: the folder of the run's model: the base model, or the aligned one in a run without alignment.
         base: the folder of the model before alignment, if the run has one.
         trains: as in `Tuned`.
         aligns: what the alignment stage trains, "new" (an adapter) or "full"; None if it does not run.
-        find_modules: the linear modules that the user stage and the alignment change, by stage.
+        find_modules: returns the linear modules that a stage, "user" or "alignment", changes.
     """
 
     model: Path

@@ -4,20 +4,20 @@ With the weights W_tuned after fine-tuning, W_aligned before it and W_base befor
 
     W = lambda W_aligned + (1 - lambda) W_tuned + gamma (W_aligned - W_base)
 
-- `lambda_` is the share of the aligned model: 0 leaves the tuned model, 1 gives the aligned one. With gamma 0
-  it is the average of a model soup (Wortsman et al., arXiv 2203.05482), the interpolation of WiSE-FT (arXiv
+- `lambda_` is the share of the aligned model: 0 gives the tuned model, 1 the aligned one. With gamma 0 this
+  is the average of a model soup (Wortsman et al., arXiv 2203.05482), the interpolation of WiSE-FT (arXiv
   2109.01903, alpha = 1 - lambda), and task arithmetic with the task vector W_tuned - W_aligned scaled by
   1 - lambda (Ilharco et al., arXiv 2212.04089).
-- `gamma` adds a safety vector. With lambda 0 and gamma 1 it is RESTA (Bhardwaj et al., ACL 2024, arXiv
+- `gamma` adds a safety vector. With lambda 0 and gamma 1 this is RESTA (Bhardwaj et al., ACL 2024, arXiv
   2402.11746) with coefficient 1.
 
-For LoRA nothing dense is built. The user's adapter on top of the alignment's is scaled, and a safety vector
-is appended to its rank; a single adapter that went on from the alignment's is concatenated with it. Both are
-exact up to float32 rounding (`weights/combine.py`). All weights are averaged in float32, a block of rows at a
-time, and rounded once to the dtype of the tuned model.
+For LoRA, no dense matrix is built. A user adapter on top of the alignment's is scaled, and a safety vector is
+appended to its rank; a single adapter that continued the alignment's is concatenated with it. Both are exact
+up to float32 rounding (`weights/combine.py`). All weights are averaged in float32, a block of rows at a time,
+and rounded once to the dtype of the tuned model.
 
-Where we differ from RESTA's authors, and why: their safety vector is the aligned model less one that was
-fine-tuned on harmful rows; here it is the aligned model less the model before alignment, which needs no
+Where we differ from RESTA's authors, and why: their safety vector is the aligned model minus a model that was
+fine-tuned on harmful rows; here it is the aligned model minus the model before alignment, which needs no
 harmful training. Their DARE variant, which drops a random share of the update, is left out.
 """
 
@@ -57,7 +57,7 @@ class SoupConfig:
         default=0.5, metadata={"help": "Share of the aligned model, from 0 (the tuned model) to 1."}
     )
     gamma: float = field(
-        default=0.0, metadata={"help": "What the safety vector, aligned less base, is multiplied with."}
+        default=0.0, metadata={"help": "Factor of the safety vector, which is aligned minus base."}
     )
 
     def __post_init__(self) -> None:
@@ -68,16 +68,16 @@ class SoupConfig:
 
 
 def check(planned: Planned, *, lambda_: float, gamma: float) -> None:
-    """Find before training whether there is a safety vector of the right kind.
+    """Check before training that a safety vector can be computed and added.
 
     Raises:
         RecipeError: `gamma` is set, but there is no model before alignment, or its difference from the
-            aligned model is no LoRA, so that an adapter cannot hold it.
+            aligned model is not a LoRA, so that an adapter cannot hold it.
     """
     if gamma and planned.base is None:
         raise RecipeError(
-            "post_hoc.soup: gamma adds the aligned model less the model before alignment, but alignment is "
-            "none. Have an alignment stage, or give the model before alignment: post_hoc.base."
+            "post_hoc.soup: gamma adds the aligned model minus the model before alignment, but alignment is "
+            "none. Add an alignment stage, or give the model before alignment as post_hoc.base."
         )
     if gamma and planned.trains != "full" and planned.aligns != "new":
         raise RecipeError(
@@ -87,10 +87,10 @@ def check(planned: Planned, *, lambda_: float, gamma: float) -> None:
 
 
 def apply(tuned: Tuned, *, lambda_: float, gamma: float) -> dict[str, Any]:
-    """Write the average; returns how many weights it has and how many of them were changed.
+    """Write the average; returns the number of weights and how many of them were changed.
 
     Raises:
-        ModelError: the folders do not fit together, or hold something that cannot be averaged.
+        ModelError: the folders do not fit together, or contain something that cannot be averaged.
         OutputError: `tuned.out` cannot be written.
     """
     if tuned.trains == "full":
@@ -99,7 +99,7 @@ def apply(tuned: Tuned, *, lambda_: float, gamma: float) -> dict[str, Any]:
 
 
 def _average_adapter(tuned: Tuned, lambda_: float, gamma: float) -> dict[str, Any]:
-    """The user's adapter: on top of the aligned model ("new"), or in the alignment adapter's place."""
+    """Average a user adapter that is on top of the alignment's ("new") or replaces it ("continue")."""
     with read_adapter(tuned.source) as adapter:
         count = len(adapter.modules)
         if lambda_ == gamma == 0:
@@ -116,7 +116,7 @@ def _average_adapter(tuned: Tuned, lambda_: float, gamma: float) -> dict[str, An
 
 
 def _average_model(tuned: Tuned, lambda_: float, gamma: float) -> dict[str, Any]:
-    """All weights, in the files of the tuned model."""
+    """Average all weights, in the same files as the tuned model."""
     with open_weights(tuned.source) as weights:
         if lambda_ == gamma == 0:
             _copy(tuned, [file.path for file in weights.files])
@@ -138,7 +138,7 @@ def _average_model(tuned: Tuned, lambda_: float, gamma: float) -> dict[str, Any]
 
 
 def _same(weights: Weights, tensor: Tensor) -> Tensor:
-    """The tensor of the same name and shape in another model."""
+    """Return the tensor of the same name and shape in another model."""
     found = weights.get(tensor.name)
     if found is None or found.shape != tensor.shape:
         has = "no such tensor" if found is None else f"one of shape {list(found.shape)}"
@@ -166,7 +166,7 @@ def _blocks(tensor: Tensor, aligned: Tensor, base: Tensor, lambda_: float, gamma
 
 
 def _copy(tuned: Tuned, files: list[Path]) -> None:
-    """The tuned weights as they are, byte for byte."""
+    """Copy the tuned weights byte for byte."""
     with new_folder(tuned.out, [tuned.source]) as folder:
         copy_beside(tuned.source, folder)
         for file in files:
@@ -175,8 +175,8 @@ def _copy(tuned: Tuned, files: list[Path]) -> None:
 
 
 def _write_card(tuned: Tuned, library: str, lambda_: float, gamma: float) -> None:
-    """A model card that says what was averaged, and that nothing was measured."""
-    vector = f", plus {gamma:g} times the aligned model less the base model" if gamma else ""
+    """Write a model card that says what was averaged, and that nothing was measured."""
+    vector = f", plus {gamma:g} times the aligned model minus the base model" if gamma else ""
     text = f"""---
 library_name: {library}
 tags: [holdfast, soup]
@@ -204,7 +204,7 @@ DEFENSE = Defense(
     check=check,
     facts={
         "weights": "weight matrices of the adapter's modules, or tensors of the model",
-        "changed": "those that were averaged",
+        "changed": "weights that were averaged",
     },
     headline="{changed} of {weights} weights averaged",
     strong={"lambda_": 0.5, "gamma": 1.0},

@@ -1,9 +1,9 @@
-"""The client of OpenAI-compatible servers, for answers and for judges: its retries are the `openai` client's.
+"""The client of OpenAI-compatible servers, for answers and judges; retries are those of the `openai` client.
 
 The client repeats a call after a timeout, a broken connection, a busy server (408, 409, 429) or a server
-error (5xx). It waits as long as the server asks (Retry-After, up to two minutes), otherwise from half a
-second, doubled each time, up to eight seconds. It repeats nothing else: a reply that cannot be read is a
-failed row or an unparsed verdict.
+error (5xx). It waits as long as the server asks (Retry-After, up to two minutes), otherwise half a second,
+doubled each time up to eight seconds. It repeats no other call: a reply that cannot be read is a failed row
+or an unparsed verdict.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from holdfast.errors import ModelError
 
 RETRIES = 6
-"""Repetitions of one call."""
+"""Maximum number of repetitions of one call."""
 
 
 def check_installed() -> None:
@@ -31,13 +31,13 @@ def connect(
     key: str | None = None,
     before_call: Callable[[Any], None] | None = None,
 ) -> Any:
-    """A client for one server.
+    """Return a client for one server.
 
     Args:
         base_url: the address, ending in /v1; OPENAI_BASE_URL or OpenAI itself by default.
-        timeout: seconds for one call.
-        key: OPENAI_API_KEY by default.
-        before_call: called before every call, repetitions included; what it raises ends the question.
+        timeout: the time limit of one call in seconds.
+        key: the key of the server; OPENAI_API_KEY by default.
+        before_call: called before every call, including repetitions; an exception from it ends the question.
 
     Raises:
         ModelError: the client is not installed, or there is no key.

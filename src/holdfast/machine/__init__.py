@@ -1,4 +1,4 @@
-"""What all other folders need from the machine: the store, processes, costs, progress, seeds."""
+"""Access to the machine for all other folders: files, the store, processes, costs, progress, seeds."""
 
 __all__ = [
     "code",

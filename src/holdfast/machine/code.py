@@ -1,4 +1,4 @@
-"""What code does, as a digest: comments, docstrings and layout do not count."""
+"""Digests of code that ignore comments, docstrings, imports and layout."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PACKAGE = Path(holdfast.__file__).parent
 
 
 def code_of(script: str) -> bytes:
-    """The text of a Python file without comments, docstrings, imports, `__all__` and empty lines.
+    """Return the text of a Python file without comments, docstrings, imports, `__all__` and empty lines.
 
-    It is cut out of the text itself, so that every version of Python gives the same bytes.
+    These parts are cut out of the text itself, so every version of Python gives the same bytes.
     """
     texts = script.split("\n")
     lines = [text.encode() for text in texts]
@@ -45,7 +45,7 @@ def _is_prose(node: ast.stmt) -> bool:
 
 
 def digest_of_files(paths: Iterable[Path]) -> str:
-    """Twelve hex digits of the code of some files; a file that is not Python 3 counts byte for byte."""
+    """Return twelve hex digits of the code of some files; a file that is not Python 3 is hashed as bytes."""
     return _digest(_code_or_bytes(path) for path in sorted(paths))
 
 
@@ -72,7 +72,7 @@ def _ours(path: Path) -> tuple[bytes, tuple[str, ...]]:
 
 @cache
 def digest_of_module(module: str) -> str:
-    """Twelve hex digits of the code of one of our modules and of every one of ours that it imports."""
+    """Return twelve hex digits of the code of one of our modules and of all of ours that it imports."""
     seen: set[Path] = set()
     waiting = [_path(module)]
     while waiting:
@@ -84,7 +84,7 @@ def digest_of_module(module: str) -> str:
 
 
 def _path(module: str) -> Path | None:
-    """The file of one of our modules; None for a name that is no module of ours."""
+    """Return the file of one of our modules; None for any other name."""
     place = PACKAGE.joinpath(*module.split(".")[1:])
     for path in (place.with_suffix(".py"), place / "__init__.py"):
         if module.startswith("holdfast.") and path.is_file():
@@ -93,7 +93,7 @@ def _path(module: str) -> Path | None:
 
 
 def _imported(path: Path) -> Iterator[str]:
-    """The modules that a file may import from ours."""
+    """Yield the names of the modules of ours that a file may import."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "holdfast":
             yield node.module or ""

@@ -1,4 +1,4 @@
-"""SHA-256 of files, computed once for each file: large ones are remembered by path, size, mtime and inode."""
+"""SHA-256 of files, computed once per file: large ones are cached by path, size, mtime and inode."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from holdfast.machine.files import read_json, write_json
 
 LARGE = 2**20
-"""Files of at least this many bytes are remembered; smaller ones are hashed again in no time."""
+"""Files of at least this many bytes are cached; hashing smaller ones again takes hardly any time."""
 
 SETTLED = 2.0
-"""Seconds after its last change from which a file is remembered. A file that changes twice within the
+"""A file is cached only if its last change is this many seconds ago. A file that changes twice within the
 resolution of its mtime would otherwise keep the first digest."""
 
 
@@ -22,7 +22,7 @@ class Digests:
 
     Args:
         path: the file to read, and to write unless `read_only`.
-        read_only: use what the file holds and write nothing.
+        read_only: use the digests in the file without writing new ones.
     """
 
     def __init__(self, path: Path | None = None, *, read_only: bool = False):
@@ -45,7 +45,7 @@ class Digests:
         return digest
 
     def _read(self) -> dict[str, list[int | str]]:
-        """What the file holds; a damaged file holds nothing, so that every digest is computed again."""
+        """Return the digests in the file; none if it is damaged, so that every digest is computed again."""
         try:
             known = read_json(self.path) if self.path else {}
         except (OSError, json.JSONDecodeError, UnicodeDecodeError):

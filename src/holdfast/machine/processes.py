@@ -26,7 +26,7 @@ GRACE = 3.0
 """Seconds that the other processes wait for the main process to report a failure."""
 
 PATIENCE = 10.0
-"""Seconds that a process has to end by itself after another process failed."""
+"""Seconds that a process has to end on its own after another process failed."""
 
 
 class Processes:
@@ -140,7 +140,7 @@ class Processes:
                 time.sleep(1.0)
             if int(self._store.get("failed")) == self.rank:
                 return
-        time.sleep(GRACE)  # a process that waits for an order, or notices the failure, ends by itself
+        time.sleep(GRACE)  # a process that waits for an order, or notices the failure, ends on its own
         if self._state == "done":
             return
         if self._state == "at work":

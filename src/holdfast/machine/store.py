@@ -1,8 +1,8 @@
-"""Step directories: identities, locks, atomic writes, completion markers and provenance.
+"""Step directories: identities, locks, completion markers and provenance.
 
-A step's folder is `<store>/<kind>-<12 hex>`, named by the hash of what decides its content. Work in
-progress lives in that same folder (checkpoints, growing JSONL files), so that a killed run goes on from
-it; `step.json` is written last and is the only sign of completion.
+A step's folder is `<store>/<kind>-<12 hex digits>`, where the digits are the hash of the step's identity.
+Work in progress (checkpoints, growing JSONL files) is kept in the same folder, so that a killed run can
+resume; `step.json` is written last and is the only sign of completion.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from holdfast.errors import OutputError
 from holdfast.machine.files import read_json, remove_tree, write_json
 
 MARKER = "holdfast.json"
-"""The file that tells a folder of ours from somebody's own; nothing is written into another one."""
+"""The file that marks a folder as made by Holdfast; nothing is written into a folder of anyone else."""
 
 SCRATCH = "checkpoints"
 """The folder within a step that is removed when the step is complete."""
 
 
 def canonical_json(value: Any) -> str:
-    """One text for one value: sorted keys, no spaces, no NaN."""
+    """Return JSON that is the same for equal values: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def identity_hash(value: Any) -> str:
-    """Twelve hex digits that name `value`."""
+    """Return twelve hex digits of the hash of `value`."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:12]
 
 
 def now() -> str:
-    """The time in UTC, to the second, as ISO 8601."""
+    """Return the time in UTC as ISO 8601, with a resolution of one second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def claim_folder(folder: Path, kind: str) -> None:
-    """Make `folder` ours, or refuse: it must be absent, empty, or marked as a `kind` folder already.
+    """Mark `folder` as a `kind` folder of Holdfast. It must be absent, empty, or marked as one already.
 
     Raises:
-        OutputError: it is a file, holds something else, or cannot be written.
+        OutputError: it is a file, contains something else, or cannot be written.
     """
     marker = folder / MARKER
     try:
@@ -80,11 +80,11 @@ class Store:
         self.root = root
 
     def path(self, step_id: str) -> Path:
-        """The folder of a step, complete or not."""
+        """Return the folder of a step, complete or not."""
         return self.root / step_id
 
     def record(self, step_id: str) -> dict[str, Any] | None:
-        """What `complete` wrote, or None where the step is not complete or a file of it is gone."""
+        """Return what `complete` wrote; None if the step is not complete or one of its files is missing."""
         folder = self.path(step_id)
         try:
             record = read_json(folder / "step.json")
@@ -95,14 +95,14 @@ class Store:
         return record if intact else None
 
     def begun(self, step_id: str) -> bool:
-        """Whether there is unfinished work to go on from."""
+        """Whether there is unfinished work to resume."""
         return self.path(step_id).is_dir() and self.record(step_id) is None
 
     @contextlib.contextmanager
     def lock(self, step_id: str, waiting: Any = None) -> Iterator[None]:
-        """Hold the step against other processes; the system frees it if this one is killed.
+        """Lock the step against other processes; the system releases the lock if this process is killed.
 
-        `waiting()` is called once if somebody else holds it.
+        `waiting()` is called once if another process holds the lock.
         """
         from filelock import FileLock, Timeout
 
@@ -120,9 +120,9 @@ class Store:
             lock.release()
 
     def complete(self, step_id: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Write `step.json`: the step is done, and these are its files (bytes by relative name).
+        """Write `step.json`, which marks the step as complete and lists its files (bytes by relative name).
 
-        What is only there to go on from (`SCRATCH`) is removed after that, so that no kill can lose it.
+        The files for resuming (`SCRATCH`) are removed only after that, so that a kill loses no work.
         """
         folder = self.path(step_id)
         files = {
@@ -138,7 +138,7 @@ class Store:
 
 @cache
 def versions() -> dict[str, str]:
-    """The versions of what the numbers depend on; read from metadata, nothing is imported."""
+    """Return the versions of packages that affect the numbers, from their metadata, without imports."""
     found = {"python": platform.python_version()}
     for name in (
         "holdfast",
@@ -159,7 +159,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def hardware() -> dict[str, Any]:
-    """The machine: processor, cores, memory in bytes. The accelerator is named by who uses it."""
+    """Return processor, cores and memory in bytes. The accelerator is recorded by the code that uses it."""
     import psutil
 
     cpu = platform.processor() or platform.machine()
@@ -176,7 +176,7 @@ def hardware() -> dict[str, Any]:
 
 @cache
 def git_commit() -> str | None:
-    """The commit of Holdfast's own checkout, if it runs from one."""
+    """Return the commit of Holdfast's own checkout, if it runs from one."""
     folder = Path(__file__).parent.parent
     try:
         done = subprocess.run(
@@ -192,5 +192,5 @@ def git_commit() -> str | None:
 
 
 def provenance() -> dict[str, Any]:
-    """What is recorded with every result and never enters an identity."""
+    """Return facts that are recorded with every result and are not part of any identity."""
     return {"versions": versions(), "hardware": hardware(), "git_commit": git_commit(), "started": now()}

@@ -39,9 +39,9 @@ def judge_folder(judge: JudgeRecipe, download: bool = False) -> Path | None:
 def judge_identity(
     judge: JudgeRecipe, digests: Digests | None = None, download: bool = False
 ) -> dict[str, Any]:
-    """What decides a judge's verdicts, beside its code: its model, threshold, length and options.
+    """Return what determines a judge's verdicts, apart from its code: model, threshold, length and options.
 
-    Where and how fast a server is asked is left out.
+    The address of a server, and limits on the calls to it, are left out.
     """
     from holdfast.weights.folders import fingerprint
 
@@ -79,7 +79,7 @@ def load_judge(judge: JudgeRecipe, device: str) -> LoadedJudge:
 
 
 def title(judge: str) -> str:
-    """The name of a judge's share of harmful verdicts."""
+    """Return the name of a judge's score, which is its share of harmful verdicts."""
     return str(registry.face("judges", judge).facts.get("title", "harmful score"))
 
 

@@ -1,11 +1,11 @@
-"""Moderation, ratings and scores on files: each part of a run's evaluation after the answers, alone.
+"""Moderation, ratings and scores on files: the parts of an evaluation after the answers, one at a time.
 
     verdicts = moderate("answers.jsonl", "verdicts.jsonl", judge="keyword")
     ratings = rate("answers.jsonl", "ratings.jsonl", judge="mt_bench", model="my-judge", base_url="http://...")
     scores = score("answers.jsonl", ["verdicts.jsonl"], ratings="ratings.jsonl")
 
-Each file is JSONL keyed by id and is appended to, so that what was stopped goes on; beside it stands
-`FILE.json`, which says what made it. A file that something else made is refused, never mixed into.
+Each file is JSONL keyed by id. It is appended to, so that an interrupted call continues; `FILE.json` beside
+it records how it was made. A file that was made in another way is refused.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def moderate(
     progress: Advance = nobody,
     **options: Any,
 ) -> Rows:
-    """Judge the answers to harmful prompts, or go on judging; returns all rows of `out` (JSONL).
+    """Judge the answers to harmful prompts, or resume judging; returns all rows of `out` (JSONL).
 
     Args:
-        generations: what `generate` wrote, or rows with `id`, `set` ("harmful"), `instruction`, `answer`.
-        judge: its name (`holdfast list judges`).
-        options: of the judge: path, threshold, max_length, ...
+        generations: a file from `generate`, or rows with `id`, `set` ("harmful"), `instruction`, `answer`.
+        judge: the name of a judge (`holdfast list judges`).
+        options: options of the judge: path, threshold, max_length, ...
 
     Raises:
-        RecipeError: no such judge. DataError: no harmful prompts were answered.
-        OutputError: `out` holds another judge's verdicts, or those of other answers.
+        RecipeError: no judge has that name. DataError: there are no answers to harmful prompts.
+        OutputError: `out` contains verdicts of another judge or on other answers.
     """
     from holdfast.evaluation import moderation as engine
     from holdfast.measuring import judging
@@ -69,19 +69,20 @@ def rate(
     progress: Advance = nobody,
     **options: Any,
 ) -> Rows:
-    """Have a judge rate the answers to a task, or go on; returns all rows of `out` (JSONL: id, rating, raw).
+    """Let a judge rate the answers to a task, or resume; returns all rows of `out` (JSONL: id, rating, raw).
 
     Args:
-        generations: what `generate` wrote, or rows with `id`, `set` ("task"), `instruction`, `answer`, and
-            for `alpaca_eval` `target`, the reference's answer.
-        judge: one that rates: alpaca_eval, mt_bench, or a file of your own.
-        task: whose answers they are; by default the one that `generate` was told of. The judge must measure
-            what the task asks for.
-        options: of the judge: model, base_url, max_calls, ...
+        generations: a file from `generate`, or rows with `id`, `set` ("task"), `instruction`, `answer`, and,
+            for `alpaca_eval`, `target` (the reference's answer).
+        judge: a judge that rates: alpaca_eval, mt_bench, or a file of your own.
+        task: the task of the answers; by default the task for which `generate` made them. The judge must
+            measure the task's metric.
+        options: options of the judge: model, base_url, max_calls, ...
 
     Raises:
-        RecipeError: no such judge. DataError: no row of a task. StepFailed: the server is gone.
-        OutputError: `out` holds another judge's ratings, or those of other answers.
+        RecipeError: no judge has that name. DataError: there are no answers to a task.
+        StepFailed: the server does not answer.
+        OutputError: `out` contains ratings of another judge or of other answers.
     """
     from holdfast.evaluation import rating as engine
     from holdfast.measuring import judging
@@ -110,19 +111,20 @@ def score(
     out: str | Path | None = None,
     items: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Scores of one model from its answers and the judges' verdicts, in percent; see `evaluation.score`.
+    """Compute the scores of one model, in percent, from its answers and the verdicts: `evaluation.scoring`.
 
     Args:
-        generations: what `generate` wrote.
-        verdicts: what `moderate` wrote, the headline's judge first; none: only the task is scored.
-        ratings: what `rate` wrote: the task is scored by them.
-        task: whose grader it is; by default the one that `generate` was told of, else exact match.
-        grader: another one for the same rows: exact, number, rouge1, or judge (`ratings` say).
-        out: a JSON file to write the scores to.
-        items: a JSONL file for what each answer scored, which `compare` reads.
+        generations: a file from `generate`.
+        verdicts: files from `moderate`, the headline's judge first; without any, only the task is scored.
+        ratings: a file from `rate`, which then gives the score of the task.
+        task: the task whose grader is used; by default the task for which `generate` made the answers,
+            otherwise exact match.
+        grader: another grader for the same rows: exact, number, rouge1, or judge (the `ratings`).
+        out: a JSON file for the scores.
+        items: a JSONL file for the score of each answer, which `compare` reads.
 
     Raises:
-        DataError: verdicts or ratings of other answers. RecipeError: no such task.
+        DataError: the verdicts or ratings are on other answers. RecipeError: no task has that name.
     """
     from holdfast.evaluation import scoring as engine
 
@@ -131,7 +133,7 @@ def score(
     name = task or made.get("task") or "own"
     task_itself = tasks.find(name)
     if not isinstance(task_itself, tasks.Task):
-        raise RecipeError(f"'{name}' grades no answers: it is no user task (holdfast list tasks).")
+        raise RecipeError(f"'{name}' is not a user task and grades no answers (see holdfast list tasks).")
     if grader is not None and grader not in GRADERS:
         raise RecipeError(f"Unknown grader '{grader}'.{nearest(grader, GRADERS)}")
     known = adapted(task_itself, grader)
@@ -156,7 +158,7 @@ def score(
 def _verdicts(
     paths: Sequence[str | Path], generations: str | Path, rows: Rows
 ) -> tuple[dict[str, Rows], dict[str, str]]:
-    """Verdicts and titles by judge. Raises DataError for verdicts on other answers than `rows`."""
+    """Return verdicts and titles by judge. Raises DataError for verdicts on other answers than `rows`."""
     from holdfast.measuring import judging
 
     harmful = {row["id"] for row in rows if row["set"] == "harmful"}
@@ -166,8 +168,8 @@ def _verdicts(
         found = read_whole(path)
         if {row["id"] for row in found} != harmful:
             raise DataError(
-                f"{path} holds {len(found)} verdicts, which are not those of the {len(harmful)} answers to "
-                f"harmful prompts in {generations}. Run holdfast moderate {generations} --out {path}."
+                f"{path} holds {len(found)} verdicts, which are not on the {len(harmful)} answers to harmful "
+                f"prompts in {generations}. Run holdfast moderate {generations} --out {path}."
             )
         judge = (made_by(path) or {}).get("judge")
         judged[judge or path.stem] = found
@@ -177,11 +179,11 @@ def _verdicts(
 
 
 def _rated(task: tasks.Task, path: Path, rated: Rows, answered: set[str]) -> tasks.Task:
-    """`task` as the judge that made the ratings grades it; raises DataError for those of other answers."""
+    """Return `task` with the metric of the ratings' judge; raises DataError for ratings of other answers."""
     if {row["id"] for row in rated} != answered:
         raise DataError(
-            f"{path} holds {len(rated)} ratings, which are not those of the {len(answered)} answers to the "
-            "task. Rate those answers: holdfast rate."
+            f"{path} holds {len(rated)} ratings, which are not of the {len(answered)} answers to the task. "
+            "Rate those answers with holdfast rate."
         )
     if task.grade is None:
         return task

@@ -1,4 +1,4 @@
-"""What a recipe asks to be measured: the task that grades, what is generated, and how."""
+"""The measurement that a recipe asks for: the grading task, the length of answers, and the decoding."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from holdfast.tasks.graders import adapted
 
 
 def graded_as(recipe: Recipe) -> tasks.Task:
-    """The task that the test rows are of: the named one, or that of own files."""
+    """Return the task of the test rows: the named task, or the one for the user's own files."""
     return datasets.grading_task(recipe.data.user, recipe.data.task, recipe.data.test)
 
 
 def grader(recipe: Recipe) -> tasks.Task:
-    """The task that grades the test rows, with the recipe's grader if it names one."""
+    """Return the task that grades the test rows, with the recipe's grader if it names one."""
     return adapted(graded_as(recipe), recipe.data.grader)
 
 
 def knows_truth(recipe: Recipe) -> bool:
-    """Whether the harmful prompts are the world's, which knows what complies."""
+    """Whether the harmful prompts come from the world, which knows which answers comply."""
     return (recipe.data.test_harmful or recipe.data.harmful) == "world"
 
 
 def new_tokens(recipe: Recipe) -> dict[str, int]:
-    """How many tokens each set of prompts may generate."""
+    """Return the maximum number of new tokens for each set of prompts."""
     most = recipe.evaluation.max_new_tokens
     return {"harmful": most, "task": grader(recipe).max_new_tokens, "benign": most}
 
 
 def sampling(recipe: Recipe) -> dict[str, Any] | None:
-    """How answers are sampled, or None where decoding is greedy."""
+    """Return the settings of sampling, or None if decoding is greedy."""
     how = recipe.evaluation
     if not how.temperature:
         return None
@@ -40,7 +40,7 @@ def sampling(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def decoding(recipe: Recipe) -> str:
-    """The same in words, for the protocol: the seed is none of it."""
+    """Return the decoding as text for the protocol, without the seed."""
     how = sampling(recipe)
     return "greedy" if how is None else "temperature {temperature:g}, top_p {top_p:g}".format(**how)
 

@@ -1,4 +1,4 @@
-"""From a recipe to results: the only folder that knows the order of the stages."""
+"""Run a recipe: from its steps to its results. No other folder knows the order of the stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model of a step: a base, and on it what earlier steps trained."""
+"""The model of a step: a base model, and the weights that earlier steps trained on it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from holdfast.recipe import Recipe
 
 @dataclass(frozen=True)
 class Base:
-    """Where a model lies, and the name by which a card and an adapter's configuration call it."""
+    """The folder of a base model, and its name in model cards and adapter configurations."""
 
     folder: Path
     name: str
 
 
 def model_input(recipe: Recipe, folder: Path, digests: Digests) -> dict[str, Any]:
-    """The base model of a recipe as an input: its content, and how it is loaded."""
+    """Return the base model of a recipe as an input: its content and how it is loaded."""
     from holdfast.weights.folders import fingerprint, model_path
 
     model = recipe.model
@@ -35,19 +35,19 @@ def model_input(recipe: Recipe, folder: Path, digests: Digests) -> dict[str, Any
 
 
 def loading(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `load_model` from an opened model input."""
+    """Return the keyword arguments of `load_model` from an opened model input."""
     return {key: model[key] for key in ("dtype", "compose", "quantization", "trust_remote_code")}
 
 
 def made_in(step: Path) -> Path:
-    """The weights that a step made: its `model` folder if it trained all weights, else its `adapter`."""
+    """Return a step's weights: its `model` folder if it trained all weights, otherwise its `adapter`."""
     return step / ("model" if (step / "model").is_dir() else "adapter")
 
 
 def weights(base: Path, chain: Sequence[Path]) -> tuple[Path, list[Path]]:
-    """The model folder and the adapters on it, in order, of the steps in `chain`.
+    """Return the model folder and the adapters on it, in order, after the steps in `chain`.
 
-    A step that trained all weights made a model instead of an adapter: the chain starts from there.
+    A step that trained all weights made a model instead of an adapter; that model replaces all before it.
     """
     folder, adapters = base, list[Path]()
     for made in map(made_in, chain):
@@ -59,7 +59,7 @@ def weights(base: Path, chain: Sequence[Path]) -> tuple[Path, list[Path]]:
 
 
 def tokenizer_of(model: Mapping[str, Any]) -> Any:
-    """The tokenizer of an opened model input."""
+    """Load the tokenizer of an opened model input."""
     from holdfast.models.loading import load_tokenizer
 
     return load_tokenizer(model["base"].folder, model["trust_remote_code"])

@@ -1,4 +1,4 @@
-"""The data steps: the rows of each role, and one manifest of them all."""
+"""The data steps: the rows of each role, and one manifest of all of them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ MAKE: Mapping[str, Callable[..., datasets.Prepared]] = {
     "user": datasets.user_rows,
     "test": datasets.test_rows,
 }
-"""By role: what makes its rows. The inputs of a data step are the arguments."""
+"""The function that makes the rows of each role. The inputs of a data step are its arguments."""
 
 
 def source(named: str | None, role: str, *, read: str | None = None) -> Content | None:
-    """A data source as an input: its content names it, and the code of the data set that it is read as.
+    """Return a data source as an input, identified by its content and the code of the data set that reads it.
 
     Args:
-        named: as in the recipe; None is given to the work as None.
-        read: what is read where `named` is None: the task's own data.
+        named: the source as in the recipe; the work also gets None for None.
+        read: the source that is read if `named` is None: the task's own data.
     """
     if named is None and read is None:
         return None
@@ -42,9 +42,9 @@ def source(named: str | None, role: str, *, read: str | None = None) -> Content 
 
 
 def role_inputs(recipe: Recipe, role: str) -> dict[str, Any]:
-    """The inputs of the data step of `role`: the arguments of `MAKE[role]`, only those that matter."""
+    """Return the inputs of the data step of `role`: the arguments of `MAKE[role]` that affect its rows."""
     data, evaluation = recipe.data, recipe.evaluation
-    # Prompts are held out of the harmful rows only where these have no test split and no test file.
+    # Prompts are held out of the harmful rows only if these have no test split and no test file.
     holds_out = data.harmful is not None and datasets.holds_out(data.harmful, data.test_harmful)
     held_out = {"prompts": evaluation.prompts} if holds_out else {}
     if role == "alignment":
@@ -82,7 +82,7 @@ def role_inputs(recipe: Recipe, role: str) -> dict[str, Any]:
 
 
 def make_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
-    """`rows.jsonl`, and this role's part of the manifest."""
+    """Write `rows.jsonl` and this role's part of the manifest."""
     role = inputs["role"]
     asked = {name: inputs[name] for name in inputs if name not in ("role", "columns", "graded_as")}
     if "task" in asked:
@@ -94,12 +94,12 @@ def make_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
 
 
 def rows_of(step: Path) -> list[dict[str, Any]]:
-    """The rows that a data step, an attack or a filter made."""
+    """Read the rows that a data step, an attack or a filter wrote."""
     return datasets.read_rows(step / "rows.jsonl")
 
 
 def write_manifest(inputs: Inputs, folder: Path, machine: Machine) -> None:
-    """The parts of the manifest together, and which harmful prompts also stand elsewhere."""
+    """Write the parts of the manifest as one, with the harmful prompts that also occur in other rows."""
     found = inputs["rows"]
     parts = {role: read_json(step / "manifest.json") for role, step in found.items()}
     rows = {role: rows_of(found[role]) if role in found else [] for role in ROLES}
@@ -107,7 +107,7 @@ def write_manifest(inputs: Inputs, folder: Path, machine: Machine) -> None:
 
 
 def data_details(recipe: Recipe) -> dict[str, str]:
-    """The roles of the rows that `recipe` needs, and what `plan` shows of each."""
+    """Return the roles of the rows that `recipe` needs, with the text that `plan` shows for each."""
     data, found = recipe.data, {}
     if data.alignment is not None:
         wanted = data.alignment
@@ -126,7 +126,7 @@ def _count(size: int | None) -> str:
 
 
 def rendered(rows: Sequence[Mapping[str, Any]], tokenizer: Any, template: str) -> list[dict[str, str]]:
-    """Rows as prompt and completion, in the template that `template` ("auto", "chat", "alpaca") means."""
+    """Return rows as prompt and completion, in the template `template`: "auto", "chat" or "alpaca"."""
     from holdfast.data.prompts import render, resolve_template
 
     chosen = resolve_template(tokenizer, template)

@@ -16,10 +16,10 @@ from holdfast.tasks.graders import adapted
 
 
 def generate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
-    """`generations.jsonl`: answers to every test prompt, and to the second turns of a talk.
+    """Write the answers to every test prompt, including second turns, to `generations.jsonl`.
 
-    A text that the user stage's method puts before every question is read from that stage's step; it is
-    written nowhere.
+    If the user stage's method puts a text before every question, the text is read from that stage's step and
+    is not written to any file.
     """
     from holdfast.data.prompts import render, resolve_template
     from holdfast.evaluation.answering import answer_prompts
@@ -35,7 +35,7 @@ def generate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str
     base, adapters = weights(described["base"].folder, inputs["chain"])
     model = load_model(base, adapters, device=machine.device, **loading(described))
     out, cost = folder / "generations.jsonl", Cost(machine.device)
-    known = {row["id"] for row in read_jsonl(out)}  # of a start that was stopped
+    known = {row["id"] for row in read_jsonl(out)}  # written by a start that was stopped
 
     def ask(rows: Sequence[Mapping[str, Any]], progress: Advance) -> list[dict[str, Any]]:
         return answer_prompts(
@@ -60,7 +60,7 @@ def generate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str
 
 
 def _before(prefix: Mapping[str, Any] | None) -> tuple[str, bool]:
-    """The text before every question, and whether it is a secret."""
+    """Return the text before every question, and whether it is secret."""
     if prefix is None:
         return "", False
     method = prefix["method"]
@@ -68,7 +68,7 @@ def _before(prefix: Mapping[str, Any] | None) -> tuple[str, bool]:
 
 
 def check_generation(inputs: Inputs, machine: Machine) -> None:
-    """Find what would stop the answers: the tokenizer, the template, the quantisation."""
+    """Check everything that could stop generation: the tokenizer, the template, the quantisation."""
     from holdfast.data.prompts import resolve_template
     from holdfast.evaluation.turns import check_template
     from holdfast.models.quantization import check_quantization
@@ -80,7 +80,7 @@ def check_generation(inputs: Inputs, machine: Machine) -> None:
 
 
 def moderate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
-    """`verdicts.jsonl`: one judge on one state's answers to harmful prompts."""
+    """Write one judge's verdicts on one state's answers to harmful prompts to `verdicts.jsonl`."""
     from holdfast.evaluation.moderation import give_verdicts
     from holdfast.machine.cost import Cost
 
@@ -88,7 +88,7 @@ def moderate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str
     generations = read_jsonl(inputs["answers"] / "generations.jsonl")
     loaded = judging.load_judge(judge, machine.device)
     out, cost = folder / "verdicts.jsonl", Cost(machine.device)
-    known = {row["id"] for row in read_jsonl(out)}  # of a start that was stopped
+    known = {row["id"] for row in read_jsonl(out)}  # written by a start that was stopped
     verdicts = give_verdicts(generations, loaded, out, progress=cost.watching(machine.progress.advance))
     new = {row["id"] for row in verdicts} - known
     return {
@@ -100,13 +100,13 @@ def moderate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str
 
 
 def check_judge(inputs: Inputs, machine: Machine) -> None:
-    """Find what would stop a judge or a rater, and fetch its model; the main process asks for all."""
+    """Check a judge or a rater, and download its model; the main process does this for all processes."""
     if machine.processes.main:
         judging.check_judge(inputs["judge"])
 
 
 def rate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
-    """`ratings.jsonl`: how good a judge finds one state's answers to the task."""
+    """Write a judge's ratings of one state's answers to the task to `ratings.jsonl`."""
     from holdfast.evaluation.rating import give_ratings
 
     loaded = judging.load_rater(inputs["judge"])
@@ -116,7 +116,7 @@ def rate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, An
 
 
 def score_answers(inputs: Inputs, folder: Path, machine: Machine) -> None:
-    """`scores.json` from the answers, all judges' verdicts, and the ratings if there are any."""
+    """Write `scores.json` from the answers, all judges' verdicts, and the ratings if there are any."""
     from holdfast.evaluation.scoring import compute_scores, items
 
     generations = read_jsonl(inputs["answers"] / "generations.jsonl")

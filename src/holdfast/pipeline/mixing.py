@@ -1,4 +1,4 @@
-"""Rows that a method of the user stage changes before they are trained on."""
+"""Rows that a method of the user stage changes before training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Rows = Sequence[Mapping[str, Any]]
 def mix(
     method: Defense, rows: Mapping[str, Rows], parameters: Mapping[str, Any], seed: int, folder: Path
 ) -> tuple[dict[str, Rows], dict[str, Any]]:
-    """The data sets that the trainer of `method` gets, and the counts for `step.json`.
+    """Return the data sets for the trainer of `method`, and the counts for `step.json`.
 
     Args:
         rows: canonical rows by keyword ("train_dataset", "alignment_dataset"); the method takes them all.
-        folder: of the training step, for what the method keeps beside the adapter.
+        folder: the folder of the training step, in which the method can keep files beside the adapter.
 
     Raises:
-        DataError: the method cannot have the rows that it wants.
+        DataError: the rows that the method needs do not exist.
     """
     assert method.mix is not None
     user = rows["train_dataset"]
@@ -32,7 +32,7 @@ def mix(
 
 
 def counts(user: Rows, changed: Rows) -> dict[str, int]:
-    """How many of the changed rows come from where, and how many of the user's are gone."""
+    """Count the changed rows by origin, and the user's rows that were replaced."""
     found = Counter(row.get("source", "user") for row in changed)
     return {
         "rows": len(changed),
@@ -44,7 +44,7 @@ def counts(user: Rows, changed: Rows) -> dict[str, int]:
 
 
 def detail(defense: str, parameters: Mapping[str, Any]) -> str:
-    """What `plan` shows of it; "" for a method that changes no rows."""
+    """Return the text that `plan` shows for the change; "" for a method that changes no rows."""
     face = registry.faces("defenses")[defense]
     if "mix" not in face.code:
         return ""
@@ -53,7 +53,7 @@ def detail(defense: str, parameters: Mapping[str, Any]) -> str:
 
 
 def _phrase(texts: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
-    """The text of the first parameter that is not None."""
+    """Return the text of the first parameter that is not None."""
     for name, text in texts.items():
         value = parameters.get(name)
         if value is not None and isinstance(text, str):

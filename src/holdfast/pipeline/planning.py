@@ -1,7 +1,7 @@
-"""From a recipe to steps: the only file that knows the order of the stages.
+"""Build the steps of a recipe. This is the only file that knows the order of the stages.
 
-Every step is named by the hash of its inputs, so running again does what is missing, and recipes that share
-a stage share its step.
+Every step is named by the hash of its inputs. Running again therefore runs only the missing steps, and
+recipes that have a stage in common share its step.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from holdfast.recipe.evaluation import JudgeRecipe
 from holdfast.recipe.stages import ALIGNMENT_TRAINING, NOT_IDENTITY, USER_TRAINING, StageRecipe
 
 DIGESTS = "digests.json"
-"""The file of a store that remembers the SHA-256 of large files."""
+"""The file of a store that caches the SHA-256 of large files."""
 
 
 @dataclass(frozen=True)
 class State:
-    """A state of the model that is evaluated: the defenses that ran, and the ids of its steps.
+    """A state of the model that is evaluated: its defenses, and the ids of its steps.
 
     Attributes:
-        chain: the trainings that led to it, also one whose adapter a later one continued, and the repair.
+        chain: the trainings that led to it, even if a later one continued their adapter, and the repair.
         post_hoc_parameters: the parameters of the repair.
-        chosen: the steps that chose among the user's rows, by kind.
+        chosen: the steps that select user rows, by kind.
     """
 
     name: str
@@ -66,11 +66,11 @@ class Plan:
 
 
 def plan(recipe: Recipe, *, download: bool = False, digests: Digests | None = None) -> Plan:
-    """What `recipe` would run. Reads files to name their content; writes nothing, imports no torch.
+    """Return the steps of `recipe`. Reads files to identify their content; writes nothing, imports no torch.
 
     Args:
-        download: fetch a model from the Hub that is not in the local cache.
-        digests: remembers the SHA-256 of large files between calls.
+        download: download a Hub model that is not in the local cache.
+        digests: caches the SHA-256 of large files between calls.
 
     Raises:
         DataError, ModelError: a file or a model is missing or cannot be used.
@@ -79,7 +79,7 @@ def plan(recipe: Recipe, *, download: bool = False, digests: Digests | None = No
 
 
 class _Planner:
-    """Builds the steps one by one; each method adds one and returns its id."""
+    """Builds the steps one by one; each method adds a step and returns its id."""
 
     def __init__(self, recipe: Recipe, download: bool, digests: Digests):
         from holdfast.weights.folders import find_model, model_path
@@ -100,7 +100,7 @@ class _Planner:
         states = []
         recipe = self.recipe
         trained: tuple[str, ...] = ()
-        weights: tuple[str, ...] = ()  # the trainings whose weights make the model
+        weights: tuple[str, ...] = ()  # the trainings whose weights form the model
         if recipe.alignment is not None:
             given = self._rows("alignment", rows)
             trained = (self._train("alignment", recipe.alignment, ALIGNMENT_TRAINING, given, ()),)
@@ -136,7 +136,7 @@ class _Planner:
         return step.id
 
     def _data(self) -> dict[str, str]:
-        """The rows of each role, and the manifest of them all."""
+        """Add the rows of each role, and the manifest of all of them."""
         found: dict[str, str] = {}
         for role, detail in data.data_details(self.recipe).items():
             inputs = data.role_inputs(self.recipe, role)
@@ -151,13 +151,13 @@ class _Planner:
         return {**found, "manifest": manifest}
 
     def _rows(self, stage: str, found: Mapping[str, str]) -> dict[str, Made]:
-        """The data steps of a stage, by keyword of its trainer."""
+        """Return the data steps of a stage, by keyword argument of its trainer."""
         roles = {"alignment_dataset": "alignment", "harmful_dataset": "harmful"}
         further = {name: Made(found[roles[name]]) for name in self.recipe.needs(stage)}
         return {"train_dataset": Made(found[stage]), **further}
 
     def _chosen(self, rows: str, weights: tuple[str, ...]) -> dict[str, str]:
-        """The steps that choose among the user rows, by kind and in order."""
+        """Add the steps that select user rows; returns them by kind and in order."""
         found: dict[str, str] = {}
         attack, screen = self.recipe.data.attack, self.recipe.data.filter
         if attack is not None:
@@ -190,7 +190,7 @@ class _Planner:
         rows: Mapping[str, Made],
         below: tuple[str, ...],
     ) -> str:
-        """A training stage on top of what the steps `below` made."""
+        """Add a training stage on top of the weights of the steps `below`."""
         recipe = self.recipe
         parameters = self._parameters(part)
         training = {**defaults, **part.training.given()}
@@ -208,7 +208,7 @@ class _Planner:
             "rows": dict(rows),
             "chain": [Made(step) for step in below],
             "seed": recipe.seed,
-            "processes": self.processes,  # as many times the rows of a step
+            "processes": self.processes,  # multiplies the rows of an optimizer step
             "packages": packages(TRAINED_BY, recipe.model.quantization),
         }
         label = registry.faces("defenses")[part.defense].facts.get("label", part.defense)
@@ -225,7 +225,7 @@ class _Planner:
         weights: tuple[str, ...],
         rows: Mapping[str, str],
     ) -> State:
-        """Repair what the user stage, the last of `weights`, trained, and evaluate it."""
+        """Add a repair of the user stage's weights (the last of `weights`), and its evaluation."""
         recipe = self.recipe
         assert recipe.user is not None
         assert recipe.post_hoc is not None
@@ -247,12 +247,12 @@ class _Planner:
 
     @staticmethod
     def _parameters(part: StageRecipe) -> dict[str, Any]:
-        """A method's own parameters, defaults included."""
+        """Return a method's own parameters, defaults included."""
         known = registry.faces("defenses")[part.defense].parameters
         return {k: p.default for k, p in known.items()} | part.parameters()
 
     def _judge(self, judge: JudgeRecipe) -> dict[str, Any]:
-        """A judge as inputs: its settings, its model by content, its code, the packages that it runs on."""
+        """Return a judge as inputs: its settings, the content of its model, its code and its packages."""
         content = judging.judge_identity(judge, self.digests, self.download)
         loads = judging.judge_folder(judge) is not None
         return {
@@ -261,7 +261,7 @@ class _Planner:
         }
 
     def _prefix(self, user: str | None, trained: tuple[str, ...]) -> dict[str, Any] | None:
-        """The training whose method puts a text before every question; the text may be a secret."""
+        """Return the training whose method puts a text before every question; the text may be secret."""
         recipe = self.recipe
         if recipe.user is None or not user or "prefix" not in registry.faces("defenses")[user].code:
             return None
@@ -281,7 +281,7 @@ class _Planner:
         weights: tuple[str, ...],
         test: str,
     ) -> State:
-        """Generate, moderate by every judge, and score one state of the model."""
+        """Add one state of the model: its answers, the verdicts of every judge, ratings and scores."""
         recipe, options = self.recipe, self.recipe.evaluation
         tokens = protocol.new_tokens(recipe)
         generate = self._add(
@@ -293,7 +293,7 @@ class _Planner:
                 "chain": [Made(step) for step in weights],
                 "test": Made(test),
                 "max_new_tokens": tokens,
-                # Rounding differs with the shape of a batch, and with it perhaps an answer.
+                # Rounding depends on the shape of a batch, so an answer may too.
                 "batch_tokens": options.batch_tokens,
                 "prefix": self._prefix(user, trained),
                 "system": options.system,
@@ -326,7 +326,7 @@ class _Planner:
         return State(name, alignment, user, None, trained, generate, moderate, score, rate)
 
     def _score(self, what: str, answers: Made, moderate: tuple[str, ...], rate: str | None) -> str:
-        """The scores of one state, by every judge, the task's grader, and the truth if it is known."""
+        """Add the scores of one state: by every judge, the task's grader, and the truth if it is known."""
         recipe, judges = self.recipe, self.recipe.evaluation.judges
         inputs = {
             "answers": answers,

@@ -1,4 +1,4 @@
-"""The stage after fine-tuning: what a recipe asks for, what would stop it, and doing it."""
+"""The post-hoc stage: the repairs that a recipe asks for, their checks, and their execution."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from holdfast.recipe import Recipe
 from holdfast.weights.folders import model_path
 
 ROWS = {"train_dataset": "user", "alignment_dataset": "alignment", "harmful_dataset": "harmful"}
-"""The role of the rows that a method calls by these names."""
+"""The role of the rows, by the name that a method uses."""
 
 
 @dataclass(frozen=True)
 class Repair:
-    """One combination of parameters, which makes a state of the model.
+    """One combination of parameters, which produces one state of the model.
 
     Attributes:
-        name: of the state.
-        given: the parameters as the recipe gives them.
-        parameters: the same with defaults; without the seed where it is the run's, so that rows over seeds
-            differ in nothing else.
-        seed: what decides chance; None where the method has no such parameter.
+        name: the name of the state.
+        given: the parameters as in the recipe.
+        parameters: the same with defaults; without the seed if it is the run's, so that rows of different
+            seeds differ in nothing else.
+        seed: the random seed; None if the method has no such parameter.
     """
 
     name: str
@@ -42,18 +42,18 @@ class Repair:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything the method is called with."""
+        """All arguments of the method."""
         return {**self.parameters, **({} if self.seed is None else {"seed": self.seed})}
 
 
 def label(recipe: Recipe) -> str:
-    """The method as its paper writes it."""
+    """Return the name of the method as its paper writes it."""
     assert recipe.post_hoc is not None
     return registry.faces("defenses")[recipe.post_hoc.defense].facts.get("label", recipe.post_hoc.defense)
 
 
 def repairs(recipe: Recipe) -> list[Repair]:
-    """The repairs that a recipe asks for, one for each combination of its lists; empty without a stage."""
+    """Return the repairs of a recipe, one for each combination of its lists; none without post-hoc stage."""
     if recipe.post_hoc is None:
         return []
     face = registry.faces("defenses")[recipe.post_hoc.defense]
@@ -65,7 +65,7 @@ def repairs(recipe: Recipe) -> list[Repair]:
         if "seed" not in given:
             parameters.pop("seed", None)
         tail = f", {shown({name: given[name] for name in swept})}" if swept else f" + {label(recipe)}"
-        for name in controls:  # never under the method's own name
+        for name in controls:  # a control never has the method's plain name
             if given.get(name) is not None and name not in swept:
                 tail += f", {shown({name: given[name]})}"
         found.append(Repair(f"{recipe.name}{tail}", given, parameters, seed))
@@ -73,7 +73,7 @@ def repairs(recipe: Recipe) -> list[Repair]:
 
 
 def shown(parameters: Mapping[str, Any]) -> str:
-    """Parameters as a name holds them: "threshold=0.35, control=none"."""
+    """Return parameters as text for a name: "threshold=0.35, control=none"."""
 
     def text(value: Any) -> str:
         return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
@@ -82,10 +82,10 @@ def shown(parameters: Mapping[str, Any]) -> str:
 
 
 def find_base(recipe: Recipe, model: Path, digests: Digests, download: bool = False) -> Path:
-    """The folder of the model before alignment: the one that the recipe names, else the run's.
+    """Return the folder of the model before alignment: `post_hoc.base`, or the run's model if it is not set.
 
     Raises:
-        ModelError: it is missing, or the same as the run's model, which is the aligned one.
+        ModelError: it is missing, or it is the run's model, which is already aligned.
     """
     from holdfast.weights.folders import find_model, fingerprint
 
@@ -101,9 +101,9 @@ def find_base(recipe: Recipe, model: Path, digests: Digests, download: bool = Fa
 
 
 def repair_inputs(recipe: Recipe, model: Path, digests: Digests, download: bool = False) -> dict[str, Any]:
-    """The inputs of a repair beside its method, its settings and the steps that it reads.
+    """Return the inputs of a repair, except its method, its settings and the steps that it reads.
 
-    The LoRA of each stage is None if that stage does not run or trains all weights.
+    The LoRA of a stage is None if that stage does not run or trains all weights.
     """
     from holdfast.weights.folders import fingerprint
 
@@ -127,7 +127,7 @@ def repair_inputs(recipe: Recipe, model: Path, digests: Digests, download: bool 
 
 
 def check(inputs: Inputs, machine: Machine) -> None:
-    """Find what would stop a repair: values of its parameters, and what the method itself checks.
+    """Check the parameters of a repair, and run the method's own check.
 
     Raises:
         RecipeError, ModelError: the method refuses a parameter, or the repair is not possible.
@@ -143,7 +143,7 @@ def check(inputs: Inputs, machine: Machine) -> None:
 
 
 def _planned(inputs: Inputs) -> Planned:
-    """What is known before anything is trained."""
+    """Return the facts about a repair that are known before training."""
     from holdfast.models.trained import adapted_modules
 
     described = inputs["model"]
@@ -163,14 +163,14 @@ def _planned(inputs: Inputs) -> Planned:
 
 
 def rows(recipe: Recipe, data: Mapping[str, str]) -> dict[str, str]:
-    """The data steps that the method gets, by name ("train_dataset", ...); `data` has them by role."""
+    """Return the method's data steps by name ("train_dataset", ...); `data` holds them by role."""
     wanted = {*recipe.needs("post_hoc"), *recipe.may_use("post_hoc")}
     return {name: data[role] for name, role in ROWS.items() if name in wanted and role in data}
 
 
 def apply(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
-    """A repaired copy of what the user stage trained, under the same name ("adapter" or "model")."""
-    for rest in folder.iterdir():  # of a run that was stopped
+    """Write a repaired copy of the user stage's weights, under the same name ("adapter" or "model")."""
+    for rest in folder.iterdir():  # left by a run that was stopped
         remove_tree(rest)
     method, described = inputs["method"], inputs["model"]
     source = made_in(inputs["tuned"])

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def claim(out: Path, recipe: Recipe, store: Path) -> None:
-    """Make `out` (and `store`) ours before anything is computed.
+    """Mark `out` and `store` as folders of Holdfast before anything is computed.
 
     Raises:
-        OutputError: it holds something else, or cannot be written.
+        OutputError: one of them contains something else, or cannot be written.
     """
     claim_folder(out, "run")
     claim_folder(store, "store")
@@ -33,9 +33,9 @@ def claim(out: Path, recipe: Recipe, store: Path) -> None:
 
 
 def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, Any]:
-    """`results.json` and `report.html` from complete steps; returns the results.
+    """Write `results.json` and `report.html` from complete steps; returns the results.
 
-    Where every step was cached and the results are those of this recipe, nothing is written.
+    Nothing is written if every step was cached and the existing results belong to this recipe.
     """
     path = out / "results.json"
     if len(cached) == len(plan.steps) and path.exists() and (out / "report.html").exists():
@@ -78,7 +78,7 @@ def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, An
 
 
 def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) -> dict[str, Any]:
-    """One row of the table: a state of the model with its scores and what its last training cost."""
+    """Return one row of the table: a state of the model, its scores and the cost of its last training."""
     scores = read_json(store.path(state.score) / "scores.json")
     stages = {step.split("-")[0]: step for step in state.chain}
     trainings = [step for step in state.chain if step != stages.get("post_hoc")]
@@ -136,10 +136,10 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
 
 
 def role(state: State) -> str:
-    """What a state is in a comparison.
+    """Return the role of a state in a comparison.
 
-    "reference": before fine-tuning; "undefended": plain training at every stage; "control": a repair that was
-    replaced by a control of it, which shows what the repair is worth; "defended": any other.
+    "reference": before fine-tuning; "undefended": plain training at every stage; "control": a control instead
+    of the repair, which shows how much the repair itself contributes; "defended": any other.
     """
     facts = {name: face.facts for name, face in registry.faces("defenses").items()}
     if state.user is None and state.post_hoc is None:
@@ -154,10 +154,10 @@ def role(state: State) -> str:
 
 
 def paired_with(earlier: Sequence[State], state: State, store: Store) -> list[dict[str, Any]]:
-    """This state against those before it (repairs left out), by score, on the same prompts.
+    """Compare this state with each earlier state (except repairs), by score, on the same prompts.
 
-    Each has `with` (the other's name), `score`, and the fields of `holdfast.evaluation.paired.Paired`: p is
-    not corrected for the number of comparisons; the report's is.
+    Each result has `with` (the other's name), `score`, and the fields of `holdfast.evaluation.paired.Paired`.
+    Its p is not corrected for the number of comparisons; the report's p is.
     """
     found, mine = [], _items(state, store)
     for other in earlier:
@@ -171,7 +171,7 @@ def paired_with(earlier: Sequence[State], state: State, store: Store) -> list[di
 
 
 def _items(state: State, store: Store) -> dict[str, dict[str, bool | float]]:
-    """What each prompt scored, by score and id."""
+    """Return the value of each prompt, by score and id."""
     found: dict[str, dict[str, bool | float]] = {}
     for item in read_jsonl(store.path(state.score) / "items.jsonl"):
         found.setdefault(item["score"], {})[item["id"]] = item["value"]
@@ -179,10 +179,11 @@ def _items(state: State, store: Store) -> dict[str, dict[str, bool | float]]:
 
 
 def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, Any]:
-    """The stamp: two results may stand in one table only where all of it is the same.
+    """Return the protocol stamp: two results may appear in one table only if their stamps are equal.
 
-    The six of the field's comparability traps (prompts, new tokens, judge truncation, alignment data,
-    base or chat model, judge), and what else decides the scores: the prompt set, the task and its rows.
+    It contains the field's six comparability traps (prompts, new tokens, judge truncation, alignment data,
+    base or chat model, judge) and everything else that affects the scores: the prompt set, the task and its
+    rows.
     """
     recipe, state = plan.recipe, plan.states[0]
     test = read_json(store.path(plan.manifest) / "manifest.json")["test"]
@@ -201,7 +202,7 @@ def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, 
         "task": grader(recipe).stamp,
         "task_set": test["task_set"],
         "decoding": decoding(recipe),
-        # Later than the other fields: where it does not apply, results of before can still be compared.
+        # Newer fields are left out if they are not used, so that older results can still be compared.
         **({"system": recipe.evaluation.system} if recipe.evaluation.system else {}),
         **({"rater": records[state.rate]["rater_stamp"]} if state.rate else {}),
     }

@@ -1,4 +1,4 @@
-"""Doing the steps of a plan, in one process or in several."""
+"""Run the steps of a plan, in one process or in several."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from holdfast.pipeline.step import Inputs, Machine, Step, do, join
 from holdfast.recipe import Recipe
 
 ROWS = ("data", "manifest")
-"""Kinds of steps that only prepare rows: they are done first, because the checks of the others read them."""
+"""Kinds of steps that only prepare rows. They run first, because the checks of other steps read the rows."""
 
 
 def run(
@@ -27,16 +27,16 @@ def run(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Do what is missing of `recipe` and return its results (also in `out/results.json`).
+    """Run the missing steps of `recipe` and return its results (also in `out/results.json`).
 
     Args:
-        out: the run's folder; made, or continued if it is one already.
-        store: where steps are kept; `out/steps` by default. Runs may share it.
+        out: the run's folder; it is created, or continued if it already holds a run.
+        store: the folder of the steps; `out/steps` by default. Runs may share it.
         device: "auto", "cpu", "cuda" or "mps".
 
     Raises:
-        InputError: something given cannot be used; raised before training starts.
-        StepFailed: a step stopped half-way. Running again goes on from there.
+        InputError: an input cannot be used; raised before training starts.
+        StepFailed: a step stopped before its end; running again resumes it.
     """
     out, progress, processes = Path(out), progress or Progress(), launched()
     steps = Store(Path(store) if store else out / "steps")
@@ -57,7 +57,7 @@ def run(
 def _lead(
     recipe: Recipe, out: Path, store: Store, device: str, progress: Progress, processes: Processes
 ) -> dict[str, Any]:
-    """What the main process does, which is everything; it tells the others when to join in."""
+    """Run all steps as the main process, and tell the other processes when to join in."""
     results.claim(out, recipe, store.root)
     planned = plan(recipe, download=True, digests=Digests(store.root / DIGESTS))
     machine = Machine(device, planned.model, progress, processes)
@@ -74,7 +74,7 @@ def _lead(
 
 
 def _check(planned: Plan, missing: list[str], store: Store, machine: Machine) -> None:
-    """Find what would stop the missing steps; processes that train together check that together."""
+    """Run the checks of the missing steps, in all processes that train together."""
     if any(step.check is not None for step in planned.steps if step.id in missing):
         machine.processes.tell({"do": "check", "steps": missing})
         for step in planned.steps:
@@ -83,7 +83,7 @@ def _check(planned: Plan, missing: list[str], store: Store, machine: Machine) ->
 
 
 def _follow(recipe: Recipe, store: Store, device: str, processes: Processes) -> dict[str, Any]:
-    """What every other process does: wait, and join in the steps that are done together."""
+    """Run as one of the other processes: wait, and join in the steps that run together."""
     machine: Machine | None = None
     known: dict[str, Step] = {}
     while "done" not in (order := processes.told()):
@@ -99,7 +99,7 @@ def _follow(recipe: Recipe, store: Store, device: str, processes: Processes) -> 
             join(known[order["do"]], store, machine)
         else:
             raise StepFailed(
-                f"The main process does {order['do']}, which is no step of the recipe as this process reads "
-                "it. Every process needs the same files, on a file system that all of them see."
+                f"The main process runs {order['do']}, but the recipe as this process reads it has no such "
+                "step. All processes need the same files, on a file system that all of them can read."
             )
     return order["done"]

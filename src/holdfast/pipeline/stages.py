@@ -1,4 +1,4 @@
-"""The training steps: a defense trains on the rows of data steps, on top of what earlier steps trained."""
+"""The training steps: a method trains on the rows of data steps, on top of the weights of earlier steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from holdfast.pipeline.step import Inputs, Machine
 
 
 def train_stage(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
-    """Train a stage: `adapter` (or `model`, if it trains all weights) and `trainer_state.json`."""
+    """Train a stage; writes `adapter` (or `model` if it trains all weights) and `trainer_state.json`."""
     from holdfast.pipeline.training import TrainingJob, train
 
     model, method, seed = inputs["model"], inputs["method"], inputs["seed"]
@@ -24,7 +24,7 @@ def train_stage(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
     rows: dict[str, Any] = {name: rows_of(step) for name, step in inputs["rows"].items()}
     facts: dict[str, Any] = {}
     if method.mix is not None:
-        with machine.processes.main_first():  # the others find what the method keeps in the folder
+        with machine.processes.main_first():  # the others read what the method wrote there
             rows, facts = mixing.mix(method, rows, inputs["parameters"], seed, folder)
     base, adapters = weights(model["base"].folder, inputs["chain"])
     job = TrainingJob(
@@ -51,10 +51,10 @@ def train_stage(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
 
 
 def check_stage(inputs: Inputs, machine: Machine) -> None:
-    """Find what would stop a training: model, template, LoRA, values of the method, its rows.
+    """Check everything that could stop a training: model, template, LoRA, the method's values and rows.
 
     Raises:
-        RecipeError, ModelError, DataError: with what to change.
+        RecipeError, ModelError, DataError: one of them cannot be used; the message says what to change.
     """
     from holdfast.data.prompts import resolve_template
     from holdfast.models.quantization import check_quantization
@@ -69,8 +69,8 @@ def check_stage(inputs: Inputs, machine: Machine) -> None:
         if lora and machine.processes.count > 1 and lora.get("init_lora_weights") in MUTATING:
             init = lora["init_lora_weights"]
             raise RecipeError(
-                f"{stage}.lora.init_lora_weights: {init} changes the base weights, which only a single "
-                "process can put right when it saves. Train in one process, or leave it out."
+                f"{stage}.lora.init_lora_weights: {init} changes the base weights, and only a single "
+                "process can correct that when it saves. Train in one process, or leave it out."
             )
         check_trained(folder, lora, model["dtype"], trusted)
     seed, nowhere = derive_seed(inputs["seed"], stage), Path("unused")
@@ -79,26 +79,26 @@ def check_stage(inputs: Inputs, machine: Machine) -> None:
     if check_model is not None:
         check_model(config, blueprint(folder, lora, trusted))
     _check_sharding(inputs)
-    del config  # ZeRO-3 is known as long as it lives
+    del config  # transformers applies ZeRO-3 as long as the config exists
     forget_sharding()
     _check_mix(inputs)
 
 
 def _check_sharding(inputs: Inputs) -> None:
-    """DeepSpeed ZeRO-3 cannot add an adapter to weights that it has cut up."""
+    """Raise RecipeError if an adapter must be added to weights that DeepSpeed ZeRO-3 partitions."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     below = inputs["chain"] and inputs["trains"] != "continue"
     merges = inputs["model"]["compose"] == "merge" or inputs["trains"] == "full"
     if below and merges and is_deepspeed_zero3_enabled():
         raise RecipeError(
-            "DeepSpeed ZeRO-3 cuts the weights up, so the alignment adapter cannot be added to them. Write "
-            "model.adapters: stack and train a LoRA, or use ZeRO-2 or FSDP2."
+            "DeepSpeed ZeRO-3 partitions the weights, so the alignment adapter cannot be added to them. "
+            "Write model.adapters: stack and train a LoRA, or use ZeRO-2 or FSDP2."
         )
 
 
 def _check_mix(inputs: Inputs) -> None:
-    """Let a method that changes rows change them once, unless an attack or a filter has yet to make them."""
+    """Change the rows once as a test, unless an attack or a filter has yet to write them."""
     found: Mapping[str, Path] = inputs["rows"]
     made = all((step / "rows.jsonl").is_file() for step in found.values())
     if inputs["method"].mix is not None and made:
@@ -108,7 +108,7 @@ def _check_mix(inputs: Inputs) -> None:
 
 
 def training_detail(training: Mapping[str, Any], trains: str, processes: int = 1) -> str:
-    """What `plan` shows of a training."""
+    """Return the text that `plan` shows for a training."""
     batch = training["per_device_train_batch_size"] * training.get("gradient_accumulation_steps", 1)
     batch *= processes
     what = {"continue": ", single LoRA", "full": ", all weights"}.get(trains, "")

@@ -1,14 +1,14 @@
 """A step of a run. Its named inputs are everything that it can read, and their hash is its name.
 
-A step's `work` is a function of this package that gets its inputs, its folder and the machine. It reaches
-no recipe and no other step, so that what a step does and what names it cannot differ. An input is
+A step's `work` is a function of this package that gets its inputs, its folder and the machine. It has no
+access to the recipe or to other steps, so it can use nothing that is not part of the name. An input is
 
-- a plain value (text, numbers, lists, mappings), which names itself;
-- `Content`: a model, a file or another thing at some place, named by what it holds;
-- `Made`: an earlier step, named by that step's own name; the work gets its folder;
-- `Code`: a method, a judge or a task, named by its version and its code; the work gets the object.
+- a plain value (text, numbers, lists, mappings), which identifies itself;
+- `Content`: a model, a file or other data at some place, identified by its content;
+- `Made`: an earlier step, identified by that step's name; the work gets its folder;
+- `Code`: a method, a judge or a task, identified by its version and its code; the work gets the object.
 
-`Machine` holds what changes only the speed: the device, the processes, the progress display.
+`Machine` holds the objects that affect only the speed: the device, the processes, the progress display.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ FORMAT = {
     "data": 2, "manifest": 2, "attack": 2, "filter": 2, "alignment": 3, "user": 3, "post_hoc": 2,
     "generate": 3, "moderate": 2, "rate": 2, "score": 4,
 }  # fmt: skip
-"""By kind of step. Increase a number when a step of that kind makes something else of the same inputs."""
+"""By kind of step. Increase a number when that kind of step produces other content for the same inputs."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """An input that lies at `place` and is named by `digest`, a plain value; moving it changes no name."""
+    """An input at `place` that is identified by `digest`, a plain value; moving it changes no name."""
 
     place: Any
     digest: Any
@@ -47,21 +47,21 @@ class Content:
 
 @dataclass(frozen=True)
 class Made:
-    """The folder of an earlier step, by that step's id."""
+    """The folder of an earlier step, given by the id of that step."""
 
     step: str
 
 
 @dataclass(frozen=True)
 class Code:
-    """A defense, a judge or a task of the registry; `group` is "defenses", "judges" or "tasks"."""
+    """A defense, a judge or a task from the registry; `group` is "defenses", "judges" or "tasks"."""
 
     group: str
     name: str
 
 
 def identity(value: Any) -> Any:
-    """The plain value that names an input."""
+    """Return the plain value that identifies an input."""
     if isinstance(value, Content):
         return identity(value.digest)
     if isinstance(value, Made):
@@ -76,7 +76,7 @@ def identity(value: Any) -> Any:
 
 
 def opened(value: Any, store: Store) -> Any:
-    """What the work gets of an input."""
+    """Return an input in the form in which the work gets it."""
     if isinstance(value, Content):
         return value.place
     if isinstance(value, Made):
@@ -91,7 +91,7 @@ def opened(value: Any, store: Store) -> Any:
 
 
 class Inputs(Mapping[str, Any]):
-    """The opened inputs of a step, each when it is first asked for; `read` holds the names asked for."""
+    """The inputs of a step, each opened when it is first read; `read` holds the names that were read."""
 
     def __init__(self, named: Mapping[str, Any], store: Store):
         self._named, self._store = named, store
@@ -113,7 +113,7 @@ class Inputs(Mapping[str, Any]):
 
 @dataclass
 class Machine:
-    """What a step may use and what changes only its speed."""
+    """The objects that every step can use and that affect only its speed."""
 
     device_asked: str
     model: Path
@@ -122,7 +122,7 @@ class Machine:
 
     @cached_property
     def device(self) -> str:
-        """The device to compute on, chosen (and CPU threads set) at first use."""
+        """The device to compute on; the first use chooses it and sets the number of CPU threads."""
         from holdfast.models.device import choose_device
 
         return choose_device(self.device_asked, self.model, self.processes)
@@ -137,9 +137,9 @@ class Step:
     """A step: `work(inputs, folder, machine)` fills the folder and returns facts for `step.json`.
 
     Attributes:
-        title, detail: what `plan` and the progress display show; they name nothing.
-        check: finds what would stop the step before any step is done that costs something.
-        together: all processes of a run do it at the same time; the main one does any other step alone.
+        title, detail: texts for `plan` and the progress display; they are not part of the step's name.
+        check: raises for problems that would stop the step; it is called before any expensive step runs.
+        together: all processes of a run run it at the same time; the main one runs other steps alone.
     """
 
     kind: str
@@ -152,20 +152,20 @@ class Step:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The plain values that name the step."""
+        """The plain values from which the step's name is computed."""
         return {"kind": self.kind, "format": FORMAT[self.kind], "inputs": identity(self.inputs)}
 
     @cached_property
     def id(self) -> str:
-        """The name of its folder."""
+        """The name of the step's folder."""
         return f"{self.kind}-{identity_hash(self.identity)}"
 
 
 def do(step: Step, store: Store, machine: Machine) -> None:
-    """One step under its lock, unless it is complete; nothing else writes `step.json`.
+    """Run a step under its lock, unless it is complete; no other function writes `step.json`.
 
     Raises:
-        StepFailed: it stopped half-way; doing it again goes on from there.
+        StepFailed: the step stopped before its end; running it again resumes it.
     """
     progress = machine.progress
     if store.record(step.id) is not None:
@@ -173,7 +173,7 @@ def do(step: Step, store: Store, machine: Machine) -> None:
         return
 
     def waiting() -> None:
-        progress.say(f"Waiting for another run that does: {step.title}")
+        progress.say(f"Waiting for another run to finish: {step.title}")
 
     with _explained(step, store), store.lock(step.id, waiting):
         if store.record(step.id) is not None:
@@ -197,7 +197,7 @@ def do(step: Step, store: Store, machine: Machine) -> None:
 
 
 def join(step: Step, store: Store, machine: Machine) -> None:
-    """Take part in a step that the main process does."""
+    """Take part in a step that the main process runs."""
     with _explained(step, store):
         step.work(Inputs(step.inputs, store), store.path(step.id), machine)
 
@@ -218,11 +218,11 @@ def _why(step: Step, store: Store, error: Exception) -> str:
     # Some writers do not say why they failed.
     if full or "No space left" in str(error) or shutil.disk_usage(store.root).free < 2**20:
         return (
-            f"No space left on the disk that holds {store.root}, while doing: {step.title}. Free some space "
-            "and run the same command again: it goes on from what is there."
+            f"No space left on the disk that holds {store.root}, during: {step.title}. Free some space and "
+            "run the same command again to resume."
         )
     return (
         f"{step.title} failed: {type(error).__name__}: {text}\n"
-        f"What is done is kept in {store.path(step.id)}; "
-        "run the same command again to go on (--debug shows where it failed)."
+        f"Finished work is kept in {store.path(step.id)}; "
+        "run the same command again to resume (--debug shows where it failed)."
     )

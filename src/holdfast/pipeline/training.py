@@ -1,10 +1,10 @@
-"""One training stage: a model, rows and a defense in; a PEFT adapter folder out. Resumes by itself.
+"""One training stage: trains a model on rows with a method, writes a PEFT adapter folder, and can resume.
 
-In the step's folder: `checkpoints/` while it runs, then `adapter/` (or `model/`, where all weights were
-trained) with a model card, and `trainer_state.json`. A checkpoint counts only with its `holdfast.json`,
-which is written last, so that a kill in the middle of saving costs one interval and nothing else.
+The step's folder contains `checkpoints/` during the training, then `adapter/` (or `model/` if all weights
+were trained) with a model card, and `trainer_state.json`. A checkpoint is used only if it has a
+`holdfast.json`, which is written last, so that a kill while saving costs only one interval.
 
-Several processes train together; the main one writes what is whole, after all have written their parts.
+Several processes train together; the main one writes the complete files after all have written their parts.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from holdfast.training.shards import finite, gather_trainable, trainable_numel
 from holdfast.training.trainer import planned_steps
 
 CHECKPOINTS = 10
-"""About how many checkpoints a training writes; only the last two are kept."""
+"""Approximate number of checkpoints that a training writes; only the last two are kept."""
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What a training stage needs beside its folder.
+    """The inputs of a training stage, except its folder.
 
     Attributes:
         stage: "alignment" or "user".
-        parameters: the method's own.
+        parameters: the method's own parameters.
         training: `TrainingArguments` fields.
         trains: "new" (an adapter), "continue" (the last of `adapters`) or "full" (all weights).
-        lora: settings of the new adapter; None where there is none.
-        adapters: the chain below.
-        rows: by keyword of the trainer ("train_dataset", "alignment_dataset", ...), as prompt + completion.
-        logs: where TensorBoard writes, if the recipe asks for it.
+        lora: settings of the new adapter; None if no new adapter is trained.
+        adapters: the adapters below, in order.
+        rows: by argument of the trainer ("train_dataset", "alignment_dataset", ...), as prompt + completion.
+        logs: the folder for TensorBoard, if the recipe asks for it.
     """
 
     stage: str
@@ -74,11 +74,11 @@ class TrainingJob:
 def train(
     folder: Path, job: TrainingJob, *, device: str, progress: Progress, processes: Processes | None = None
 ) -> dict[str, Any]:
-    """Train, or go on training, in `folder`; returns facts for `step.json`. All `processes` call it.
+    """Train in `folder`, or resume, and return facts for `step.json`. All `processes` call it.
 
     Raises:
         RecipeError: the method's configuration refuses a value, or the processes cannot train together.
-        ModelError: the model, or LoRA on it, cannot be had.
+        ModelError: the model cannot be loaded, LoRA cannot be added to it, or the training diverged.
     """
     seed = derive_seed(job.seed, job.stage)
     checkpoints = folder / SCRATCH
@@ -92,7 +92,7 @@ def train(
         base=job.model_name,
         seed=derive_seed(job.seed, job.stage, "lora"),
         initial=checkpoints / "initial",
-        # FSDP and DeepSpeed place the model themselves: whole, it may not fit on the device.
+        # FSDP and DeepSpeed place the model themselves; the whole model may not fit on the device.
         device="cpu" if processes.sharded else device,
         **job.model_options,
     )
@@ -101,7 +101,7 @@ def train(
     _check_processes(trainer, processes)
     total = planned_steps(trainer)
     config.save_steps = config.logging_steps * math.ceil(total / CHECKPOINTS / config.logging_steps)
-    # All go on from where the main process says: file systems may show them different things.
+    # All resume from the checkpoint that the main process sees: file systems may show others different files.
     last = broadcast_object_list([last_checkpoint(checkpoints)])[0]
     monitor = TrainingMonitor(trainer, total, last, progress)
     trainer.remove_callback(PrinterCallback)
@@ -125,14 +125,14 @@ def train(
 
 
 def forget_sharding() -> None:
-    """What is loaded from here on is whole: under ZeRO-3 it would wait for processes that load nothing."""
+    """Load later models whole; under ZeRO-3, loading would wait for processes that do not load anything."""
     from transformers.integrations import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
 
 
 def _check_processes(trainer: Any, processes: Processes) -> None:
-    """Refuse what accelerate would do silently: train apart, or without the sharding that was asked for."""
+    """Raise RecipeError if accelerate would silently train separately, or without the requested sharding."""
     found, kind = trainer.args.world_size, trainer.accelerator.distributed_type
     if found != processes.count:
         raise RecipeError(
@@ -147,7 +147,7 @@ def _check_processes(trainer: Any, processes: Processes) -> None:
 
 
 def over_processes(trainer: Any, value: float) -> torch.Tensor:
-    """`value` of every process of a training, shape (processes,); all of them call this."""
+    """Return the `value` of every process of a training, shape (processes,); all of them call this."""
     here = torch.tensor([float(value)], dtype=torch.float64)
     if trainer.args.world_size == 1:
         return here
@@ -162,10 +162,10 @@ def make_config(
     output: Path,
     device: str,
 ) -> Any:
-    """The defense's Config with the recipe's values and the pipeline's own.
+    """Return the method's Config with the recipe's values and the pipeline's own.
 
     Raises:
-        RecipeError: a value that the Config refuses, or a tracker that is not installed.
+        RecipeError: the Config refuses a value, or a tracker is not installed.
     """
     assert defense.config is not None
     _check_trackers(trackers(training.get("report_to")))
@@ -187,14 +187,14 @@ def make_config(
     asked = "fp16" if config.fp16 else "bf16" if config.bf16 else "no"
     if getattr(config, "mixed_precision", asked) != asked:
         raise RecipeError(
-            f"The launcher asks for mixed precision {config.mixed_precision}, the recipe for {asked}; the "
-            "recipe names the result. Write training: {bf16: true} there, or --mixed_precision no here."
+            f"The launcher asks for mixed precision {config.mixed_precision}, the recipe for {asked}; only "
+            "the recipe counts. Write training: {bf16: true} in it, or start with --mixed_precision no."
         )
     return config
 
 
 def _check_trackers(named: Sequence[str]) -> None:
-    """Raise RecipeError if a tracker is not installed; transformers looks only after it loaded the model."""
+    """Raise RecipeError if a tracker is not installed; transformers checks it after loading the model."""
     for tracker in named:
         packages = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
         if all(importlib.util.find_spec(package) is None for package in packages):
@@ -206,14 +206,14 @@ def _check_trackers(named: Sequence[str]) -> None:
 
 @contextmanager
 def tracked(trainer: Any, name: str, logs: Path) -> Iterator[None]:
-    """Name the training for its trackers, and keep each training apart.
+    """Name the training for its trackers, and keep the logs of each training separate.
 
-    TensorBoard would write into the checkpoints, which are removed; wandb would leave its run open, and the
-    next stage would write into it.
+    Otherwise TensorBoard would write into the checkpoints, which are removed, and wandb would leave its run
+    open, so that the next stage would write into it.
 
     Args:
-        name: where the recipe gives no `run_name`.
-        logs: a folder for TensorBoard.
+        name: the name if the recipe sets no `run_name`.
+        logs: the folder for TensorBoard.
     """
     trainer.args.run_name = trainer.args.run_name or name
     for callback in trainer.callback_handler.callbacks:
@@ -232,15 +232,15 @@ def tracked(trainer: Any, name: str, logs: Path) -> Iterator[None]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
+    """Return the newest complete checkpoint."""
     found = [p for p in folder.glob("checkpoint-*") if (p / MARKER).is_file()]
     return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
 
 class TrainingMonitor(TrainerCallback):
-    """Reports, measures (seconds, peak memory in bytes, tokens), and marks checkpoints as whole.
+    """Reports progress, measures seconds, peak memory (bytes) and tokens, and marks checkpoints as complete.
 
-    What a killed run had used up to its last checkpoint is added, from that checkpoint's marker.
+    The costs of a killed run up to its last checkpoint are read from that checkpoint's marker and added.
     """
 
     def __init__(self, trainer: Any, total: int, checkpoint: Path | None, progress: Progress):
@@ -250,7 +250,7 @@ class TrainingMonitor(TrainerCallback):
         self.latest: dict[str, Any] = {}
 
     def facts(self) -> dict[str, Any]:
-        """What `step.json` records of a training; every process calls this."""
+        """Return the facts of a training for `step.json`; every process calls this."""
         trainer, args = self.trainer, self.trainer.args
         tokens, steps = int(trainer.state.num_input_tokens_seen), trainer.state.global_step
 
@@ -274,20 +274,20 @@ class TrainingMonitor(TrainerCallback):
         return {**same, "cost": cost, "training": training}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the step, and look at the memory."""
+        """Show the step and measure the memory."""
         self.cost.look()
         state_at = getattr(self.trainer, "state_at", None)
         now = state_at(state.global_step - 1) if state_at else None
         self.progress.advance(state.global_step, self.total, state=now, **self.latest)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Keep what the progress bar shows beside the steps."""
+        """Keep the values that the progress bar shows beside the steps."""
         if logs and "loss" in logs:
             speed = state.num_input_tokens_seen / max(self.cost.seconds, 1e-9)
             self.latest = {"loss": logs["loss"], "tokens_per_second": speed}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint is whole: every process has written its part of it before this."""
+        """Mark the checkpoint as complete: every process has written its part of it by now."""
         facts = self.facts()
         if state.is_world_process_zero:
             write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, facts)
@@ -296,7 +296,7 @@ class TrainingMonitor(TrainerCallback):
 def _save(
     folder: Path, model: Any, weights: Mapping[str, Any] | None, job: TrainingJob, facts: Mapping[str, Any]
 ) -> None:
-    """Write what was trained beside, then rename; `weights` are whole where the model holds parts of them."""
+    """Write the trained weights, then rename the folder; `weights` are the whole ones of a sharded model."""
     name = "model" if job.trains == "full" else "adapter"
     beside, target = folder / f"{name}.partial", folder / name
     remove_tree(beside)
@@ -307,14 +307,14 @@ def _save(
 
 WHAT = {
     "new": ("LoRA adapter", "on top of the adapter in"),
-    "continue": ("LoRA adapter (single LoRA)", "goes on with, and replaces, the adapter in"),
+    "continue": ("LoRA adapter (single LoRA)", "continues, and replaces, the adapter in"),
     "full": ("Model, all weights trained,", "in its weights: the adapter in"),
 }
-"""For the card: what it is, and what it has to do with the adapters below."""
+"""For the card: the kind of result, and its relation to the adapters below."""
 
 
 def _card(job: TrainingJob, facts: Mapping[str, Any]) -> str:
-    """A model card that says what was trained, and what was not measured."""
+    """Return a model card that says what was trained and what was not measured."""
     what, how = WHAT[job.trains]
     rows = {name: len(part) for name, part in job.rows.items()}
     training = {key: value for key, value in job.training.items() if key not in NOT_IDENTITY}

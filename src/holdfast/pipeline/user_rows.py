@@ -1,7 +1,7 @@
-"""What becomes of the user's rows before fine-tuning: an attack chooses some, a filter leaves some out.
+"""The steps that select user rows before fine-tuning: an attack chooses some, a filter removes some.
 
-Each of these steps reads the rows of the one before, writes `rows.jsonl`, and is planned only if the recipe
-asks for it.
+Each of these steps reads the rows of the step before it, writes `rows.jsonl`, and is planned only if the
+recipe asks for it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from holdfast.recipe import Recipe
 from holdfast.recipe.data import AttackRecipe
 
 MAX_LENGTH = 2048
-"""Tokens of a row, if the user stage gives no `max_length` (also its default)."""
+"""Maximum number of tokens of a row if the user stage sets no `max_length`; also the default of that key."""
 
 
 def attack_inputs(recipe: Recipe, attack: AttackRecipe) -> dict[str, Any]:
-    """The inputs of an attack beside the rows to choose from and the model that scores them."""
+    """Return the inputs of an attack, except the rows to choose from and the model that scores them."""
     data, (harmful, safe) = recipe.data, recipe.data.anchors()
     assert recipe.user is not None
     held_out = data.harmful is not None and datasets.holds_out(data.harmful, data.test_harmful)
@@ -39,16 +39,17 @@ def attack_inputs(recipe: Recipe, attack: AttackRecipe) -> dict[str, Any]:
         "held_out_of": source(data.harmful, "harmful") if held_out else None,
         "prompts": recipe.evaluation.prompts if held_out else None,
         "max_length": recipe.user.training.max_length or MAX_LENGTH,
-        # Only the gradients of the user stage's own adapter depend on what it trains.
+        # Only the gradients of the user stage's adapter depend on what that stage trains.
         **(trained if attack.by == "lora_gradient" else {"trains": None, "lora": None}),
     }
 
 
 def choose_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
-    """`rows.jsonl`: the benign rows with the highest scores; `scores.jsonl` has the scores of all rows.
+    """Write the benign rows with the highest scores to `rows.jsonl`, the scores of all to `scores.jsonl`.
 
-    The model that is then fine-tuned scores them: in the paper the released, aligned model; here the base
-    with what the steps in `chain` made. An attacker who fine-tunes it can also take its gradients.
+    The model that is fine-tuned afterwards scores the rows: in the paper the released, aligned model; here
+    the base model with the weights of the steps in `chain`. An attacker who can fine-tune this model can also
+    compute its gradients.
     """
     from holdfast.attacks import anchoring
 
@@ -75,7 +76,7 @@ def choose_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
 
 
 def _vectors(inputs: Inputs, folder: Path, machine: Machine, tokenizer: Any) -> Any:
-    """v(z) of the attack, on the model that the user stage starts from."""
+    """Return the function v(z) of the attack, on the model from which the user stage starts."""
     from holdfast.attacks import anchoring
     from holdfast.models.loading import load_model
     from holdfast.models.trained import load_trainable
@@ -88,7 +89,7 @@ def _vectors(inputs: Inputs, folder: Path, machine: Machine, tokenizer: Any) -> 
     if attack["by"] == "gradient":
         model = load_model(base, adapters, **options)
         trained = anchoring.all_weights(model)
-    else:  # the very adapter that the user stage is going to train, as it starts
+    else:  # the adapter that the user stage will train, with its initial weights
         model = load_trainable(
             base, adapters, inputs["trains"], inputs["lora"], base=str(base),
             seed=derive_seed(inputs["seed"], "user", "lora"), initial=folder / "initial", **options,
@@ -98,7 +99,7 @@ def _vectors(inputs: Inputs, folder: Path, machine: Machine, tokenizer: Any) -> 
 
 
 def _anchors(inputs: Inputs) -> tuple[list[Any], list[Any]]:
-    """Harmful and safe rows to measure by; no harmful one has a prompt that the model is tested on."""
+    """Return the harmful and the safe anchors; no harmful anchor has a prompt of the test."""
     same: dict[str, Any] = {"size": inputs["attack"]["anchors"], "seed": inputs["seed"]}
     held = {"harmful": inputs["held_out_of"], "prompts": inputs["prompts"]} if inputs["held_out_of"] else {}
     bad = datasets.harmful_rows(source=inputs["harmful"], **held, **same)
@@ -106,10 +107,10 @@ def _anchors(inputs: Inputs) -> tuple[list[Any], list[Any]]:
 
 
 def check_attack(inputs: Inputs, machine: Machine) -> None:
-    """Find what would stop an attack.
+    """Check everything that could stop an attack.
 
     Raises:
-        DataError, ModelError: no anchors, too few rows to choose from, or weights without a gradient.
+        DataError, ModelError: there are no anchors, too few rows to choose from, or no gradients.
     """
     from holdfast.models.quantization import is_quantized
 
@@ -128,7 +129,7 @@ def check_attack(inputs: Inputs, machine: Machine) -> None:
 
 
 def filter_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
-    """`rows.jsonl`: the rows that the judge does not flag; `verdicts.jsonl` holds its verdicts.
+    """Write the rows that the judge does not flag to `rows.jsonl`, and its verdicts to `verdicts.jsonl`.
 
     Raises:
         DataError: no row is left.
@@ -154,5 +155,5 @@ def filter_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
 
 
 def of_row(chosen: Mapping[str, str], records: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row of the results says of these steps; a key is there only if its step is."""
+    """Return the facts of these steps for a row of the results; a step that does not exist has no key."""
     return {kind: records[step].get(kind) for kind, step in chosen.items()}

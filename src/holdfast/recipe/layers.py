@@ -90,13 +90,13 @@ def _defense(stage: Mapping[str, Any], below: Mapping[str, Any]) -> Any:
 
 
 def _spelt_out(value: Any, place: Sequence[str]) -> Any:
-    """A bare path or name as a block; any other value is unchanged."""
+    """Return a bare path or name as a block, and any other value unchanged."""
     bare = BARE.get(".".join(place))
     return {bare: value} if bare and isinstance(value, str) and value != "none" else value
 
 
 def _load(name: str) -> tuple[list[Layer], Path | str]:
-    """The layers behind a path or the name of a packaged recipe, and what tells it from others."""
+    """Return the layers of a path or a packaged recipe, and a value that identifies the recipe."""
     path = Path(name)
     if path.is_file():
         raw, node = read(path)
@@ -140,12 +140,12 @@ def _set(raw: dict[str, Any], asked: str) -> None:
 
 
 def origin(files: Sequence[Layer], place: Sequence[str]) -> Layer:
-    """The file that sets `place`: the first of the files that contain most of its keys."""
+    """Return the file that sets `place`: the first of the files that contain most of its keys."""
     return max(files, key=lambda layer: layer.holds(place)[0])
 
 
 def explain(error: ValidationError, files: Sequence[Layer], root: type[BaseModel]) -> str:
-    """The messages of a validation error, one line each."""
+    """Return the messages of a validation error, one line each."""
     messages = []
     for problem in error.errors():
         cause = problem.get("ctx", {}).get("error")
@@ -167,7 +167,7 @@ def explain(error: ValidationError, files: Sequence[Layer], root: type[BaseModel
 
 
 def _siblings(place: Sequence[str], root: type[BaseModel]) -> list[str]:
-    """The known keys of the block that holds an unknown key."""
+    """Return the known keys of the block that contains an unknown key."""
     block: Any = root
     for key in place[:-1]:
         if key in getattr(block, "model_fields", {}):
@@ -176,7 +176,7 @@ def _siblings(place: Sequence[str], root: type[BaseModel]) -> list[str]:
 
 
 def _block(annotation: Any) -> Any:
-    """The model class in an annotation such as `list[Annotated[X | None, ...]]`."""
+    """Return the model class in an annotation such as `list[Annotated[X | None, ...]]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     found = (_block(part) for part in get_args(annotation))

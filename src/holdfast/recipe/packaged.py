@@ -1,16 +1,16 @@
 """The packaged recipes: one for each protocol, method and task.
 
-`recipes/NAME.yaml` is a protocol: a recipe without a method and a task, and a block `protocol` on top:
+`recipes/NAME.yaml` is a protocol: a recipe without a method and a task, with a block `protocol` on top:
 
-- `name`: how its recipes are called, with {method} and {task};
-- `names`: other words for {method}, by method (underscores become hyphens);
-- `about`: what `holdfast list recipes` says;
-- `extends`: the protocol that it changes;
-- `tasks`: by task, what is different there;
-- `baselines`: recipes that are no method: by the word for {method}, what they change.
+- `name`: the name of its recipes, with {method} and {task};
+- `names`: words for {method}, by method; the default is the method's name with hyphens for underscores;
+- `about`: the description in `holdfast list recipes`;
+- `extends`: the protocol that it is based on;
+- `tasks`: the changes for each task;
+- `baselines`: recipes that are not a method: their changes, by the word for {method}.
 
-The methods are those that name the protocol in their `protocols`, with the keys of the recipe that each needs
-there. A file without such a block is a recipe itself.
+The methods are those that name the protocol in their `protocols`, with the recipe keys that each of them
+changes. A file without such a block is itself a recipe.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Packaged:
     Attributes:
         about: one line for lists.
         protocol: the name of its file.
-        task: what it fine-tunes on.
-        changes: what its method changes in the protocol, as keys of a recipe.
+        task: the task of the fine-tuning.
+        changes: the recipe keys that its method changes in the protocol.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Protocol:
 
 @cache
 def protocols() -> dict[str, Protocol]:
-    """The files of the folder by name."""
+    """Return the files of the folder by name."""
     found = {}
     for path in sorted(FOLDER.glob("*.yaml")):
         raw, node = read(path)
@@ -71,7 +71,7 @@ def protocols() -> dict[str, Protocol]:
 
 
 def recipes() -> dict[str, Packaged]:
-    """Every packaged recipe by name; of two with one name, the first is kept."""
+    """Return every packaged recipe by name; if two have the same name, the first is kept."""
     found: dict[str, Packaged] = {}
     for name, protocol in protocols().items():
         for made in _recipes_of(name, protocol):
@@ -80,7 +80,7 @@ def recipes() -> dict[str, Packaged]:
 
 
 def by_task() -> dict[str, list[Packaged]]:
-    """The packaged recipes by the task that they fine-tune on."""
+    """Return the packaged recipes by the task of their fine-tuning."""
     found: dict[str, list[Packaged]] = {}
     for made in recipes().values():
         found.setdefault(made.task, []).append(made)
@@ -88,7 +88,7 @@ def by_task() -> dict[str, list[Packaged]]:
 
 
 def layers(made: Packaged) -> list[Layer]:
-    """What the recipe is made of, the method's part first; each may be changed."""
+    """Return the layers of a recipe, the method's changes first; the caller may modify them."""
     found = [Layer(made.name, FOLDER, {"name": made.name, **deepcopy(dict(made.changes))}, None)]
     protocol: Protocol | None = protocols()[made.protocol]
     while protocol is not None:
@@ -126,13 +126,13 @@ def _recipes_of(name: str, protocol: Protocol) -> list[Packaged]:
 
 
 def _named(method: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The changes with the method's name in the block of its stage: the last one that it gives."""
+    """Return the changes with the method's name in the block of its stage: the last stage in the changes."""
     stage = next((name for name in reversed(STAGES) if name in changes), "user")
     return {**changes, stage: {"defense": method, **changes.get(stage, {})}}
 
 
 def _node(node: yaml.Node | None, place: tuple[str, ...]) -> yaml.Node | None:
-    """The node below the keys of `place`."""
+    """Return the node below the keys of `place`."""
     for key in place:
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         node = next((value for name, value in pairs if name.value == key), None)

@@ -1,4 +1,4 @@
-"""YAML files of recipes: read with the lines on which keys stand."""
+"""Read the YAML files of recipes, with the line of each key."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ BARE = {
     "post_hoc": "defense",
     "evaluation": "protocol",
 }
-"""The key that a bare string stands for."""
+"""By block, the key that a bare string sets."""
 
 
 class Loader(yaml.SafeLoader):
-    """`yaml.SafeLoader` for which 1e-5 is a number, as in YAML 1.2 and everywhere else, and not a text."""
+    """`yaml.SafeLoader` that reads 1e-5 as a number, as YAML 1.2 does, and not as text."""
 
 
 Loader.add_implicit_resolver(
@@ -45,12 +45,12 @@ class Layer:
     node: yaml.Node | None
 
     def holds(self, place: Sequence[str]) -> tuple[int, int | None]:
-        """How many keys of `place` stand in this file, and the line (from 1) of the last of them."""
+        """Return how many keys of `place` this file contains, and the line (from 1) of the last of them."""
         return _search(self.node, place)
 
 
 def read(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
-    """The mapping in a YAML file, and its nodes (for line numbers)."""
+    """Return the mapping in a YAML file, and its nodes (for line numbers)."""
     try:
         text = path.read_text(encoding="utf-8")
         node, raw = yaml.compose(text, Loader), yaml.load(text, Loader)
@@ -74,7 +74,7 @@ def _kind(value: Any) -> str:
 
 
 def _search(node: yaml.Node | None, place: Sequence[str]) -> tuple[int, int | None]:
-    """How many keys of `place` are found below `node`, and the line of the last; a bare string counts."""
+    """Return how many keys of `place` exist below `node`, and the line of the last; a bare string counts."""
     line = None
     for depth, part in enumerate(place):
         if isinstance(node, yaml.MappingNode):

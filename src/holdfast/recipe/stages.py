@@ -25,7 +25,7 @@ RESERVED_TRAINING = {
 """Fields of TrainingArguments that the pipeline sets itself."""
 
 TRACKERS = ("mlflow", "tensorboard", "trackio", "wandb")
-"""Where `training.report_to` can send the logs of a training."""
+"""The trackers to which `training.report_to` can send the logs of a training."""
 NOT_IDENTITY = {
     "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
 }  # fmt: skip

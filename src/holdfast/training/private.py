@@ -1,7 +1,7 @@
 """Every private name of torch, transformers and TRL that Holdfast uses, and why; no other file uses one.
 
-`PINNED` lists the names by their owner. `tests/test_private_names.py` fails if a library renames one of them,
-and if another file of the package uses a private name that is not its own.
+`PINNED` lists the names by owner. `tests/test_private_names.py` fails if a library renames one of them, or if
+another file of the package uses a private name that is not its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PINNED = {
 }  # fmt: skip
 """`_get_train_sampler` is not called: `PhaseBatchSampler` draws the same order, which a test compares."""
 
-# One kernel for a list of tensors: on adapters of hundreds of small tensors a tenth of the time of a loop.
+# One kernel for a list of tensors; on hundreds of small tensors (an adapter), ten times as fast as a loop.
 foreach_add_ = torch._foreach_add_
 foreach_div = torch._foreach_div
 foreach_mul = torch._foreach_mul
@@ -42,17 +42,17 @@ foreach_sqrt = torch._foreach_sqrt
 foreach_sub = torch._foreach_sub
 
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
-"""What activation checkpointing and torch.compile put into the names of parameters."""
+"""Parts that activation checkpointing and torch.compile add to the names of parameters."""
 
 TRL_METRICS = ("_metrics", "_total_train_tokens")
-"""What `trl.SFTTrainer` adds to with every loss that it computes."""
+"""Attributes that `trl.SFTTrainer` updates with every loss that it computes."""
 
 
 class CheckpointSlots:
-    """Public methods at the places where `transformers.Trainer` writes and reads a checkpoint.
+    """Public methods that are called when `transformers.Trainer` writes and reads a checkpoint.
 
-    `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` are the one symmetric pair that all
-    ranks call on every backend, inside the checkpoint and before old checkpoints are removed.
+    `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` are the only symmetric pair that all
+    ranks call on every backend, during the checkpoint and before old checkpoints are removed.
     `_load_from_checkpoint` reads the weights.
     """
 
@@ -85,7 +85,7 @@ class CheckpointSlots:
 
 
 def batch_size(trainer: Any) -> int:
-    """Rows of a micro-batch of a process, also where `auto_find_batch_size` lowered it."""
+    """Return the rows of a process's micro-batch, even if `auto_find_batch_size` lowered the number."""
     return trainer._train_batch_size
 
 
@@ -95,7 +95,7 @@ def is_sft(trainer: Any) -> bool:
 
 
 def sft_rows(trainer: Any, rows: Any) -> Any:
-    """More rows, prepared as `trl.SFTTrainer` prepares its training rows: template, cut, packing."""
+    """Prepare more rows as `trl.SFTTrainer` prepares its training rows: template, truncation, packing."""
     args = trainer.args
     return trainer._prepare_dataset(
         rows, trainer.processing_class, args, args.packing, trainer._formatting_func, "alignment"
@@ -104,7 +104,7 @@ def sft_rows(trainer: Any, rows: Any) -> Any:
 
 @contextmanager
 def metrics_kept(trainer: Any) -> Iterator[None]:
-    """Losses computed inside leave nothing in the metrics of `trl.SFTTrainer`."""
+    """Exclude the losses computed inside from the metrics of `trl.SFTTrainer`."""
     kept = {name: deepcopy(vars(trainer)[name]) for name in TRL_METRICS if name in vars(trainer)}
     try:
         yield
