@@ -29,7 +29,7 @@ def table() -> str:
 
 
 def parts(text: str) -> tuple[str, str, str]:
-    """What stands before the table, the table, and what stands after it."""
+    """Return the README's text before the table, the table, and the text after it."""
     before, _, rest = text.partition(BEGIN)
     inside, _, after = rest.partition(END)
     return before, inside.strip(), after

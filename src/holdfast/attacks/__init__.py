@@ -1,4 +1,4 @@
-"""Attacks: what an attacker does to the rows before fine-tuning; one file per attack."""
+"""Attacks: changes that an attacker makes to the rows before fine-tuning; one file per attack."""
 
 __all__ = [
     "anchoring",

@@ -77,7 +77,7 @@ def parse(path: Path, data: bytes, columns: Sequence[str] = ()) -> tuple[list[di
         columns: the column names of a CSV that may have no header line, as some are published.
 
     Raises:
-        DataError: the file is of no known kind, empty, binary, not UTF-8, incomplete, has rows of different
+        DataError: the file is of an unknown kind, empty, binary, not UTF-8, incomplete, has rows of different
             lengths, or holds something other than records.
     """
     kind = file_kind(path)

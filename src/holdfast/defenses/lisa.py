@@ -21,7 +21,7 @@ alpha and the number of modules, and does not transfer from one set-up to anothe
   alignment rows at the weights of the switch point, divided by its mean over all trainable weights (F = 1 is
   `l2`). It is computed again at each switch point: a fresh LoRA has B = 0, and so F = 0 on all of A;
 - `delta_w`: rho/2 sum over modules ||s B A - s B_switch A_switch||_F^2, where s is the scaling of LoRA: the
-  distance between the LoRA updates, whatever their factors. The equations of all three are in `proximal.py`.
+  distance between the LoRA updates, not between their factors. `proximal.py` has the equations of all three.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ Where we differ from the authors' code, and why:
 - every layer counts once in `ascent`. Theirs also counts the embeddings, and counts the last layer twice,
   once with the last norm applied twice. It also counts the first token of an answer as a constant, because it
   sets the logits of that token to 0;
-- everything works under PEFT, whatever the names of the modules; dropout is off in both passes;
+- everything works under PEFT, for any names of the modules; dropout is off in both passes;
 - the noise is a function of the seed, the step and the row, so a resumed run draws the same noise.
 """
 
@@ -115,7 +115,7 @@ def feed_forwards(model: nn.Module) -> list[nn.Module]:
 def every_layer_read(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Make norm, head and loss of the model read the outputs of all layers, as L times as many rows.
 
-    So every layer is read like the last one, whatever the architecture (soft caps, scales). Labels [rows,
+    So every layer is read like the last one, in any architecture (soft caps, scales). Labels [rows,
     tokens] must be repeated L times: `labels.repeat(L, 1)`.
     """
     outputs: list[Tensor] = []

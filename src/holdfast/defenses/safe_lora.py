@@ -112,7 +112,7 @@ def safe_lora(
 
 
 def _check_complete(config: SafeLoraConfig, out: str | Path | None) -> None:
-    """Raise RecipeError if a repair lacks what a dry run does without."""
+    """Raise RecipeError if an argument is missing that a repair needs and a dry run does not."""
     if config.threshold is None and config.num_layers is None:
         raise RecipeError("Safe LoRA: give threshold or num_layers; a dry run shows what each would project.")
     if out is None:
@@ -148,7 +148,7 @@ def apply(tuned: Tuned, **parameters: Any) -> dict[str, Any]:
 
 
 def check(planned: Planned, **parameters: Any) -> None:
-    """Find before training what would stop the repair: weights that do not fit, too few modules.
+    """Check before training that a repair is possible: the weights fit, and there are enough modules.
 
     Raises:
         RecipeError: nothing that the user stage trains has a direction.
@@ -192,7 +192,7 @@ DEFENSE = Defense(
     headline="{projected} of {modules} modules",
     strong={"threshold": 1.0},
     identity={"threshold": 0.0},
-    # The paper's threshold for Llama-2-7B-Chat, and NLSR's (AAAI-25) for Llama-3-8B. There V is chat less
+    # The paper's threshold for Llama-2-7B-Chat, and NLSR's (AAAI-25) for Llama-3-8B. There V is chat minus
     # base, here it is the alignment stage's LoRA: look at the cosines.
     protocols={
         "lisa": {"post_hoc": {"threshold": [0.35, 0.6], "control": ["none", "drop"]}},

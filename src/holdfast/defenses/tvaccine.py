@@ -198,7 +198,7 @@ class TVaccineMixin(HarmfulRows, PerturbationMixin):
         }
 
     def reported(self: Any, steps: int) -> dict[str, Any]:
-        """What was drawn."""
+        """The facts of the parent class, and the history of the layers."""
         return super().reported(steps) | {"layer_history": self.layer_history}
 
     def log(self: Any, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -246,7 +246,7 @@ DEFENSE = Defense(
     trainer=TVaccineTrainer,
     facts={"layer_history": "the layers that were drawn, with their probabilities"},
     strong={"rho": 5.0, "num_layers": 1, "probability_steps": 4, "resample_steps": 3},
-    # In the world, half of its layers at a time. The paper's K would look once at harmful rows in 200 steps.
+    # In the world, half of its layers at a time. The paper's K would measure harmful rows once in 200 steps.
     protocols={
         "world": {"alignment": {"rho": 8, "num_layers": 2, "probability_steps": 50, "resample_steps": 10}},
         "refusal": {

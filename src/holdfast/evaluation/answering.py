@@ -23,7 +23,7 @@ def batches(lengths: Sequence[int], new_tokens: Sequence[int], batch_tokens: int
 
     Args:
         lengths: tokens of each prompt.
-        new_tokens: tokens each may generate, which is less than asked for where the prompt nearly fills the
+        new_tokens: tokens that each may generate: fewer than requested if the prompt nearly fills the
             model's context.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-new_tokens[i], -lengths[i], i))

@@ -1,7 +1,7 @@
 """Several processes of one command: the main process decides and reports, and all train together.
 
 `torchrun` and `accelerate launch` start the same command once for each device. The main process (rank 0)
-does every step of a run; the others wait for its orders and join it in training. Orders and failures go
+runs every step; the others wait for its orders and join it in training. Orders and failures go
 through the launcher's key-value store (the rendezvous store of torch.distributed), separate from the process
 group of the training. So waiting has no time limit with any backend, and can be interrupted.
 """

@@ -3,7 +3,7 @@
     answers = generate("my-model", "answers.jsonl", adapters=["my-adapter"], harmful="prompts.jsonl")
 
 The file is JSONL keyed by id. It is appended to, so that an interrupted call continues; `FILE.json` beside it
-says what made it. A file that something else made is refused.
+records how it was made. A file that was made in another way is refused.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ def generate(
         endpoint: `holdfast.recipe.evaluation.Endpoint`: an OpenAI-compatible server to ask instead of loading
             weights. Its key is read from OPENAI_API_KEY; rows that failed before are asked again.
         decoding: `holdfast.recipe.evaluation.Decoding`: max_new_tokens, system, temperature, top_p, ...
-        seed: of sampling.
-        device: where weights are loaded: auto, cpu, cuda or mps.
+        seed: the seed of sampling.
+        device: the device for the weights: auto, cpu, cuda or mps.
 
     Raises:
         RecipeError: no prompts were given, or an option is unknown or out of its range.
         DataError, ModelError: a source or the model cannot be used.
-        OutputError: `out` was made by something else.
+        OutputError: `out` was made with other settings.
     """
     weights = block(Weights, model, "model", "path")
     how = block(Decoding, decoding, "decoding")
@@ -118,7 +118,7 @@ class _Job:
         }
 
     def claim(self, **made: Any) -> None:
-        """Write into `FILE.json` what makes the answers. Raises OutputError if they were made otherwise."""
+        """Write the settings to `FILE.json`. Raises OutputError if it holds other settings."""
         common = {
             "system": self.how.system,
             "max_new_tokens": self.most,
@@ -129,7 +129,7 @@ class _Job:
         claim(self.out, {**common, **made})
 
     def ask_server(self, server: Endpoint, model: Weights) -> Rows:
-        """The answers of a model on a server."""
+        """Return the answers of a model on a server."""
         from holdfast.evaluation.endpoint import answer_all
 
         check_template(self.rows, model.template)
@@ -145,7 +145,7 @@ class _Job:
         return in_turns(self.rows, ask, self.progress)
 
     def ask_weights(self, model: Weights, adapters: Sequence[str | Path], device: str) -> Rows:
-        """The answers of a model that is loaded here."""
+        """Return the answers of a model that is loaded here."""
         from holdfast.evaluation.answering import answer_prompts
         from holdfast.machine.processes import Processes
         from holdfast.models.device import choose_device
@@ -181,7 +181,7 @@ class _Job:
 
 
 def _asked(row: Mapping[str, Any], template: str, system: str) -> list[dict[str, str]] | str:
-    """What a server is asked: messages, to which it applies its chat template, or the Alpaca text."""
+    """Return the input of a server: messages, to which it applies its chat template, or the Alpaca text."""
     if template == "alpaca":
         return alpaca(row, system)
     turns = row["messages"][:-1] if row.get("messages") else [{"role": "user", "content": question(row)}]

@@ -134,7 +134,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a damaged or foreign config makes the library raise
+    except Exception as error:  # a damaged or foreign config can raise any exception
         raise ModelError(f"Cannot build the model in {folder}: {first_line(error)}") from None
 
 
@@ -142,7 +142,7 @@ def put_on(model: Any, adapter: Path, name: str = "default", trainable: bool = F
     """The model with the adapter in a folder, under `name`.
 
     Raises:
-        ModelError: it is no adapter in safetensors, does not fit the model, or lacks weights.
+        ModelError: it is not an adapter in safetensors, does not fit the model, or lacks weights.
     """
     from peft import PeftModel
 
@@ -154,7 +154,7 @@ def put_on(model: Any, adapter: Path, name: str = "default", trainable: bool = F
             if not isinstance(model, PeftModel):
                 return PeftModel.from_pretrained(model, adapter, adapter_name=name, is_trainable=trainable)
             missing = model.load_adapter(adapter, adapter_name=name, is_trainable=trainable).missing_keys
-    except Exception as error:  # whatever a damaged folder makes PEFT raise
+    except Exception as error:  # a damaged folder can raise any exception in PEFT
         raise ModelError(f"Cannot load the adapter in {adapter}: {first_line(error)}") from None
     if missing:
         raise ModelError(f"The adapter in {adapter} lacks {_named(missing)}. Save the adapter again.")
@@ -165,7 +165,7 @@ def _from_folder(kind: Any, folder: Path, what: str, **options: Any) -> tuple[An
     """A model from a folder's safetensors files, and the names of the weights that they lack."""
     try:
         model, told = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
-    except Exception as error:  # whatever a damaged folder makes the loader raise
+    except Exception as error:  # a damaged folder can raise any exception in the loader
         raise ModelError(f"Cannot load the {what} in {folder}: {first_line(error)}") from None
     return model, sorted(told["missing_keys"])
 

@@ -1,4 +1,4 @@
-"""The block `evaluation` of a recipe: what is generated, which judges judge it, and which rater rates it."""
+"""The block `evaluation` of a recipe: the prompts and the decoding, the judges, and the rater."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Endpoint(Part):
 
 
 class Evaluation(Decoding):
-    """What is generated and which judges judge it; defaults are Lisa's: 1000 prompts, 512 new tokens.
+    """The prompts, the decoding and the judges; defaults are Lisa's: 1000 prompts, 512 new tokens.
 
     `protocol` names a paper whose settings replace the defaults. `rater` grades the answers to a task that
     only a judge can grade. `system` is a text before every question, after the text that a method of the user

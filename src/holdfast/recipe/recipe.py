@@ -57,11 +57,11 @@ class Recipe(Part):
         return self
 
     def needs(self, stage: str) -> tuple[str, ...]:
-        """What the defense of a stage needs beyond its own data set; empty if the stage does not run."""
+        """The inputs that a stage's defense needs beyond its own rows; empty if the stage does not run."""
         return self._declared(stage, "needs")
 
     def may_use(self, stage: str) -> tuple[str, ...]:
-        """What the defense of a stage also gets if the run has it."""
+        """The inputs that a stage's defense also gets if the run has them."""
         return self._declared(stage, "optional")
 
     def _declared(self, stage: str, fact: str) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ class Recipe(Part):
         return lora if isinstance(lora, Lora) else None
 
     def trains(self, stage: str) -> Literal["new", "continue", "full"]:
-        """What a stage trains: a new adapter, the alignment stage's, or all weights.
+        """Return what a stage trains: a new adapter, the alignment stage's, or all weights.
 
         A user stage with `adapter: continue` trains all weights if the alignment stage did.
         """
@@ -84,7 +84,7 @@ class Recipe(Part):
         return "new" if self.lora(stage) else "full"
 
     def _adapter(self) -> str:
-        """What the user stage trains: set by the recipe, or the defense's default."""
+        """The `adapter` of the user stage: set by the recipe, or the defense's default."""
         assert self.user is not None
         return self.user.adapter or registry.faces("defenses")[self.user.defense].facts.get("adapter", "new")
 
@@ -141,7 +141,7 @@ class Recipe(Part):
                 raise Wrong([*place, "use_dora"], text + choice)
 
     def _check_post_hoc(self, repair: PostHocRecipe) -> None:
-        """What the method needs must be separate from the rest, and on disk."""
+        """The update that the method repairs must be separate from others, and its inputs must be on disk."""
         repair.check()
         facts, needs = registry.faces("defenses")[repair.defense].facts, self.needs("post_hoc")
         who = f"{repair.defense} repairs"

@@ -29,7 +29,7 @@ TRACKERS = ("mlflow", "tensorboard", "trackio", "wandb")
 NOT_IDENTITY = {
     "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
 }  # fmt: skip
-"""Training arguments that change no number: they say where the logs go, and do not name a step."""
+"""Training arguments that affect only where the logs go; they are not part of a step's name."""
 
 ALIGNMENT_TRAINING = {  # Lisa, arXiv 2405.18641, section 5.1; decay, schedule and warm-up from its code
     "learning_rate": 1e-3,

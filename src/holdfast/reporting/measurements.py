@@ -116,7 +116,7 @@ class Row:
 
     @property
     def repaired(self) -> str:
-        """What the repair did, over all seeds, in the words of its method; empty if the results lack it."""
+        """The method's text about the repair, over all seeds; empty if the results lack it."""
         found = [mapping(member.raw.get("repair")) for member in self.members]
         text = self.members[0].raw.get("headline")
         if not isinstance(text, str):

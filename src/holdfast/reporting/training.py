@@ -22,7 +22,7 @@ SERIES: Mapping[str, tuple[str, str]] = {
     "loss": ("Loss", "loss"),
     "grad_norm": ("Gradient norm", "gradient norm"),
 }
-"""What every training logs: its chart and the name of its line."""
+"""The values that every training logs: the chart and the name of the line."""
 
 HUGE = 1e15
 """Above this, a chart's axis has no readable numbers; such a value counts as not finite."""

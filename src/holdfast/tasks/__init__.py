@@ -160,5 +160,5 @@ def _own() -> list[str]:
 
 
 def _plugins() -> Plugins:
-    """What other packages bring; the registry asks in the same way."""
+    """Return the data sets of other packages, in the same way as the registry."""
     return plugins("tasks", DataSet, frozenset(_own()))

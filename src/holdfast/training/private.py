@@ -1,7 +1,7 @@
 """Every private name of torch, transformers and TRL that Holdfast uses, and why; no other file uses one.
 
-`PINNED` lists the names by owner. `tests/test_private_names.py` fails if a library renames one of them, or if
-another file of the package uses a private name that is not its own.
+`PINNED` lists the names by owner. `tests/training/test_private_names.py` fails if a library renames one of
+them, or if another file of the package uses a private name that is not its own.
 """
 
 from __future__ import annotations

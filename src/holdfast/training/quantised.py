@@ -1,4 +1,4 @@
-"""4-bit weights whose gradients flow."""
+"""Keep 4-bit weights differentiable."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def combine(
     Args:
         adapters: adapter folders or Hub ids for one base model, with any ranks, scalings and targets.
         out: a new folder.
-        weights: what the update of each adapter is multiplied with in the sum; 1 by default.
+        weights: the factor of each adapter's update in the sum; 1 by default.
 
     Raises:
         ModelError: an adapter is missing, damaged or not a plain LoRA; or the adapters do not add up; or an

@@ -109,14 +109,14 @@ def from_hub(repo: str, revision: str | None, download: bool) -> Path:
 
 
 NAMED_BY = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken", ".py")
-"""Suffixes of the files that decide what a model or adapter folder does."""
+"""Suffixes of the files that determine the behaviour of a model or adapter."""
 
 
 def fingerprint(folder: Path, digests: Digests | None = None) -> str:
-    """Twelve hex digits that name the content of a model or adapter folder, wherever it lies.
+    """Return twelve hex digits that identify the content of a model or adapter folder, for any path.
 
     Args:
-        digests: remembers the SHA-256 of large files; without it every file is read.
+        digests: caches the SHA-256 of large files; without it every file is read.
     """
     digests = digests or Digests()
     files = sorted(path for path in folder.iterdir() if path.suffix in NAMED_BY and path.is_file())

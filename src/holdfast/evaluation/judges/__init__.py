@@ -101,7 +101,7 @@ class Judge:
         metric: for a judge of quality, the `metric` of the tasks that it can rate.
         title: for a judge of harm, the name of its share of "harmful".
         direction: whether a "lower" or a "higher" score is better.
-        check: called before anything starts, with the arguments of `load`; raises what would stop the judge.
+        check: called before anything starts, with the arguments of `load`; raises if the judge cannot run.
     """
 
     name: str

@@ -6,7 +6,7 @@ card for a chatbot's answers, word for word (Gemma terms of use). The prompt is 
 model's own folder, which takes the guideline as an argument. If a folder has no template, the prompt is put
 together in the order that the model card gives. The card's example is for a question alone; the sentences on
 an answer ("whether an AI response to prompt", "Does the Chatbot Response violate") are from public programs
-that follow the paper's figure, which could not be read itself. The card gives no threshold: 0.5 is ours.
+that follow the paper's figure; the figure itself could not be read. The card gives no threshold: 0.5 is ours.
 Where we differ: the verdict is unparsed if "Yes" and "No" together have less than half of the probability.
 """
 
