@@ -1,4 +1,4 @@
-"""Digests of code that ignore comments, docstrings, imports and layout."""
+"""Digests of code that ignore comments, docstrings, imports and empty lines."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _code_or_bytes(path: Path) -> bytes:
 
 @cache
 def _ours(path: Path) -> tuple[bytes, tuple[str, ...]]:
-    """The code of one of our files, and the modules that it may import from ours."""
+    """Return the code of one of our files, and the modules of ours that it may import."""
     return _code_or_bytes(path), tuple(_imported(path))
 
 
