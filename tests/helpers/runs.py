@@ -32,7 +32,8 @@ def run(recipe, out, page=False, **options):
     """A run on the CPU; its report is an empty file unless `page` asks for it (half a second)."""
     seen = Seen()
     with nullcontext() if page else no_pages():
-        results = pipeline.run(Recipe.load(recipe), out=out, device="cpu", progress=seen, **options)
+        asked = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+        results = pipeline.run(asked, out=out, device="cpu", progress=seen, **options)
     return results, seen
 
 
