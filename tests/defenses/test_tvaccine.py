@@ -14,7 +14,6 @@ import two_passes
 from holdfast.defenses import tvaccine
 from holdfast.defenses.tvaccine import TVaccineConfig, draw_layers
 from holdfast.errors import ModelError
-from holdfast.models.quantization import keep_differentiable
 from holdfast.training.layers import decoder_layers
 from two_passes import parts
 
@@ -301,7 +300,6 @@ def test_nf4_with_checkpointing(tmp_path):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
         )
         net = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantised)
-        keep_differentiable(net)  # on a CPU with AVX512-BF16
         net = prepare_model_for_kbit_training(net, use_gradient_checkpointing=checkpointing)
         torch.manual_seed(3)
         net = get_peft_model(net, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
