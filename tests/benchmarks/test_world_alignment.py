@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from places import BENCHMARKS
+from runs import no_pages
 
 
 def test_every_alignment_is_measured_before_and_after_the_attack(tmp_path, monkeypatch):
@@ -16,7 +17,8 @@ def test_every_alignment_is_measured_before_and_after_the_attack(tmp_path, monke
     monkeypatch.setattr(benchmark, "runs", lambda: chosen)
     few = ("alignment.training.max_steps=2", "user.training.max_steps=2", "evaluation.prompts=4",
            "evaluation.task_rows=4", "evaluation.max_new_tokens=4")  # fmt: skip
-    found = benchmark.measure(tmp_path, seeds=(42,), changes=few)["rows"]
+    with no_pages():
+        found = benchmark.measure(tmp_path, seeds=(42,), changes=few)["rows"]
     names = ("SFT", "T-Vaccine")
     assert set(found) == {*names, *(f"aligned, {name}" for name in names), "T-Vaccine + Lisa", [*chosen][-1]}
     for row in found.values():
