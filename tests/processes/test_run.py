@@ -200,6 +200,7 @@ def test_an_initialisation_that_several_processes_cannot_undo_is_refused(recipe,
 
 def test_all_weights_on_top_of_an_adapter(recipe, tmp_path):
     """Full fine-tuning: DDP and FSDP2 give the same model, which a plain loader can read."""
+    from accelerate.utils import is_torch_version
     from transformers import AutoModelForCausalLM
 
     recipe = {**recipe, "user": {**recipe["user"], "lora": "none"}}
@@ -211,7 +212,9 @@ def test_all_weights_on_top_of_an_adapter(recipe, tmp_path):
     before = AutoModelForCausalLM.from_pretrained(recipe["model"]["path"]).state_dict()
     assert before.keys() == weights["ddp"].keys() == weights["fsdp2"].keys()
     assert sum(float((weights["ddp"][k] - before[k]).abs().max()) > 1e-3 for k in before) > 10
-    assert max(float((weights["ddp"][k] - weights["fsdp2"][k]).abs().max()) for k in before) < 1e-5
+    # Before torch 2.13, only DDP has the lean loss, which rounds differently.
+    close = 1e-4 if is_torch_version("<", "2.13") else 1e-5
+    assert max(float((weights["ddp"][k] - weights["fsdp2"][k]).abs().max()) for k in before) < close
 
 
 def kill_in_the_repair():

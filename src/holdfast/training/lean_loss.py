@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import is_torch_version
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -181,7 +182,15 @@ class LeanLossMixin:
     def decide_lean(self: Any) -> None:
         """Test it on a row of the training data. It stays off if another loss or a wrapped forward is set."""
         args, model = self.args, self.model
-        others = self.label_smoother, self.compute_loss_func, args.torch_compile, self.is_deepspeed_enabled
+        # Before torch 2.13, FSDP2 waits for the head's own forward, and gathers no module of its group again.
+        waits = self.is_fsdp_enabled and is_torch_version("<", "2.13")
+        others = (
+            self.label_smoother,
+            self.compute_loss_func,
+            args.torch_compile,
+            self.is_deepspeed_enabled,
+            waits,
+        )
         self.lean = False
         if args.lean_loss and args.n_gpu <= 1 and not any(others):
             few = few_tokens(self.train_dataset[0], args.device)
