@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import types
+from importlib.metadata import EntryPoint
 
 import pytest
 
@@ -145,6 +146,26 @@ def test_a_changed_method_or_plug_in_is_another_step(tmp_path, monkeypatch):
     assert version("judges", str(tmp_path / "moved.py")) == first, "the path does not count"
     judge.write_text(text.replace("load=None", "load=print"))
     assert version("judges", str(judge)) != first
+
+
+def test_a_changed_package_is_another_step(tmp_path, monkeypatch, install):
+    """Any Python file of the plug-in's package counts, also under the same version."""
+    package = tmp_path / "stepping"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "helper.py").write_text("BETA = 1\n")
+    (package / "method.py").write_text(
+        "from holdfast.defenses import Defense\n"
+        "DEFENSE = Defense(name='stepping', label='Stepping', stages=('user',), paper='none')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    install(EntryPoint("stepping", "stepping.method:DEFENSE", "holdfast.defenses"))
+    first = version("defenses", "stepping")
+    assert first["name"] == "stepping"
+    (package / "helper.py").write_text("# prose is not code\nBETA = 1\n")
+    assert version("defenses", "stepping") == first
+    (package / "helper.py").write_text("BETA = 2\n")
+    assert version("defenses", "stepping") != first
 
 
 def fresh(code):
