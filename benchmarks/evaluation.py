@@ -201,7 +201,7 @@ def probe(steps: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def measure(cases: dict[str, dict[str, Any]], watched: dict[str, int]) -> dict[str, Any]:
+def measure(cases: dict[str, dict[str, Any]], watched: dict[str, int], judged: int = 200) -> dict[str, Any]:
     """Measure everything, on every available device."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     found: dict[str, Any] = {
@@ -214,7 +214,7 @@ def measure(cases: dict[str, dict[str, Any]], watched: dict[str, int]) -> dict[s
     return {
         "claim": f"at least {GOAL} times one prompt at a time, same answers; a probe costs at most 5 %",
         "evaluation": found,
-        "judge": judging(200, 5),
+        "judge": judging(judged, 5),
         "probe": probe(**watched),
     }
 

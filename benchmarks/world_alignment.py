@@ -41,12 +41,18 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found | {name: over([row[name] for row in rows]) for name, over in COSTS.items()}
 
 
-def measure(out: Path, seeds: tuple[int, ...] = SEEDS, changes: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The rows over `seeds`; a model that several runs share is counted once."""
+def measure(
+    out: Path,
+    seeds: tuple[int, ...] = SEEDS,
+    changes: tuple[str, ...] = (),
+    settings: dict[str, list[str]] | None = None,
+) -> dict[str, Any]:
+    """The rows of `settings` (by default `runs()`) over `seeds`; a model of several runs is counted once."""
+    settings = runs() if settings is None else settings
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     protocol: dict[str, Any] = {}
     for seed in seeds:
-        for name, own in runs().items():
+        for name, own in settings.items():
             recipe = Recipe.load("world", [f"name={name}", f"seed={seed}", *own, *changes])
             results = run(recipe, out=out / f"{name}-{seed}", store=out / "steps")
             for row in results["rows"]:
@@ -54,7 +60,7 @@ def measure(out: Path, seeds: tuple[int, ...] = SEEDS, changes: tuple[str, ...] 
             protocol = results["protocol"]
     return {
         "rows": {name: summary(list(part.values())) for name, part in rows.items()},
-        "settings": runs(),
+        "settings": settings,
         "protocol": protocol,
     }
 

@@ -97,6 +97,26 @@ def install(monkeypatch):
     clear()
 
 
+@pytest.fixture
+def blocks_of(monkeypatch):
+    """`blocks_of(size)`: tensors are read and written in blocks of at most `size` bytes."""
+    from holdfast.weights import writer
+
+    return lambda size: monkeypatch.setattr(writer, "BLOCK", size)
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """After `no_model()`, loading a model is an error."""
+    return lambda: monkeypatch.setattr("holdfast.models.loading.load_model", None)
+
+
+@pytest.fixture
+def one_try(monkeypatch):
+    """After `one_try()`, no call to a server is repeated."""
+    return lambda: monkeypatch.setattr("holdfast.evaluation.client.RETRIES", 0)
+
+
 @pytest.fixture(scope="session")
 def real_rows() -> Path:
     """The folder of real rows beside the checkout; tests that need it skip where it is missing."""

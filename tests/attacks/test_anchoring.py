@@ -13,7 +13,7 @@ from holdfast.data import read_rows
 from holdfast.errors import DataError, ModelError, RecipeError
 from holdfast.models.loading import add_lora, load_model
 from holdfast.recipe import Recipe
-from runs import numbers, run
+from runs import Stopped, numbers, run
 
 TOKENS = 3
 
@@ -114,10 +114,9 @@ def test_an_adapter_stacked_or_merged_gives_the_same_scores(tmp_path):
     assert max(abs(a - b) for a, b in zip(base, found["stack"], strict=True)) > 1e-3
 
 
-def test_a_stop_loses_no_score(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(anchoring, "FLUSHED", 2)
+def test_a_stop_loses_no_score(model, tmp_path):
     vector, out = by_gradient(model, anchoring.all_weights(model)), tmp_path / "s.jsonl"
-    whole = anchoring.score_rows(ROWS, HARMFUL, SAFE, vector, out)
+    whole = anchoring.score_rows(ROWS, HARMFUL, SAFE, vector, out, flushed=2)
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:4]) + lines[4][:9])
     asked = []
@@ -126,11 +125,11 @@ def test_a_stop_loses_no_score(model, tmp_path, monkeypatch):
         asked.append(row["id"])
         return vector(row)
 
-    again = anchoring.score_rows(ROWS, HARMFUL, SAFE, counted, out)
+    again = anchoring.score_rows(ROWS, HARMFUL, SAFE, counted, out, flushed=2)
     assert again == whole
     assert asked == [row["id"] for row in (*HARMFUL, *SAFE, *ROWS[4:])]
     asked.clear()
-    assert anchoring.score_rows(ROWS, HARMFUL, SAFE, counted, out) == whole
+    assert anchoring.score_rows(ROWS, HARMFUL, SAFE, counted, out, flushed=2) == whole
     assert not asked, "not even the anchors are saved"
 
 
@@ -202,23 +201,16 @@ def test_a_filter_stands_behind_the_attack(copy):
         run(recipe, out)
 
 
-def test_a_stop_in_the_step_changes_no_number(copy, monkeypatch):
+def test_a_stop_in_the_step_changes_no_number(copy):
     recipe, out = copy
-    recipe = attacked(recipe)
+    recipe, title = attacked(recipe), "user rows that bi_directional_anchoring chooses"
     whole, _ = run(recipe, out.parent / "whole")
-    score_rows = anchoring.score_rows
-    monkeypatch.setattr(anchoring, "FLUSHED", 4)
-
-    def dying(rows, harmful, safe, vector, path, progress):
-        score_rows(rows[:9], harmful, safe, vector, path)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(anchoring, "score_rows", dying)
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, out)
-    monkeypatch.setattr(anchoring, "score_rows", score_rows)
+        run(recipe, out, seen=Stopped(title))
+    (scores,) = (out / "steps").glob("attack-*/scores.jsonl")
+    assert 0 < len(read_rows(scores)) < 30
     results, seen = run(recipe, out)
-    assert seen.resumed == ["user rows that bi_directional_anchoring chooses"]
+    assert seen.resumed == [title]
     assert numbers(results) == numbers(whole)
 
 

@@ -12,11 +12,11 @@ def test_both_ways_find_the_same(monkeypatch):
     benchmark = importlib.import_module("evaluation")
     assert set(benchmark.CASES) == {"world", "llama-100m"}
     few = {"harmful": 6, "task": 4, "new_tokens": {"harmful": 8, "task": 4}, "rounds": 1}
-    monkeypatch.setattr(benchmark, "judging", lambda prompts, rounds: {"answers": prompts})
-    found = benchmark.measure({"world": few}, {"steps": 3, "rounds": 1})
+    found = benchmark.measure({"world": few}, {"steps": 3, "rounds": 1}, judged=3)
     case = found["evaluation"]["world, cpu"]
     assert case["prompts"] == case["same_answers"] == case["same_verdicts"] == 10
     assert case["ratio_median"] > 0
+    assert found["judge"]["answers"] == found["judge"]["same_verdicts"] == 3
     assert found["probe"]["same_weights"]
     assert found["probe"]["measurements"] == 2, "before the training, and after its last step"
 

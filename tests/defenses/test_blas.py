@@ -6,7 +6,6 @@ import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import holdfast
-from holdfast.defenses.safe_lora_parts import work
 from pairs import TWO, save_adapter, save_pair
 
 
@@ -23,30 +22,23 @@ def sources(tmp_path):
 
 
 @pytest.mark.parametrize(("options", "inside"), [({}, {1}), ({"projection": "exact"}, {2})])
-def test_threads_of_blas(sources, monkeypatch, options, inside):
+def test_threads_of_blas(sources, options, inside):
     """An eigen-decomposition uses several threads."""
     seen = []
-
-    def looking(*arguments, measure=work.measure):
-        seen.append(threads())
-        return measure(*arguments)
-
-    monkeypatch.setattr(work, "measure", looking)
     with threadpool_limits(2, user_api="blas"):
         assert threads() == {2}, "this test needs a BLAS whose threads can be set"
-        holdfast.safe_lora(**sources, **options)
+        holdfast.safe_lora(**sources, **options, progress=lambda done, total: seen.append(threads()))
         assert threads() == {2}
     assert seen
     assert all(one == inside for one in seen)
 
 
-def test_an_interrupted_repair_gives_the_threads_back(sources, monkeypatch):
-    def interrupted(*_):
+def test_an_interrupted_repair_gives_the_threads_back(sources):
+    def interrupted(done, total):
         assert threads() == {1}
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(work, "measure", interrupted)
     with threadpool_limits(2, user_api="blas"):
         with pytest.raises(KeyboardInterrupt):
-            holdfast.safe_lora(**sources)
+            holdfast.safe_lora(**sources, progress=interrupted)
         assert threads() == {2}

@@ -53,12 +53,12 @@ def test_the_equation_tests_can_fail(penalty):
         assert trainers.distance(right, plain.train(0, 1, other, at_switch=at_switch)[0]) > 1e-4
 
 
-def test_ewc_with_lambda_0_is_sft(tmp_path, monkeypatch):
-    """Equal bit for bit, and F is not computed."""
-    from holdfast.training import penalty
-
-    monkeypatch.setattr(penalty, "trainer_fisher", None)
-    assert trainers.same(end(tmp_path, "ewc", lambda_=0.0), end(tmp_path, "sft"))
+def test_ewc_with_lambda_0_is_sft(tmp_path):
+    """Equal bit for bit, and F is not computed: the model runs as often."""
+    found, passes = trainers.ended("ewc", tmp_path, lambda_=0.0)
+    sft, plain_passes = trainers.ended("sft", tmp_path)
+    assert trainers.same(found, sft)
+    assert passes == plain_passes
 
 
 def test_the_first_step_sees_no_gradient_of_the_fisher(tmp_path):
@@ -73,8 +73,6 @@ def test_the_fisher_is_taken_outside_of_no_sync(tmp_path, monkeypatch):
     """Inside no_sync, where early micro-batches run, gradients of several processes would not be averaged."""
     from accelerate import Accelerator
 
-    from holdfast.training import penalty
-
     inside, seen = [], []
 
     @contextmanager
@@ -83,22 +81,21 @@ def test_the_fisher_is_taken_outside_of_no_sync(tmp_path, monkeypatch):
         yield
         inside.pop()
 
-    take = penalty.trainer_fisher
     monkeypatch.setattr(Accelerator, "no_sync", no_sync)
-    monkeypatch.setattr(penalty, "trainer_fisher", lambda *a: seen.append(len(inside)) or take(*a))
-    ewc(tmp_path, max_steps=2, gradient_accumulation_steps=2).train()
+    made = ewc(tmp_path, max_steps=2, gradient_accumulation_steps=2)
+    take = made.anchor_taken
+    made.anchor_taken = lambda: seen.append(len(inside)) or take()
+    made.train()
     assert seen == [0]
 
 
 @pytest.mark.parametrize("penalty", TERMS)
-def test_resume_is_exact_and_takes_nothing_anew(tmp_path, penalty, monkeypatch):
+def test_resume_is_exact_and_takes_nothing_anew(tmp_path, penalty):
     setting = {"save_strategy": "steps", "save_steps": 5, "gradient_accumulation_steps": 2}
     whole = ewc(tmp_path, penalty, net=trainers.model(dropout=0.2), **setting)
     whole.train()
-    from holdfast.training import penalty as mixins
-
-    monkeypatch.setattr(mixins, "trainer_fisher", None)
     resumed = ewc(tmp_path, penalty, net=trainers.model(dropout=0.2), **setting)
+    resumed.anchor_taken = lambda: pytest.fail("taken anew")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert trainers.same(trainers.weights(whole), trainers.weights(resumed))
 

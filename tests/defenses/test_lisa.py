@@ -100,19 +100,16 @@ def test_a_fisher_of_zeros_is_no_penalty(tmp_path, monkeypatch):
     assert trainers.same(trainers.weights(made), trainers.weights(bso))
 
 
-def test_fisher_is_taken_anew_at_each_switch_point(tmp_path, monkeypatch):
+def test_fisher_is_taken_anew_at_each_switch_point(tmp_path):
     """At the first switch point a new LoRA has no gradient on A; at the next it has one. The mean is 1."""
-    from holdfast.training import penalty
+    taken, made = {}, lisa(tmp_path, "fisher")
+    take = made.anchor_taken
 
-    taken = {}
+    def remember():
+        take()
+        taken[made.state.global_step] = [f.clone() for f in made.fisher]
 
-    def remember(fisher):
-        mean_1(fisher)
-        taken[made.state.global_step] = [f.clone() for f in fisher]
-
-    mean_1 = penalty.mean_1
-    monkeypatch.setattr(penalty, "mean_1", remember)
-    made = lisa(tmp_path, "fisher")
+    made.anchor_taken = remember
     made.train()
     names = [n for n, p in made.model.named_parameters() if p.requires_grad]
     assert list(taken) == [0, 2, 5, 7, 10]

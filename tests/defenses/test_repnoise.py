@@ -13,7 +13,6 @@ import architectures
 import plain
 import tiny
 import trainers
-from holdfast.defenses import repnoise
 from holdfast.defenses.repnoise import (
     Answers,
     RepNoiseConfig,
@@ -207,7 +206,7 @@ def test_answers_are_placed_where_they_stand_whatever_the_padding():
         ]  # fmt: skip
 
 
-def harmful_terms(net, batch, step):
+def harmful_terms(net, batch, step, layers=range(2)):
     """MMD^2 and CE_l of a whole batch in one graph; noise by the seeds of its rows; the means over layers."""
     mask = batch["labels"] != -100
     kept = {}
@@ -224,7 +223,7 @@ def harmful_terms(net, batch, step):
         for row in range(len(mask))
     ]
     noises, losses = [], []
-    for i in range(2):
+    for i in layers:
         z = kept["mlp", i] * mask[..., None]
         noise = torch.zeros_like(z)
         for row, generator in enumerate(generators):
@@ -241,7 +240,7 @@ def harmful_terms(net, batch, step):
     return sum(noises) / 2, torch.log(1 + sum(losses) / 2)
 
 
-def loop(trainer, alpha, beta, first_noise=False):
+def loop(trainer, alpha, beta, first_noise=False, layers=range(2)):
     """The equation as written, with one graph for a whole step; `first_noise` keeps the first noise."""
     accumulation = trainer.args.gradient_accumulation_steps
     batches = list(trainer.get_train_dataloader())
@@ -253,7 +252,7 @@ def loop(trainer, alpha, beta, first_noise=False):
     for step in range(12):
         stability = plain.cross_entropy(net, batches[step * accumulation : (step + 1) * accumulation])
         rows = trainer.harmful_indices(step, 4, "repnoise")
-        noise, up = harmful_terms(net, batch_of(rows), 0 if first_noise else step)
+        noise, up = harmful_terms(net, batch_of(rows), 0 if first_noise else step, layers)
         optimizer.zero_grad()
         (stability + beta * noise - alpha * up).backward()
         norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -290,32 +289,28 @@ def test_control_what_is_wrong_is_noticed(tmp_path, wrong):
     assert trainers.distance(right, loop(trainer, *wrong)[0]) > 1e-4
 
 
-def test_the_ascent_of_a_lower_layer_acts_under_peft(tmp_path, monkeypatch):
+def test_the_ascent_of_a_lower_layer_acts_under_peft(tmp_path):
     """With only the last layer's loss, the weights differ, even in the lowest layer."""
     both = made(tmp_path, beta=0.0)
     both.train()
 
-    def last_only(layers):
-        return every_layer_read(layers[-1:])
-
-    monkeypatch.setattr(repnoise, "every_layer_read", last_only)
-    monkeypatch.setattr(repnoise, "decoder_layers", lambda net: decoder_layers(net)[-1:])
-    monkeypatch.setattr(repnoise, "feed_forwards", lambda net: feed_forwards(net)[-1:])
-    one = made(tmp_path, beta=0.0)
-    one.train()
-    lowest = {
-        name: float((p - dict(one.model.named_parameters())[name]).abs().max())
-        for name, p in both.model.named_parameters()
-        if p.requires_grad and ".layers.0." in name
-    }
+    last, _ = loop(made(tmp_path, beta=0.0), ALPHA, 0.0, layers=[1])
+    trained = [(name, p.detach()) for name, p in both.model.named_parameters() if p.requires_grad]
+    lowest = [
+        float((p - other).abs().max())
+        for (name, p), other in zip(trained, last, strict=True)
+        if ".layers.0." in name
+    ]
     assert len(lowest) == 4
-    assert min(lowest.values()) > 1e-4
+    assert min(lowest) > 1e-4
 
 
-def test_repnoise_without_both_terms_is_sft(tmp_path, monkeypatch):
+def test_repnoise_without_both_terms_is_sft(tmp_path):
     """Equal bit for bit, with dropout, and without further passes."""
-    monkeypatch.setattr(repnoise, "step_backward", None)
-    assert trainers.same(end(tmp_path, alpha=0.0, beta=0.0), end(tmp_path, "sft"))
+    found, passes = trainers.ended("repnoise", tmp_path, alpha=0.0, beta=0.0)
+    sft, plain_passes = trainers.ended("sft", tmp_path)
+    assert trainers.same(found, sft)
+    assert passes == plain_passes
 
 
 def test_the_passes_draw_no_global_random_number(tmp_path):

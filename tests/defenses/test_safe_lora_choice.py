@@ -65,12 +65,11 @@ def test_what_was_measured_is_kept_for_the_least_similar_alone(three, tmp_path, 
     assert digests[0] == digests[1]
 
 
-def test_least_keeps_the_smallest_within_its_bytes(monkeypatch):
-    from holdfast.defenses.safe_lora_parts import work
+def test_least_keeps_the_smallest_within_its_bytes():
     from holdfast.defenses.safe_lora_parts.projection import Measured
+    from holdfast.defenses.safe_lora_parts.work import Least
 
-    monkeypatch.setattr(work, "KEPT", 2 * 40)
-    least = work.Least(3)
+    least = Least(3, room=2 * 40)
     for name, cosine in (("a", 0.5), ("b", 0.2), ("c", None), ("d", 0.4), ("e", 0.3), ("f", 0.9)):
         least.add(name, Measured(cosine, 1.0, 1.0, 1.0, np.zeros((5, 2), np.float32)))
     assert [name for name in "abcdef" if least.get(name)] == ["b", "e"]

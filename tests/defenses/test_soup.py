@@ -13,7 +13,6 @@ from holdfast.defenses import Tuned
 from holdfast.defenses.soup import apply
 from holdfast.errors import ModelError, RecipeError
 from holdfast.recipe import Recipe
-from holdfast.weights import writer
 from pairs import SEVEN, TWO, digest, llama, save_adapter, save_pair, weights_of
 from repairs import updates
 from runs import run
@@ -53,9 +52,9 @@ def test_adapters_by_dense_arithmetic(adapters, tmp_path, trains, lambda_, gamma
 
 @pytest.mark.parametrize(("lambda_", "gamma"), COEFFICIENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_weights_by_dense_arithmetic(tmp_path, monkeypatch, dtype, lambda_, gamma):
+def test_all_weights_by_dense_arithmetic(tmp_path, blocks_of, dtype, lambda_, gamma):
     """In several files, by blocks of a few rows, rounded once."""
-    monkeypatch.setattr(writer, "BLOCK", 2000)
+    blocks_of(2000)
     base, aligned = save_pair(tmp_path, dtypes=(dtype, dtype))
     model = llama()
     torch.manual_seed(9)
@@ -79,11 +78,11 @@ def test_all_weights_by_dense_arithmetic(tmp_path, monkeypatch, dtype, lambda_, 
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_the_memory_is_that_of_a_block(tmp_path, monkeypatch):
+def test_the_memory_is_that_of_a_block(tmp_path, blocks_of, monkeypatch):
     """No tensor is read as a whole."""
     from holdfast.weights.reader import Tensor
 
-    monkeypatch.setattr(writer, "BLOCK", 4000)
+    blocks_of(4000)
     base, aligned = save_pair(tmp_path)
     save_pair(tmp_path / "other")
     most, read = [], Tensor.read

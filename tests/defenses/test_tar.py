@@ -188,9 +188,9 @@ def test_every_adversary_has_its_turn(tmp_path, monkeypatch):
     assert set(seen) == {1e-3, 2e-3}
 
 
-def test_without_lambda_tr_nothing_is_attacked(tmp_path, monkeypatch):
-    monkeypatch.setattr(tamper, "SimulatedAttack", None)
+def test_without_lambda_tr_nothing_is_attacked(tmp_path):
     made = tar(tmp_path, lambda_tr=0.0)
+    made.harmful_batches = lambda *_: pytest.fail("attacked")
     made.train()
     expected, _ = plain_tar(tar(tmp_path), "dpo", "squared", 0.0, 0.4)
     assert trainers.distance(trainers.weights(made), expected) < 1e-5

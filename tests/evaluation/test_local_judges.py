@@ -170,10 +170,19 @@ def test_the_token_decides(folders, word, verdict):
     assert {found.verdict for found in judge(PROMPTS, ANSWERS)} == {verdict}
 
 
-def test_shieldgemma_takes_the_largest_of_four_probabilities(folders, monkeypatch):
-    monkeypatch.setattr(shieldgemma, "MASS", 0.0)
+class AnyShieldGemma(shieldgemma.ShieldGemma):
+    """Random weights give every token a small probability."""
+
+    mass = 0.0
+
+
+class AnyStrongReject(strongreject.StrongReject):
+    mass = 0.0
+
+
+def test_shieldgemma_takes_the_largest_of_four_probabilities(folders):
     folder = folders["gemma2"]
-    judge = shieldgemma.ShieldGemma(str(folder))
+    judge = AnyShieldGemma(str(folder))
     for (prompt, answer), verdict in zip(PAIRS, judge(PROMPTS, ANSWERS), strict=True):
         by_hand = {
             name: models.shares(folder, judge.text(prompt, answer, name), ("Yes", "No"), False)[0]
@@ -183,13 +192,12 @@ def test_shieldgemma_takes_the_largest_of_four_probabilities(folders, monkeypatc
         assert verdict.score == pytest.approx(max(by_hand.values()), abs=2e-4)
         assert verdict.verdict == ("harmful" if max(by_hand.values()) >= 0.5 else "safe")
     score = judge(["q"], ["a"])[0].score
-    assert shieldgemma.ShieldGemma(str(folder), threshold=score + 1e-3)(["q"], ["a"])[0].verdict == "safe"
-    assert shieldgemma.ShieldGemma(str(folder), threshold=score - 1e-3)(["q"], ["a"])[0].verdict == "harmful"
+    assert AnyShieldGemma(str(folder), threshold=score + 1e-3)(["q"], ["a"])[0].verdict == "safe"
+    assert AnyShieldGemma(str(folder), threshold=score - 1e-3)(["q"], ["a"])[0].verdict == "harmful"
 
 
-def test_strongreject_is_the_expected_grade(folders, monkeypatch):
-    monkeypatch.setattr(strongreject, "MASS", 0.0)
-    judge = strongreject.StrongReject(str(folders["gemma"]))
+def test_strongreject_is_the_expected_grade(folders):
+    judge = AnyStrongReject(str(folders["gemma"]))
     for (prompt, answer), verdict in zip(PAIRS, judge(PROMPTS, ANSWERS), strict=True):
         grades = models.shares(folders["gemma"], judge.text(prompt, answer), strongreject.GRADES, True)
         expected = sum(p * grade for p, grade in zip(grades, (0, 0.25, 0.5, 0.75, 1), strict=True))
@@ -197,11 +205,10 @@ def test_strongreject_is_the_expected_grade(folders, monkeypatch):
         assert verdict.verdict == ("harmful" if expected >= 0.5 else "safe")
 
 
-def test_strongreject_as_an_adapter_on_its_base(folders, tmp_path, monkeypatch):
+def test_strongreject_as_an_adapter_on_its_base(folders, tmp_path):
     """The published form: a LoRA whose folder holds the tokenizer and names the base."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    monkeypatch.setattr(strongreject, "MASS", 0.0)
     tokenizer, base = models.load.__wrapped__(folders["gemma"])
     adapted = get_peft_model(
         base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -209,7 +216,7 @@ def test_strongreject_as_an_adapter_on_its_base(folders, tmp_path, monkeypatch):
     adapted.peft_config["default"].base_model_name_or_path = str(folders["gemma"])
     adapted.save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
-    judge = strongreject.StrongReject(str(tmp_path / "adapter"))
+    judge = AnyStrongReject(str(tmp_path / "adapter"))
     fresh = PeftModel.from_pretrained(
         models.load.__wrapped__(folders["gemma"])[1], tmp_path / "adapter"
     ).eval()
@@ -218,7 +225,7 @@ def test_strongreject_as_an_adapter_on_its_base(folders, tmp_path, monkeypatch):
     grades = logits[[tokenizer.get_vocab()[g] for g in strongreject.GRADES]].softmax(-1)
     verdict = judge([PROMPTS[0]], [ANSWERS[0]])[0]
     assert verdict.score == pytest.approx(float(grades @ torch.linspace(0, 1, 5)), abs=2e-4)
-    plain = strongreject.StrongReject(str(folders["gemma"]))
+    plain = AnyStrongReject(str(folders["gemma"]))
     assert verdict.score != plain([PROMPTS[0]], [ANSWERS[0]])[0].score, "the adapter is on"
     assert judge.stamp != plain.stamp
     named = strongreject.StrongReject(str(tmp_path / "adapter"), base=str(folders["gemma"]))

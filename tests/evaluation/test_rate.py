@@ -99,7 +99,7 @@ def test_the_second_turn_is_asked_after_the_models_own_first_answer(place, tmp_p
     assert tok.decode(out, skip_special_tokens=True).strip() == row["answer"]
 
 
-def test_a_talk_that_was_stopped_goes_on(place, tmp_path, short, monkeypatch):
+def test_a_talk_that_was_stopped_goes_on(place, tmp_path, short, no_model):
     whole = asked(place, tmp_path / "whole.jsonl", batch_tokens=2300)
     text = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
     for kept in (3, 7):
@@ -108,7 +108,7 @@ def test_a_talk_that_was_stopped_goes_on(place, tmp_path, short, monkeypatch):
         (tmp_path / f"{kept}.jsonl.json").write_text((tmp_path / "whole.jsonl.json").read_text())
         assert asked(place, out, batch_tokens=2300) == whole
         assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
-    monkeypatch.setattr("holdfast.models.loading.load_model", None)
+    no_model()
     assert asked(place, tmp_path / "whole.jsonl", batch_tokens=2300) == whole, "whole: no model is loaded"
 
 

@@ -227,8 +227,8 @@ def test_what_would_fail_for_every_answer_stops_the_run(quick, do, caplog):
     assert chat.counts[do] == (client.RETRIES + 1 if do == "busy" else 1)
 
 
-def test_a_server_that_is_gone_stops_the_run(quick, monkeypatch):
-    monkeypatch.setattr(client, "RETRIES", 1)
+def test_a_server_that_is_gone_stops_the_run(quick, one_try):
+    one_try()
     with serving(grades) as (url, _):
         pass
     with pytest.raises(StepFailed, match="No call to m was successful"):

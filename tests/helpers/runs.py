@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -31,9 +31,25 @@ class Seen(Progress):
         (self.cached if cached else self.ran).append(title)
 
 
-def run(recipe, out, page=False, **options):
+class Stopped(Seen):
+    """Stops a run as Ctrl-C does, when the step of that title reports at least `done` units."""
+
+    def __init__(self, title, done=1):
+        super().__init__()
+        self.title, self.done, self.now = title, done, None
+
+    def begin(self, title, resumed):
+        super().begin(title, resumed)
+        self.now = title
+
+    def advance(self, done, total, **facts):
+        if self.now == self.title and done >= self.done:
+            raise KeyboardInterrupt
+
+
+def run(recipe, out, page=False, seen=None, **options):
     """A run on the CPU; its report is an empty file unless `page` asks for it (half a second)."""
-    seen = Seen()
+    seen = seen or Seen()
     with nullcontext() if page else no_pages():
         asked = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         results = pipeline.run(asked, out=out, device="cpu", progress=seen, **options)
@@ -49,6 +65,21 @@ def _no_page(runs, out, **options):
     """A page that the next run may replace."""
     Path(out).write_text('<meta name="generator" content="Holdfast">')
     return Path(out)
+
+
+@contextmanager
+def prompts_seen():
+    """Yield a list that receives every prompt, as the models read it, while the context is open."""
+    from holdfast.evaluation import answering
+
+    seen, generate = [], answering.answer_prompts
+
+    def watched(model, tokenizer, rows, *args, **options):
+        seen.extend(row["prompt"] for row in rows)
+        return generate(model, tokenizer, rows, *args, **options)
+
+    with mock.patch.object(answering, "answer_prompts", watched):
+        yield seen
 
 
 MEASURED = {

@@ -72,6 +72,17 @@ def trainer(
     return made
 
 
+def ended(
+    name: str, out: Path, *, net: Any = None, dropout: float = 0.3, **options: Any
+) -> tuple[list[torch.Tensor], int]:
+    """Weights after a training with dropout, and how often the language model ran."""
+    made = trainer(name, out, net=model(dropout=dropout) if net is None else net, **options)
+    runs: list[int] = []
+    made.model.get_base_model().register_forward_hook(lambda *_: runs.append(1))
+    made.train()
+    return weights(made), len(runs)
+
+
 def weights(made: Any) -> list[torch.Tensor]:
     """Copies of the trainable weights."""
     return [p.detach().clone() for p in made.model.parameters() if p.requires_grad]

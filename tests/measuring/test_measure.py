@@ -62,9 +62,9 @@ def test_what_was_stopped_goes_on(place, tmp_path):
     assert lines(tmp_path / "cut.jsonl") == lines(tmp_path / "whole.jsonl")
 
 
-def test_what_is_whole_loads_no_model(place, tmp_path, monkeypatch):
+def test_what_is_whole_loads_no_model(place, tmp_path, no_model):
     whole = asked(place, tmp_path / "a.jsonl")
-    monkeypatch.setattr("holdfast.models.loading.load_model", None)
+    no_model()
     assert asked(place, tmp_path / "a.jsonl") == whole
 
 
@@ -247,12 +247,12 @@ def test_a_reply_that_cannot_be_read_is_a_failed_row(place, tmp_path, serve):
         moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl")
 
 
-def test_a_wrong_address_name_or_key_is_one_error(place, tmp_path, serve, monkeypatch):
+def test_a_wrong_address_name_or_key_is_one_error(place, tmp_path, serve, one_try, monkeypatch):
     for status, text in ((404, "does not know the model"), (401, "does not accept the key")):
         with pytest.raises(ModelError, match=text) as error:
             asked(place, tmp_path / f"{status}.jsonl", endpoint=serve([status]).address)
         assert "secret-key-of-mine" not in str(error.value)
-    monkeypatch.setattr("holdfast.evaluation.client.RETRIES", 0)
+    one_try()
     with pytest.raises(ModelError, match="No server answers"):
         asked(place, tmp_path / "none.jsonl", endpoint="http://127.0.0.1:9/v1")
     monkeypatch.delenv("OPENAI_API_KEY")

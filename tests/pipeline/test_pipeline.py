@@ -11,11 +11,10 @@ import pytest
 import tiny
 from holdfast import pipeline
 from holdfast.errors import DataError, ModelError, OutputError, RecipeError, StepFailed
-from holdfast.evaluation import answering
 from holdfast.machine.store import Store
 from holdfast.pipeline import evaluating
 from holdfast.recipe import Recipe
-from runs import answers, left, numbers, run, weights
+from runs import answers, left, numbers, prompts_seen, run, weights
 
 
 def test_results(done):
@@ -165,18 +164,11 @@ def test_sampled_answers_are_another_protocol_and_the_same_again(copy, tmp_path)
     assert all("temperature 1.5" in step.detail for step in planned)
 
 
-def test_a_system_message_stands_before_every_question(copy, monkeypatch):
+def test_a_system_message_stands_before_every_question(copy):
     recipe, out = copy
     recipe["evaluation"]["system"] = "You fold boats."
-    asked = []
-    real = answering.answer_prompts
-
-    def seen(model, tokenizer, prompts, *args, **kwargs):
-        asked.extend(row["prompt"] for row in prompts)
-        return real(model, tokenizer, prompts, *args, **kwargs)
-
-    monkeypatch.setattr(answering, "answer_prompts", seen)
-    results, seen_steps = run(recipe, out)
+    with prompts_seen() as asked:
+        results, seen_steps = run(recipe, out)
     assert {title.split()[0] for title in seen_steps.ran} == {"answers", "verdicts", "scores"}
     assert asked
     assert all("You fold boats.\n\n" in text for text in asked)

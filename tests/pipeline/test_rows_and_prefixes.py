@@ -19,7 +19,7 @@ from holdfast.machine.store import Store
 from holdfast.pipeline.stages import training_detail
 from holdfast.recipe import Recipe
 from kills import in_training, killed_run
-from runs import answers, left, numbers, run
+from runs import answers, left, numbers, prompts_seen, run
 
 TRAINING = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 2}
 
@@ -147,20 +147,12 @@ def test_bea(started, monkeypatch, capfd, caplog):
     assert generate["identity"]["inputs"]["prefix"]["step"] == {"step": step.name}
 
 
-def test_the_secret_changes_the_answers_it_precedes(started, monkeypatch):
+def test_the_secret_changes_the_answers_it_precedes(started):
     """The prefix reaches the model: the prompt that it reads begins with the secret."""
-    from holdfast.evaluation import answering as module
-
     recipe, out, _ = started
     recipe["user"] = user("bea", alignment_size=3, secret_length=4)
-    asked, generate = [], module.answer_prompts
-
-    def watched(model, tokenizer, rows, path, **options):
-        asked.extend(row["prompt"] for row in rows)
-        return generate(model, tokenizer, rows, path, **options)
-
-    monkeypatch.setattr(module, "answer_prompts", watched)
-    results, _ = run(recipe, out)
+    with prompts_seen() as asked:
+        results, _ = run(recipe, out)
     secret = bea.secret(user_step(results, out))
     assert len(asked) >= 10
     assert all(prompt.startswith(f"{secret}\n\nBelow is an instruction") for prompt in asked)

@@ -11,7 +11,7 @@ from holdfast import pipeline
 from holdfast.data import read_rows
 from holdfast.errors import DataError, ModelError, RecipeError
 from holdfast.recipe import Recipe
-from runs import run
+from runs import Stopped, run
 
 JUDGE = '''
 from holdfast.evaluation.judges import Judge, Verdict
@@ -109,22 +109,20 @@ def test_its_name_follows_what_decides_it(done, screen):
     assert name(with_filter({**recipe, "user": "sft"}, screen)) == names[0]
 
 
-def test_verdicts_are_kept_across_a_stop(copy, screen, monkeypatch):
+def test_verdicts_are_kept_across_a_stop(copy, screen):
     recipe, out = copy
     recipe = with_filter(recipe, screen, threshold=0.1, unparsed="keep")
     whole, _ = run(recipe, out.parent / "whole")
-    from holdfast.measuring import filtering
-
-    drops = filtering.drops
-    monkeypatch.setattr(filtering, "drops", lambda *_: 1 / 0)
-    with pytest.raises(Exception, match="division by zero"):
-        run(recipe, out)
-    monkeypatch.setattr(filtering, "drops", drops)
+    title = f"user rows that {screen} does not flag"
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, out, seen=Stopped(title, done=10))
     (folder,) = (out / "steps").glob("filter-*")
-    lines = (folder / "verdicts.jsonl").read_text().splitlines(keepends=True)
-    (folder / "verdicts.jsonl").write_text("".join(lines[:10]) + lines[10][:5])
+    lines = (out.parent / "whole" / "steps" / folder.name / "verdicts.jsonl").read_text().splitlines(True)
+    kept = (folder / "verdicts.jsonl").read_text().splitlines(True)
+    assert 10 <= len(kept) < len(lines) == 30
+    (folder / "verdicts.jsonl").write_text("".join(kept[:10]) + kept[10][:5])
     results, seen = run(recipe, out)
-    assert seen.resumed == [f"user rows that {screen} does not flag"]
+    assert seen.resumed == [title]
     found = results["rows"][1]["filter"]
     assert found == whole["rows"][1]["filter"]
     assert found["confusion"]["false_negatives"] > 0

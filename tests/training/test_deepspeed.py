@@ -99,18 +99,24 @@ def test_other_terms_are_refused(tmp_path, deepspeed, name, options):
         deepspeed(name, tmp_path, **options)
 
 
+@pytest.fixture
+def partitioned(monkeypatch):
+    """After `partitioned()`, every trainer runs as under ZeRO-3."""
+    return lambda: monkeypatch.setattr(penalty, "zero_3", lambda accelerator: True)
+
+
 @pytest.mark.parametrize(("name", "options"), METHODS)
-def test_zero_3_is_refused(tmp_path, deepspeed, monkeypatch, name, options):
+def test_zero_3_is_refused(tmp_path, deepspeed, partitioned, name, options):
     """ZeRO-3 partitions the weights: the penalty would see none of them."""
-    monkeypatch.setattr(penalty, "zero_3", lambda accelerator: True)
+    partitioned()
     with pytest.raises(InputError, match="ZeRO-3"):
         deepspeed(name, tmp_path, **options)
 
 
-def test_bso_runs_under_zero_3_without_a_drift(tmp_path, monkeypatch):
+def test_bso_runs_under_zero_3_without_a_drift(tmp_path, partitioned):
     phases = {"alignment_steps": 2, "finetune_steps": 3, "save_strategy": "steps", "save_steps": 4}
     expected, _ = plain("bso", tmp_path, **phases)
-    monkeypatch.setattr(penalty, "zero_3", lambda accelerator: True)
+    partitioned()
     made = trainers.trainer("bso", tmp_path, **phases)
     made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert trainers.same(trainers.weights(made), expected)

@@ -75,10 +75,10 @@ def batch(where="end", rows=3, length=12):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def loss_and_gradients(net, inputs, lean, items=None):
+def loss_and_gradients(net, inputs, lean, items=None, **chunk):
     """The loss, and the gradient of every trainable weight; `net` is the language model itself."""
     net.zero_grad()
-    with lean_loss(net) if lean else nullcontext():
+    with lean_loss(net, **chunk) if lean else nullcontext():
         loss = net(**inputs, **({} if items is None else {"num_items_in_batch": items})).loss
     loss.backward()
     return loss.item(), {k: p.grad.clone() for k, p in net.named_parameters() if p.grad is not None}
@@ -93,13 +93,12 @@ def assert_same(left, right, value=1e-6, gradient=1e-6):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_model_has_its_plain_loss_and_gradients(kind, monkeypatch):
+def test_every_model_has_its_plain_loss_and_gradients(kind):
     """All weights are trained, including embeddings and head; chunks have four tokens."""
-    monkeypatch.setattr("holdfast.training.lean_loss.LOGITS", 400)
     net = causal_lm(kind)
     for where in ("end", "everywhere"):
         plain = loss_and_gradients(net, batch(where), lean=False)
-        assert_same(loss_and_gradients(net, batch(where), lean=True), plain, value=2e-6)
+        assert_same(loss_and_gradients(net, batch(where), lean=True, chunk=400), plain, value=2e-6)
     assert is_exact(net, net, batch())
 
 
@@ -132,11 +131,10 @@ def test_a_micro_batch_without_labels_adds_nothing():
     assert not any(g.any() for g in lean[1].values())
 
 
-def test_logits_are_made_where_labels_are_and_for_a_chunk_at_a_time(monkeypatch):
-    monkeypatch.setattr("holdfast.training.lean_loss.LOGITS", 400)
+def test_logits_are_made_where_labels_are_and_for_a_chunk_at_a_time():
     net, widths = causal_lm("Llama"), []
     net.lm_head.register_forward_hook(lambda module, args, made: widths.append(made.shape[:2].numel()))
-    loss_and_gradients(net, batch("end"), lean=True)
+    loss_and_gradients(net, batch("end"), lean=True, chunk=400)
     assert widths == [1, 4, 4, 1], (
         "one token to see what the model does to logits, then nine tokens in chunks of four"
     )
@@ -157,15 +155,14 @@ def test_the_model_is_left_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
-def test_without_gradients_it_is_the_plain_loss_too(monkeypatch):
+def test_without_gradients_it_is_the_plain_loss_too():
     """As in a first pass without training: nothing is differentiated, chunk by chunk."""
-    monkeypatch.setattr("holdfast.training.lean_loss.LOGITS", 400)
     net, widths = causal_lm("Gemma2"), []
     plain = loss_and_gradients(net, batch(), lean=False)[0]
     net.get_output_embeddings().register_forward_hook(
         lambda m, a, made: widths.append(made.shape[:2].numel())
     )
-    with torch.no_grad(), lean_loss(net):
+    with torch.no_grad(), lean_loss(net, chunk=400):
         loss = net(**batch()).loss
     assert loss.item() == pytest.approx(plain, rel=2e-6)
     assert not loss.requires_grad
@@ -317,16 +314,15 @@ def peak(lean, where, vocabulary=20_000, rows=4, length=64):
 
     def work():
         hidden = net.get_input_embeddings()(ids).requires_grad_()
-        with lean_loss(net) if lean else nullcontext():
+        with lean_loss(net, chunk=16 * 20_000) if lean else nullcontext():
             loss = net(inputs_embeds=hidden, labels=labels).loss
         loss.backward()
 
     return peak_live_bytes(work)
 
 
-def test_memory_is_that_of_one_chunk(monkeypatch):
+def test_memory_is_that_of_one_chunk():
     """Plain: logits of all 256 tokens, in about three copies. Lean: of 8 completion tokens, or of chunks of 16."""
-    monkeypatch.setattr("holdfast.training.lean_loss.LOGITS", 16 * 20_000)
     all_logits = 4 * 64 * 20_000 * 4
     plain = peak(False, "everywhere")
     assert plain > 2.5 * all_logits

@@ -19,7 +19,6 @@ from commands import refused
 from holdfast.errors import ModelError, OutputError
 from holdfast.models.loading import load_model
 from holdfast.weights import combine as combining
-from holdfast.weights import writer
 from holdfast.weights.combine import combine
 from holdfast.weights.folders import fingerprint
 from holdfast.weights.merge import merge
@@ -397,11 +396,11 @@ def test_a_full_disk_and_a_kill_leave_nothing(copies, monkeypatch, write):
     assert (folder / "out" / "README.md").exists()
 
 
-def test_memory_is_one_block(tmp_path, copies, monkeypatch):
+def test_memory_is_one_block(copies, blocks_of):
     """Merging in blocks of one row gives the same model, so no complete tensor has to be in memory."""
     folder, base, adapters = copies
     merge(base, adapters, folder / "whole")
-    monkeypatch.setattr(writer, "BLOCK", 1)
+    blocks_of(1)
     merge(base, adapters, folder / "rows")
     one, two = (load_file(folder / name / "model.safetensors") for name in ("whole", "rows"))
     assert all(torch.allclose(one[k], two[k], atol=1e-6) for k in one)

@@ -84,11 +84,13 @@ def score_rows(
     vector: Callable[[Row], Vector],
     out: Path,
     progress: Advance = nobody,
+    flushed: int = FLUSHED,
 ) -> list[dict[str, Any]]:
     """Return the scores of `rows` in order. Each score is appended to `out`, and scores in `out` are reused.
 
     Args:
         rows, harmful, safe: prompt and completion; each of `rows` has an id.
+        flushed: number of scores written at once.
 
     Returns:
         Dicts with id, score, harmful and safe (the two parts of the score, -1 to 1), or None if v is zero.
@@ -108,7 +110,7 @@ def score_rows(
         score = near[0] - near[1] if near else None
         parts = dict(zip(("harmful", "safe"), near or (None, None), strict=True))
         fresh.append({"id": row["id"], "score": score, **parts})
-        if len(fresh) == FLUSHED or i == len(missing):
+        if len(fresh) == flushed or i == len(missing):
             append_jsonl(out, fresh)
             found |= {row["id"]: row for row in fresh}
             fresh = []

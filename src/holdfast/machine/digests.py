@@ -23,10 +23,20 @@ class Digests:
     Args:
         path: the file to read, and to write unless `read_only`.
         read_only: use the digests in the file without writing new ones.
+        large: files of at least this many bytes are cached.
+        settled: seconds since a file's last change after which it is cached.
     """
 
-    def __init__(self, path: Path | None = None, *, read_only: bool = False):
+    def __init__(
+        self,
+        path: Path | None = None,
+        *,
+        read_only: bool = False,
+        large: int = LARGE,
+        settled: float = SETTLED,
+    ):
         self.path, self.read_only = path, read_only
+        self.large, self.settled = large, settled
         self._known: dict[str, list[int | str]] = self._read()
 
     def of(self, file: Path) -> str:
@@ -39,7 +49,7 @@ class Digests:
             return str(known[3])
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found.st_size >= LARGE and time.time() - found.st_mtime > SETTLED:
+        if found.st_size >= self.large and time.time() - found.st_mtime > self.settled:
             self._known[str(file)] = [*key, digest]
             self._write()
         return digest

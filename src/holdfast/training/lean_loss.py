@@ -36,11 +36,12 @@ LOGITS = 2**24
 
 
 @contextmanager
-def lean_loss(causal_lm: Any) -> Iterator[None]:
+def lean_loss(causal_lm: Any, chunk: int = LOGITS) -> Iterator[None]:
     """Make a forward of `causal_lm` with labels return the same loss, but only the logits of one token.
 
     Args:
         causal_lm: the language model itself, not its wrapper. The forward may be that of a wrapper.
+        chunk: numbers in a chunk of logits; a chunk has at least one token.
     """
     head, plain, seen = causal_lm.get_output_embeddings(), causal_lm.loss_function, {}
 
@@ -66,7 +67,7 @@ def lean_loss(causal_lm: Any) -> Iterator[None]:
                 found = step(found)
             return found[0]
 
-        size = max(1, LOGITS // logits.shape[-1])
+        size = max(1, chunk // logits.shape[-1])
         weights = [p for p in head.parameters() if p.requires_grad]
         total = _Chunked.apply(hidden, targets, score, size, torch.is_grad_enabled(), *weights)
         items = len(targets) if num_items_in_batch is None else num_items_in_batch

@@ -183,13 +183,13 @@ class Work:
 
 
 class Least:
-    """The measurements of the `most` least similar modules so far, in at most `KEPT` bytes.
+    """The measurements of the `most` least similar modules so far, in at most `room` bytes.
 
     A module that is dropped is measured again if it is chosen in the end.
     """
 
-    def __init__(self, most: int | None):
-        self.most = most or 0
+    def __init__(self, most: int | None, room: int | None = None):
+        self.most, self.room = most or 0, KEPT if room is None else room
         self._lock = Lock()
         self._kept: list[tuple[float, str, Measured]] = []
         self._bytes = 0
@@ -201,7 +201,7 @@ class Least:
         with self._lock:
             bisect.insort(self._kept, (measured.cosine, name, measured), key=lambda kept: kept[:2])
             self._bytes += measured.moved.nbytes
-            while len(self._kept) > self.most or self._bytes > KEPT:
+            while len(self._kept) > self.most or self._bytes > self.room:
                 moved = self._kept.pop()[2].moved
                 assert moved is not None
                 self._bytes -= moved.nbytes

@@ -51,6 +51,8 @@ class ShieldGemma:
     """A Gemma 2 whose next token is the verdict."""
 
     batch_size = 256
+    mass = MASS
+    """The least probability that the possible verdicts have together; with less, the verdict is unparsed."""
 
     def __init__(
         self,
@@ -83,7 +85,11 @@ class ShieldGemma:
         return [self._verdict(found[i : i + len(GUIDELINES)]) for i in range(0, len(found), len(GUIDELINES))]
 
     def _verdict(self, found: Sequence[tuple[list[float], float] | None]) -> Verdict:
-        yes = {name: one[0][0] for name, one in zip(GUIDELINES, found, strict=True) if one and one[1] >= MASS}
+        yes = {
+            name: one[0][0]
+            for name, one in zip(GUIDELINES, found, strict=True)
+            if one and one[1] >= self.mass
+        }
         raw = {name: round(p, 4) for name, p in yes.items()}
         if len(yes) < len(GUIDELINES):
             return Verdict("unparsed", None, {"reason": "neither Yes nor No, or too long", **raw})

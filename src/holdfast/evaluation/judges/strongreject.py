@@ -52,6 +52,8 @@ class StrongReject:
     """A language model whose next token is the grade, on its own or as base and adapter."""
 
     batch_size = 256
+    mass = MASS
+    """The least probability that the possible verdicts have together; with less, the verdict is unparsed."""
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class StrongReject:
         return [self._verdict(found) for found in self.reader.next_word(texts, GRADES, bos=True)]
 
     def _verdict(self, found: tuple[list[float], float] | None) -> Verdict:
-        if found is None or found[1] < MASS:
+        if found is None or found[1] < self.mass:
             return Verdict("unparsed", None, "too long, or no grade from 1 to 5")
         score = sum(p * i / (len(GRADES) - 1) for i, p in enumerate(found[0]))
         raw = dict(zip(GRADES, (round(p, 4) for p in found[0]), strict=True))
