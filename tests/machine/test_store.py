@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import OutputError
+from holdfast.machine import digests as digests_module
 from holdfast.machine import store as module
+from holdfast.machine.digests import sealed
 from holdfast.machine.files import replace_folder, write_json, write_text
 from holdfast.machine.store import Store, claim_folder, identity_hash
 
@@ -45,12 +47,68 @@ def test_a_step_is_complete_only_with_its_files(tmp_path):
     assert store.record("train-1") is None
     assert store.begun("train-1")
     store.complete("train-1", {"seconds": 1})
-    assert store.record("train-1")["files"] == {"weights": 5}
+    digest = "5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5"
+    assert store.record("train-1")["files"] == {"weights": {"bytes": 5, "sha256": digest}}
     assert not store.begun("train-1")
-    (folder / "weights").write_text("1")
-    assert store.record("train-1") is None, "a file that changed its size is not what was completed"
-    (folder / "step.json").write_text("{torn")
+    assert store.damage("train-1") is None
+    for text in ("1", "12346"):
+        (folder / "weights").write_text(text)
+        assert store.record("train-1") is None, "neither size nor content may change"
+        assert store.damage("train-1") == "changed or missing: weights"
+    (folder / "weights").write_text("12345")
+    assert store.record("train-1") is not None
+    (folder / "weights").unlink()
     assert store.record("train-1") is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[:20],
+        lambda text: text.replace("12.5", "11.5"),
+        lambda text: "[]",
+        lambda text: "\udcff",
+        lambda text: json.dumps(json.loads(text) | {"files": []}),
+        lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "record_sha256"}),
+        lambda text: json.dumps(sealed(json.loads(text) | {"files": []})),
+        lambda text: json.dumps(sealed(json.loads(text) | {"files": {"weights": 5}})),
+        lambda text: json.dumps(sealed({"files": {"\x00": {"bytes": 1, "sha256": ""}}})),
+    ],
+)
+def test_a_changed_record_is_damage(change, tmp_path):
+    store, path = Store(tmp_path), tmp_path / "train-1" / "step.json"
+    path.parent.mkdir()
+    (path.parent / "weights").write_text("12345")
+    written = store.complete("train-1", {"seconds": 12.5, "pairs": (1, 2), "by": {3: "x"}})
+    assert store.record("train-1") == json.loads(json.dumps(written))
+    path.write_bytes(change(path.read_text()).encode(errors="surrogateescape"))
+    assert store.record("train-1") is None
+    assert store.damage("train-1")
+    assert store.begun("train-1")
+
+
+def test_a_step_that_never_ended_is_not_damaged(tmp_path):
+    (tmp_path / "train-1").mkdir()
+    assert Store(tmp_path).damage("train-1") is None
+    assert Store(tmp_path).damage("train-2") is None
+
+
+def test_a_large_file_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(digests_module, "LARGE", 3)
+    monkeypatch.setattr(digests_module, "SETTLED", -1.0)
+    store, file = Store(tmp_path, read_only=False), tmp_path / "train-1" / "weights"
+    file.parent.mkdir()
+    file.write_text("12345")
+    store.complete("train-1", {})
+    reads = []
+    whole = digests_module.hashlib.file_digest
+    monkeypatch.setattr(digests_module.hashlib, "file_digest", lambda *a: reads.append(1) or whole(*a))
+    assert Store(tmp_path).record("train-1") is not None
+    assert not reads
+    file.write_text("12346")
+    os.utime(file, (1, 1))
+    assert Store(tmp_path).record("train-1") is None
+    assert reads
 
 
 def test_claim_takes_new_and_empty_folders_and_its_own(tmp_path):
@@ -60,19 +118,21 @@ def test_claim_takes_new_and_empty_folders_and_its_own(tmp_path):
     assert json.loads((tmp_path / "new" / "deep" / "holdfast.json").read_text())["kind"] == "run"
 
 
-@pytest.mark.parametrize("kind", ["file", "full", "other", "damaged"])
+@pytest.mark.parametrize("kind", ["file", "full", "other", "damaged", "no text"])
 def test_claim_refuses_what_is_not_ours(tmp_path, kind):
     place = tmp_path / "out"
     if kind == "file":
         place.write_text("mine")
     else:
         place.mkdir()
-        text = {"full": None, "other": '{"kind": "demo"}', "damaged": "{"}[kind]
-        (place / ("holdfast.json" if text else "thesis.txt")).write_text(text or "years of work")
-    before = sorted((p.name, p.is_file() and p.read_text()) for p in tmp_path.rglob("*"))
+        text = {"full": None, "other": '{"kind": "demo"}', "damaged": "{", "no text": "\xff"}[kind]
+        (place / ("holdfast.json" if text else "thesis.txt")).write_text(
+            text or "years of work", encoding="latin-1"
+        )
+    before = sorted((p.name, p.is_file() and p.read_bytes()) for p in tmp_path.rglob("*"))
     with pytest.raises(OutputError, match="--out"):
         claim_folder(place, "run")
-    assert sorted((p.name, p.is_file() and p.read_text()) for p in tmp_path.rglob("*")) == before
+    assert sorted((p.name, p.is_file() and p.read_bytes()) for p in tmp_path.rglob("*")) == before
 
 
 def hold(root, started, seconds):

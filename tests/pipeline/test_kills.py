@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
 from holdfast import pipeline
 from holdfast.machine.progress import Progress
+from holdfast.pipeline.training import last_checkpoint
 from holdfast.recipe import Recipe
 from kills import before_the_marker, in_a_checkpoint, in_training, in_writing_rows, killed_run
 from runs import left, numbers, run
@@ -62,6 +66,115 @@ def test_training_goes_on_from_its_last_checkpoint(done, tmp_path):
 
     pipeline.run(Recipe.load(recipe), out=tmp_path / "out", device="cpu", progress=Steps())
     assert steps == [5, 6, 7, 8]
+
+
+@pytest.fixture(scope="module")
+def killed(done, tmp_path_factory):
+    """A run that was killed after two checkpoints of the user stage."""
+    folder = tmp_path_factory.mktemp("killed")
+    context = multiprocessing.get_context("fork")
+    process = context.Process(
+        target=killed_run, args=(done[0], folder / "out", KILLS["user, inside a phase"])
+    )
+    process.start()
+    process.join(120)
+    return folder / "out"
+
+
+def tear(path):
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def flip(path):
+    """Change a byte, and neither size nor mtime."""
+    before, whole = path.stat(), bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def add(path):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"")
+
+
+def other_cost(path):
+    path.write_text(path.read_text().replace('"seconds": ', '"seconds": 1'))
+
+
+DAMAGE = {
+    "torn optimizer": (tear, "optimizer.pt"),
+    "changed weights": (flip, "adapter_model.safetensors"),
+    "changed method state": (flip, "method/state.safetensors"),
+    "lost random numbers": (Path.unlink, "rng_state.pth"),
+    "added file": (add, "method/state/data"),
+    "torn marker": (tear, "holdfast.json"),
+    "changed marker": (other_cost, "holdfast.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, killed, done, tmp_path):
+    recipe, whole, expected, _ = done
+    shutil.copytree(killed, tmp_path / "out")
+    (newest,) = (tmp_path / "out" / "steps").glob("user-*/checkpoints/checkpoint-4")
+    change, name = DAMAGE[damage]
+    change(newest / name)
+    steps, said = [], []
+
+    class Steps(Progress):
+        def advance(self, done, total, **facts):
+            if total == 8:
+                steps.append(done)
+
+        def say(self, text):
+            said.append(text)
+
+    results = pipeline.run(Recipe.load(recipe), out=tmp_path / "out", device="cpu", progress=Steps())
+    assert steps == [3, 4, 5, 6, 7, 8]
+    (line,) = said
+    assert f"{newest} is damaged" in line
+    assert Path(name).name in line
+    assert numbers(results) == numbers(expected)
+    assert left(tmp_path / "out", results) == left(whole, expected)
+
+
+def test_checkpoints_that_are_all_damaged_train_from_the_start(killed, tmp_path):
+    folder = shutil.copytree(
+        next((killed / "steps").glob("user-*")) / "checkpoints", tmp_path / "checkpoints"
+    )
+    said = []
+    assert last_checkpoint(folder, said.append) == folder / "checkpoint-4"
+    for name in ("checkpoint-2", "checkpoint-4"):
+        tear(folder / name / "scheduler.pt")
+    assert last_checkpoint(folder, said.append) is None
+    assert ["checkpoint-4" in line or "checkpoint-2" in line for line in said] == [True, True]
+    assert not list(folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("kind", ["generate", "moderate", "user"])
+def test_a_changed_file_of_the_same_size_is_made_again(kind, done, copy):
+    """Nothing of the changed step is used, and the steps after it stay."""
+    recipe, out = copy
+    row = done[2]["rows"][1]
+    step = row["steps"][kind][0] if kind == "moderate" else row["steps"][kind]
+    name = {"generate": "generations.jsonl", "moderate": "verdicts.jsonl"}.get(
+        kind, "adapter/adapter_model.safetensors"
+    )
+    flip(out / "steps" / step / name)
+    said = []
+
+    class Said(Progress):
+        def say(self, text):
+            said.append(text)
+
+    results = pipeline.run(Recipe.load(recipe), out=out, device="cpu", progress=Said())
+    (line,) = said
+    assert "is done again" in line
+    assert step in line
+    assert name in line
+    assert numbers(results) == numbers(done[2])
+    assert left(out, results) == left(done[1], done[2])
 
 
 def test_a_kill_before_the_marker_trains_nothing_again(done, tmp_path):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import pickle
 
 import pytest
 import torch
@@ -115,6 +117,8 @@ def controls(folder, kind):
         ModelError, match=f"distributed_type: DEEPSPEED in the checkpoint, {KINDS[kind][1]} now"
     ):
         other.train(resume_from_checkpoint=str(checkpoint))
+    if kind == "fsdp2":
+        hostile_metadata(folder)
     half = make("sft", folder / "half", per_device_train_batch_size=1)
     half.train()
     keep(half, folder / "half")
@@ -129,6 +133,35 @@ def controls(folder, kind):
         apart.training_step = alone
         apart.train()
         keep(apart, folder / "apart")
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, place):
+        self.place = str(place)
+
+    def __reduce__(self):
+        return os.mkdir, (self.place,)
+
+
+def hostile_metadata(folder):
+    """The pickle of the sharded weights, and that of the optimizer, name a function."""
+    checkpoint = folder / "lisa" / "dropout" / f"checkpoint-{CUT}"
+    for part in ("optimizer_0", "pytorch_model_fsdp_0"):
+        path = checkpoint / part / ".metadata"
+        before = path.read_bytes()
+        made = make("lisa", folder / "hostile", dropout=0.2, **APART)
+        made.accelerator.wait_for_everyone()
+        if launch.rank() == 0:
+            path.write_bytes(pickle.dumps(Evil(folder / "ran")))
+        made.accelerator.wait_for_everyone()
+        with pytest.raises(ModelError, match="mkdir"):
+            made.train(resume_from_checkpoint=str(checkpoint))
+        made.accelerator.wait_for_everyone()
+        if launch.rank() == 0:
+            path.write_bytes(before)
+        assert not (folder / "ran").exists()
 
 
 @pytest.fixture(scope="module")

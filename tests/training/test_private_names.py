@@ -12,6 +12,7 @@ import datasets
 import peft
 import pytest
 import torch
+import torch.distributed.checkpoint
 import transformers
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.data import BatchSampler, DataLoader
@@ -163,6 +164,9 @@ def owners(tmp_path_factory):
         "transformers layer": model.model.layers[0],
         "transformers.Trainer": transformers.Trainer(model, arguments),
         "trl.SFTTrainer": lambda: sft(folder),
+        "torch.distributed.checkpoint.filesystem": torch.distributed.checkpoint.filesystem,
+        "torch.distributed.checkpoint.metadata": torch.distributed.checkpoint.metadata,
+        "torch.serialization": torch.serialization,
     }
 
 
@@ -195,6 +199,7 @@ def test_the_wrappers_names_are_in_those_of_parameters(owners, owner):
     ("name", "parameters"),
     [
         ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
+        ("_load_best_model", ["self"]),
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         ("_save_optimizer_and_scheduler", ["self", "output_dir"]),
     ],

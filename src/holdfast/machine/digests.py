@@ -1,11 +1,17 @@
-"""SHA-256 of files, computed once per file: large ones are cached by path, size, mtime and inode."""
+"""SHA-256 of files, computed once per file: large ones are cached by path, size, mtime and inode.
+
+Records list files with their sizes and digests, and can be sealed, so that damage to either is noticed. This
+is no protection against somebody who changes both the files and the record.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from holdfast.machine.files import read_json, write_json
 
@@ -15,6 +21,9 @@ LARGE = 2**20
 SETTLED = 2.0
 """A file is cached only if its last change is this many seconds ago. A file that changes twice within the
 resolution of its mtime would otherwise keep the first digest."""
+
+SEAL = "record_sha256"
+"""The key of a sealed record's own digest."""
 
 
 class Digests:
@@ -67,3 +76,51 @@ class Digests:
     def _write(self) -> None:
         if self.path is not None and not self.read_only:
             write_json(self.path, {**self._read(), **self._known})
+
+
+def describe(
+    files: Iterable[Path], folder: Path, digests: Digests | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return size and SHA-256 of files, by their names relative to `folder`."""
+    digests = digests or Digests()
+    return {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": digests.of(file)}
+        for file in sorted(files)
+    }
+
+
+def changed(
+    described: Mapping[str, Mapping[str, Any]], folder: Path, digests: Digests | None = None
+) -> list[str]:
+    """Return the names of files that are missing or differ from what `describe` returned.
+
+    Raises:
+        TypeError, LookupError, AttributeError: `described` is not what `describe` returns.
+    """
+    digests, found = digests or Digests(), []
+    for name, told in described.items():
+        size, digest = told["bytes"], told["sha256"]
+        try:
+            same = (folder / name).stat().st_size == size and digests.of(folder / name) == digest
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            found.append(name)
+    return found
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `record` with `record_sha256`, the digest of its values."""
+    values = {key: value for key, value in record.items() if key != SEAL}
+    return {**values, SEAL: _digest(values)}
+
+
+def intact(record: Any) -> bool:
+    """Whether `record` is a sealed record whose values have not changed."""
+    return isinstance(record, dict) and SEAL in record and sealed(record)[SEAL] == record[SEAL]
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    # As read from a JSON file: lists for tuples, text for keys.
+    plain = json.loads(json.dumps(values, allow_nan=False))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

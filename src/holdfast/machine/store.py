@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import OutputError
+from holdfast.machine.digests import Digests, changed, describe, intact, sealed
 from holdfast.machine.files import read_json, remove_tree, write_json
 
 MARKER = "holdfast.json"
@@ -28,6 +29,9 @@ MARKER = "holdfast.json"
 
 SCRATCH = "checkpoints"
 """The folder within a step that is removed when the step is complete."""
+
+DIGESTS = "digests.json"
+"""The file in a store with the digests of large files."""
 
 
 def canonical_json(value: Any) -> str:
@@ -67,32 +71,47 @@ def claim_folder(folder: Path, kind: str) -> None:
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_json(marker, {"holdfast": importlib.metadata.version("holdfast"), "kind": kind})
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise OutputError(f"{marker} is damaged ({error}). Give another --out.") from None
     except OSError as error:
         raise OutputError(f"Cannot write to {folder}: {error.strerror or error}.") from None
 
 
 class Store:
-    """A folder of steps that any number of runs may share."""
+    """A folder of steps that any number of runs may share.
 
-    def __init__(self, root: Path):
+    Args:
+        read_only: use the digests of large files that earlier runs computed, without adding new ones.
+    """
+
+    def __init__(self, root: Path, *, read_only: bool = True):
         self.root = root
+        self.digests = Digests(root / DIGESTS, read_only=read_only)
 
     def path(self, step_id: str) -> Path:
         """Return the folder of a step, complete or not."""
         return self.root / step_id
 
     def record(self, step_id: str) -> dict[str, Any] | None:
-        """Return what `complete` wrote; None if the step is not complete or one of its files is missing."""
+        """Return what `complete` wrote; None if the step is not complete, or is damaged."""
+        return self._read(step_id)[0]
+
+    def damage(self, step_id: str) -> str | None:
+        """Return what changed since the step was completed; None if nothing did, or it is not complete."""
+        return self._read(step_id)[1]
+
+    def _read(self, step_id: str) -> tuple[dict[str, Any] | None, str | None]:
         folder = self.path(step_id)
+        if not (folder / "step.json").is_file():
+            return None, None
         try:
             record = read_json(folder / "step.json")
-            files = record["files"]
-            intact = all((folder / name).stat().st_size == size for name, size in files.items())
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return record if intact else None
+            if not intact(record):
+                return None, "step.json was changed, or was written by an earlier version"
+            names = changed(record["files"], folder, self.digests)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None, "step.json cannot be read"
+        return (None, f"changed or missing: {', '.join(names)}") if names else (record, None)
 
     def begun(self, step_id: str) -> bool:
         """Whether there is unfinished work to resume."""
@@ -120,17 +139,18 @@ class Store:
             lock.release()
 
     def complete(self, step_id: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Write `step.json`, which marks the step as complete and lists its files (bytes by relative name).
+        """Write `step.json`, which marks the step as complete and lists its files with sizes and SHA-256.
 
         The files for resuming (`SCRATCH`) are removed only after that, so that a kill loses no work.
         """
         folder = self.path(step_id)
-        files = {
-            path.relative_to(folder).as_posix(): path.stat().st_size
-            for path in sorted(folder.rglob("*"))
+        files = [
+            path
+            for path in folder.rglob("*")
             if path.is_file() and path.name != "step.json" and folder / SCRATCH not in path.parents
-        }
-        full = {**record, "id": step_id, "files": files, "finished": now()}
+        ]
+        described = describe(files, folder, self.digests)
+        full = sealed({**record, "id": step_id, "files": described, "finished": now()})
         write_json(folder / "step.json", full)
         remove_tree(folder / SCRATCH)
         return full

@@ -24,9 +24,6 @@ from holdfast.recipe import Recipe
 from holdfast.recipe.evaluation import JudgeRecipe
 from holdfast.recipe.stages import ALIGNMENT_TRAINING, NOT_IDENTITY, USER_TRAINING, StageRecipe
 
-DIGESTS = "digests.json"
-"""The file of a store that caches the SHA-256 of large files."""
-
 
 @dataclass(frozen=True)
 class State:

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import StepFailed
-from holdfast.machine.digests import Digests
 from holdfast.machine.processes import Processes, launched
 from holdfast.machine.progress import Progress
 from holdfast.machine.store import Store
 from holdfast.pipeline import results
-from holdfast.pipeline.planning import DIGESTS, Plan, plan
+from holdfast.pipeline.planning import Plan, plan
 from holdfast.pipeline.step import Inputs, Machine, Step, do, join
 from holdfast.recipe import Recipe
 
@@ -39,7 +38,7 @@ def run(
         StepFailed: a step stopped before its end; running again resumes it.
     """
     out, progress, processes = Path(out), progress or Progress(), launched()
-    steps = Store(Path(store) if store else out / "steps")
+    steps = Store(Path(store) if store else out / "steps", read_only=not processes.main)
     processes.start()
     try:
         if processes.main:
@@ -59,7 +58,7 @@ def _lead(
 ) -> dict[str, Any]:
     """Run all steps as the main process, and tell the other processes when to join in."""
     results.claim(out, recipe, store.root)
-    planned = plan(recipe, download=True, digests=Digests(store.root / DIGESTS))
+    planned = plan(recipe, download=True, digests=store.digests)
     machine = Machine(device, planned.model, progress, processes)
     missing = [step for step in planned.steps if store.record(step.id) is None]
     cached = {step.id for step in planned.steps} - {step.id for step in missing}
@@ -88,7 +87,7 @@ def _follow(recipe: Recipe, store: Store, device: str, processes: Processes) -> 
     known: dict[str, Step] = {}
     while "done" not in (order := processes.told()):
         if machine is None:
-            planned = plan(recipe, digests=Digests(store.root / DIGESTS, read_only=True))
+            planned = plan(recipe, digests=store.digests)
             machine = Machine(device, planned.model, Progress(), processes)
             known = {step.id: step for step in planned.steps}
         if order["do"] == "check":

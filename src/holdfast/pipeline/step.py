@@ -25,6 +25,7 @@ from typing import Any
 
 from holdfast import registry
 from holdfast.errors import HoldfastError, StepFailed
+from holdfast.machine.files import remove_tree
 from holdfast.machine.processes import Processes
 from holdfast.machine.progress import Progress
 from holdfast.machine.store import Store, identity_hash, provenance
@@ -180,9 +181,13 @@ def do(step: Step, store: Store, machine: Machine) -> None:
             progress.end(step.title, True, None)
             return
         folder = store.path(step.id)
+        damage = store.damage(step.id)
+        if damage is not None:
+            # No part of it is used, or the changed rows would be part of the new result.
+            progress.say(f"{step.title} is done again: {folder} is damaged ({damage}).")
+            remove_tree(folder)
         progress.begin(step.title, store.begun(step.id))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "step.json").unlink(missing_ok=True)
         record, began = provenance(), time.monotonic()
         if step.together:
             machine.processes.tell({"do": step.id})

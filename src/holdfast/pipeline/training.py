@@ -2,7 +2,8 @@
 
 The step's folder contains `checkpoints/` during the training, then `adapter/` (or `model/` if all weights
 were trained) with a model card, and `trainer_state.json`. A checkpoint is used only if it has a
-`holdfast.json`, which is written last, so that a kill while saving costs only one interval.
+`holdfast.json`, which is written last, so that a kill while saving costs only one interval. It lists the
+checkpoint's files with sizes and SHA-256; a checkpoint whose files differ is removed.
 
 Several processes train together; the main one writes the complete files after all have written their parts.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers.integrations import TensorBoardCallback
 
 from holdfast.defenses import Defense
 from holdfast.errors import ModelError, RecipeError, first_line
+from holdfast.machine import digests
 from holdfast.machine.cost import SUM, Cost
 from holdfast.machine.files import read_json, remove_tree, replace_folder, write_json, write_text
 from holdfast.machine.processes import Processes
@@ -102,7 +104,7 @@ def train(
     total = planned_steps(trainer)
     config.save_steps = config.logging_steps * math.ceil(total / CHECKPOINTS / config.logging_steps)
     # All resume from the checkpoint that the main process sees: file systems may show others different files.
-    last = broadcast_object_list([last_checkpoint(checkpoints)])[0]
+    last = broadcast_object_list([last_checkpoint(checkpoints, progress.say) if processes.main else None])[0]
     monitor = TrainingMonitor(trainer, total, last, progress)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(monitor)
@@ -231,10 +233,40 @@ def tracked(trainer: Any, name: str, logs: Path) -> Iterator[None]:
             wandb.finish()
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint."""
+def last_checkpoint(folder: Path, say: Callable[[str], None] | None = None) -> Path | None:
+    """Return the newest checkpoint that is complete and unchanged; newer ones with other files are removed.
+
+    Args:
+        say: called with a message about each checkpoint that is removed.
+    """
     found = [p for p in folder.glob("checkpoint-*") if (p / MARKER).is_file()]
-    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+    for checkpoint in sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True):
+        changed = _changed(checkpoint)
+        if changed is None:
+            return checkpoint
+        if say is not None:
+            say(f"{checkpoint} is damaged ({changed}). It is removed; training resumes from an earlier one.")
+        remove_tree(checkpoint)
+    return None
+
+
+def _changed(checkpoint: Path) -> str | None:
+    """Return what differs between a checkpoint's files and its marker; None if nothing does."""
+    try:
+        marked = read_json(checkpoint / MARKER)
+        if not digests.intact(marked):
+            return f"{MARKER} was changed, or was written by an earlier version"
+        listed = marked["files"]
+        added = [p for p in _files(checkpoint) if p.relative_to(checkpoint).as_posix() not in listed]
+        names = digests.changed(listed, checkpoint)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return f"{MARKER} cannot be read"
+    names += [p.name for p in added if not p.name.startswith(".")]
+    return f"changed, missing or added: {', '.join(names)}" if names else None
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return [p for p in checkpoint.rglob("*") if p.is_file() and p != checkpoint / MARKER]
 
 
 class TrainingMonitor(TrainerCallback):
@@ -290,7 +322,9 @@ class TrainingMonitor(TrainerCallback):
         """Mark the checkpoint as complete: every process has written its part of it by now."""
         facts = self.facts()
         if state.is_world_process_zero:
-            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, facts)
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            files = digests.describe(_files(folder), folder)
+            write_json(folder / MARKER, digests.sealed({**facts, "files": files}))
 
 
 def _save(

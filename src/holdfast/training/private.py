@@ -6,14 +6,18 @@ them, or if another file of the package uses a private name that is not its own.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
+from pickle import Unpickler
 from typing import Any
 
 import torch
 from torch import nn
+
+from holdfast.errors import ModelError, first_line
 
 PINNED = {
     "torch": (
@@ -25,9 +29,12 @@ PINNED = {
     "torch checkpoint wrapper": ("_checkpoint_wrapped_module",),
     "transformers layer": ("_gradient_checkpointing_func",),
     "transformers.Trainer": (
-        "_get_train_sampler", "_load_from_checkpoint", "_load_optimizer_and_scheduler",
+        "_get_train_sampler", "_load_best_model", "_load_from_checkpoint", "_load_optimizer_and_scheduler",
         "_save_optimizer_and_scheduler", "_train_batch_size",
     ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": ("_MEM_FORMAT_ENCODING",),
+    "torch.serialization": ("_get_layout",),
     "trl.SFTTrainer": ("_formatting_func", "_metrics", "_prepare_dataset", "_total_train_tokens"),
 }  # fmt: skip
 """`_get_train_sampler` is not called: `PhaseBatchSampler` draws the same order, which a test compares."""
@@ -43,6 +50,9 @@ foreach_sub = torch._foreach_sub
 
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 """Parts that activation checkpointing and torch.compile add to the names of parameters."""
+
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""torch's environment variable that makes every `torch.load` read with `weights_only=True`."""
 
 TRL_METRICS = ("_metrics", "_total_train_tokens")
 """Attributes that `trl.SFTTrainer` updates with every loss that it computes."""
@@ -75,13 +85,79 @@ class CheckpointSlots:
         self.save_to(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        with only_tensors(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is not None:
             self.load_from(Path(checkpoint))
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with self.loading_weights(Path(resume_from_checkpoint), self.model if model is None else model):
+        folder = Path(resume_from_checkpoint)
+        with self.loading_weights(folder, self.model if model is None else model), only_tensors(folder):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self: Any) -> None:
+        with only_tensors(self.state.best_model_checkpoint):
+            super()._load_best_model()  # type: ignore[misc]
+
+
+PLAIN = frozenset(
+    [("torch.distributed.checkpoint.metadata", name) for name in (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    )]
+    + [("torch", name) for name in (
+        "Size", "bfloat16", "bool", "float16", "float32", "float64", "int16", "int32", "int64", "int8",
+        "uint8", "float8_e4m3fn", "float8_e5m2", "contiguous_format",
+    )]
+    + [("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout")]
+    + [("collections", "OrderedDict")]
+    + [(module, "PosixPath") for module in ("pathlib", "pathlib._local")]
+)  # fmt: skip
+"""The classes and functions that `.metadata` of `torch.distributed.checkpoint` may name, by module."""
+
+
+class _Plain(Unpickler):
+    """Reads a pickle that names nothing outside `PLAIN`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in PLAIN:
+            raise ValueError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+@contextmanager
+def only_tensors(checkpoint: str | Path | None) -> Iterator[None]:
+    """Refuse pickles that could run code while files of the folder `checkpoint` are read.
+
+    `torch.distributed.checkpoint` unpickles its `.metadata`, which is checked here first, and reads values
+    that are not tensors with `weights_only=False`, which torch's environment variable overrules.
+
+    Raises:
+        ModelError: a `.metadata` is damaged or could run code, or tensors are missing.
+    """
+    for path in sorted(Path(checkpoint).rglob(".metadata")) if checkpoint else []:
+        try:
+            with path.open("rb") as file:
+                _Plain(file).load()
+        except Exception as error:
+            raise ModelError(
+                f"{path} is damaged or unsafe: {first_line(error)}. It was not loaded."
+            ) from None
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        if type(error).__name__ != "CheckpointException":  # torch's, which is no Exception
+            raise
+        raise ModelError(f"{checkpoint} cannot be loaded: {first_line(error)}.") from error
+    finally:
+        if before is None:
+            del os.environ[WEIGHTS_ONLY]
+        else:
+            os.environ[WEIGHTS_ONLY] = before
 
 
 def batch_size(trainer: Any) -> int:

@@ -3,6 +3,11 @@
 A method's tensors go into `method/` of Trainer's own checkpoint. With two active adapters Trainer would load
 only the first one and make it trainable; the list and the flags are restored. `training/private.py` holds the
 private names that this needs.
+
+Resuming runs no code from a checkpoint. `method/` holds JSON and safetensors. Trainer reads its own files
+(optimizer, scheduler, scaler, random numbers, weights in `.bin`) with `weights_only=True`. Files of
+`torch.distributed.checkpoint` (FSDP with SHARDED_STATE_DICT) are read only within `private.only_tensors`.
+DeepSpeed reads its own files with pickle: resume a DeepSpeed training only from a checkpoint that you trust.
 """
 
 from __future__ import annotations
@@ -22,9 +27,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from holdfast.errors import DataError, ModelError
+from holdfast.errors import DataError, ModelError, first_line
 from holdfast.machine.files import read_json, write_text
 from holdfast.training.lean_loss import LeanLossMixin
+from holdfast.training.method_files import read_tensors, write_tensors
 from holdfast.training.private import (
     CheckpointSlots,
     foreach_norm,
@@ -38,6 +44,7 @@ from holdfast.training.quantised import keep_differentiable
 from holdfast.training.tokenising import as_sequence, collator, rows_fingerprint, tokenise_all
 
 METHOD_FOLDER = "method"
+METHOD_STATE = "state.safetensors"
 
 
 @dataclass
@@ -64,7 +71,7 @@ class ResumableMixin(CheckpointSlots):
     """Saves what a method needs to resume exactly, and refuses to resume from a checkpoint of another run.
 
     A subclass returns its tensors from `method_state`. Anything that follows from `global_step` is not
-    stored. Tensors may be sharded (DTensor): `torch.distributed.checkpoint` writes and reads both kinds.
+    stored. Tensors may be sharded (DTensor): the file contains whole ones, and each process reads its part.
     """
 
     @classmethod
@@ -153,8 +160,7 @@ class ResumableMixin(CheckpointSlots):
             write_text(folder / "run.json", _as_json(self.run_fingerprint()))
         state = self.method_state()
         if state:
-            writer = _checkpoint().FileSystemWriter(folder / "state", overwrite=True)
-            _checkpoint().save(state, storage_writer=writer, no_dist=not _distributed())
+            write_tensors(folder / METHOD_STATE, state, main=self.args.should_save)
 
     def load_from(self: Any, checkpoint: Path) -> None:
         """Read `method/`, after a check that it is of this run."""
@@ -162,7 +168,7 @@ class ResumableMixin(CheckpointSlots):
         self._refuse_other_run(folder / "run.json")
         state = self.method_state()
         if state:
-            _checkpoint().load(state, checkpoint_id=folder / "state", no_dist=not _distributed())
+            read_tensors(folder / METHOD_STATE, state)
             self.method_loaded(state)
 
     def _refuse_other_run(self: Any, path: Path) -> None:
@@ -171,7 +177,13 @@ class ResumableMixin(CheckpointSlots):
                 f"{path.parent.parent} was not written by a Holdfast trainer: {path} is missing, so the run "
                 "cannot resume exactly. Start without resume_from_checkpoint."
             )
-        saved, ours = read_json(path), json.loads(_as_json(self.run_fingerprint()))
+        ours = json.loads(_as_json(self.run_fingerprint()))
+        try:
+            saved = read_json(path)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path} is damaged ({first_line(error)}). Use another checkpoint.") from None
+        if not isinstance(saved, dict):
+            raise ModelError(f"{path} is damaged (expected an object). Use another checkpoint.")
         different = [k for k in ours if saved.get(k) != ours[k]]
         if different:
             what = "; ".join(f"{k}: {saved.get(k)} in the checkpoint, {ours[k]} now" for k in different)
@@ -322,13 +334,3 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
 
 def _as_json(fingerprint: dict[str, Any]) -> str:
     return json.dumps(fingerprint, indent=1, default=str)
-
-
-def _checkpoint() -> Any:
-    import torch.distributed.checkpoint as checkpoint
-
-    return checkpoint
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
