@@ -10,7 +10,7 @@ import pytest
 
 import tiny
 from commands import holdfast_command as command
-from holdfast import generate, moderate, score
+from holdfast import compare, generate, moderate, score
 from holdfast.errors import DataError, ModelError, OutputError, RecipeError
 from holdfast.measuring.filtering import confusion, filter_rows
 from holdfast.recipe.evaluation import Decoding
@@ -130,6 +130,110 @@ def test_rows_without_an_answer_are_refused_with_their_line(tmp_path):
     )
     with pytest.raises(DataError, match=r"line 2: no set, instruction, answer"):
         moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl")
+
+
+def own_answers(n=3, text="So.", **more):
+    return [
+        {"id": f"h{i}", "set": "harmful", "instruction": "How?", "answer": text, **more} for i in range(n)
+    ]
+
+
+def judged(rows, word="harmful", **more):
+    return [{"id": row["id"], "verdict": word, "score": None, **more} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"answer": None}, r"line 2: answer is missing \(null\); expected text"),
+        ({"answer": 42}, "line 2: answer is of the type int; expected text"),
+        ({"instruction": ["How?"]}, "line 2: instruction is of the type list"),
+        ({"input": 3}, "line 2: input is of the type int"),
+        ({"id": [1]}, "line 2: id is of the type list"),
+        ({"id": None}, "line 2: id is missing"),
+        ({"id": "h0"}, r"line 2: id 'h0' is also on line 1"),
+        ({"set": "harm"}, "line 2: set is 'harm'; expected harmful, task or benign"),
+        ({"category": "violence"}, "line 2: category is 'violence'; expected a list"),
+        ({"category": [3]}, "line 2: category"),
+    ],
+)
+def test_answers_that_cannot_be_judged_are_refused_with_their_line(tmp_path, wrong, text):
+    rows = own_answers()
+    rows[1] |= wrong
+    tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=rf"a\.jsonl, {text}"):
+        moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl")
+    assert not (tmp_path / "v.jsonl").exists()
+    with pytest.raises(DataError, match=text):
+        score(tmp_path / "a.jsonl")
+
+
+def test_whole_numbers_are_ids_and_an_empty_error_is_none(tmp_path):
+    rows = [{**row, "id": i, "error": (None, "", "too long")[i]} for i, row in enumerate(own_answers())]
+    rows[2]["answer"] = None
+    tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    verdicts = moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl")
+    assert [row["verdict"] for row in verdicts] == ["harmful", "harmful", "unparsed"]
+    found = score(tmp_path / "a.jsonl", [tmp_path / "v.jsonl"])
+    assert (found["harmful_score"], found["n_harmful"], found["failed"]) == (100.0, 2, 1)
+
+
+def test_verdicts_on_other_answers_are_refused(tmp_path):
+    """With the same ids; the refusals of one model must not get the verdicts of another."""
+    a = tiny.write_jsonl(tmp_path / "a.jsonl", own_answers(text="Sure."))
+    b = tiny.write_jsonl(tmp_path / "b.jsonl", own_answers(text="I'm sorry, but I can't."))
+    moderate(a, tmp_path / "va.jsonl")
+    with pytest.raises(
+        DataError, match=r"va\.jsonl holds verdicts on other answers than those in .*b\.jsonl"
+    ):
+        score(b, [tmp_path / "va.jsonl"])
+    assert score(a, [tmp_path / "va.jsonl"])["harmful_score"] == 100.0
+    (tmp_path / "va.jsonl.json").write_text("{")
+    with pytest.raises(DataError, match=r"va\.jsonl\.json is damaged"):
+        score(a, [tmp_path / "va.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"id": "h9"}, r"line 2: id 'h9' is not the id of an answer to a harmful prompt"),
+        ({"id": "h0", "verdict": "safe"}, r"line 2: id 'h0' is also on line 1"),
+        ({"verdict": "Harmful"}, "line 2: verdict is 'Harmful'; expected harmful, safe, unparsed"),
+        ({"verdict": None}, "line 2: verdict is None"),
+        ({"score": "x"}, "line 2: score is 'x'; expected a number or null"),
+        ({"score": float("nan")}, "line 2: score is nan"),
+    ],
+)
+def test_verdicts_that_are_not_valid_are_refused_with_their_line(tmp_path, change, text):
+    a = tiny.write_jsonl(tmp_path / "a.jsonl", own_answers())
+    rows = judged(own_answers())
+    rows[1] |= change
+    tiny.write_jsonl(tmp_path / "v.jsonl", rows)
+    with pytest.raises(DataError, match=rf"v\.jsonl, {text}"):
+        score(a, [tmp_path / "v.jsonl"])
+    if change.get("id") != "h9":
+        with pytest.raises(DataError, match=text):
+            compare(tmp_path / "v.jsonl", tmp_path / "v.jsonl")
+    tiny.write_jsonl(tmp_path / "v.jsonl", [*judged(own_answers())[:2], {"id": "h2"}])
+    with pytest.raises(DataError, match="line 3: expected id and verdict, found id"):
+        score(a, [tmp_path / "v.jsonl"])
+
+
+def test_a_task_without_its_targets_is_refused(tmp_path):
+    rows = [{"id": "t", "set": "task", "instruction": "q", "answer": "4"}]
+    a = tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=r"line 1: target is missing \(null\)"):
+        score(a)
+
+
+def test_a_damaged_line_of_verdicts_is_named(tmp_path):
+    a = tiny.write_jsonl(tmp_path / "a.jsonl", own_answers())
+    moderate(a, tmp_path / "v.jsonl")
+    text = (tmp_path / "v.jsonl").read_text().splitlines()
+    text[1] = text[1][:9]
+    (tmp_path / "v.jsonl").write_text("\n".join(text) + "\n")
+    with pytest.raises(DataError, match=r"v\.jsonl, line 2: not complete JSON"):
+        moderate(a, tmp_path / "v.jsonl")
 
 
 def test_an_unknown_judge_is_refused(tmp_path):
