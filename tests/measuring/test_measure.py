@@ -193,6 +193,44 @@ def test_verdicts_on_other_answers_are_refused(tmp_path):
         score(a, [tmp_path / "va.jsonl"])
 
 
+def test_two_models_behind_one_judge_stay_apart(tmp_path):
+    a = tiny.write_jsonl(tmp_path / "a.jsonl", own_answers())
+
+    def verdicts(name, word, **made):
+        path = tiny.write_jsonl(tmp_path / f"{name}.jsonl", judged(own_answers(), word))
+        if made:
+            (tmp_path / f"{name}.jsonl.json").write_text(json.dumps({"made": made}))
+        return path
+
+    first = verdicts("first", "harmful", judge="openai", judge_stamp="openai@a/policy 1-5, meta")
+    second = verdicts("second", "safe", judge="openai", judge_stamp="openai@b/policy 1-5, meta")
+    third = verdicts("openai", "safe")
+    found = score(a, [first, second])
+    assert (found["harmful_score"], found["judge"]) == (100.0, "openai@a/policy 1-5, meta")
+    shares = {name: one["harmful_score"] for name, one in found["judges"].items()}
+    assert shares == {"openai@a/policy 1-5, meta": 100.0, "openai@b/policy 1-5, meta": 0.0}
+    assert found["agreement"][0]["only_first"] == 3
+    assert list(score(a, [first, third])["judges"]) == ["openai@a/policy 1-5, meta", str(third)]
+    assert list(score(a, [second])["judges"]) == ["openai"], "alone, a judge keeps its name"
+    again = verdicts("again", "safe", judge="openai", judge_stamp="openai@a/policy 1-5, meta")
+    for two in ([first, again], [third, third]):
+        with pytest.raises(DataError, match=r"are both verdicts of .*openai.*Give one of them"):
+            score(a, two)
+
+
+def test_the_verdicts_of_steps_are_named_by_their_judges(tmp_path):
+    """Every step's file is verdicts.jsonl; its `step.json` names the judge."""
+    a = tiny.write_jsonl(tmp_path / "a.jsonl", own_answers())
+    for name, word in (("beaver_dam", "harmful"), ("keyword", "safe")):
+        (tmp_path / name).mkdir()
+        tiny.write_jsonl(tmp_path / name / "verdicts.jsonl", judged(own_answers(), word))
+        step = {"judge": name, "judge_stamp": f"{name}@1"}
+        (tmp_path / name / "step.json").write_text(json.dumps(step))
+    found = score(a, [tmp_path / name / "verdicts.jsonl" for name in ("beaver_dam", "keyword")])
+    assert (found["harmful_score"], found["attack_success_rate"]) == (100.0, 0.0)
+    assert list(found["judges"]) == ["beaver_dam", "keyword"]
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

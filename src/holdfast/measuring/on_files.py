@@ -172,7 +172,8 @@ def _verdicts(
     harmful = {row["id"] for row in rows if row["set"] == "harmful"}
     judged: dict[str, Rows] = {}
     titles: dict[str, str] = {}
-    for path in map(Path, paths):
+    labels = _labels([Path(path) for path in paths])
+    for path, label in zip(map(Path, paths), labels, strict=True):
         found, places = read_whole(path)
         again = f"Run holdfast moderate {generations} with another --out."
         made = origin(path)
@@ -184,11 +185,30 @@ def _verdicts(
                 f"{path} holds {len(found)} verdicts on the {len(harmful)} answers to harmful prompts in "
                 f"{generations}. Run the same holdfast moderate again to get the rest."
             )
-        judge = made.get("judge")
-        judged[judge or path.stem] = found
-        if judge:
-            titles[judge] = judging.title(judge)
+        judged[label] = found
+        if made.get("judge"):
+            titles[label] = judging.title(made["judge"])
     return judged, titles
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each file of verdicts: its judge's, or the judge's stamp if two have one name.
+
+    Raises:
+        DataError: two files are of the same judge with the same stamp, or one file is given twice.
+    """
+    made = [origin(path) for path in paths]
+    short = [one.get("judge") or path.stem for one, path in zip(made, paths, strict=True)]
+    labels = [
+        name if short.count(name) == 1 else str(one.get("judge_stamp") or path)
+        for name, one, path in zip(short, made, paths, strict=True)
+    ]
+    for i, label in enumerate(labels):
+        if label in labels[:i]:
+            raise DataError(
+                f"{paths[labels.index(label)]} and {paths[i]} are both verdicts of {label}. Give one of them."
+            )
+    return labels
 
 
 def _rated(task: tasks.Task, path: Path, generations: str | Path, rows: Rows) -> tuple[tasks.Task, Rows]:
