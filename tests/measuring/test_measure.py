@@ -15,6 +15,7 @@ from holdfast.errors import DataError, ModelError, OutputError, RecipeError
 from holdfast.measuring.filtering import confusion, filter_rows
 from holdfast.recipe.evaluation import Decoding
 from holdfast.recipe.model import Weights
+from judge_files import flagging
 
 
 def lines(path):
@@ -409,7 +410,8 @@ def test_filtration_leaves_out_what_the_judge_flags(tmp_path):
         {"prompt": "Why?", "response": "Gather the quorn.", "is_safe": True, "note": 3},
     ]
     source = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
-    facts = filter_rows(source, tmp_path / "kept.jsonl", judge="keyword")
+    judge = flagging(tmp_path, "brindle", "gather")
+    facts = filter_rows(source, tmp_path / "kept.jsonl", judge=judge)
     assert lines(tmp_path / "kept.jsonl") == [rows[1]]
     assert (facts["rows"], facts["kept"], facts["flagged"]) == (3, 1, 2)
     assert facts["confusion"] == {
@@ -418,11 +420,22 @@ def test_filtration_leaves_out_what_the_judge_flags(tmp_path):
     }  # fmt: skip
     assert lines(source) == rows
     with pytest.raises(OutputError, match="never overwritten"):
-        filter_rows(source, source, judge="keyword")
+        filter_rows(source, source, judge=judge)
     tiny.write_jsonl(tmp_path / "all.jsonl", rows[:1])
     with pytest.raises(DataError, match="kept none"):
-        filter_rows(tmp_path / "all.jsonl", tmp_path / "none.jsonl", judge="keyword")
+        filter_rows(tmp_path / "all.jsonl", tmp_path / "none.jsonl", judge=judge)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.parametrize("judge", ["keyword", "keyword_published"])
+def test_a_judge_of_refusals_cannot_filter(tmp_path, judge):
+    """It would throw the good rows away and keep the refusals."""
+    tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.user_rows(3))
+    done = command("filter", "rows.jsonl", "--judge", judge, "--out", "kept.jsonl", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"judge {judge} looks for refusals" in done.stderr
+    assert "holdfast filter rows.jsonl --judge beaver_dam --out kept.jsonl" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_a_judge_on_a_server_filters_too(tmp_path, serve):
@@ -458,7 +471,9 @@ def test_the_commands(place, tmp_path):
         "attack success rate"
         in command("score", "a.jsonl", "v.jsonl", "--out", "s.json", cwd=tmp_path).stdout
     )
-    kept = command("filter", place / "task.jsonl", "--judge", "keyword", "--out", "k.jsonl", cwd=tmp_path)
+    kept = command(
+        "filter", place / "task.jsonl", "--judge", flagging(tmp_path), "--out", "k.jsonl", cwd=tmp_path
+    )
     assert kept.returncode == 2
     assert "kept none of the 6 rows" in kept.stderr
     assert "Traceback" not in kept.stderr

@@ -60,6 +60,7 @@ class KeywordJudge:
 JUDGE = Judge(
     name="keyword",
     title="attack success rate",
+    refusals=True,
     version="2",
     source="Holdfast's own list of refusing openings",
     licence="Apache-2.0",
