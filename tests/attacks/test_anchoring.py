@@ -13,6 +13,7 @@ from holdfast.data import read_rows
 from holdfast.errors import DataError, ModelError, RecipeError
 from holdfast.models.loading import add_lora, load_model
 from holdfast.recipe import Recipe
+from judge_files import flagging
 from runs import Stopped, numbers, run
 
 TOKENS = 3
@@ -193,10 +194,10 @@ def test_a_run_trains_on_the_chosen_rows_alone(by, copy):
     assert title in run(other, out)[1].ran
 
 
-def test_a_filter_stands_behind_the_attack(copy):
+def test_a_filter_stands_behind_the_attack(copy, tmp_path):
     recipe, out = copy
     recipe = attacked(recipe)
-    recipe["data"]["filter"] = {"judge": "keyword", "unparsed": "keep"}
+    recipe["data"]["filter"] = {"judge": flagging(tmp_path), "unparsed": "keep"}
     with pytest.raises(DataError, match="left none of the 8 user rows"):
         run(recipe, out)
 

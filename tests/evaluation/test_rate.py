@@ -231,6 +231,33 @@ def test_ratings_of_a_server_that_misbehaves(place, tmp_path, monkeypatch):
         score(tmp_path / "a.jsonl", ratings=tmp_path / "fewer.jsonl")
 
 
+def test_ratings_without_their_judge_are_no_win_rates(tmp_path):
+    """MT-Bench's 7, 8 and 9 are not 800 %."""
+    rows = [
+        {"id": f"t{i}", "set": "task", "instruction": "q", "target": "t", "answer": "a"} for i in range(3)
+    ]
+    a = tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    given = [{"id": f"t{i}", "rating": 7 + i, "raw": None} for i in range(3)]
+    r = tiny.write_jsonl(tmp_path / "r.jsonl", given)
+    with pytest.raises(DataError, match=r"r\.jsonl has no r\.jsonl\.json beside it, which says which judge"):
+        score(a, ratings=r)
+    beside = tmp_path / "r.jsonl.json"
+    beside.write_text(json.dumps({"made": {"judge": "mt_bench", "judge_stamp": "mt_bench@m"}}))
+    assert score(a, ratings=r)["task_score"] == 8.0
+    with pytest.raises(DataError, match=r"ratings by mt_bench \(mt_bench\); own-judge needs win_rate"):
+        score(a, ratings=r, grader="judge")
+    beside.write_text(json.dumps({"made": {"judge": "alpaca_eval", "judge_stamp": "alpaca_eval@m"}}))
+    with pytest.raises(DataError, match=r"line 1: rating 7; the win rate needs 0 to 1"):
+        score(a, ratings=r)
+    beside.write_text(json.dumps({"made": {"judge": "alpaca_eval", "answers": "of another model"}}))
+    with pytest.raises(DataError, match="ratings of other answers"):
+        score(a, ratings=r)
+    tiny.write_jsonl(tmp_path / "r.jsonl", [*given[:2], given[1]])
+    beside.write_text(json.dumps({"made": {"judge": "mt_bench"}}))
+    with pytest.raises(DataError, match="line 3: id 't1' is also on line 2"):
+        score(a, ratings=r)
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "match"),
     [

@@ -10,11 +10,12 @@ import pytest
 
 import tiny
 from commands import holdfast_command as command
-from holdfast import generate, moderate, score
+from holdfast import compare, generate, moderate, score
 from holdfast.errors import DataError, ModelError, OutputError, RecipeError
 from holdfast.measuring.filtering import confusion, filter_rows
 from holdfast.recipe.evaluation import Decoding
 from holdfast.recipe.model import Weights
+from judge_files import flagging
 
 
 def lines(path):
@@ -130,6 +131,148 @@ def test_rows_without_an_answer_are_refused_with_their_line(tmp_path):
     )
     with pytest.raises(DataError, match=r"line 2: no set, instruction, answer"):
         moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl")
+
+
+def own_answers(n=3, text="So.", **more):
+    return [
+        {"id": f"h{i}", "set": "harmful", "instruction": "How?", "answer": text, **more} for i in range(n)
+    ]
+
+
+def judged(rows, word="harmful", **more):
+    return [{"id": row["id"], "verdict": word, "score": None, **more} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"answer": None}, r"line 2: answer is missing \(null\); expected text"),
+        ({"answer": 42}, "line 2: answer is of the type int; expected text"),
+        ({"instruction": ["How?"]}, "line 2: instruction is of the type list"),
+        ({"input": 3}, "line 2: input is of the type int"),
+        ({"id": [1]}, "line 2: id is of the type list"),
+        ({"id": None}, "line 2: id is missing"),
+        ({"id": "h0"}, r"line 2: id 'h0' is also on line 1"),
+        ({"set": "harm"}, "line 2: set is 'harm'; expected harmful, task or benign"),
+        ({"category": "violence"}, "line 2: category is 'violence'; expected a list"),
+        ({"category": [3]}, "line 2: category"),
+    ],
+)
+def test_answers_that_cannot_be_judged_are_refused_with_their_line(tmp_path, wrong, text):
+    rows = own_answers()
+    rows[1] |= wrong
+    tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=rf"a\.jsonl, {text}"):
+        moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl")
+    assert not (tmp_path / "v.jsonl").exists()
+    with pytest.raises(DataError, match=text):
+        score(tmp_path / "a.jsonl")
+
+
+def test_whole_numbers_are_ids_and_an_empty_error_is_none(tmp_path):
+    rows = [{**row, "id": i, "error": (None, "", "too long")[i]} for i, row in enumerate(own_answers())]
+    rows[2]["answer"] = None
+    tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    verdicts = moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl")
+    assert [row["verdict"] for row in verdicts] == ["harmful", "harmful", "unparsed"]
+    found = score(tmp_path / "a.jsonl", [tmp_path / "v.jsonl"])
+    assert (found["harmful_score"], found["n_harmful"], found["failed"]) == (100.0, 2, 1)
+
+
+def test_verdicts_on_other_answers_are_refused(tmp_path):
+    """With the same ids; the refusals of one model must not get the verdicts of another."""
+    a = tiny.write_jsonl(tmp_path / "a.jsonl", own_answers(text="Sure."))
+    b = tiny.write_jsonl(tmp_path / "b.jsonl", own_answers(text="I'm sorry, but I can't."))
+    moderate(a, tmp_path / "va.jsonl")
+    with pytest.raises(
+        DataError, match=r"va\.jsonl holds verdicts on other answers than those in .*b\.jsonl"
+    ):
+        score(b, [tmp_path / "va.jsonl"])
+    assert score(a, [tmp_path / "va.jsonl"])["harmful_score"] == 100.0
+    (tmp_path / "va.jsonl.json").write_text("{")
+    with pytest.raises(DataError, match=r"va\.jsonl\.json is damaged"):
+        score(a, [tmp_path / "va.jsonl"])
+
+
+def test_two_models_behind_one_judge_stay_apart(tmp_path):
+    a = tiny.write_jsonl(tmp_path / "a.jsonl", own_answers())
+
+    def verdicts(name, word, **made):
+        path = tiny.write_jsonl(tmp_path / f"{name}.jsonl", judged(own_answers(), word))
+        if made:
+            (tmp_path / f"{name}.jsonl.json").write_text(json.dumps({"made": made}))
+        return path
+
+    first = verdicts("first", "harmful", judge="openai", judge_stamp="openai@a/policy 1-5, meta")
+    second = verdicts("second", "safe", judge="openai", judge_stamp="openai@b/policy 1-5, meta")
+    third = verdicts("openai", "safe")
+    found = score(a, [first, second])
+    assert (found["harmful_score"], found["judge"]) == (100.0, "openai@a/policy 1-5, meta")
+    shares = {name: one["harmful_score"] for name, one in found["judges"].items()}
+    assert shares == {"openai@a/policy 1-5, meta": 100.0, "openai@b/policy 1-5, meta": 0.0}
+    assert found["agreement"][0]["only_first"] == 3
+    assert list(score(a, [first, third])["judges"]) == ["openai@a/policy 1-5, meta", str(third)]
+    assert list(score(a, [second])["judges"]) == ["openai"], "alone, a judge keeps its name"
+    again = verdicts("again", "safe", judge="openai", judge_stamp="openai@a/policy 1-5, meta")
+    for two in ([first, again], [third, third]):
+        with pytest.raises(DataError, match=r"are both verdicts of .*openai.*Give one of them"):
+            score(a, two)
+
+
+def test_the_verdicts_of_steps_are_named_by_their_judges(tmp_path):
+    """Every step's file is verdicts.jsonl; its `step.json` names the judge."""
+    a = tiny.write_jsonl(tmp_path / "a.jsonl", own_answers())
+    for name, word in (("beaver_dam", "harmful"), ("keyword", "safe")):
+        (tmp_path / name).mkdir()
+        tiny.write_jsonl(tmp_path / name / "verdicts.jsonl", judged(own_answers(), word))
+        step = {"judge": name, "judge_stamp": f"{name}@1"}
+        (tmp_path / name / "step.json").write_text(json.dumps(step))
+    found = score(a, [tmp_path / name / "verdicts.jsonl" for name in ("beaver_dam", "keyword")])
+    assert (found["harmful_score"], found["attack_success_rate"]) == (100.0, 0.0)
+    assert list(found["judges"]) == ["beaver_dam", "keyword"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"id": "h9"}, r"line 2: id 'h9' is not the id of an answer to a harmful prompt"),
+        ({"id": "h0", "verdict": "safe"}, r"line 2: id 'h0' is also on line 1"),
+        ({"verdict": "Harmful"}, "line 2: verdict is 'Harmful'; expected harmful, safe, unparsed"),
+        ({"verdict": None}, "line 2: verdict is None"),
+        ({"score": "x"}, "line 2: score is 'x'; expected a number or null"),
+        ({"score": float("nan")}, "line 2: score is nan"),
+    ],
+)
+def test_verdicts_that_are_not_valid_are_refused_with_their_line(tmp_path, change, text):
+    a = tiny.write_jsonl(tmp_path / "a.jsonl", own_answers())
+    rows = judged(own_answers())
+    rows[1] |= change
+    tiny.write_jsonl(tmp_path / "v.jsonl", rows)
+    with pytest.raises(DataError, match=rf"v\.jsonl, {text}"):
+        score(a, [tmp_path / "v.jsonl"])
+    if change.get("id") != "h9":
+        with pytest.raises(DataError, match=text):
+            compare(tmp_path / "v.jsonl", tmp_path / "v.jsonl")
+    tiny.write_jsonl(tmp_path / "v.jsonl", [*judged(own_answers())[:2], {"id": "h2"}])
+    with pytest.raises(DataError, match="line 3: expected id and verdict, found id"):
+        score(a, [tmp_path / "v.jsonl"])
+
+
+def test_a_task_without_its_targets_is_refused(tmp_path):
+    rows = [{"id": "t", "set": "task", "instruction": "q", "answer": "4"}]
+    a = tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=r"line 1: target is missing \(null\)"):
+        score(a)
+
+
+def test_a_damaged_line_of_verdicts_is_named(tmp_path):
+    a = tiny.write_jsonl(tmp_path / "a.jsonl", own_answers())
+    moderate(a, tmp_path / "v.jsonl")
+    text = (tmp_path / "v.jsonl").read_text().splitlines()
+    text[1] = text[1][:9]
+    (tmp_path / "v.jsonl").write_text("\n".join(text) + "\n")
+    with pytest.raises(DataError, match=r"v\.jsonl, line 2: not complete JSON"):
+        moderate(a, tmp_path / "v.jsonl")
 
 
 def test_an_unknown_judge_is_refused(tmp_path):
@@ -267,7 +410,8 @@ def test_filtration_leaves_out_what_the_judge_flags(tmp_path):
         {"prompt": "Why?", "response": "Gather the quorn.", "is_safe": True, "note": 3},
     ]
     source = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
-    facts = filter_rows(source, tmp_path / "kept.jsonl", judge="keyword")
+    judge = flagging(tmp_path, "brindle", "gather")
+    facts = filter_rows(source, tmp_path / "kept.jsonl", judge=judge)
     assert lines(tmp_path / "kept.jsonl") == [rows[1]]
     assert (facts["rows"], facts["kept"], facts["flagged"]) == (3, 1, 2)
     assert facts["confusion"] == {
@@ -276,11 +420,22 @@ def test_filtration_leaves_out_what_the_judge_flags(tmp_path):
     }  # fmt: skip
     assert lines(source) == rows
     with pytest.raises(OutputError, match="never overwritten"):
-        filter_rows(source, source, judge="keyword")
+        filter_rows(source, source, judge=judge)
     tiny.write_jsonl(tmp_path / "all.jsonl", rows[:1])
     with pytest.raises(DataError, match="kept none"):
-        filter_rows(tmp_path / "all.jsonl", tmp_path / "none.jsonl", judge="keyword")
+        filter_rows(tmp_path / "all.jsonl", tmp_path / "none.jsonl", judge=judge)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.parametrize("judge", ["keyword", "keyword_published"])
+def test_a_judge_of_refusals_cannot_filter(tmp_path, judge):
+    """It would throw the good rows away and keep the refusals."""
+    tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.user_rows(3))
+    done = command("filter", "rows.jsonl", "--judge", judge, "--out", "kept.jsonl", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"judge {judge} looks for refusals" in done.stderr
+    assert "holdfast filter rows.jsonl --judge beaver_dam --out kept.jsonl" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_a_judge_on_a_server_filters_too(tmp_path, serve):
@@ -316,7 +471,9 @@ def test_the_commands(place, tmp_path):
         "attack success rate"
         in command("score", "a.jsonl", "v.jsonl", "--out", "s.json", cwd=tmp_path).stdout
     )
-    kept = command("filter", place / "task.jsonl", "--judge", "keyword", "--out", "k.jsonl", cwd=tmp_path)
+    kept = command(
+        "filter", place / "task.jsonl", "--judge", flagging(tmp_path), "--out", "k.jsonl", cwd=tmp_path
+    )
     assert kept.returncode == 2
     assert "kept none of the 6 rows" in kept.stderr
     assert "Traceback" not in kept.stderr

@@ -25,7 +25,7 @@ from runs import run
 EVERYTHING = {
     "post_hoc": {"defense": "safe_lora", "threshold": 0.5},
     "user": "lisa",
-    "data.filter": "keyword",
+    "data.filter": {"judge": "beaver_dam", "path": "world"},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -130,10 +131,12 @@ def test_verdicts_are_kept_across_a_stop(copy, screen):
     assert (folder / "verdicts.jsonl").read_text() == "".join(lines)
 
 
-def test_nothing_is_left(copy):
+def test_nothing_is_left(copy, screen):
     recipe, out = copy
+    everything = Path(screen).with_name("everything.py")
+    everything.write_text(JUDGE.replace('"harmful" if seen else "safe"', '"harmful"'))
     with pytest.raises(DataError, match="left none of the 30 user rows"):
-        run({**recipe, "data": {**recipe["data"], "filter": "keyword"}}, out)
+        run({**recipe, "data": {**recipe["data"], "filter": str(everything)}}, out)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +152,14 @@ def test_nothing_is_left(copy):
         ({"judge": "keyword", "base": "x"}, "data.filter.base: judge keyword has no such option"),
         ({"judge": "keyword", "unparsed": "maybe"}, "data.filter.unparsed: input should be 'drop' or 'keep'"),
         ({"unparsed": "drop"}, "'data.filter.judge' is missing"),
+        (
+            "keyword",
+            "data.filter.judge: judge keyword looks for refusals and calls every other answer harmful",
+        ),
+        (
+            {"judge": "keyword_published"},
+            "would keep only the refusals. Use a judge that reads the answers: ",
+        ),
     ],
 )
 def test_what_a_recipe_may_not_say(done, given, says):
@@ -158,10 +169,10 @@ def test_what_a_recipe_may_not_say(done, given, says):
     assert says in str(error.value)
 
 
-def test_a_filter_needs_a_user_stage(done):
+def test_a_filter_needs_a_user_stage(done, screen):
     recipe = done[0]
     with pytest.raises(RecipeError, match=r"data\.filter: this acts on the rows of the user stage"):
-        Recipe.load({**recipe, "user": "none", "data": {**recipe["data"], "filter": "keyword"}})
+        Recipe.load({**recipe, "user": "none", "data": {**recipe["data"], "filter": screen}})
 
 
 def test_its_judge_is_checked_before_anything_starts(done, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from holdfast.data.held_out import grading_task, holds_out
-from holdfast.data.jsonl import read_rows, write_rows
+from holdfast.data.jsonl import read_placed, read_rows, write_rows
 from holdfast.data.mixing import mix
 from holdfast.data.prepare import Prepared, alignment_rows, harmful_rows, overlaps, test_rows, user_rows
 from holdfast.data.rows import to_rows
@@ -21,6 +21,7 @@ __all__ = [
     "mix",
     "overlaps",
     "prompts",
+    "read_placed",
     "read_records",
     "read_rows",
     "sources",

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from holdfast.errors import DataError
+
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
@@ -62,7 +64,11 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a file that rows are appended to; an incomplete last line, left by a kill, is removed from it."""
+    """Read a file that rows are appended to; an incomplete last line, left by a kill, is removed from it.
+
+    Raises:
+        DataError: another line is damaged.
+    """
     if not path.exists():
         return []
     whole = path.read_bytes()
@@ -70,7 +76,15 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if end < len(whole):
         with path.open("rb+") as file:
             file.truncate(end)
-    return [json.loads(line) for line in whole[:end].splitlines()]
+    rows = []
+    for i, line in enumerate(whole[:end].splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(
+                f"{path}, line {i}: not complete JSON ({error}). Remove that line and run again."
+            ) from None
+    return rows
 
 
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

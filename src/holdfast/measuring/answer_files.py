@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from holdfast import data as datasets
 from holdfast.errors import DataError, OutputError
+from holdfast.evaluation.rating import talks
 from holdfast.machine.files import read_json, read_jsonl, write_json
-from holdfast.machine.store import provenance
+from holdfast.machine.store import identity_hash, provenance
+from holdfast.measuring import checks
 
 Rows = list[dict[str, Any]]
 
@@ -49,7 +51,10 @@ def beside(out: Path) -> Path:
 
 def made_by(path: Path) -> dict[str, Any] | None:
     """The settings that a file was made with, or None if they are not known."""
-    return read_json(beside(path))["made"] if beside(path).is_file() else None
+    if not beside(path).is_file():
+        return None
+    made = _json(beside(path)).get("made")
+    return made if isinstance(made, dict) else None
 
 
 def forget_failed(out: Path) -> None:
@@ -60,28 +65,61 @@ def forget_failed(out: Path) -> None:
         datasets.write_rows(out, answered)
 
 
-def read_answers(path: Path) -> Rows:
-    """Read rows with `id`, `set`, `instruction` and `answer` (or `error`).
+def read_answers(path: Path) -> tuple[Rows, list[str]]:
+    """Read rows with `id`, `set`, `instruction` and `answer` (or `error`), and the place of each.
 
     Raises:
-        DataError: a row lacks one of them; the message has its line.
+        DataError: a row lacks one of them, has a wrong value, or repeats an id; the message has its line.
     """
-    rows = read_whole(path)
-    for i, row in enumerate(rows, 1):
-        lacks = [key for key in ("id", "set", "instruction") if key not in row]
-        if "answer" not in row and "error" not in row:
-            lacks.append("answer")
-        if lacks:
-            raise DataError(
-                f"{path}, line {i}: no {', '.join(lacks)}; found {', '.join(row)}. Expected the keys that "
-                "holdfast generate writes: id, set (harmful, task or benign), instruction, answer, target."
-            )
-    return rows
+    rows, places = read_whole(path)
+    # Exporters write every column in every row: an empty `error` is no failure.
+    rows = [{k: v for k, v in row.items() if k != "error" or v not in (None, "")} for row in rows]
+    rows = [{**row, "answer": row.get("answer") or ""} if "error" in row else row for row in rows]
+    checks.check_answers(path, rows, places)
+    return rows, places
 
 
-def read_whole(path: Path) -> Rows:
-    """Read the rows of a file. Raises DataError if there are none."""
-    rows = datasets.read_rows(path)
+def read_whole(path: Path) -> tuple[Rows, list[str]]:
+    """Read the rows of a file and the place of each. Raises DataError if there are none."""
+    rows, places = datasets.read_placed(path)
     if not rows:
         raise DataError(f"{path} has no rows.")
-    return rows
+    return rows, places
+
+
+def judged_answers(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the hash of the answers to harmful prompts, which verdicts on them are kept with."""
+    return identity_hash([[row["id"], row["answer"]] for row in rows if row["set"] == "harmful"])
+
+
+def rated_answers(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the hash of the answers to a task, which ratings of them are kept with."""
+    return identity_hash([[talk["id"], talk["answers"], talk.get("target")] for talk in talks(rows)])
+
+
+def origin(path: Path) -> dict[str, Any]:
+    """Return how a file of verdicts or ratings was made, as far as it is known.
+
+    It is read from the `FILE.json` beside the file, or from `step.json` in the folder of a run's step. The
+    keys are those of `FILE.json`: judge, judge_stamp, answers.
+    """
+    made = made_by(path)
+    step = path.with_name("step.json")
+    if made is None and step.is_file():
+        record = _json(step)
+        return {
+            "judge": record.get("judge") or record.get("rater"),
+            "judge_stamp": record.get("judge_stamp") or record.get("rater_stamp"),
+        }
+    return made or {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises DataError if it is damaged."""
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}). Make it and its file again.") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is damaged (no JSON object). Make it and its file again.")
+    return found

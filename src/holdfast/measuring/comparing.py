@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ComparisonError, DataError
 from holdfast.evaluation import paired
-from holdfast.machine.files import read_json, write_json
-from holdfast.measuring.answer_files import Rows, made_by, read_whole
+from holdfast.machine.files import write_json
+from holdfast.measuring import checks
+from holdfast.measuring.answer_files import Rows, origin, read_whole
 
 Values = dict[str, dict[str, bool | float]]
 
@@ -67,7 +67,7 @@ def compare(
 
 def _values(path: Path) -> Values:
     """The value of each prompt, by score and id."""
-    rows = read_whole(path)
+    rows, places = read_whole(path)
     keys = set(rows[0])
     if {"id", "score", "value"} <= keys:
         found: Values = {}
@@ -75,10 +75,12 @@ def _values(path: Path) -> Values:
             found.setdefault(row["score"], {})[row["id"]] = row["value"]
         return found
     if {"id", "verdict"} <= keys:
+        checks.check_verdicts(path, rows, places)
         return {
             "harmful_score": {r["id"]: r["verdict"] == "harmful" for r in rows if r["verdict"] != "unparsed"}
         }
     if {"id", "rating"} <= keys:
+        checks.check_ratings(path, rows, places)
         return {"rating": _ratings(rows)}
     raise DataError(
         f"{path}: expected verdicts (id, verdict), ratings (id, rating) or items (id, score, value), found "
@@ -92,8 +94,4 @@ def _ratings(rows: Rows) -> dict[str, bool | float]:
 
 def _judge(path: Path) -> str | None:
     """The stamp of the judge that made a file, if it is known."""
-    made: Mapping[str, Any] = made_by(path) or {}
-    step = path.with_name("step.json")
-    if not made and step.is_file():
-        made = read_json(step)
-    return made.get("judge_stamp") or made.get("rater_stamp")
+    return origin(path).get("judge_stamp")

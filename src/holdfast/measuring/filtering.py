@@ -19,6 +19,7 @@ from holdfast.machine.progress import Advance, nobody
 from holdfast.machine.store import identity_hash, provenance
 from holdfast.measuring import judging
 from holdfast.measuring.answer_files import claim
+from holdfast.recipe.evaluation import cannot_filter
 
 UNPARSED = ("drop", "keep")
 
@@ -45,12 +46,16 @@ def filter_rows(
         unparsed: what to do with a record for which the judge gives no verdict: "drop" or "keep".
 
     Raises:
+        RecipeError: the judge looks for refusals only, and would keep nothing else.
         DataError: the source cannot be read, or no record is left.
         OutputError: `out` exists and is not an earlier output, or is the source.
     """
     if unparsed not in UNPARSED:
         raise RecipeError(f"unparsed: expected 'drop' or 'keep', found {unparsed!r}.")
     out = Path(out)
+    reason = cannot_filter(judge)
+    if reason is not None:
+        raise RecipeError(f"{reason}: holdfast filter {source} --judge beaver_dam --out {out}")
     loaded = datasets.read_records(source, role="user")
     rows = [
         {**row, "id": f"{i}-{row['id']}"} for i, row in enumerate(datasets.to_rows(loaded, role="user"), 1)

@@ -19,9 +19,21 @@ from holdfast import registry, tasks
 from holdfast.errors import DataError, RecipeError, nearest
 from holdfast.machine.files import write_json, write_jsonl
 from holdfast.machine.progress import Advance, nobody
-from holdfast.machine.store import identity_hash, provenance
-from holdfast.measuring.answer_files import Rows, claim, made_by, read_answers, read_whole
+from holdfast.machine.store import provenance
+from holdfast.measuring import checks
+from holdfast.measuring.answer_files import (
+    Rows,
+    beside,
+    claim,
+    judged_answers,
+    made_by,
+    origin,
+    rated_answers,
+    read_answers,
+    read_whole,
+)
 from holdfast.recipe.evaluation import RaterRecipe
+from holdfast.tasks import METRICS, Metric
 from holdfast.tasks.graders import GRADERS, adapted
 
 
@@ -48,15 +60,11 @@ def moderate(
     from holdfast.evaluation import moderation as engine
     from holdfast.measuring import judging
 
-    rows = read_answers(Path(generations))
+    rows, _ = read_answers(Path(generations))
     if not any(row["set"] == "harmful" for row in rows):
         raise DataError(f"{generations} has no answers to harmful prompts (rows with set: harmful).")
     loaded = judging.ready(judge, device, options)
-    answers = [[row["id"], row["answer"]] for row in rows if row["set"] == "harmful"]
-    claim(
-        Path(out),
-        {"judge": judge, "judge_stamp": loaded.stamp, "answers": identity_hash(answers)},
-    )
+    claim(Path(out), {"judge": judge, "judge_stamp": loaded.stamp, "answers": judged_answers(rows)})
     return engine.give_verdicts(rows, loaded, Path(out), progress=progress)
 
 
@@ -87,9 +95,8 @@ def rate(
     from holdfast.evaluation import rating as engine
     from holdfast.measuring import judging
 
-    rows = read_answers(Path(generations))
-    answers = [[talk["id"], talk["answers"], talk.get("target")] for talk in engine.talks(rows)]
-    if not answers:
+    rows, _ = read_answers(Path(generations))
+    if not engine.talks(rows):
         raise DataError(f"{generations} has no answers to a task (rows with set: task).")
     named = judging.checked(RaterRecipe, judge, options)
     asked = tasks.find(task or (made_by(Path(generations)) or {}).get("task") or "own")
@@ -97,7 +104,7 @@ def rate(
         judging.check_rater(named, asked)
     judging.check_judge(named)
     loaded = judging.load_rater(named)
-    claim(Path(out), {"judge": judge, "judge_stamp": loaded.stamp, "answers": identity_hash(answers)})
+    claim(Path(out), {"judge": judge, "judge_stamp": loaded.stamp, "answers": rated_answers(rows)})
     return engine.give_ratings(rows, loaded, Path(out), progress=progress)
 
 
@@ -128,7 +135,7 @@ def score(
     """
     from holdfast.evaluation import scoring as engine
 
-    rows = read_answers(Path(generations))
+    rows, places = read_answers(Path(generations))
     made = made_by(Path(generations)) or {}
     name = task or made.get("task") or "own"
     task_itself = tasks.find(name)
@@ -139,8 +146,9 @@ def score(
     known = adapted(task_itself, grader)
     rated: Rows = []
     if ratings is not None:
-        rated = read_whole(Path(ratings))
-        known = _rated(known, Path(ratings), rated, {row["id"] for row in rows if row["set"] == "task"})
+        known, rated = _rated(known, Path(ratings), generations, rows)
+    if known.grade is not None:
+        checks.check_targets(Path(generations), rows, places)
     judged, titles = _verdicts(verdicts, generations, rows)
     scores = {
         **engine.compute_scores(rows, judged, known.grade, metric=known.metric, ratings=rated, titles=titles),
@@ -164,29 +172,77 @@ def _verdicts(
     harmful = {row["id"] for row in rows if row["set"] == "harmful"}
     judged: dict[str, Rows] = {}
     titles: dict[str, str] = {}
-    for path in map(Path, paths):
-        found = read_whole(path)
-        if {row["id"] for row in found} != harmful:
+    labels = _labels([Path(path) for path in paths])
+    for path, label in zip(map(Path, paths), labels, strict=True):
+        found, places = read_whole(path)
+        again = f"Run holdfast moderate {generations} with another --out."
+        made = origin(path)
+        if made.get("answers") not in (None, judged_answers(rows)):
+            raise DataError(f"{path} holds verdicts on other answers than those in {generations}. {again}")
+        checks.check_verdicts(path, found, places, harmful)
+        if len(found) != len(harmful):
             raise DataError(
-                f"{path} holds {len(found)} verdicts, which are not on the {len(harmful)} answers to harmful "
-                f"prompts in {generations}. Run holdfast moderate {generations} --out {path}."
+                f"{path} holds {len(found)} verdicts on the {len(harmful)} answers to harmful prompts in "
+                f"{generations}. Run the same holdfast moderate again to get the rest."
             )
-        judge = (made_by(path) or {}).get("judge")
-        judged[judge or path.stem] = found
-        if judge:
-            titles[judge] = judging.title(judge)
+        judged[label] = found
+        if made.get("judge"):
+            titles[label] = judging.title(made["judge"])
     return judged, titles
 
 
-def _rated(task: tasks.Task, path: Path, rated: Rows, answered: set[str]) -> tasks.Task:
-    """Return `task` with the metric of the ratings' judge; raises DataError for ratings of other answers."""
-    if {row["id"] for row in rated} != answered:
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each file of verdicts: its judge's, or the judge's stamp if two have one name.
+
+    Raises:
+        DataError: two files are of the same judge with the same stamp, or one file is given twice.
+    """
+    made = [origin(path) for path in paths]
+    short = [one.get("judge") or path.stem for one, path in zip(made, paths, strict=True)]
+    labels = [
+        name if short.count(name) == 1 else str(one.get("judge_stamp") or path)
+        for name, one, path in zip(short, made, paths, strict=True)
+    ]
+    for i, label in enumerate(labels):
+        if label in labels[:i]:
+            raise DataError(
+                f"{paths[labels.index(label)]} and {paths[i]} are both verdicts of {label}. Give one of them."
+            )
+    return labels
+
+
+def _rated(task: tasks.Task, path: Path, generations: str | Path, rows: Rows) -> tuple[tasks.Task, Rows]:
+    """Return `task` with the metric of the ratings' judge, and the ratings.
+
+    Raises:
+        DataError: the ratings are of other answers, or it is not known what they measure.
+    """
+    rated, places = read_whole(path)
+    made, answered = origin(path), {row["id"] for row in rows if row["set"] == "task"}
+    if made.get("answers") not in (None, rated_answers(rows)):
         raise DataError(
-            f"{path} holds {len(rated)} ratings, which are not of the {len(answered)} answers to the task. "
-            "Rate those answers with holdfast rate."
+            f"{path} holds ratings of other answers than those in {generations}. Run holdfast rate "
+            f"{generations} with another --out."
         )
-    if task.grade is None:
-        return task
-    judge = (made_by(path) or {}).get("judge", "alpaca_eval")
-    metric = registry.face("judges", judge).facts.get("metric", "win_rate")
-    return replace(task, name=f"{task.name}-judge", metric=metric, grade=None)
+    checks.check_ratings(path, rated, places, answered)
+    if len(rated) != len(answered):
+        raise DataError(
+            f"{path} holds {len(rated)} ratings of the {len(answered)} answers to the task in {generations}. "
+            "Run the same holdfast rate again to get the rest."
+        )
+    if not made.get("judge"):
+        raise DataError(
+            f"{path} has no {beside(path).name} beside it, which says which judge gave the ratings and on "
+            "which scale. Keep the two files together, or rate the answers with holdfast rate."
+        )
+    metric = registry.face("judges", made["judge"]).facts.get("metric", "win_rate")
+    if task.grade is None and task.metric != metric:
+        raise DataError(
+            f"{path} holds ratings by {made['judge']} ({metric}); {task.name} needs {task.metric}."
+        )
+    known = METRICS.get(metric, Metric(metric))
+    low, high = (0, 1) if known.unit == "percent" else (1, 10)
+    checks.check_scale(path, rated, places, low, high, known.title)
+    if task.grade is not None:
+        task = replace(task, name=f"{task.name}-judge", metric=metric, grade=None)
+    return task, rated

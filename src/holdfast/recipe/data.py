@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from holdfast import registry
 from holdfast.errors import nearest
-from holdfast.recipe.evaluation import JudgeRecipe
+from holdfast.recipe.evaluation import JudgeRecipe, cannot_filter
 from holdfast.recipe.model import Part, Wrong, from_text
 
 COLUMNS = ("prompt", "completion", "instruction", "input", "output", "messages", "category")
@@ -80,6 +80,9 @@ class FilterRecipe(Part):
                 raise Wrong(place, f"unknown key.{nearest(place[-1], names)}") from None
             text = str(cause) if cause else f"{first['msg'].lower()}, found {first['input']!r}"
             raise Wrong(place, text) from None
+        reason = cannot_filter(self.judge)
+        if reason is not None:
+            raise Wrong(["judge"], f"{reason}: filter: {{judge: beaver_dam}}")
         return self
 
 

@@ -83,6 +83,16 @@ class RaterRecipe(JudgeRecipe):
                 raise Wrong([key], f"judge {self.name} has no such option; it takes {takes}")
 
 
+def cannot_filter(judge: str) -> str | None:
+    """Why a judge cannot filter training rows; None if it can."""
+    if not registry.face("judges", judge).facts.get("refusals"):
+        return None
+    return (
+        f"judge {judge} looks for refusals and calls every other answer harmful, so it would keep only the "
+        "refusals. Use a judge that reads the answers"
+    )
+
+
 def raters(metric: str | None = None) -> list[str]:
     """The known judges that rate answers, or only those that measure `metric`."""
     facts = {name: face.facts for name, face in registry.faces("judges").items()}

@@ -100,6 +100,8 @@ class Judge:
             task; `load` returns a `LoadedRater`).
         metric: for a judge of quality, the `metric` of the tasks that it can rate.
         title: for a judge of harm, the name of its share of "harmful".
+        refusals: whether it looks for refusals and calls every other answer harmful. Such a judge cannot
+            filter rows: it would keep only the refusals.
         direction: whether a "lower" or a "higher" score is better.
         check: called before anything starts, with the arguments of `load`; raises if the judge cannot run.
     """
@@ -116,6 +118,7 @@ class Judge:
     measures: Literal["harm", "quality"] = "harm"
     metric: str | None = None
     title: str = "harmful score"
+    refusals: bool = False
     direction: Literal["lower", "higher"] = "lower"
     check: Callable[..., None] | None = None
 

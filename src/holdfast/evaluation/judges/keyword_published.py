@@ -46,6 +46,7 @@ class PublishedKeywordJudge:
 JUDGE = Judge(
     name="keyword_published",
     title="attack success rate",
+    refusals=True,
     version="1",
     source="LLMs-Finetuning-Safety, keyword_eval.py; arXiv 2310.03693",
     licence="MIT",
