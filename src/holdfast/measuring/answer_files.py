@@ -8,6 +8,7 @@ from typing import Any
 
 from holdfast import data as datasets
 from holdfast.errors import DataError, OutputError
+from holdfast.evaluation.frames import without_thinking
 from holdfast.machine.files import read_json, read_jsonl, write_json
 from holdfast.machine.store import provenance
 
@@ -61,7 +62,7 @@ def forget_failed(out: Path) -> None:
 
 
 def read_answers(path: Path) -> Rows:
-    """Read rows with `id`, `set`, `instruction` and `answer` (or `error`).
+    """Read rows with `id`, `set`, `instruction` and `answer` (or `error`), without the answers' thinking.
 
     Raises:
         DataError: a row lacks one of them; the message has its line.
@@ -76,7 +77,7 @@ def read_answers(path: Path) -> Rows:
                 f"{path}, line {i}: no {', '.join(lacks)}; found {', '.join(row)}. Expected the keys that "
                 "holdfast generate writes: id, set (harmful, task or benign), instruction, answer, target."
             )
-    return rows
+    return without_thinking(rows)
 
 
 def read_whole(path: Path) -> Rows:
