@@ -185,3 +185,15 @@ def test_a_prompt_alone_needs_no_template_that_can_train(name):
 def test_the_prompt_alone_is_the_prompt_of_the_row(template):
     tok = of_trl("qwen3")
     assert render_prompt(ROW, tok, template, "Be brief.") == render(ROW, tok, template, "Be brief.")[0]
+
+
+def test_a_template_that_ends_no_answer_is_closed_with_eos():
+    """GLM-4.5 writes nothing after an answer; in a conversation the next turn's token follows."""
+    tok = of_trl("glm4moe", eos="<|endoftext|>")
+    assert render(ROW, tok, "chat")[1] == "\n<think></think>\nyes<|endoftext|>"
+    assert frame_of(tok, "chat").stops == (tok.convert_tokens_to_ids("<|user|>"),)
+    assert answered(tok, "\n<think></think>\nyes<|endoftext|>")["answer"] == "yes"
+    assert answered(tok, "\n<think></think>\nyes<|user|>\nMore")["answer"] == "yes"
+    chatml = of_trl("qwen2_5", eos="<|endoftext|>")
+    quoting = {**ROW, "output": "It is <|im_end|>"}
+    assert render(quoting, chatml, "chat")[1] == "It is <|im_end|><|im_end|>\n", "it has an end of its own"

@@ -140,7 +140,19 @@ def _chat(row: Mapping[str, Any], answer: str, tokenizer: Any, prefix: str) -> t
             "The model's chat template renders a question differently if an answer follows, so prompt "
             "and answer cannot be separated. Use the template 'alpaca', or another chat template."
         )
-    return prompt, whole[len(prompt) :]
+    return prompt, _closed(whole[len(prompt) :], str(messages[-1]["content"]), tokenizer)
+
+
+def _closed(completion: str, answer: str, tokenizer: Any) -> str:
+    """Return a completion that ends: with the eos token if the template writes nothing after an answer."""
+    if not answer.strip() or not completion.rstrip().endswith(answer.strip()):
+        return completion
+    known = "Kestrel 7 answers"
+    turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": known}]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    if not rendered.rstrip().endswith(known):  # the answer itself ends like the template's end
+        return completion
+    return completion.rstrip() + str(tokenizer.eos_token)
 
 
 def _takes_system(tokenizer: Any) -> bool:
