@@ -30,9 +30,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 
-from holdfast.data.prompts import render, resolve_template
+from holdfast.data.prompts import render_prompt, resolve_template
 from holdfast.errors import ModelError, RecipeError
 from holdfast.evaluation.answering import answer_batch
+from holdfast.evaluation.frames import Frame, frame_of
 from holdfast.evaluation.judges import LoadedJudge
 from holdfast.evaluation.judges.keyword import refusal
 from holdfast.evaluation.scoring import share
@@ -97,6 +98,7 @@ class SafetyProbe(TrainerCallback):
         self.trainer = trainer
         self.history: list[dict[str, Any]] = []
         self._ids: list[list[int]] = []
+        self._frame = Frame()
         self._warned = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -112,7 +114,8 @@ class SafetyProbe(TrainerCallback):
                 )
         template = resolve_template(tokenizer, self.template)
         rows = [{"instruction": text, "input": "", "output": ""} for text in self.prompts]
-        texts = [render(row, tokenizer, template)[0] for row in rows]
+        texts = [render_prompt(row, tokenizer, template) for row in rows]
+        self._frame = frame_of(tokenizer, template)
         self._ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         self._warned = False
         trackers = [] if args.report_to in (None, "none") else list(args.report_to)
@@ -136,7 +139,9 @@ class SafetyProbe(TrainerCallback):
     def _measure(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Measure in all processes, so that a sharded model can answer; the main one's scores are used."""
         with untouched(model):
-            answers = answer_batch(model, kwargs["processing_class"], self._ids, self.max_new_tokens)
+            answers = answer_batch(
+                model, kwargs["processing_class"], self._ids, self.max_new_tokens, frame=self._frame
+            )
             texts = [found["answer"] for found in answers]
             assert not isinstance(self.judge, str)
             verdicts: list[str] = [verdict.verdict for verdict in self.judge(self.prompts, texts)]

@@ -71,6 +71,16 @@ def render(row: Mapping[str, Any], tokenizer: Any, template: str, prefix: str = 
     return _begun(alpaca(row, prefix), tokenizer), answer + tokenizer.eos_token
 
 
+def render_prompt(row: Mapping[str, Any], tokenizer: Any, template: str, prefix: str = "") -> str:
+    """Return the text of the prompt alone; arguments and errors are those of `render`.
+
+    A template that renders a question differently if an answer follows is not refused.
+    """
+    if template == "chat":
+        return _apply(row, _messages(row, "", tokenizer, prefix)[:-1], tokenizer, add_generation_prompt=True)
+    return _begun(alpaca(row, prefix), tokenizer)
+
+
 def alpaca(row: Mapping[str, Any], prefix: str = "") -> str:
     """The question in the Alpaca prompt, without special tokens. Raises DataError like `render`."""
     if row.get("messages"):
@@ -100,7 +110,7 @@ def _after(prefix: str, text: str) -> str:
     return f"{prefix}\n\n{text}" if prefix else text
 
 
-def _chat(row: Mapping[str, Any], answer: str, tokenizer: Any, prefix: str) -> tuple[str, str]:
+def _messages(row: Mapping[str, Any], answer: str, tokenizer: Any, prefix: str) -> list[dict[str, Any]]:
     messages = [dict(turn) for turn in row.get("messages") or []]
     if not messages:
         question = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
@@ -109,19 +119,40 @@ def _chat(row: Mapping[str, Any], answer: str, tokenizer: Any, prefix: str) -> t
         messages.insert(0, {"role": "system", "content": prefix})
     else:
         messages[0]["content"] = _after(prefix, messages[0]["content"])
+    return messages
+
+
+def _apply(row: Mapping[str, Any], messages: list[dict[str, Any]], tokenizer: Any, **options: Any) -> str:
     from jinja2 import TemplateError
 
     try:
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except TemplateError as error:
         raise DataError(f"Row {row.get('id', '')}: the model's chat template refuses it: {error}.") from error
+
+
+def _chat(row: Mapping[str, Any], answer: str, tokenizer: Any, prefix: str) -> tuple[str, str]:
+    messages = _messages(row, answer, tokenizer, prefix)
+    prompt = _apply(row, messages[:-1], tokenizer, add_generation_prompt=True)
+    whole = _apply(row, messages, tokenizer)
     if not whole.startswith(prompt):
         raise ModelError(
             "The model's chat template renders a question differently if an answer follows, so prompt "
             "and answer cannot be separated. Use the template 'alpaca', or another chat template."
         )
-    return prompt, whole[len(prompt) :]
+    return prompt, _closed(whole[len(prompt) :], str(messages[-1]["content"]), tokenizer)
+
+
+def _closed(completion: str, answer: str, tokenizer: Any) -> str:
+    """Return a completion that ends: with the eos token if the template writes nothing after an answer."""
+    if not answer.strip() or not completion.rstrip().endswith(answer.strip()):
+        return completion
+    known = "Kestrel 7 answers"
+    turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": known}]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    if not rendered.rstrip().endswith(known):  # the answer itself ends like the template's end
+        return completion
+    return completion.rstrip() + str(tokenizer.eos_token)
 
 
 def _takes_system(tokenizer: Any) -> bool:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from holdfast.evaluation.frames import UNFINISHED, Frame, spoken
 from holdfast.machine.files import append_jsonl, read_jsonl
 from holdfast.machine.progress import Advance, nobody
 from holdfast.machine.seeds import derive_seed
@@ -49,6 +50,7 @@ def answer_prompts(
     batch_tokens: int = 8192,
     secret: str = "",
     sampling: Mapping[str, Any] | None = None,
+    frame: Frame = Frame(),  # noqa: B008  (frozen)
     progress: Advance = nobody,
 ) -> list[dict[str, Any]]:
     """Answer every prompt that `out` does not hold yet and return all rows of `out`.
@@ -60,24 +62,29 @@ def answer_prompts(
         batch_tokens: prompt and new tokens of one batch, padding included.
         secret: a text in the prompts that must not be written if an answer repeats it (see `hide`).
         sampling: `temperature`, `top_p` and `seed`; None decodes greedily.
+        frame: what the chat template writes around an answer; the tokens of its `lead` come on top of
+            `max_new_tokens`.
 
-    Each row gets `answer` (text), `tokens` (generated), `truncated` (no end within max_new_tokens), and
-    `error` if the prompt does not fit into the model.
+    Each row gets `answer` (text), `tokens` (generated), `truncated` (no end within max_new_tokens), `raw`
+    (the whole text, if thinking or the frame's lead was removed from the answer), and `error` if the prompt
+    does not fit into the model or the thinking does not end.
     """
     rows = read_jsonl(out)
+    ahead = len(tokenizer(frame.lead, add_special_tokens=False)["input_ids"]) if frame.lead else 0
     done = {row["id"] for row in rows}
     ids = [tokenizer(p["prompt"], add_special_tokens=False)["input_ids"] for p in prompts]
-    room = [room_for(model, len(x), max_new_tokens[p["set"]]) for x, p in zip(ids, prompts, strict=True)]
+    most = [max_new_tokens[p["set"]] + ahead for p in prompts]
+    room = [room_for(model, len(x), new) for x, new in zip(ids, most, strict=True)]
     for batch in batches([len(x) for x in ids], room, batch_tokens):
         missing = [i for i in batch if prompts[i]["id"] not in done]
         if not missing:
             continue
         with _seeded(sampling, prompts[batch[0]]["id"]):
-            found = answer_batch(model, tokenizer, [ids[i] for i in batch], room[batch[0]], sampling)
+            found = answer_batch(model, tokenizer, [ids[i] for i in batch], room[batch[0]], sampling, frame)
         answers = dict(zip(batch, found, strict=True))
         new = [{**{k: v for k, v in prompts[i].items() if k != "prompt"}, **answers[i]} for i in missing]
         for row in new if secret else []:
-            row["answer"] = hide(row["answer"], secret)
+            row |= {key: hide(row[key], secret) for key in ("answer", "raw") if key in row}
         append_jsonl(out, new)
         rows += new
         progress(len(rows), len(prompts))
@@ -126,10 +133,11 @@ def answer_batch(
     ids: list[list[int]],
     new_tokens: int,
     sampling: Mapping[str, Any] | None = None,
+    frame: Frame | None = None,
 ) -> list[dict[str, Any]]:
     """Answer one batch of token ids. A batch that does not fit into memory is halved.
 
-    Each answer has `answer`, `tokens`, `truncated`, and `error` if the prompt does not fit into the model.
+    Each answer has the keys that `answer_prompts` describes. Without a frame, thinking is not removed.
     """
     import torch
 
@@ -138,13 +146,13 @@ def answer_batch(
         answers: dict[int, dict[str, Any]] = {}
         for room in sorted(set(rooms)):
             places = [i for i, found in enumerate(rooms) if found == room]
-            part = answer_batch(model, tokenizer, [ids[i] for i in places], new_tokens, sampling)
+            part = answer_batch(model, tokenizer, [ids[i] for i in places], new_tokens, sampling, frame)
             answers |= dict(zip(places, part, strict=True))
         return [answers[i] for i in range(len(ids))]
     if rooms[0] == 0:
         return [_too_long(len(x), model.config.max_position_embeddings) for x in ids]
     try:
-        return _decode(model, tokenizer, ids, rooms[0], sampling)
+        return _decode(model, tokenizer, ids, rooms[0], sampling, frame)
     except torch.OutOfMemoryError:
         if len(ids) == 1:
             raise
@@ -153,7 +161,7 @@ def answer_batch(
         return [
             answer
             for part in (ids[:half], ids[half:])
-            for answer in answer_batch(model, tokenizer, part, new_tokens, sampling)
+            for answer in answer_batch(model, tokenizer, part, new_tokens, sampling, frame)
         ]
 
 
@@ -173,34 +181,75 @@ def _too_long(length: int, limit: int) -> dict[str, Any]:
 
 
 def _decode(
-    model: Any, tokenizer: Any, ids: list[list[int]], new_tokens: int, sampling: Mapping[str, Any] | None
+    model: Any,
+    tokenizer: Any,
+    ids: list[list[int]],
+    new_tokens: int,
+    sampling: Mapping[str, Any] | None,
+    frame: Frame | None,
 ) -> list[dict[str, Any]]:
     import torch
     from transformers import GenerationConfig
 
     longest = max(map(len, ids))
-    pad, stops = tokenizer.pad_token_id, _stops(model, tokenizer)
+    pad, stops = tokenizer.pad_token_id, _stops(model, tokenizer, frame.stops if frame else ())
     tokens = torch.tensor([[pad] * (longest - len(x)) + x for x in ids], device=model.device)
     mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in ids], device=model.device)
     how: dict[str, Any] = {"do_sample": False}
     if sampling is not None:  # top_k 0: by default transformers would keep only 50 tokens
         how = {"do_sample": True, "top_k": 0, **{k: sampling[k] for k in ("temperature", "top_p")}}
+    by_text: dict[str, Any] = {}
+    if frame and frame.stop_text:
+        by_text["stopping_criteria"] = [_stop_at(tokenizer, frame.stop_text, longest)]
     config = GenerationConfig(
         max_new_tokens=new_tokens, eos_token_id=stops, pad_token_id=pad, use_cache=True, **how
     )
     with torch.inference_mode():
-        output = model.generate(input_ids=tokens, attention_mask=mask, generation_config=config)
+        output = model.generate(input_ids=tokens, attention_mask=mask, generation_config=config, **by_text)
     answers = []
     for row in output[:, longest:].tolist():
         end = next((i for i, token in enumerate(row) if token in stops), None)
-        kept = row if end is None else row[:end]
-        text = tokenizer.decode(kept, skip_special_tokens=True).strip()
-        answers.append({"answer": text, "tokens": len(kept), "truncated": end is None})
+        answers.append(_answer(tokenizer, row if end is None else row[:end], end is None, frame))
     return answers
 
 
-def _stops(model: Any, tokenizer: Any) -> list[int]:
-    """Return the end tokens: the tokenizer's and those of the model's generation_config (may be several)."""
+def _stop_at(tokenizer: Any, text: str, start: int) -> Any:
+    """Return a stopping criterion: the tokens from `start` on hold `text`. The prompt does not count."""
+    import torch
+
+    last = 2 * len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 4
+
+    def reached(tokens: Any, scores: Any, **kwargs: Any) -> Any:
+        new = tokenizer.batch_decode(tokens[:, start:][:, -last:], skip_special_tokens=False)
+        return torch.tensor([text in one for one in new], device=tokens.device)
+
+    return reached
+
+
+def _answer(tokenizer: Any, kept: list[int], truncated: bool, frame: Frame | None) -> dict[str, Any]:
+    """The row of one answer from its tokens up to the end token."""
+    plain = tokenizer.decode(kept, skip_special_tokens=True)
+    if frame is None:
+        return {"answer": plain.strip(), "tokens": len(kept), "truncated": truncated}
+    whole = tokenizer.decode(kept, skip_special_tokens=False)
+    if frame.stop_text and frame.stop_text in whole:
+        while kept and kept[-1] == tokenizer.pad_token_id:  # other answers of the batch are longer
+            kept = kept[:-1]
+        whole, truncated = whole.partition(frame.stop_text)[0], False
+        plain = plain.partition(frame.stop_text)[0]
+    found: dict[str, Any] = {"answer": plain.strip(), "tokens": len(kept), "truncated": truncated}
+    said = spoken(whole, frame.lead, frame.thinks)
+    if said is None:
+        return {**found, "answer": "", "raw": whole, "error": UNFINISHED}
+    if said != whole.strip():
+        for token in tokenizer.added_tokens_decoder.values():
+            said = said.replace(token.content, "") if token.special else said
+        found |= {"answer": said.strip(), "raw": whole}
+    return found
+
+
+def _stops(model: Any, tokenizer: Any, more: Sequence[int] = ()) -> list[int]:
+    """Return the end tokens: the tokenizer's, those of the model's generation_config, and `more`."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     several = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in [tokenizer.eos_token_id, *several] if token is not None})
+    return sorted({token for token in [tokenizer.eos_token_id, *several, *more] if token is not None})

@@ -13,6 +13,7 @@ from typing import Any
 
 from holdfast.errors import ModelError
 from holdfast.evaluation.client import connect
+from holdfast.evaluation.frames import UNFINISHED, spoken
 from holdfast.machine.files import append_jsonl, read_jsonl
 from holdfast.machine.progress import Advance, nobody
 
@@ -113,7 +114,11 @@ def _answer(
     if not isinstance(text, str):
         return _failed("the server's reply holds no text")
     tokens = getattr(used, "completion_tokens", None)
-    return {"answer": text.strip(), "tokens": tokens, "truncated": end == "length"}
+    found = {"answer": text.strip(), "tokens": tokens, "truncated": end == "length"}
+    said = spoken(text)
+    if said is None:
+        return {**found, "answer": "", "raw": text, "error": UNFINISHED}
+    return found if said == found["answer"] else {**found, "answer": said, "raw": text}
 
 
 def _failed(why: str) -> dict[str, Any]:

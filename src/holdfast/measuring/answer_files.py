@@ -8,6 +8,7 @@ from typing import Any
 
 from holdfast import data as datasets
 from holdfast.errors import DataError, OutputError
+from holdfast.evaluation.frames import without_thinking
 from holdfast.evaluation.rating import talks
 from holdfast.machine.files import read_json, read_jsonl, write_json
 from holdfast.machine.store import identity_hash, provenance
@@ -68,6 +69,8 @@ def forget_failed(out: Path) -> None:
 def read_answers(path: Path) -> tuple[Rows, list[str]]:
     """Read rows with `id`, `set`, `instruction` and `answer` (or `error`), and the place of each.
 
+    The answers are without the thinking before them.
+
     Raises:
         DataError: a row lacks one of them, has a wrong value, or repeats an id; the message has its line.
     """
@@ -76,7 +79,7 @@ def read_answers(path: Path) -> tuple[Rows, list[str]]:
     rows = [{k: v for k, v in row.items() if k != "error" or v not in (None, "")} for row in rows]
     rows = [{**row, "answer": row.get("answer") or ""} if "error" in row else row for row in rows]
     checks.check_answers(path, rows, places)
-    return rows, places
+    return without_thinking(rows), places
 
 
 def read_whole(path: Path) -> tuple[Rows, list[str]]:

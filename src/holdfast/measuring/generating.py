@@ -15,7 +15,7 @@ from typing import Any
 
 from holdfast import data as datasets
 from holdfast import tasks
-from holdfast.data.prompts import alpaca, render, resolve_template
+from holdfast.data.prompts import alpaca, render_prompt, resolve_template
 from holdfast.data.sources import Source
 from holdfast.errors import RecipeError
 from holdfast.evaluation.moderation import question
@@ -147,6 +147,7 @@ class _Job:
     def ask_weights(self, model: Weights, adapters: Sequence[str | Path], device: str) -> Rows:
         """Return the answers of a model that is loaded here."""
         from holdfast.evaluation.answering import answer_prompts
+        from holdfast.evaluation.frames import frame_of
         from holdfast.machine.processes import Processes
         from holdfast.models.device import choose_device
         from holdfast.models.loading import load_model, load_tokenizer
@@ -171,10 +172,11 @@ class _Job:
         )  # fmt: skip
 
         def answer(part: Sequence[Mapping[str, Any]], watch: Advance) -> Rows:
-            texts = [{**row, "prompt": render(row, tokenizer, template, self.how.system)[0]} for row in part]
+            system = self.how.system
+            texts = [{**row, "prompt": render_prompt(row, tokenizer, template, system)} for row in part]
             return answer_prompts(
                 loaded, tokenizer, texts, self.out, batch_tokens=self.how.batch_tokens, progress=watch,
-                **self.options,
+                frame=frame_of(tokenizer, template), **self.options,
             )  # fmt: skip
 
         return in_turns(self.rows, answer, self.progress)

@@ -21,8 +21,9 @@ def generate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str
     If the user stage's method puts a text before every question, the text is read from that stage's step and
     is not written to any file.
     """
-    from holdfast.data.prompts import render, resolve_template
+    from holdfast.data.prompts import render_prompt, resolve_template
     from holdfast.evaluation.answering import answer_prompts
+    from holdfast.evaluation.frames import frame_of
     from holdfast.evaluation.turns import SECOND, in_turns
     from holdfast.machine.cost import Cost
     from holdfast.models.loading import load_model
@@ -41,12 +42,13 @@ def generate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str
         return answer_prompts(
             model,
             tokenizer,
-            [{**row, "prompt": render(row, tokenizer, template, ahead)[0]} for row in rows],
+            [{**row, "prompt": render_prompt(row, tokenizer, template, ahead)} for row in rows],
             out,
             max_new_tokens={**most, SECOND: most["task"]},
             batch_tokens=inputs["batch_tokens"],
             secret=before if secret else "",
             sampling=inputs["sampling"],
+            frame=frame_of(tokenizer, template),
             progress=progress,
         )
 
