@@ -237,7 +237,7 @@ def harmful_terms(net, batch, step, layers=range(2)):
         inner = net.get_base_model()
         logits = inner.lm_head(inner.model.norm(kept["layer", i]))[:, :-1]
         losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()))
-    return sum(noises) / 2, torch.log(1 + sum(losses) / 2)
+    return sum(noises) / len(layers), torch.log(1 + sum(losses) / len(layers))
 
 
 def loop(trainer, alpha, beta, first_noise=False, layers=range(2)):
