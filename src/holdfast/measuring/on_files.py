@@ -43,6 +43,7 @@ def moderate(
     *,
     judge: str = "keyword",
     device: str = "auto",
+    max_unparsed: float = 0.05,
     progress: Advance = nobody,
     **options: Any,
 ) -> Rows:
@@ -51,9 +52,11 @@ def moderate(
     Args:
         generations: a file from `generate`, or rows with `id`, `set` ("harmful"), `instruction`, `answer`.
         judge: the name of a judge (`holdfast list judges`).
+        max_unparsed: the share of answers without a verdict (unparsed) above which the judge has failed.
         options: options of the judge: path, threshold, max_length, ...
 
     Raises:
+        StepFailed: too many answers are unparsed; their verdicts are kept in `out`.
         RecipeError: no judge has that name. DataError: there are no answers to harmful prompts.
         OutputError: `out` contains verdicts of another judge or on other answers.
     """
@@ -65,7 +68,9 @@ def moderate(
         raise DataError(f"{generations} has no answers to harmful prompts (rows with set: harmful).")
     loaded = judging.ready(judge, device, options)
     claim(Path(out), {"judge": judge, "judge_stamp": loaded.stamp, "answers": judged_answers(rows)})
-    return engine.give_verdicts(rows, loaded, Path(out), progress=progress)
+    found = engine.give_verdicts(rows, loaded, Path(out), progress=progress)
+    engine.check_parsed(rows, found, judge=judge, out=Path(out), max_unparsed=max_unparsed)
+    return found
 
 
 def rate(
