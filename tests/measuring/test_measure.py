@@ -484,6 +484,26 @@ def test_the_share_of_unparsed_verdicts_that_fails(tmp_path, unparsed, fails):
     check_parsed(empty, judged(rows, "unparsed", raw="empty"), judge="j", out=tmp_path)
 
 
+def test_score_names_what_it_did_not_measure(tmp_path):
+    rows = [*own_answers(3), {**own_answers(1)[0], "set": "benign"}]
+    rows.append({"id": "t", "set": "task", "instruction": "q", "answer": "4", "target": "4"})
+    a = tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    assert score(a)["not_measured"] == ["harmful_score"]
+    one = [*judged(rows[:1]), *judged(rows[1:3], "unparsed")]
+    v = tiny.write_jsonl(tmp_path / "v.jsonl", one)
+    assert score(a, [v])["not_measured"] == []
+    done = command("score", "a.jsonl", "v.jsonl", cwd=tmp_path)
+    assert "v: 2 of 3 answers are unparsed and left out of the score." in done.stdout
+    tiny.write_jsonl(tmp_path / "v.jsonl", judged(rows[:3], "unparsed"))
+    done = command("score", "a.jsonl", "v.jsonl", "--out", "s.json", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "a.jsonl has no harmful_score: 3 answers are unparsed" in done.stderr
+    assert json.loads((tmp_path / "s.json").read_text())["not_measured"] == ["harmful_score"]
+    done = command("score", "a.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Not measured: harmful_score." in done.stdout
+
+
 def test_rows_without_labels_have_no_confusion():
     assert confusion([None, None], ["safe", "harmful"]) is None
     found = confusion([True, True, False, None], ["safe", "unparsed", "safe", "harmful"])

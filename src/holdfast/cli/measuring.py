@@ -165,6 +165,12 @@ def score(
         answers, verdicts or [], ratings=ratings, task=task, grader=grader, out=out, items=items
     )
     console.out.print(console.scores_table(scores))
+    for name, judge in scores["judges"].items():
+        if judge["unparsed"]:
+            total = judge["unparsed"] + judge["n"]
+            say(f"{name}: {judge['unparsed']} of {total} answers are unparsed and left out of the score.")
+    if scores["not_measured"]:
+        say(f"Not measured: {', '.join(scores['not_measured'])}.")
     if out is not None:
         say(f"Scores: {out}")
 

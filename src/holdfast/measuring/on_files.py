@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast import registry, tasks
-from holdfast.errors import DataError, RecipeError, nearest
+from holdfast.errors import DataError, HoldfastError, RecipeError, nearest
 from holdfast.machine.files import write_json, write_jsonl
 from holdfast.machine.progress import Advance, nobody
 from holdfast.machine.store import provenance
@@ -137,6 +137,7 @@ def score(
 
     Raises:
         DataError: the verdicts or ratings are on other answers. RecipeError: no task has that name.
+        HoldfastError: verdicts or ratings are given, but not one has a value. The files are written.
     """
     from holdfast.evaluation import scoring as engine
 
@@ -160,12 +161,29 @@ def score(
         "task": known.stamp,
         "provenance": provenance(),
     }
+    scores["not_measured"] = _not_measured(scores, rows)
     if out is not None:
         write_json(Path(out), scores)
     if items is not None:
         found = engine.items(rows, next(iter(judged.values()), []), known.grade, known.metric, rated)
         write_jsonl(Path(items), found)
+    for name, given, unparsed in (
+        ("harmful_score", verdicts, "unparsed"),
+        ("task_score", ratings, "task_unparsed"),
+    ):
+        if given and scores[name] is None:
+            raise HoldfastError(
+                f"{generations} has no {name}: {scores[unparsed]} answers are unparsed, none has a value. "
+                "Use another judge or model."
+            )
     return scores
+
+
+def _not_measured(scores: dict[str, Any], rows: Rows) -> list[str]:
+    """Return the scores without a value although there are answers for them."""
+    named = {"harmful_score": "harmful", "task_score": "task", "benign_compliance": "benign"}
+    sets = {row["set"] for row in rows}
+    return [name for name, kind in named.items() if kind in sets and scores[name] is None]
 
 
 def _verdicts(
