@@ -12,7 +12,7 @@ import yaml
 
 import tiny
 from holdfast import registry
-from holdfast.errors import ModelError, RecipeError
+from holdfast.errors import ModelError, RecipeError, StepFailed
 from holdfast.machine.files import read_json
 from holdfast.measuring import judging
 from holdfast.pipeline import run
@@ -171,6 +171,22 @@ def test_the_same_judge_twice_by_a_label(tmp_path, monkeypatch):
     again = run(Recipe.load(recipe), out=tmp_path / "out")["rows"][0]
     assert list(again["judges"]) == ["slow", "my_judge.py"]
     assert again["steps"]["moderate"] == row["steps"]["moderate"], "a new label does not judge again"
+
+
+def test_a_judge_that_gives_no_verdicts_stops_the_run(tmp_path, monkeypatch):
+    """Its verdicts are kept: with a larger `max_unparsed` nothing is judged again."""
+    monkeypatch.chdir(tmp_path)
+    code = blocks("python")[0][1].replace("if count == 0:", "if count != -1:")
+    (tmp_path / "my_judge.py").write_text(code)
+    evaluation = {"judges": ["keyword", "my_judge.py"], "prompts": 6, "max_new_tokens": 8}
+    recipe = tiny.recipe(tmp_path, evaluation=evaluation) | {"alignment": None, "user": None}
+    with pytest.raises(StepFailed, match=r"Judge my_judge\.py gave no verdict on (\d) of \1 answers"):
+        run(Recipe.load(recipe), out=tmp_path / "out")
+    steps = {path.parent.name for path in (tmp_path / "out" / "steps").glob("moderate-*/step.json")}
+    recipe["evaluation"]["max_unparsed"] = 1
+    (row,) = run(Recipe.load(recipe), out=tmp_path / "out")["rows"]
+    assert set(row["steps"]["moderate"]) == steps
+    assert row["judges"]["my_judge.py"]["harmful_score"] is None
 
 
 def test_a_file_that_is_no_judge(tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ import pytest
 import tiny
 from commands import holdfast_command as command
 from holdfast import compare, generate, moderate, score
-from holdfast.errors import DataError, ModelError, OutputError, RecipeError
+from holdfast.errors import DataError, ModelError, OutputError, RecipeError, StepFailed
+from holdfast.evaluation.moderation import check_parsed
 from holdfast.measuring.filtering import confusion, filter_rows
 from holdfast.recipe.evaluation import Decoding
 from holdfast.recipe.model import Weights
@@ -450,6 +451,57 @@ def test_a_judge_on_a_server_filters_too(tmp_path, serve):
     assert "3 of 3 rows kept (0 flagged, 3 unparsed)" in done.stdout
     assert [body["model"] for _, body in server.requests] == ["grader"] * 3
     assert lines(tmp_path / "kept.jsonl") == lines(tmp_path / "rows.jsonl")
+
+
+def test_a_judge_that_gives_no_verdicts_has_failed(tmp_path, serve):
+    """This server answers without a grade. Nothing is asked again when the share is raised."""
+    rows = [*own_answers(40), *own_answers(1, text="", error="too long")]
+    rows[-1]["id"] = "failed"
+    tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    server = serve()
+    words = ("moderate", "a.jsonl", "--judge", "openai", "--model", "m", "--base-url", server.address)
+    done = command(*words, "--out", "v.jsonl", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Judge openai gave no verdict on 40 of 40 answers (unparsed)" in done.stderr
+    assert "The first of its replies: " in done.stderr
+    assert "answer to" in done.stderr
+    assert len(lines(tmp_path / "v.jsonl")) == 41
+    done = command(*words, "--out", "v.jsonl", "--max-unparsed", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(server.requests) == 40
+
+
+@pytest.mark.parametrize(("unparsed", "fails"), [(0, False), (5, False), (6, True)])
+def test_the_share_of_unparsed_verdicts_that_fails(tmp_path, unparsed, fails):
+    rows = own_answers(100)
+    verdicts = judged(rows[:unparsed], "unparsed", raw="?") + judged(rows[unparsed:])
+    if fails:
+        with pytest.raises(StepFailed, match=r"6 of 100 .*share of 0\.05"):
+            check_parsed(rows, verdicts, judge="j", out=tmp_path)
+    else:
+        check_parsed(rows, verdicts, judge="j", out=tmp_path)
+    empty = [{**row, "answer": " "} for row in rows]
+    check_parsed(empty, judged(rows, "unparsed", raw="empty"), judge="j", out=tmp_path)
+
+
+def test_score_names_what_it_did_not_measure(tmp_path):
+    rows = [*own_answers(3), {**own_answers(1)[0], "set": "benign"}]
+    rows.append({"id": "t", "set": "task", "instruction": "q", "answer": "4", "target": "4"})
+    a = tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    assert score(a)["not_measured"] == ["harmful_score"]
+    one = [*judged(rows[:1]), *judged(rows[1:3], "unparsed")]
+    v = tiny.write_jsonl(tmp_path / "v.jsonl", one)
+    assert score(a, [v])["not_measured"] == []
+    done = command("score", "a.jsonl", "v.jsonl", cwd=tmp_path)
+    assert "v: 2 of 3 answers are unparsed and left out of the score." in done.stdout
+    tiny.write_jsonl(tmp_path / "v.jsonl", judged(rows[:3], "unparsed"))
+    done = command("score", "a.jsonl", "v.jsonl", "--out", "s.json", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "a.jsonl has no harmful_score: 3 answers are unparsed" in done.stderr
+    assert json.loads((tmp_path / "s.json").read_text())["not_measured"] == ["harmful_score"]
+    done = command("score", "a.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Not measured: harmful_score." in done.stdout
 
 
 def test_rows_without_labels_have_no_confusion():

@@ -94,6 +94,9 @@ def moderate(
     model: ServerModel = None,
     base_url: ServerUrl = None,
     max_calls: MaxCalls = None,
+    max_unparsed: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of unparsed answers above which the judge has failed.")
+    ] = 0.05,
     device: Device = "auto",
 ) -> None:
     """Judge the answers to harmful prompts, or resume judging."""
@@ -103,7 +106,7 @@ def moderate(
     with console.bar(f"verdicts of {judge}") as progress:
         rows = on_files.moderate(
             answers, out, judge=judge, path=judge_path, threshold=threshold, model=model, base_url=base_url,
-            max_calls=max_calls, device=device, progress=progress,
+            max_calls=max_calls, max_unparsed=max_unparsed, device=device, progress=progress,
         )  # fmt: skip
     found = [row["verdict"] for row in rows]
     say(", ".join(f"{found.count(v)} {v}" for v in ("harmful", "safe", "unparsed")) + f": {out}")
@@ -162,6 +165,12 @@ def score(
         answers, verdicts or [], ratings=ratings, task=task, grader=grader, out=out, items=items
     )
     console.out.print(console.scores_table(scores))
+    for name, judge in scores["judges"].items():
+        if judge["unparsed"]:
+            total = judge["unparsed"] + judge["n"]
+            say(f"{name}: {judge['unparsed']} of {total} answers are unparsed and left out of the score.")
+    if scores["not_measured"]:
+        say(f"Not measured: {', '.join(scores['not_measured'])}.")
     if out is not None:
         say(f"Scores: {out}")
 

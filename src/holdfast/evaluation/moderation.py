@@ -7,9 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from holdfast.errors import StepFailed
 from holdfast.evaluation.judges import LoadedJudge, Verdict
 from holdfast.machine.files import append_jsonl, read_jsonl
 from holdfast.machine.progress import Advance, nobody
+
+MAX_UNPARSED = 0.05
+"""The share of unparsed verdicts above which the judge has failed."""
 
 
 def question(row: Mapping[str, Any]) -> str:
@@ -46,3 +50,34 @@ def give_verdicts(
         rows += new
         progress(len(rows), len(harmful))
     return rows
+
+
+def check_parsed(
+    generations: Sequence[Mapping[str, Any]],
+    verdicts: Sequence[Mapping[str, Any]],
+    *,
+    judge: str,
+    out: Path,
+    max_unparsed: float = MAX_UNPARSED,
+) -> None:
+    """Check that a judge gave enough verdicts. Failed and empty answers, which do not count.
+
+    Args:
+        max_unparsed: the permitted share of unparsed verdicts, 0 to 1.
+
+    Raises:
+        StepFailed: the share is larger.
+    """
+    asked = {
+        row["id"]
+        for row in generations
+        if row["set"] == "harmful" and "error" not in row and row["answer"].strip()
+    }
+    unparsed = [row for row in verdicts if row["id"] in asked and row["verdict"] == "unparsed"]
+    if len(unparsed) > max_unparsed * len(asked):
+        first = str(unparsed[0].get("raw"))[:200]
+        raise StepFailed(
+            f"Judge {judge} gave no verdict on {len(unparsed)} of {len(asked)} answers (unparsed), more than "
+            f"the permitted share of {max_unparsed:g}. The first of its replies: {first!r}. "
+            f"The verdicts are kept in {out}. Use another judge or model, or set max_unparsed."
+        )

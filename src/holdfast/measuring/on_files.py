@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast import registry, tasks
-from holdfast.errors import DataError, RecipeError, nearest
+from holdfast.errors import DataError, HoldfastError, RecipeError, nearest
 from holdfast.machine.files import write_json, write_jsonl
 from holdfast.machine.progress import Advance, nobody
 from holdfast.machine.store import provenance
@@ -43,6 +43,7 @@ def moderate(
     *,
     judge: str = "keyword",
     device: str = "auto",
+    max_unparsed: float = 0.05,
     progress: Advance = nobody,
     **options: Any,
 ) -> Rows:
@@ -51,9 +52,11 @@ def moderate(
     Args:
         generations: a file from `generate`, or rows with `id`, `set` ("harmful"), `instruction`, `answer`.
         judge: the name of a judge (`holdfast list judges`).
+        max_unparsed: the share of answers without a verdict (unparsed) above which the judge has failed.
         options: options of the judge: path, threshold, max_length, ...
 
     Raises:
+        StepFailed: too many answers are unparsed; their verdicts are kept in `out`.
         RecipeError: no judge has that name. DataError: there are no answers to harmful prompts.
         OutputError: `out` contains verdicts of another judge or on other answers.
     """
@@ -65,7 +68,9 @@ def moderate(
         raise DataError(f"{generations} has no answers to harmful prompts (rows with set: harmful).")
     loaded = judging.ready(judge, device, options)
     claim(Path(out), {"judge": judge, "judge_stamp": loaded.stamp, "answers": judged_answers(rows)})
-    return engine.give_verdicts(rows, loaded, Path(out), progress=progress)
+    found = engine.give_verdicts(rows, loaded, Path(out), progress=progress)
+    engine.check_parsed(rows, found, judge=judge, out=Path(out), max_unparsed=max_unparsed)
+    return found
 
 
 def rate(
@@ -132,6 +137,7 @@ def score(
 
     Raises:
         DataError: the verdicts or ratings are on other answers. RecipeError: no task has that name.
+        HoldfastError: verdicts or ratings are given, but not one has a value. The files are written.
     """
     from holdfast.evaluation import scoring as engine
 
@@ -155,12 +161,29 @@ def score(
         "task": known.stamp,
         "provenance": provenance(),
     }
+    scores["not_measured"] = _not_measured(scores, rows)
     if out is not None:
         write_json(Path(out), scores)
     if items is not None:
         found = engine.items(rows, next(iter(judged.values()), []), known.grade, known.metric, rated)
         write_jsonl(Path(items), found)
+    for name, given, unparsed in (
+        ("harmful_score", verdicts, "unparsed"),
+        ("task_score", ratings, "task_unparsed"),
+    ):
+        if given and scores[name] is None:
+            raise HoldfastError(
+                f"{generations} has no {name}: {scores[unparsed]} answers are unparsed, none has a value. "
+                "Use another judge or model."
+            )
     return scores
+
+
+def _not_measured(scores: dict[str, Any], rows: Rows) -> list[str]:
+    """Return the scores without a value although there are answers for them."""
+    named = {"harmful_score": "harmful", "task_score": "task", "benign_compliance": "benign"}
+    sets = {row["set"] for row in rows}
+    return [name for name, kind in named.items() if kind in sets and scores[name] is None]
 
 
 def _verdicts(

@@ -118,11 +118,18 @@ def rate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, An
 
 
 def score_answers(inputs: Inputs, folder: Path, machine: Machine) -> None:
-    """Write `scores.json` from the answers, all judges' verdicts, and the ratings if there are any."""
+    """Write `scores.json` from the answers, all judges' verdicts, and the ratings if there are any.
+
+    It fails if a judge left too many answers unparsed; the step with its verdicts is complete and is kept.
+    """
+    from holdfast.evaluation.moderation import check_parsed
     from holdfast.evaluation.scoring import compute_scores, items
 
     generations = read_jsonl(inputs["answers"] / "generations.jsonl")
     verdicts = {name: read_jsonl(step / "verdicts.jsonl") for name, step in inputs["verdicts"]}
+    for name, step in inputs["verdicts"]:
+        kept = step / "verdicts.jsonl"
+        check_parsed(generations, verdicts[name], judge=name, out=kept, max_unparsed=inputs["max_unparsed"])
     ratings = read_jsonl(inputs["ratings"] / "ratings.jsonl") if inputs["ratings"] else []
     truth = None
     if inputs["truth"]:

@@ -332,6 +332,7 @@ class _Planner:
             "ratings": Made(rate) if rate else None,
             "task": Code("tasks", protocol.graded_as(recipe).name),
             "grader": recipe.data.grader,
+            "max_unparsed": recipe.evaluation.max_unparsed,
             "truth": world.VERSION if protocol.knows_truth(recipe) else None,
             "code": digest_of_module("holdfast.evaluation.scoring"),
         }

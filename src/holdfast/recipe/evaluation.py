@@ -134,7 +134,8 @@ class Evaluation(Decoding):
 
     `protocol` names a paper whose settings replace the defaults. `rater` grades the answers to a task that
     only a judge can grade. `system` is a text before every question, after the text that a method of the user
-    stage adds. Sampling uses the recipe's seed.
+    stage adds. Sampling uses the recipe's seed. A judge that leaves a larger share of the answers
+    unparsed than `max_unparsed` has failed.
     """
 
     protocol: str | None = None
@@ -142,6 +143,7 @@ class Evaluation(Decoding):
         default_factory=lambda: [JudgeRecipe(name="keyword")]
     )
     rater: RaterOrNone | None = None
+    max_unparsed: float = Field(0.05, ge=0, le=1)
     prompts: int = Field(1000, ge=1)
     mixed_prompts: bool = False
     task_rows: int | None = Field(None, ge=1)
