@@ -295,6 +295,14 @@ def test_a_step_runs_once_and_its_record_holds_what_named_it(tmp_path):
     record = store.record(made.id)
     assert record["identity"]["inputs"] == identity(made.inputs) == {"a": "digest", "b": [{"step": "data-9"}]}
     assert opened(made.inputs, store)["b"] == [tmp_path / "data-9"]
-    (store.path(made.id) / "seen.txt").write_text("x" * (store.path(made.id) / "seen.txt").stat().st_size)
+    seen, began = store.path(made.id) / "seen.txt", (store.path(made.id) / "step.json").stat().st_mtime_ns
     do(made, store, machine)
-    assert set((store.path(made.id) / "seen.txt").read_text()) == {"x"}, "a complete step is not done again"
+    assert (store.path(made.id) / "step.json").stat().st_mtime_ns == began, (
+        "a complete step is not done again"
+    )
+    written = seen.read_text()
+    seen.write_text("x" * seen.stat().st_size)
+    (store.path(made.id) / "added.txt").write_text("of the damaged step")
+    do(made, store, machine)
+    assert seen.read_text() == written, "a changed file is made again"
+    assert not (store.path(made.id) / "added.txt").exists(), "and nothing of the folder is used"
