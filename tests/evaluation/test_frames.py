@@ -14,6 +14,7 @@ from holdfast.data.prompts import render, render_prompt
 from holdfast.errors import ModelError
 from holdfast.evaluation.answering import answer_batch
 from holdfast.evaluation.frames import UNFINISHED, Frame, frame_of, spoken, without_thinking
+from holdfast.training.tokenising import tokenise
 from places import DOCS
 
 TRL = find_spec("trl")
@@ -198,6 +199,8 @@ def test_a_template_that_ends_no_answer_is_closed_with_eos():
     assert frame_of(tok, "chat").stops == (tok.convert_tokens_to_ids("<|user|>"),)
     assert answered(tok, "\n<think></think>\nyes<|endoftext|>")["answer"] == "yes"
     assert answered(tok, "\n<think></think>\nyes<|user|>\nMore")["answer"] == "yes"
+    turns = [{"role": "user", "content": "Is 4 a number?"}, {"role": "assistant", "content": "yes"}]
+    assert tokenise({"messages": turns}, tok, None)["labels"][-1] == tok.eos_token_id
     chatml = of_trl("qwen2_5", eos="<|endoftext|>")
     quoting = {**ROW, "output": "It is <|im_end|>"}
     assert render(quoting, chatml, "chat")[1] == "It is <|im_end|><|im_end|>\n", "it has an end of its own"
