@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-import trl
 
 import tiny
 from holdfast.data.prompts import render, render_prompt
 from holdfast.errors import ModelError
 from holdfast.evaluation.answering import answer_batch
 from holdfast.evaluation.frames import UNFINISHED, Frame, frame_of, spoken, without_thinking
+from holdfast.training.tokenising import tokenise
+from places import DOCS
 
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+TRL = find_spec("trl")
+if TRL is None:
+    pytest.skip("needs the chat templates of TRL's package", allow_module_level=True)
+TEMPLATES = Path(str(TRL.origin)).parent / "chat_templates"
 MARKS = re.compile(r"<[|｜/]?[\w▁|｜]+[|｜]?>|\[/?INST\]")
 ROW = {"id": "r", "instruction": "Is 4 a number?", "input": "", "output": "yes"}
 
@@ -194,6 +199,47 @@ def test_a_template_that_ends_no_answer_is_closed_with_eos():
     assert frame_of(tok, "chat").stops == (tok.convert_tokens_to_ids("<|user|>"),)
     assert answered(tok, "\n<think></think>\nyes<|endoftext|>")["answer"] == "yes"
     assert answered(tok, "\n<think></think>\nyes<|user|>\nMore")["answer"] == "yes"
+    turns = [{"role": "user", "content": "Is 4 a number?"}, {"role": "assistant", "content": "yes"}]
+    assert tokenise({"messages": turns}, tok, None)["labels"][-1] == tok.eos_token_id
     chatml = of_trl("qwen2_5", eos="<|endoftext|>")
     quoting = {**ROW, "output": "It is <|im_end|>"}
     assert render(quoting, chatml, "chat")[1] == "It is <|im_end|><|im_end|>\n", "it has an end of its own"
+
+
+def table() -> str:
+    """The table of docs/templates.md: one line for each template of TRL's package."""
+    lines = [
+        "| Template | Trained after the prompt | An answer ends at | Removed from an answer |",
+        "|---|---|---|---|",
+    ]
+    for path in sorted(TEMPLATES.glob("*.jinja")):
+        tok = of_trl(path.stem, eos="<eos>")
+        frame = frame_of(tok, "chat")
+        assert ROW["instruction"] in render_prompt(ROW, tok, "chat"), path.stem
+        try:
+            prompt, completion = render(ROW, tok, "chat")
+            assert "yes" in completion, path.stem
+            assert ROW["instruction"] in prompt, path.stem
+            trained = f"`{completion!r}`".replace("'", "")
+        except ModelError:
+            trained = "refused (answers only)"
+        ends = " ".join(f"`{token}`" for token in tok.convert_ids_to_tokens(list(frame.stops)))
+        removed = f"`{frame.lead!r}`".replace("'", "") if frame.lead.strip() else ""
+        if frame.thinks:
+            removed = "the thinking, up to its end"
+        cells = [path.stem, trained, ends or f"`{frame.stop_text}`", removed or "nothing"]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_templates_is_right():
+    page = (DOCS / "templates.md").read_text(encoding="utf-8")
+    assert page.partition("| Template |")[1] + page.partition("| Template |")[2] == table() + "\n"
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm", "llava_next"])
+def test_a_template_that_expects_parts_gets_parts(name):
+    """With a text as content these templates drop it without a word, or fail."""
+    prompt, completion = render(ROW, of_trl(name), "chat")
+    assert ROW["instruction"] in prompt
+    assert "yes" in completion

@@ -5,6 +5,7 @@ Both texts contain every special token: tokenise them with `add_special_tokens=F
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -123,12 +124,26 @@ def _messages(row: Mapping[str, Any], answer: str, tokenizer: Any, prefix: str) 
 
 
 def _apply(row: Mapping[str, Any], messages: list[dict[str, Any]], tokenizer: Any, **options: Any) -> str:
+    """The rendered messages. Templates of multimodal models may expect content as a list of parts."""
     from jinja2 import TemplateError
 
+    last = str(messages[-1]["content"]).strip()
+    refused, text = None, ""
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except TemplateError as error:
-        raise DataError(f"Row {row.get('id', '')}: the model's chat template refuses it: {error}.") from error
+        refused = error
+    if refused is not None or last not in text:
+        parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        with contextlib.suppress(TemplateError, TypeError, AttributeError):
+            in_parts = str(tokenizer.apply_chat_template(parts, tokenize=False, **options))
+            if last in in_parts and "'type'" not in in_parts:  # else the template printed the list
+                return in_parts
+    if refused is not None:
+        raise DataError(
+            f"Row {row.get('id', '')}: the model's chat template refuses it: {refused}."
+        ) from refused
+    return text
 
 
 def _chat(row: Mapping[str, Any], answer: str, tokenizer: Any, prefix: str) -> tuple[str, str]:
@@ -149,7 +164,7 @@ def _closed(completion: str, answer: str, tokenizer: Any) -> str:
         return completion
     known = "Kestrel 7 answers"
     turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": known}]
-    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    rendered = _apply({}, turns, tokenizer)
     if not rendered.rstrip().endswith(known):  # the answer itself ends like the template's end
         return completion
     return completion.rstrip() + str(tokenizer.eos_token)

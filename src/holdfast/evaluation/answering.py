@@ -70,7 +70,7 @@ def answer_prompts(
     does not fit into the model or the thinking does not end.
     """
     rows = read_jsonl(out)
-    ahead = len(tokenizer(frame.lead, add_special_tokens=False)["input_ids"]) if frame.lead else 0
+    ahead = len(tokenizer(frame.lead, add_special_tokens=False)["input_ids"]) if frame.lead.strip() else 0
     done = {row["id"] for row in rows}
     ids = [tokenizer(p["prompt"], add_special_tokens=False)["input_ids"] for p in prompts]
     most = [max_new_tokens[p["set"]] + ahead for p in prompts]

@@ -6,6 +6,7 @@ The text after the answer says where generation stops. The text between the gene
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,14 +67,14 @@ def _applied(tokenizer: Any, messages: Sequence[dict[str, Any]], **options: Any)
     """The rendered text, or "" if the template refuses the messages."""
     from jinja2 import TemplateError
 
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except (TemplateError, TypeError):
+    text = ""
+    with contextlib.suppress(TemplateError, TypeError):
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    if messages[-1]["content"] not in text:  # a multimodal template may expect a list of parts
         parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        try:
+        with contextlib.suppress(TemplateError, TypeError):
             return str(tokenizer.apply_chat_template(parts, tokenize=False, **options))
-        except (TemplateError, TypeError):
-            return ""
+    return text
 
 
 def _end(tokenizer: Any, after: str) -> tuple[tuple[int, ...], str]:

@@ -57,13 +57,25 @@ def _texts(row: Mapping[str, Any], tokenizer: Any, position: int) -> tuple[str, 
                 f"Row {position}: the chat template does not continue its own generation prompt, so the "
                 "completion cannot be separated. Give prompt and completion."
             )
-        return prompt, whole[len(prompt) :]
+        return prompt, _closed(whole[len(prompt) :], messages[-1], tokenizer)
     if "prompt" in row and "completion" in row:
         return row["prompt"], row["completion"]
     raise DataError(
         f"Row {position} has the columns {', '.join(sorted(row))}; expected prompt and completion, messages, "
         "or input_ids and labels."
     )
+
+
+def _closed(completion: str, answer: Mapping[str, Any], tokenizer: Any) -> str:
+    """Return a completion that ends: with the eos token if the template writes nothing after an answer."""
+    text = str(answer.get("content") or "").strip()
+    if not text or not completion.rstrip().endswith(text):
+        return completion
+    known = "Kestrel 7 answers"
+    turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": known}]
+    if not tokenizer.apply_chat_template(turns, tokenize=False).rstrip().endswith(known):
+        return completion
+    return completion.rstrip() + str(tokenizer.eos_token)
 
 
 def tokenise_all(rows: Any, tokenizer: Any, max_length: int | None) -> Any:
