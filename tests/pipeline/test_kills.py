@@ -108,6 +108,7 @@ DAMAGE = {
     "changed method state": (flip, "method/state.safetensors"),
     "lost random numbers": (Path.unlink, "rng_state.pth"),
     "added file": (add, "method/state/data"),
+    "added metadata": (add, "method/state/.metadata"),
     "torn marker": (tear, "holdfast.json"),
     "changed marker": (other_cost, "holdfast.json"),
 }

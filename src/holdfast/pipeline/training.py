@@ -261,7 +261,8 @@ def _changed(checkpoint: Path) -> str | None:
         names = digests.changed(listed, checkpoint)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return f"{MARKER} cannot be read"
-    names += [p.name for p in added if not p.name.startswith(".")]
+    # Systems add hidden files of their own; `.metadata` is torch's.
+    names += [p.name for p in added if p.name == ".metadata" or not p.name.startswith(".")]
     return f"changed, missing or added: {', '.join(names)}" if names else None
 
 

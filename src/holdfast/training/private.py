@@ -135,7 +135,7 @@ def only_tensors(checkpoint: str | Path | None) -> Iterator[None]:
     Raises:
         ModelError: a `.metadata` is damaged or could run code, or tensors are missing.
     """
-    for path in sorted(Path(checkpoint).rglob(".metadata")) if checkpoint else []:
+    for path in sorted(Path(checkpoint).glob("*/.metadata")) if checkpoint else []:
         try:
             with path.open("rb") as file:
                 _Plain(file).load()
