@@ -73,7 +73,9 @@ def short(monkeypatch):
     from holdfast.evaluation import answering as module
 
     whole = module._decode
-    monkeypatch.setattr(module, "_decode", lambda model, tok, ids, new, how: whole(model, tok, ids, 6, how))
+    monkeypatch.setattr(
+        module, "_decode", lambda model, tok, ids, new, how, frame: whole(model, tok, ids, 6, how, frame)
+    )
 
 
 def test_the_second_turn_is_asked_after_the_models_own_first_answer(place, tmp_path, short):

@@ -15,7 +15,7 @@ from holdfast.machine import digests as digests_module
 from holdfast.machine import store as module
 from holdfast.machine.digests import sealed
 from holdfast.machine.files import replace_folder, write_json, write_text
-from holdfast.machine.store import Store, claim_folder, identity_hash
+from holdfast.machine.store import DIGESTS, Store, claim_folder, identity_hash
 
 
 def test_identity_does_not_depend_on_order():
@@ -94,9 +94,8 @@ def test_a_step_that_never_ended_is_not_damaged(tmp_path):
 
 
 def test_a_large_file_is_read_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(digests_module, "LARGE", 3)
-    monkeypatch.setattr(digests_module, "SETTLED", -1.0)
     store, file = Store(tmp_path, read_only=False), tmp_path / "train-1" / "weights"
+    store.digests = digests_module.Digests(tmp_path / DIGESTS, large=3, settled=-1.0)
     file.parent.mkdir()
     file.write_text("12345")
     store.complete("train-1", {})

@@ -30,13 +30,17 @@ def user(defense, **parameters):
 
 def served(monkeypatch):
     """The prefix of each rendered prompt, in the order of rendering."""
-    seen, render = [], prompts.render
+    seen = []
 
-    def watched(row, tokenizer, template, prefix=""):
-        seen.append((row.get("set"), row.get("source"), prefix))
-        return render(row, tokenizer, template, prefix)
+    def watch(real):
+        def watched(row, tokenizer, template, prefix=""):
+            seen.append((row.get("set"), row.get("source"), prefix))
+            return real(row, tokenizer, template, prefix)
 
-    monkeypatch.setattr(prompts, "render", watched)
+        return watched
+
+    for name in ("render", "render_prompt"):
+        monkeypatch.setattr(prompts, name, watch(getattr(prompts, name)))
     return seen
 
 
@@ -161,7 +165,7 @@ def test_the_secret_changes_the_answers_it_precedes(started):
 def test_a_model_that_repeats_its_secret_gives_nothing_away(started, monkeypatch):
     from holdfast.evaluation import answering as module
 
-    def echo(model, tokenizer, ids, new_tokens, sampling):
+    def echo(model, tokenizer, ids, new_tokens, sampling, frame):
         return [{"answer": tokenizer.decode(x[:80]), "tokens": 80, "truncated": False} for x in ids]
 
     recipe, out, _ = started
