@@ -12,6 +12,7 @@ __all__ = [
     "private",
     "proximal",
     "quantised",
+    "questions",
     "shards",
     "tampering",
     "tokenising",
