@@ -1,9 +1,9 @@
 """EWC (elastic weight consolidation): fine-tuning stays near the start where alignment rows are sensitive.
 
-The loss is f(w) + lambda sum_i F_i (w_i - w*_i)^2, where f is the cross-entropy on the user's rows, w* are the
-weights at the start and F is the diagonal Fisher information of the alignment rows at w*. It is a baseline of
-Lisa (arXiv 2405.18641), and lambda has the convention of its authors' code. The paper of EWC (Kirkpatrick et
-al. 2017, arXiv 1612.00796, equation 3) has lambda/2 there: its lambda is twice `lambda_`.
+The loss is f(w) + lambda sum_i F_i (w_i - w*_i)^2, where f is the cross-entropy on the user's rows, w* are
+the weights at the start and F is the diagonal Fisher information of the alignment rows at w*. It is a
+baseline of Lisa (arXiv 2405.18641), and lambda has the convention of its authors' code. The paper of EWC
+(Kirkpatrick et al. 2017, arXiv 1612.00796, equation 3) has lambda/2 there: its lambda is twice `lambda_`.
 
 The description and the code of Lisa's authors differ; both versions are here:
 
