@@ -16,7 +16,6 @@ TERMS = {"fisher": (plain.fisher(None, mean_1=False), 250.0), "l2": (plain.l2, 1
 """The penalty with a factor 1/2 in it, and lambda."""
 
 
-
 def ewc(out, penalty="fisher", **options):
     return trainers.trainer("ewc", out, **{"penalty": penalty, "lambda_": TERMS[penalty][1], **options})
 
