@@ -110,7 +110,7 @@ OPTIONS = {
     "lisa": {"alignment_steps": 2, "finetune_steps": 3, "rho": 3.0, "proximal_warmup_ratio": 0.0},
     "bso": {"alignment_steps": 2, "finetune_steps": 3},
     "constrained_sft": {"beta_first": 20.0, "beta_early": 40.0, "beta_later": 5.0},
-    "ewc": {"lambda_": 50.0},
+    "ewc": {"lambda_": 25.0},
     "vaccine": {"rho": 0.5},
     "tvaccine": {"rho": 0.5, "num_layers": 1, "probability_steps": 3, "resample_steps": 2},
     "booster": {"lambda_": 20.0, "alpha": 0.5},

@@ -128,7 +128,7 @@ def train(
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
             loss = cross_entropy(net, window)
         entry = {"state": state, "loss": loss.item()}
-        active = strength if step + 1 > warmup * steps else 0.0
+        active = strength if not warmup or step > warmup * steps else 0.0
         if active:
             loss = loss + active * penalty(weights)
         optimizer.zero_grad()
