@@ -44,7 +44,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe, for example user.rho=3."),
 ]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")]
-GO_ON = {"demo", "run", "generate", "moderate", "rate", "filter"}
+GO_ON = {"demo", "lab", "run", "generate", "moderate", "rate", "filter"}
 """Commands that resume after a stop; the others start again from the beginning."""
 
 
@@ -97,6 +97,32 @@ def demo(
             return bars
 
         results = run_demo(out, seeds=seeds, full=full, device=device, progress=named)
+    _done(bars, results["rows"], out)
+
+
+@app.command(epilog="Example: holdfast lab --rows my-rows --out runs/lab")
+def lab(
+    rows: Annotated[
+        Path, typer.Option(help="Folder with align, attack, test_harmful and sst2_train files; see docs.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("runs/lab"),
+    device: Device = "auto",
+) -> None:
+    """Show what defenses do to a real model of 135 million parameters: minutes on a GPU, hours on a CPU."""
+    if launched().count > 1:
+        raise RecipeError("holdfast lab runs in one process. Under a launcher: holdfast run smollm2.")
+    from holdfast.cli import console
+    from holdfast.cli.lab import run_lab
+    from holdfast.lab import ABOUT
+
+    console.out.print(ABOUT, highlight=False)
+    with console.Bars() as bars:
+
+        def named(prefix: str) -> console.Bars:
+            bars.prefix = prefix
+            return bars
+
+        results = run_lab(rows, out, device=device, progress=named)
     _done(bars, results["rows"], out)
 
 
