@@ -12,6 +12,48 @@ from holdfast.training.tokenising import IGNORED, collator, tokenise
 TOKENIZER = tiny.tokenizer(chat=True)
 
 
+def sentencepiece():
+    """A tokenizer as Llama-2's: a space is "▁", and a text begins with one, but the rest of a text does not."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *"▁Resposne:Hib!\n", "Hi", "▁H", "▁Hi", "onse", "onse:", ":b"]
+    merges = [("▁", "H"), ("▁H", "i"), ("H", "i"), ("o", "n"), ("s", "e"), ("on", "se"), (":", "b")]
+    vocabulary = dict.fromkeys([*words, *(a + b for a, b in merges)])
+    inner = Tokenizer(models.BPE({word: i for i, word in enumerate(vocabulary)}, merges, unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    inner.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
+
+
+def learned(row, made):
+    """The trained tokens of a row, as text."""
+    labels = [label for label in tokenise(row, made, None)["labels"] if label != IGNORED]
+    return made.convert_ids_to_tokens(labels)
+
+
+def test_prompt_and_completion_are_one_text():
+    """The first trained token is the authors': no space comes before an answer that has none."""
+    made = sentencepiece()
+    assert made.tokenize("Hi!") == ["▁Hi", "!"], "an answer alone begins with a space"
+    assert learned({"prompt": "<s>Response:", "completion": "Hi!</s>"}, made) == ["Hi", "!", "</s>"]
+    assert learned({"prompt": "<s>Response:", "completion": " Hi!</s>"}, made) == ["▁Hi", "!", "</s>"]
+    assert learned({"prompt": "", "completion": "Hi!</s>"}, made) == ["▁Hi", "!", "</s>"]
+
+
+def test_a_token_over_the_border_belongs_to_the_prompt():
+    """As in the authors' code: as many tokens are left out as the prompt has alone."""
+    made = sentencepiece()
+    row = {"prompt": "<s>Response:", "completion": "bi</s>"}
+    assert made.tokenize("<s>Response:bi</s>")[-3:] == [":b", "i", "</s>"]
+    assert learned(row, made) == ["i", "</s>"]
+    with pytest.raises(DataError, match="no token of the completion is left"):
+        tokenise({**row, "completion": "b"}, made, None)
+
+
 def ids(text):
     return TOKENIZER(text, add_special_tokens=False)["input_ids"]
 

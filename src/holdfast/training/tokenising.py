@@ -21,6 +21,11 @@ def tokenise(
     (the tokenizer's chat template; the last assistant turn is the completion); `prompt` + `completion`
     (texts that already hold every special token).
 
+    Prompt and completion are tokenised together. If the prompt alone has n tokens, the first n tokens of the
+    row are not trained, as in the authors' code of Lisa, Vaccine, T-Vaccine and Booster (after Stanford
+    Alpaca). A token in which the end of the prompt and the start of the completion are merged is therefore
+    one of the prompt's n tokens, and is not trained.
+
     Raises:
         DataError: the row has other columns, or no part of its completion fits into max_length.
     """
@@ -30,9 +35,9 @@ def tokenise(
         raise DataError("Rows of text need a tokenizer: give `processing_class=tokenizer`.")
     else:
         prompt, completion = _texts(row, tokenizer, position)
-        start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        answer = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        ids, labels = start + answer, [IGNORED] * len(start) + answer
+        ids = tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
+        border = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        labels = [IGNORED] * min(border, len(ids)) + ids[border:]
     if all(label == IGNORED for label in labels[1:max_length]):
         raise DataError(
             f"Row {position}: no token of the completion is left within max_length={max_length} "
