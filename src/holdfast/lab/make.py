@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from holdfast.errors import ModelError, first_line
 
@@ -33,7 +34,7 @@ def convert(source: Path, folder: Path) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        model = type(read)(config)
+        model: Any = type(read)(config)
     model.load_state_dict(read.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = read.generation_config
