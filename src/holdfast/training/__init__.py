@@ -14,6 +14,7 @@ __all__ = [
     "quantised",
     "questions",
     "shards",
+    "streams",
     "tampering",
     "tokenising",
     "trainer",
