@@ -86,8 +86,8 @@ def test_the_term_is_left_out_in_the_warm_up(tmp_path):
 )
 def test_the_first_step_with_the_term_is_that_of_the_authors_code(ratio, steps, first):
     """The authors apply the term if the 0-based step is above the ratio times all steps."""
-    config = types.SimpleNamespace(rho=2.0, proximal_warmup_ratio=ratio, max_steps=steps)
-    made = types.SimpleNamespace(args=config)
+    config = types.SimpleNamespace(rho=2.0, proximal_warmup_ratio=ratio)
+    made = types.SimpleNamespace(args=config, state=types.SimpleNamespace(max_steps=steps))
     found = [LisaMixin.penalty_strength(made, step) for step in range(steps + 1)]
     assert found == [0.0] * first + [2.0] * (steps + 1 - first)
 

@@ -210,10 +210,14 @@ def test_packed_alignment_rows(tmp_path):
     made.train()
     states = [entry["state"] for entry in made.state.log_history if "state" in entry]
     assert states == ["alignment", "alignment", "user", "user", "user"] * 2 + ["alignment"] * 2
-    sampler = list(made.get_train_dataloader().batch_sampler)
+    loader = made.get_train_dataloader().batch_sampler
+    sampler = []
+    for epoch in range(12):
+        loader.set_epoch(epoch)
+        sampler += list(loader)
     rows = [*made.train_dataset, *made.alignment_dataset]
     logged = [entry for entry in made.state.log_history if "loss" in entry]
-    for (index,), entry in zip(sampler, logged, strict=True):
+    for (index,), entry in zip(sampler[:12], logged, strict=True):
         assert entry[f"{entry['state']}_loss"] == pytest.approx(unpacked_loss(made, rows[index]), abs=1e-4)
 
 

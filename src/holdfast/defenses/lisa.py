@@ -81,7 +81,7 @@ class LisaMixin(PenaltyMixin, BSOMixin):
 
     def penalty_strength(self: Any, step: int) -> float:
         """rho, after the warm-up."""
-        warmup = self.args.proximal_warmup_ratio * self.args.max_steps
+        warmup = self.args.proximal_warmup_ratio * self.state.max_steps
         return 0.0 if warmup and step <= warmup else self.args.rho
 
 
