@@ -132,11 +132,13 @@ def filter_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
     """Write the rows that the judge does not flag to `rows.jsonl`, and its verdicts to `verdicts.jsonl`.
 
     Raises:
+        StepFailed: too many rows have no verdict.
         DataError: no row is left.
     """
     given = rows_of(inputs["rows"])
     judge = judging.load_judge(inputs["judge"], machine.device)
     verdicts = filtering.judge_rows(given, judge, folder / "verdicts.jsonl", machine.progress.advance)
+    filtering.check_share(verdicts, inputs["max_unparsed"], judge.stamp, folder / "verdicts.jsonl")
     dropped = filtering.drops(verdicts, inputs["unparsed"])
     kept = [row for row, drop in zip(given, dropped, strict=True) if not drop]
     if not kept:
