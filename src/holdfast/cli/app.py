@@ -157,20 +157,30 @@ def plan(
     store: Annotated[
         Path | None, typer.Option(help="Folder of steps that runs can share. Default: OUT/steps.")
     ] = None,
+    device: Device = "auto",
+    check: Annotated[
+        bool, typer.Option(help="Check what a run checks before it trains; the steps alone show faster.")
+    ] = True,
 ) -> None:
-    """Show which steps a run would execute and which are cached; writes nothing."""
+    """Show the steps of a run and which are cached, and check what could stop it; writes nothing."""
     from holdfast.cli import console
     from holdfast.machine.store import Store
     from holdfast.pipeline import plan as plan_recipe
+    from holdfast.pipeline import rehearse
     from holdfast.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or [])
     steps = Store(store or (out or Path("runs") / loaded.name.replace(" ", "-")) / "steps")
-    planned = plan_recipe(loaded).steps
+    whole = plan_recipe(loaded)
+    planned = whole.steps
     cached = {step.id for step in planned if steps.record(step.id) is not None}
     begun = {step.id for step in planned if steps.begun(step.id)}
     console.out.print(console.steps_table(planned, cached, begun))
     console.out.print(f"{len(planned) - len(cached)} of {len(planned)} steps would run.", highlight=False)
+    if check and len(cached) < len(planned):
+        with console.Bars(finished=False) as bars:
+            rehearse(whole, steps, device=device, progress=bars)
+        console.out.print("The checks before the run found no problem.", highlight=False)
 
 
 @app.command(
