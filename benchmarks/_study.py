@@ -18,7 +18,7 @@ PHASES = ["user.alignment_steps=4", "user.finetune_steps=36"]
 LISA = ["user.defense=lisa", *PHASES]
 TVACCINE = [
     "alignment.defense=tvaccine", "alignment.rho=3", "alignment.num_layers=8",
-    "alignment.probability_steps=50", "alignment.resample_steps=10",
+    "alignment.probability_steps=50", "alignment.resample_steps=10", "alignment.probe_rows=40",
 ]  # fmt: skip
 SAFE_LORA = "post_hoc={defense: safe_lora, num_layers: %s}"
 MODULES = 60
@@ -45,7 +45,8 @@ METHODS: dict[str, list[str]] = {
     "T-Vaccine + Lisa, rho=1 + Safe LoRA": [*TVACCINE, *LISA, "user.rho=1", SAFE_LORA % (MODULES // 2)],
     "TAR": [
         "alignment.defense=tar", "alignment.inner_steps=8", "alignment.inner_subsample=2",
-        "alignment.adversary_learning_rates='1e-4, 3e-4, 1e-3'", "alignment.training.max_steps=60",
+        "alignment.adversary_learning_rates='1e-4, 3e-4, 1e-3'", "alignment.lambda_tr=1",
+        "alignment.lambda_retain=0", "alignment.training.max_steps=60",
     ],
     "SFT + Safe LoRA, sweep": [
         "post_hoc={defense: safe_lora, num_layers: [6, 15, 45, 60], control: [none, drop]}"
@@ -98,7 +99,8 @@ SHORT = [
 """Changes of a trial: every row runs from end to end, and no number means anything."""
 SHORT_OF = {
     "alignment.inner_steps": "1", "alignment.inner_subsample": "1", "alignment.probability_steps": "1",
-    "alignment.resample_steps": "1", "user.alignment_steps": "1", "user.finetune_steps": "1",
+    "alignment.resample_steps": "1", "alignment.probe_rows": "2", "user.alignment_steps": "1",
+    "user.finetune_steps": "1",
 }  # fmt: skip
 CPU = [
     "user.training.per_device_train_batch_size=8", "alignment.training.per_device_train_batch_size=8",
