@@ -14,7 +14,8 @@ the gradient of each tensor p by min((L_safe - tau) / ||g_p||, 1) and gives it t
 divides by the gradient's size, so that mostly the gate tau acts. The published numbers come from the code.
 
 Not built: the choice of safe rows by a determinantal point process (DPP). Give as many alignment rows as
-3 % of the user rows, as in the paper. Dropout is off in the passes on the safe rows, so they draw no random number.
+3 % of the user rows, as in the paper. Dropout is off in the passes on the safe rows, so they draw no random
+number.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class SPAGMixin(AlignmentRows):
             self._seen.add(loss, torch.tensor(float(excess > 0), device=loss.device))
             if excess <= 0 or args.eta == 0:
                 return
-            weights = list(trainable_parameters(self.model).values())
+            weights: list[Tensor] = list(trainable_parameters(self.model).values())
             scale = gradient_scale(self.accelerator)
             with gradients_aside(weights):
                 step_backward(self, model, batches, share, scale)
