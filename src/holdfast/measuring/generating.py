@@ -156,7 +156,7 @@ class _Job:
         from holdfast.machine.processes import Processes
         from holdfast.models.device import choose_device
         from holdfast.models.loading import load_model, load_tokenizer
-        from holdfast.weights.adapter import find_adapter
+        from holdfast.weights.adapter_folder import find_adapter
         from holdfast.weights.folders import find_model, fingerprint, model_path
 
         folder = find_model(str(model_path(model.path)), model.revision, download=True)
