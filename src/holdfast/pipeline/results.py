@@ -15,6 +15,7 @@ from holdfast.machine.files import read_json, read_jsonl, write_json, write_text
 from holdfast.machine.store import Store, claim_folder, now, provenance
 from holdfast.measuring.protocol import decoding, grader
 from holdfast.pipeline import user_rows
+from holdfast.pipeline.data import bad_rows
 from holdfast.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, An
         ],
         "protocol": stamp,
         "manifest": plan.manifest,
+        "bad_rows_dropped": _bad_rows(plan, store),
         "steps": [
             {
                 "id": step.id,
@@ -75,6 +77,15 @@ def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, An
 
     report([out], out / "report.html")
     return results
+
+
+def _bad_rows(plan: Plan, store: Store) -> dict[str, int]:
+    """Return the number of bad rows that were dropped (`data.skip_bad`), by source."""
+    parts = read_json(store.path(plan.manifest) / "manifest.json")
+    found: dict[str, int] = {}
+    for part in parts.values():
+        found |= bad_rows(part) if "sources" in part else {}
+    return found
 
 
 def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) -> dict[str, Any]:
