@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from holdfast import __version__
 from holdfast.data.jsonl import cannot_write, write_rows
@@ -66,6 +68,18 @@ def mix(
     finally:
         remove_tree(beside)
     return Path(out)
+
+
+def dropped_rows(folder: Path) -> dict[str, int]:
+    """Return the number of rows that `mix` dropped because they cannot be used, by source."""
+    manifest = read_json(folder / "manifest.json")
+    return {**dropped_bad_rows(manifest["test"]), **dropped_bad_rows(manifest["user"])}
+
+
+def dropped_bad_rows(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of bad rows that were dropped, by source; a source without bad rows has no key."""
+    found = {source["source"]: source.get("bad_rows_dropped", 0) for source in manifest["sources"]}
+    return {name: count for name, count in found.items() if count}
 
 
 def _claim(folder: Path, sources: list[Source | None]) -> None:

@@ -96,16 +96,10 @@ def make_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
     part = MAKE[role](**asked)
     datasets.write_rows(folder / "rows.jsonl", part.rows)
     write_json(folder / "manifest.json", part.manifest)
-    dropped = bad_rows(part.manifest)
+    dropped = datasets.dropped_bad_rows(part.manifest)
     for name, count in dropped.items():
         machine.progress.say(f"{name}: {count:,} rows cannot be used and are dropped (data.skip_bad).")
     return {"rows": len(part.rows), **({"bad_rows_dropped": dropped} if dropped else {})}
-
-
-def bad_rows(manifest: Mapping[str, Any]) -> dict[str, int]:
-    """Return the number of bad rows that were dropped, by source; a source without bad rows has no key."""
-    found = {source["source"]: source.get("bad_rows_dropped", 0) for source in manifest["sources"]}
-    return {name: count for name, count in found.items() if count}
 
 
 def rows_of(step: Path) -> list[dict[str, Any]]:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from holdfast import data as datasets
 from holdfast import registry
 from holdfast.evaluation import paired
 from holdfast.machine.files import read_json, read_jsonl, write_json, write_text
 from holdfast.machine.store import Store, claim_folder, now, provenance
 from holdfast.measuring.protocol import decoding, grader
 from holdfast.pipeline import user_rows
-from holdfast.pipeline.data import bad_rows
 from holdfast.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _bad_rows(plan: Plan, store: Store) -> dict[str, int]:
     parts = read_json(store.path(plan.manifest) / "manifest.json")
     found: dict[str, int] = {}
     for part in parts.values():
-        found |= bad_rows(part) if "sources" in part else {}
+        found |= datasets.dropped_bad_rows(part) if "sources" in part else {}
     return found
 
 

@@ -140,7 +140,8 @@ def filter_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
     """
     given = rows_of(inputs["rows"])
     judge = judging.load_judge(inputs["judge"], machine.device)
-    verdicts = filtering.judge_rows(given, judge, folder / "verdicts.jsonl", machine.progress.advance)
+    out = folder / "verdicts.jsonl"
+    verdicts = filtering.judge_rows(given, judge, out, machine.progress.advance, len(given))
     dropped = filtering.drops(verdicts, inputs["unparsed"])
     kept = [row for row, drop in zip(given, dropped, strict=True) if not drop]
     if not kept:

@@ -95,8 +95,8 @@ class Data(Part):
     format of a known data set), or a Hub id.
 
     `columns` maps our column names to those of the user's files, {ours: yours}; `grader` replaces the task's
-    grader. `skip_bad` drops and counts the rows of any source that cannot be used. `loss_on` says which answers
-    of a conversation in the user rows and the harmful rows are trained: all of them, or the last only.
+    grader. `skip_bad` drops and counts the rows of any source that cannot be used. `loss_on` says which
+    answers of a conversation in the user rows and the harmful rows are trained: all, or the last only.
     """
 
     task: str | None = None
