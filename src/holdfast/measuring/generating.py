@@ -87,10 +87,11 @@ def _test_rows(
         raise RecipeError(
             "Nothing to ask: give harmful prompts, a task, rows of your own, or benign questions."
         )
-    return datasets.test_rows(
+    made = datasets.test_rows(
         task=task, test=task_rows, harmful_test=prompt_sets["harmful"], benign=prompt_sets["benign"],
         prompts=prompts, task_size=prompts,
-    ).rows  # fmt: skip
+    )  # fmt: skip
+    return list(made.rows)
 
 
 @dataclass(frozen=True)
