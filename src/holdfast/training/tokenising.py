@@ -93,10 +93,11 @@ def tokenise_all(rows: Any, tokenizer: Any, max_length: int | None) -> Any:
 
 
 def rows_fingerprint(rows: Any, samples: int = 256) -> str:
-    """Return a hash of tokenised rows: their number and the ids of up to `samples` evenly spaced rows."""
+    """Return a hash of tokenised rows: their number, and up to `samples` evenly spaced rows."""
     digest = hashlib.sha256(str(len(rows)).encode())
     for i in range(0, len(rows), max(1, len(rows) // samples)):
-        digest.update(str(list(rows[i]["input_ids"])).encode())
+        row = rows[i]
+        digest.update(str([list(row[key]) for key in ("input_ids", "labels") if key in row]).encode())
     return digest.hexdigest()[:12]
 
 
