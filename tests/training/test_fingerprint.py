@@ -74,6 +74,14 @@ def test_options_that_change_no_weight_are_free(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "option", [{"ignore_data_skip": True}, {"accelerator_config": {"use_seedable_sampler": False}}], ids=str
+)
+def test_options_that_lose_the_order_of_rows_are_refused(option, checkpoint, tmp_path):
+    with pytest.raises(ModelError, match="cannot resume exactly: with"):
+        resume(checkpoint, tmp_path, **option)
+
+
+@pytest.mark.parametrize(
     ("change", "name"),
     [
         ({"lora_alpha": 8}, "adapter default.lora_alpha"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from holdfast import data as datasets
 from holdfast.data.sources import Source
-from holdfast.errors import DataError, OutputError, RecipeError
+from holdfast.errors import DataError, OutputError, RecipeError, StepFailed
 from holdfast.evaluation import moderation as engine
 from holdfast.machine.files import write_json
 from holdfast.machine.progress import Advance, nobody
@@ -30,6 +30,7 @@ def filter_rows(
     *,
     judge: str = "beaver_dam",
     unparsed: str = "drop",
+    max_unparsed: float = engine.MAX_UNPARSED,
     device: str = "auto",
     progress: Advance = nobody,
     **options: Any,
@@ -44,8 +45,10 @@ def filter_rows(
         source: as for a recipe's `data.user`: a file, a folder, a Hub id, a task's name.
         judge: the judge's name; `options` are its options: path, threshold, max_length, model, base_url, ...
         unparsed: what to do with a record for which the judge gives no verdict: "drop" or "keep".
+        max_unparsed: the share of records without a verdict above which the judge has failed.
 
     Raises:
+        StepFailed: too many records have no verdict; the verdicts are kept.
         RecipeError: the judge looks for refusals only, and would keep nothing else.
         DataError: the source cannot be read, or no record is left.
         OutputError: `out` exists and is not an earlier output, or is the source.
@@ -65,6 +68,7 @@ def filter_rows(
     _claim(out, source)
     claim(verdicts_file, {"judge_stamp": ready.stamp, "rows": identity_hash(rows)})
     verdicts = judge_rows(rows, ready, verdicts_file, progress)
+    check_share(verdicts, max_unparsed, ready.stamp, verdicts_file)
     dropped = drops(verdicts, unparsed)
     kept = [record for record, drop in zip(loaded.records, dropped, strict=True) if not drop]
     if not kept:
@@ -99,6 +103,17 @@ def judge_rows(
     found = engine.give_verdicts(pairs, judge, out, progress=progress)
     by_id = {row["id"]: row["verdict"] for row in found}
     return [by_id[row["id"]] for row in rows]
+
+
+def check_share(verdicts: Sequence[str], max_unparsed: float, judge: str, out: Path) -> None:
+    """Raise StepFailed if a larger share of the rows than `max_unparsed` has no verdict."""
+    without = sum(verdict == "unparsed" for verdict in verdicts)
+    if without > max_unparsed * len(verdicts):
+        raise StepFailed(
+            f"{judge} gave no verdict on {without} of {len(verdicts)} rows (unparsed), more than the "
+            f"permitted share of {max_unparsed:g}. Its replies are in {out}. Use another judge or model, or "
+            "set max_unparsed."
+        )
 
 
 def drops(verdicts: Sequence[str], unparsed: str = "drop") -> list[bool]:

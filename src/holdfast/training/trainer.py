@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from holdfast.chat.rendering import LOSS_ON
 from holdfast.errors import DataError, ModelError, first_line
 from holdfast.machine.files import read_json, write_text
 from holdfast.training import fingerprint
@@ -43,7 +44,13 @@ from holdfast.training.private import (
     sft_rows,
 )
 from holdfast.training.quantised import keep_differentiable
-from holdfast.training.tokenising import as_sequence, collator, rows_fingerprint, tokenise_all
+from holdfast.training.tokenising import (
+    as_sequence,
+    collator,
+    equal_lengths,
+    rows_fingerprint,
+    tokenise_all,
+)
 
 METHOD_FOLDER = "method"
 METHOD_STATE = "state.safetensors"
@@ -51,10 +58,13 @@ METHOD_STATE = "state.safetensors"
 
 @dataclass
 class MethodConfig(TrainingArguments):
-    """`transformers.TrainingArguments` with the maximum row length and the choice of the loss computation."""
+    """`transformers.TrainingArguments` with the maximum row length, the trained answers, and the loss."""
 
     max_length: int | None = field(
         default=2048, metadata={"help": "Maximum tokens of prompt and completion together; None: no limit."}
+    )
+    loss_on: str = field(
+        default="all", metadata={"help": "Trained answers of a conversation: 'all', or the 'last' only."}
     )
     lean_loss: bool = field(
         default=True, metadata={"help": "Compute logits for labels only, if that does not change the loss."}
@@ -64,6 +74,8 @@ class MethodConfig(TrainingArguments):
         super().__post_init__()
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, found {self.max_length}")
+        if self.loss_on not in LOSS_ON:
+            raise ValueError(f"loss_on must be one of {', '.join(LOSS_ON)}, found {self.loss_on!r}")
         if self.fp16 and self.device.type == "cpu":
             # accelerate would continue silently without a scaler, and small gradients would become zero.
             raise ValueError("fp16 needs a loss scaler, which a CPU does not have. Use bf16")
@@ -122,7 +134,7 @@ class ResumableMixin(CheckpointSlots):
                 include their prompts), or rows without any completion within max_length.
         """
         if rows is None or not is_sft(self):
-            return prepare_rows(rows, self.processing_class, self.args.max_length)
+            return prepare_rows(rows, self.processing_class, self.args.max_length, self.args.loss_on)
         args = self.args
         rows = rows if hasattr(rows, "column_names") else Dataset.from_list(list(as_sequence(rows)))
         told = args.completion_only_loss is not None or "input_ids" in rows.column_names
@@ -241,14 +253,14 @@ class RowTrainer(LeanLossMixin, ResumableMixin, Trainer):
         **kwargs: Any,
     ):
         args = args or MethodConfig()
-        if data_collator is None and processing_class is not None:
-            data_collator = collator(processing_class)
+        if data_collator is None:
+            data_collator = equal_lengths if processing_class is None else collator(processing_class)
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=prepare_rows(train_dataset, processing_class, args.max_length),
-            eval_dataset=prepare_rows(eval_dataset, processing_class, args.max_length),
+            train_dataset=prepare_rows(train_dataset, processing_class, args.max_length, args.loss_on),
+            eval_dataset=prepare_rows(eval_dataset, processing_class, args.max_length, args.loss_on),
             processing_class=processing_class,
             **kwargs,
         )
@@ -289,13 +301,13 @@ def free_inputs(model: nn.Module) -> int:
     return sum(remove_input_hooks(module) for module in model.modules())
 
 
-def prepare_rows(rows: Any, tokenizer: Any, max_length: int | None) -> Any:
+def prepare_rows(rows: Any, tokenizer: Any, max_length: int | None, loss_on: str = "all") -> Any:
     """Return rows of any accepted kind as tokenised rows; a dict of data sets stays a dict."""
     if rows is None:
         return None
     if isinstance(rows, dict):
-        return {name: prepare_rows(part, tokenizer, max_length) for name, part in rows.items()}
-    return tokenise_all(as_sequence(rows), tokenizer, max_length)
+        return {name: prepare_rows(part, tokenizer, max_length, loss_on) for name, part in rows.items()}
+    return tokenise_all(as_sequence(rows), tokenizer, max_length, loss_on)
 
 
 def planned_steps(trainer: Any) -> int:
