@@ -19,6 +19,7 @@ ALLOWED = {
     "__main__": {"cli"},
     "cli": {
         "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data", "weights",
+        "lab",
     },
     "pipeline": {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
@@ -31,14 +32,16 @@ ALLOWED = {
     "attacks": {"evaluation", "training"},
     "defenses": {"training", "weights"},
     "reporting": {"evaluation"},
-    "evaluation": {"models", "weights", "tasks", "world"},
-    "data": {"tasks", "world"},
-    "training": set(),
+    "evaluation": {"models", "weights", "tasks", "world", "chat"},
+    "data": {"tasks", "world", "chat"},
+    "training": {"chat"},
+    "chat": set(),
     "models": {"training", "weights"},
-    "weights": {"world"},
+    "weights": {"lab", "world"},
     "tasks": {"plugins"},
     "plugins": set(),
     "world": set(),
+    "lab": set(),
     "machine": set(),
     "errors": set(),
 }  # fmt: skip

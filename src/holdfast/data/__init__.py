@@ -5,6 +5,7 @@ from __future__ import annotations
 from holdfast.data.held_out import grading_task, holds_out
 from holdfast.data.jsonl import read_placed, read_rows, write_rows
 from holdfast.data.mixing import mix
+from holdfast.data.places import places_of
 from holdfast.data.prepare import Prepared, alignment_rows, harmful_rows, overlaps, test_rows, user_rows
 from holdfast.data.rows import to_rows
 from holdfast.data.sources import Loaded, fingerprint, has_split, read_records
@@ -20,6 +21,7 @@ __all__ = [
     "holds_out",
     "mix",
     "overlaps",
+    "places_of",
     "prompts",
     "read_placed",
     "read_records",

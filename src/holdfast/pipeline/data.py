@@ -125,10 +125,9 @@ def _count(size: int | None) -> str:
     return f"{size:,}" if size else "all"
 
 
-def rendered(rows: Sequence[Mapping[str, Any]], tokenizer: Any, template: str) -> list[dict[str, str]]:
-    """Return rows as prompt and completion, in the template `template`: "auto", "chat" or "alpaca"."""
-    from holdfast.data.prompts import render, resolve_template
+def rendered(rows: Sequence[Mapping[str, Any]], tokenizer: Any, template: str) -> list[dict[str, Any]]:
+    """Return rows for a trainer as text, in the template `template`: "auto", "chat" or "alpaca"."""
+    from holdfast.data.prompts import resolve_template, training_row
 
     chosen = resolve_template(tokenizer, template)
-    pairs = (render(row, tokenizer, chosen, row.get("prefix", "")) for row in rows)
-    return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    return [training_row(row, tokenizer, chosen, row.get("prefix", "")) for row in rows]

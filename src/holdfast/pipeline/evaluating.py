@@ -9,7 +9,7 @@ from typing import Any
 from holdfast.machine.files import read_jsonl, write_json, write_jsonl
 from holdfast.machine.progress import Advance
 from holdfast.measuring import judging
-from holdfast.pipeline.chain import loading, tokenizer_of, weights
+from holdfast.pipeline.chain import checked_model, checked_tokenizer, loading, tokenizer_of, weights
 from holdfast.pipeline.data import rows_of
 from holdfast.pipeline.step import Inputs, Machine
 from holdfast.tasks.graders import adapted
@@ -70,15 +70,34 @@ def _before(prefix: Mapping[str, Any] | None) -> tuple[str, bool]:
 
 
 def check_generation(inputs: Inputs, machine: Machine) -> None:
-    """Check everything that could stop generation: the tokenizer, the template, the quantisation."""
+    """Check everything that could stop generation: the template, the quantisation, the model, every prompt.
+
+    A text that a method of the user stage puts before every question is not known yet.
+
+    Raises:
+        InputError: one of them cannot be used.
+    """
     from holdfast.data.prompts import resolve_template
     from holdfast.evaluation.turns import check_template
     from holdfast.models.quantization import check_quantization
+    from holdfast.pipeline import rows_checked
 
     described = inputs["model"]
-    template = resolve_template(tokenizer_of(described), inputs["template"])
+    folder = described["base"].folder
+    tokenizer = checked_tokenizer(described, machine)
+    template = resolve_template(tokenizer, inputs["template"])
+    check_quantization(folder, described["quantization"])
+    known = rows_checked.limits(checked_model(described, machine))
+    path = inputs["test"] / "rows.jsonl"
+    same = (path, folder, template, inputs["system"])
+    if not path.is_file() or same in machine.known or not machine.processes.main:
+        return
+    machine.known[same] = None
     check_template(rows_of(inputs["test"]), template)
-    check_quantization(described["base"].folder, described["quantization"])
+    rows_checked.check_prompts(
+        rows_checked.read_one_by_one(path), rows_checked.count_rows(path), tokenizer=tokenizer,
+        template=template, system=inputs["system"], model=known, progress=machine.progress.advance,
+    )  # fmt: skip
 
 
 def moderate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:

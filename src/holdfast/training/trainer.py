@@ -13,7 +13,6 @@ DeepSpeed reads its own files with pickle: resume a DeepSpeed training only from
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
@@ -24,11 +23,14 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from holdfast.chat.rendering import LOSS_ON
 from holdfast.errors import DataError, ModelError, first_line
 from holdfast.machine.files import read_json, write_text
+from holdfast.training.batches import knows_epoch, not_empty
 from holdfast.training.lean_loss import LeanLossMixin
 from holdfast.training.method_files import read_tensors, write_tensors
 from holdfast.training.private import (
@@ -41,7 +43,13 @@ from holdfast.training.private import (
     sft_rows,
 )
 from holdfast.training.quantised import keep_differentiable
-from holdfast.training.tokenising import as_sequence, collator, rows_fingerprint, tokenise_all
+from holdfast.training.tokenising import (
+    as_sequence,
+    collator,
+    equal_lengths,
+    rows_fingerprint,
+    tokenise_all,
+)
 
 METHOD_FOLDER = "method"
 METHOD_STATE = "state.safetensors"
@@ -49,10 +57,13 @@ METHOD_STATE = "state.safetensors"
 
 @dataclass
 class MethodConfig(TrainingArguments):
-    """`transformers.TrainingArguments` with the maximum row length and the choice of the loss computation."""
+    """`transformers.TrainingArguments` with the maximum row length, the trained answers, and the loss."""
 
     max_length: int | None = field(
         default=2048, metadata={"help": "Maximum tokens of prompt and completion together; None: no limit."}
+    )
+    loss_on: str = field(
+        default="all", metadata={"help": "Trained answers of a conversation: 'all', or the 'last' only."}
     )
     lean_loss: bool = field(
         default=True, metadata={"help": "Compute logits for labels only, if that does not change the loss."}
@@ -62,6 +73,8 @@ class MethodConfig(TrainingArguments):
         super().__post_init__()
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, found {self.max_length}")
+        if self.loss_on not in LOSS_ON:
+            raise ValueError(f"loss_on must be one of {', '.join(LOSS_ON)}, found {self.loss_on!r}")
         if self.fp16 and self.device.type == "cpu":
             # accelerate would continue silently without a scaler, and small gradients would become zero.
             raise ValueError("fp16 needs a loss scaler, which a CPU does not have. Use bf16")
@@ -124,7 +137,7 @@ class ResumableMixin(CheckpointSlots):
                 include their prompts), or rows without any completion within max_length.
         """
         if rows is None or not is_sft(self):
-            return prepare_rows(rows, self.processing_class, self.args.max_length)
+            return prepare_rows(rows, self.processing_class, self.args.max_length, self.args.loss_on)
         args = self.args
         rows = rows if hasattr(rows, "column_names") else Dataset.from_list(list(as_sequence(rows)))
         told = args.completion_only_loss is not None or "input_ids" in rows.column_names
@@ -142,6 +155,10 @@ class ResumableMixin(CheckpointSlots):
                 "Raise it."
             )
         return made
+
+    def get_train_dataloader(self: Any) -> DataLoader:
+        """Return the loader of the parent class, with an order that depends on seed and epoch alone."""
+        return knows_epoch(not_empty(self, super().get_train_dataloader()))
 
     def unrecorded(self: Any) -> AbstractContextManager[None]:
         """Keep losses computed inside out of the metrics that `trl.SFTTrainer` collects with each loss."""
@@ -218,14 +235,14 @@ class RowTrainer(LeanLossMixin, ResumableMixin, Trainer):
         **kwargs: Any,
     ):
         args = args or MethodConfig()
-        if data_collator is None and processing_class is not None:
-            data_collator = collator(processing_class)
+        if data_collator is None:
+            data_collator = equal_lengths if processing_class is None else collator(processing_class)
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=prepare_rows(train_dataset, processing_class, args.max_length),
-            eval_dataset=prepare_rows(eval_dataset, processing_class, args.max_length),
+            train_dataset=prepare_rows(train_dataset, processing_class, args.max_length, args.loss_on),
+            eval_dataset=prepare_rows(eval_dataset, processing_class, args.max_length, args.loss_on),
             processing_class=processing_class,
             **kwargs,
         )
@@ -266,13 +283,13 @@ def free_inputs(model: nn.Module) -> int:
     return sum(remove_input_hooks(module) for module in model.modules())
 
 
-def prepare_rows(rows: Any, tokenizer: Any, max_length: int | None) -> Any:
+def prepare_rows(rows: Any, tokenizer: Any, max_length: int | None, loss_on: str = "all") -> Any:
     """Return rows of any accepted kind as tokenised rows; a dict of data sets stays a dict."""
     if rows is None:
         return None
     if isinstance(rows, dict):
-        return {name: prepare_rows(part, tokenizer, max_length) for name, part in rows.items()}
-    return tokenise_all(as_sequence(rows), tokenizer, max_length)
+        return {name: prepare_rows(part, tokenizer, max_length, loss_on) for name, part in rows.items()}
+    return tokenise_all(as_sequence(rows), tokenizer, max_length, loss_on)
 
 
 def own_parameters(config: Any) -> dict[str, Any]:
@@ -283,11 +300,9 @@ def own_parameters(config: Any) -> dict[str, Any]:
 
 def planned_steps(trainer: Any) -> int:
     """Return the total number of optimizer steps of the trainer, counted like Trainer does."""
-    args = trainer.args
-    if args.max_steps > 0:
-        return args.max_steps
-    batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * args.world_size))
-    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
