@@ -286,13 +286,15 @@ def main() -> None:
 
 
 def fast(device: str) -> None:
-    """Use TF32 on a GPU, one thread on a CPU, and write one checkpoint of a training instead of ten."""
+    """Use TF32 on a GPU, one thread on a CPU, one checkpoint a training, and models that stay in memory."""
     import torch
+    from _warm import keep
 
     from holdfast.pipeline import training
 
     warnings.filterwarnings("ignore")
     training.CHECKPOINTS = 1
+    keep()
     if device != "cpu" and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     else:
