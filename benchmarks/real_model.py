@@ -215,7 +215,7 @@ def _repaired(method: str, state: dict[str, Any]) -> str:
     told = [f"{key}={given[key]:g}" for key in ("num_layers", "threshold") if given.get(key) is not None]
     control = given.get("control")
     told += [f"control={control}"] if control else []
-    return f"{method.split(',  ')[0].removesuffix(', sweep').removesuffix(', thresholds')}, {', '.join(told)}"
+    return f"{method.removesuffix(', sweep').removesuffix(', thresholds')}, {', '.join(told)}"
 
 
 def _without_paths(protocol: dict[str, Any]) -> dict[str, Any]:
