@@ -26,7 +26,7 @@ TOLERANCE = 1e-6
 
 KINDS = {"ddp": (None, "MULTI_CPU"), "fsdp2": ("SHARDED_STATE_DICT", "FSDP")}
 STRONG = {
-    "alignment_steps": 2, "finetune_steps": 3, "rho": 5.0, "proximal_warmup_ratio": 0.0, "lambda_": 500.0,
+    "alignment_steps": 2, "finetune_steps": 3, "rho": 5.0, "proximal_warmup_ratio": 0.0, "lambda_": 250.0,
     "beta_first": 5.0, "beta_early": 20.0, "beta_later": 2.0,
     "num_layers": 1, "probability_steps": 3, "resample_steps": 3,
     "inner_steps": 2, "inner_subsample": 1, "adversary_learning_rates": "5e-3, 1e-2", "lambda_tr": 2.0,
@@ -52,7 +52,7 @@ def own_trainer(name):
 OTHERS = {
     "lisa-fisher": ("lisa", {"proximal": "fisher", "fisher_rows": 8}),
     "lisa-delta_w": ("lisa", {"proximal": "delta_w"}),
-    "ewc-l2": ("ewc", {"penalty": "l2", "lambda_": 3.0}),
+    "ewc-l2": ("ewc", {"penalty": "l2", "lambda_": 1.5}),
     "booster": ("booster", {"lambda_": 20.0, "alpha": 0.5}),
     "repnoise": ("repnoise", {"alpha": 3.0, "beta": 20.0}),
 }
