@@ -79,33 +79,33 @@ def filter_rows(
     identity, total, bad = _checked(loaded, skip_bad)
     ready = judging.ready(judge, device, options)
     verdicts_file = out.with_name(f"{out.name}.verdicts.jsonl")
-    claim(verdicts_file, {"judge_stamp": ready.stamp, "rows": identity})
-    verdicts = judge_rows((row for _, row in _rows(loaded)), ready, verdicts_file, progress, total)
-    check_share(verdicts, max_unparsed, ready.stamp, verdicts_file)
-    dropped = drops(verdicts, unparsed)
-    if all(dropped):
-        raise DataError(
-            f"{ready.stamp} kept none of the {total} rows of {loaded.name}, so nothing was written."
-        )
-    labels: list[bool | None] = []
+    with claim(verdicts_file, {"judge_stamp": ready.stamp, "rows": identity}):
+        verdicts = judge_rows((row for _, row in _rows(loaded)), ready, verdicts_file, progress, total)
+        check_share(verdicts, max_unparsed, ready.stamp, verdicts_file)
+        dropped = drops(verdicts, unparsed)
+        if all(dropped):
+            raise DataError(
+                f"{ready.stamp} kept none of the {total} rows of {loaded.name}, so nothing was written."
+            )
+        labels: list[bool | None] = []
 
-    def kept() -> Iterator[Mapping[str, Any]]:
-        for (record, _), drop in zip(_rows(loaded), dropped, strict=True):
-            labels.append(label(record))
-            if not drop:
-                yield record
+        def kept() -> Iterator[Mapping[str, Any]]:
+            for (record, _), drop in zip(_rows(loaded), dropped, strict=True):
+                labels.append(label(record))
+                if not drop:
+                    yield record
 
-    datasets.write_rows(out, kept())
-    facts = {
-        **counts(verdicts, dropped),
-        **({"bad_rows_dropped": bad.count, "first_bad_rows": bad.places()} if bad.count else {}),
-        "confusion": confusion(labels, verdicts),
-        "judge_stamp": ready.stamp,
-        "source": loaded.name,
-        "sha256": loaded.sha256,
-    }
-    write_json(out.with_name(f"{out.name}.json"), {**facts, "provenance": provenance()})
-    return facts
+        datasets.write_rows(out, kept())
+        facts = {
+            **counts(verdicts, dropped),
+            **({"bad_rows_dropped": bad.count, "first_bad_rows": bad.places()} if bad.count else {}),
+            "confusion": confusion(labels, verdicts),
+            "judge_stamp": ready.stamp,
+            "source": loaded.name,
+            "sha256": loaded.sha256,
+        }
+        write_json(out.with_name(f"{out.name}.json"), {**facts, "provenance": provenance()})
+        return facts
 
 
 def _rows(loaded: datasets.Loaded, bad: BadRows | None = None) -> Iterator[tuple[Record, Row]]:
