@@ -4,6 +4,7 @@ __all__ = [
     "batches",
     "fisher",
     "harmful_rows",
+    "inputs",
     "layers",
     "lean_loss",
     "mixing",
