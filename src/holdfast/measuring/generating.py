@@ -87,10 +87,11 @@ def _test_rows(
         raise RecipeError(
             "Nothing to ask: give harmful prompts, a task, rows of your own, or benign questions."
         )
-    return datasets.test_rows(
+    made = datasets.test_rows(
         task=task, test=task_rows, harmful_test=prompt_sets["harmful"], benign=prompt_sets["benign"],
         prompts=prompts, task_size=prompts,
-    ).rows  # fmt: skip
+    )  # fmt: skip
+    return list(made.rows)
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class _Job:
         from holdfast.machine.processes import Processes
         from holdfast.models.device import choose_device
         from holdfast.models.loading import load_model, load_tokenizer
-        from holdfast.weights.adapter import find_adapter
+        from holdfast.weights.adapter_folder import find_adapter
         from holdfast.weights.folders import find_model, fingerprint, model_path
 
         folder = find_model(str(model_path(model.path)), model.revision, download=True)

@@ -2,6 +2,7 @@
 
 __all__ = [
     "batches",
+    "fingerprint",
     "fisher",
     "harmful_rows",
     "inputs",
