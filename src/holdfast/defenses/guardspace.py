@@ -1,4 +1,4 @@
-"""GuardSpace: the update of every layer is zero on the inputs of harmful prompts (ICLR 2026, arXiv 2510.14301).
+"""GuardSpace: the update of a layer is zero on the inputs of harmful prompts (ICLR 2026, arXiv 2510.14301).
 
 For each adapted linear layer, C = X X^T over the inputs X that harmful prompts give it, and
 
@@ -128,8 +128,8 @@ class GuardSpaceMixin(ResumableMixin):
         bs = [weights[f.b] for f in factors]
         if self.state.global_step == 0 and any(bool(_local(b).any()) for b in bs):
             raise ModelError(
-                f"{type(self).__name__} needs a new adapter, whose B is 0: it keeps the update B A at zero on "
-                "harmful prompts, and this adapter already has one. Train a new adapter on top of it."
+                f"{type(self).__name__} needs a new adapter, whose B is 0: it keeps the update B A at zero "
+                "on harmful prompts, and this adapter already has one. Train a new adapter on top of it."
             )
         size, pad = batch_size(self), getattr(self.processing_class, "pad_token_id", None) or 0
         prompts = sorted(self.harmful_prompts, key=len)
@@ -145,8 +145,8 @@ class GuardSpaceMixin(ResumableMixin):
         drop_gathered(self.model)
         if all(q.shape[0] == q.shape[1] for q in found.values()):
             raise ModelError(
-                f"No direction is left to train: {len(prompts)} harmful prompts reach every input direction of "
-                f"every layer with tolerance={self.args.tolerance}. Raise tolerance, or give fewer prompts."
+                f"No direction is left to train: {len(prompts)} harmful prompts reach every input direction "
+                f"of every layer with tolerance={self.args.tolerance}. Raise it, or give fewer prompts."
             )
         return found
 

@@ -69,7 +69,7 @@ class Weighted:
 
 @dataclass(frozen=True)
 class Factors:
-    """One LoRA module: positions of its B (out x r) and A (r x in) among the weights, its scaling s, its name."""
+    """A LoRA module: positions of its B (out x r) and A (r x in) in the weights, its scaling s, its name."""
 
     b: int
     a: int
