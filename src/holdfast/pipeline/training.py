@@ -37,6 +37,7 @@ from holdfast.models.trained import load_trainable, save_trained
 from holdfast.recipe.stages import NOT_IDENTITY, trackers
 from holdfast.training.shards import finite, gather_trainable, trainable_numel
 from holdfast.training.trainer import planned_steps
+from holdfast.weights.chains import write_below
 
 CHECKPOINTS = 10
 """Approximate number of checkpoints that a training writes; only the last two are kept."""
@@ -336,6 +337,8 @@ def _save(
     beside, target = folder / f"{name}.partial", folder / name
     remove_tree(beside)
     save_trained(model, job.tokenizer, beside, folder / SCRATCH / "initial", weights)
+    if job.trains != "full":
+        write_below(beside, job.adapters[:-1] if job.trains == "continue" else job.adapters)
     write_text(beside / "README.md", _card(job, facts))
     replace_folder(beside, target)
 
