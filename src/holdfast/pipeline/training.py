@@ -336,7 +336,7 @@ def _save(
     name = "model" if job.trains == "full" else "adapter"
     beside, target = folder / f"{name}.partial", folder / name
     remove_tree(beside)
-    save_trained(model, job.tokenizer, beside, folder / SCRATCH / "initial", weights)
+    save_trained(model, job.tokenizer, beside, folder / SCRATCH / "initial", weights, job.model)
     if job.trains != "full":
         write_below(beside, job.adapters[:-1] if job.trains == "continue" else job.adapters)
     write_text(beside / "README.md", _card(job, facts))

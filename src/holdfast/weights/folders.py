@@ -6,6 +6,7 @@ import hashlib
 import math
 from pathlib import Path
 
+from holdfast import lab
 from holdfast.errors import ModelError, first_line, nearest
 from holdfast.machine.digests import Digests
 from holdfast.weights.files import check_regular
@@ -17,11 +18,13 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def model_path(path: str) -> str | Path:
-    """Return the folder or Hub id of a model; "world" is the embedded model."""
+    """Return the folder or Hub id of a model; "world" is the embedded model, "smollm2" the lab model."""
     if path == "world":
         from holdfast import world
 
         return world.MODEL
+    if path == lab.NAME and not Path(path).exists():
+        return lab.cached() or path
     return path
 
 
@@ -35,7 +38,9 @@ def find_model(path: str, revision: str | None = None, download: bool = True) ->
         ModelError: nothing is found, or the folder is not a model that can be loaded safely.
     """
     folder = Path(path)
-    if not folder.exists():
+    if not folder.exists() and path == lab.NAME:
+        folder = _lab_model(download)
+    elif not folder.exists():
         if looks_local(path):
             raise ModelError(f"No such model folder: {path}.{_neighbour(folder)}")
         folder = from_hub(path, revision, download)
@@ -53,6 +58,18 @@ def find_model(path: str, revision: str | None = None, download: bool = True) ->
         raise ModelError(
             f"{path} holds no safetensors weights. Holdfast loads nothing else (a .bin file can run code); "
             "convert it: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW_PATH)."
+        )
+    return folder
+
+
+def _lab_model(make: bool) -> Path:
+    """Return the folder of the lab model, which is made if it is missing and `make` is true."""
+    folder = lab.model_folder() if make else lab.cached()
+    if folder is None:
+        lab.gguf_file()
+        raise ModelError(
+            "The lab model has not been made yet. `holdfast lab` and `holdfast run` make it from the "
+            "installed package."
         )
     return folder
 
