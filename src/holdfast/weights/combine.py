@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from holdfast.errors import ModelError
 from holdfast.machine.files import write_json
 from holdfast.weights.adapter import Adapter, LoraModule, natural, read_adapter
 from holdfast.weights.adapter_folder import CONFIG, PREFIX, WEIGHTS
-from holdfast.weights.card import write_card
+from holdfast.weights.card import public_name, write_card
 from holdfast.weights.chains import check_chain
 from holdfast.weights.reader import Tensor
 from holdfast.weights.writer import (
@@ -193,10 +193,15 @@ def _check_same(adapters: Sequence[Adapter], key: str) -> None:
 
 
 def _one_place(here: Any, there: Any) -> bool:
+    """Whether two names are one folder, or one of them is the other without its path."""
     try:
-        return Path(here).samefile(there)
+        if Path(here).samefile(there):
+            return True
     except (OSError, TypeError, ValueError):
-        return False
+        pass
+    texts = [text for text in (here, there) if isinstance(text, str)]
+    bare = any(text == PureWindowsPath(text).name for text in texts)
+    return len(texts) == 2 and bare and public_name(here) == public_name(there)
 
 
 def _whole(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
@@ -275,7 +280,7 @@ def _config(chain: Chain) -> dict[str, Any]:
         "peft_version": chain.setting("peft_version"),
         "task_type": chain.setting("task_type"),
         "auto_mapping": chain.setting("auto_mapping"),
-        "base_model_name_or_path": chain.base,
+        "base_model_name_or_path": public_name(chain.base) if chain.base else None,
         "revision": chain.setting("revision"),
         "inference_mode": True,
         "r": chain.rank,
