@@ -19,6 +19,7 @@ ALLOWED = {
     "__main__": {"cli"},
     "cli": {
         "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data", "weights",
+        "lab",
     },
     "pipeline": {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
@@ -36,10 +37,11 @@ ALLOWED = {
     "training": {"chat"},
     "chat": set(),
     "models": {"training", "weights"},
-    "weights": {"world"},
+    "weights": {"lab", "world"},
     "tasks": {"plugins"},
     "plugins": set(),
     "world": set(),
+    "lab": set(),
     "machine": set(),
     "errors": set(),
 }  # fmt: skip

@@ -6,29 +6,34 @@ every test asserts which one it got.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import multiprocessing
 import os
 import socket
+import tempfile
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot  # noqa: F401
-import peft  # noqa: F401
 import torch
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
-from transformers import LlamaForCausalLM  # noqa: F401
 
-import holdfast.evaluation.answering
-import holdfast.evaluation.moderation
-import holdfast.reporting.writing
-import holdfast.training  # noqa: F401
+import tiny
+from runs import run
 
 WORLD = 2
+
+
+@functools.cache
+def warm() -> None:
+    """Do a run here, so that the forked processes find everything imported that a run imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        run(tiny.recipe(Path(folder) / "in"), Path(folder) / "out", page=True)
 
 
 def start(
@@ -40,6 +45,7 @@ def start(
         folder: tracebacks go to `error-RANK.txt` there.
         fsdp: FSDP2 with this state dict type instead of DDP.
     """
+    warm()
     torch.set_num_threads(1)  # a fork of a process with several threads of torch may hang
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:

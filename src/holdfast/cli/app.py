@@ -44,7 +44,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe, for example user.rho=3."),
 ]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")]
-GO_ON = {"demo", "run", "generate", "moderate", "rate", "filter"}
+GO_ON = {"demo", "lab", "run", "generate", "moderate", "rate", "filter"}
 """Commands that resume after a stop; the others start again from the beginning."""
 
 
@@ -100,6 +100,32 @@ def demo(
     _done(bars, results["rows"], out)
 
 
+@app.command(epilog="Example: holdfast lab --rows my-rows --out runs/lab")
+def lab(
+    rows: Annotated[
+        Path, typer.Option(help="Folder with align, attack, test_harmful and sst2_train files; see docs.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("runs/lab"),
+    device: Device = "auto",
+) -> None:
+    """Show what defenses do to a real model of 135 million parameters: minutes on a GPU, hours on a CPU."""
+    if launched().count > 1:
+        raise RecipeError("holdfast lab runs in one process. Under a launcher: holdfast run smollm2.")
+    from holdfast.cli import console
+    from holdfast.cli.lab import run_lab
+    from holdfast.lab import ABOUT
+
+    console.out.print(ABOUT, highlight=False)
+    with console.Bars() as bars:
+
+        def named(prefix: str) -> console.Bars:
+            bars.prefix = prefix
+            return bars
+
+        results = run_lab(rows, out, device=device, progress=named)
+    _done(bars, results["rows"], out)
+
+
 @app.command(epilog="Example: holdfast run my-recipe.yaml user.rho=3 --out runs/rho3")
 def run(
     recipe: RecipeArgument,
@@ -131,20 +157,30 @@ def plan(
     store: Annotated[
         Path | None, typer.Option(help="Folder of steps that runs can share. Default: OUT/steps.")
     ] = None,
+    device: Device = "auto",
+    check: Annotated[
+        bool, typer.Option(help="Check what a run checks before it trains; the steps alone show faster.")
+    ] = True,
 ) -> None:
-    """Show which steps a run would execute and which are cached; writes nothing."""
+    """Show the steps of a run and which are cached, and check what could stop it; writes nothing."""
     from holdfast.cli import console
     from holdfast.machine.store import Store
     from holdfast.pipeline import plan as plan_recipe
+    from holdfast.pipeline import rehearse
     from holdfast.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or [])
     steps = Store(store or (out or Path("runs") / loaded.name.replace(" ", "-")) / "steps")
-    planned = plan_recipe(loaded).steps
+    whole = plan_recipe(loaded)
+    planned = whole.steps
     cached = {step.id for step in planned if steps.record(step.id) is not None}
     begun = {step.id for step in planned if steps.begun(step.id)}
     console.out.print(console.steps_table(planned, cached, begun))
     console.out.print(f"{len(planned) - len(cached)} of {len(planned)} steps would run.", highlight=False)
+    if check and len(cached) < len(planned):
+        with console.Bars(finished=False) as bars:
+            rehearse(whole, steps, device=device, progress=bars)
+        console.out.print("The checks before the run found no problem.", highlight=False)
 
 
 @app.command(

@@ -26,10 +26,14 @@ err = Console(stderr=True)
 
 
 class Bars(progress.Progress):
-    """Draws progress on standard error; in a log file, each step has one line and no bar."""
+    """Draws progress on standard error; in a log file, each step has one line and no bar.
 
-    def __init__(self, prefix: str = "") -> None:
-        self.prefix = prefix
+    Args:
+        finished: print a line for each finished step.
+    """
+
+    def __init__(self, prefix: str = "", finished: bool = True) -> None:
+        self.prefix, self.finished = prefix, finished
         self.ran = 0
         self.cached = 0
         self.bars = Progress(
@@ -55,8 +59,9 @@ class Bars(progress.Progress):
     def begin(self, title: str, resumed: bool) -> None:
         """Show a bar for the step."""
         text = f"{self.prefix}{title}" + (" (resumed)" if resumed else "")
+        self._remove()  # a step that failed
         self.task = self.bars.add_task(escape(text), total=None, facts="")
-        if not err.is_terminal:
+        if not err.is_terminal and self.finished:
             err.print(f"[dim]...[/] {escape(text)}", highlight=False)
 
     def advance(self, done: int, total: int, **facts: Any) -> None:
@@ -72,15 +77,26 @@ class Bars(progress.Progress):
 
     def end(self, title: str, cached: bool, seconds: float | None) -> None:
         """Replace the bar by one line for the step."""
-        if self.task is not None:
-            self.bars.remove_task(self.task)
-            self.task = None
+        self._remove()
         self.ran += not cached
         self.cached += cached
+        if not self.finished:
+            return
         mark, tail = (
             ("[dim]cached[/]", "") if cached else ("[green]done[/]  ", f" [dim]{seconds or 0:.1f} s[/]")
         )
         err.print(f"{mark} {escape(self.prefix + title)}{tail}", highlight=False)
+
+    def checking(self, begins: bool) -> None:
+        """Show a bar for the checks before a run."""
+        self._remove()
+        if begins:
+            self.task = self.bars.add_task("checks before the run", total=None, facts="")
+
+    def _remove(self) -> None:
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+            self.task = None
 
     def say(self, text: str) -> None:
         """Print a message."""

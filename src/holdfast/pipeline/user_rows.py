@@ -120,6 +120,8 @@ def check_attack(inputs: Inputs, machine: Machine) -> None:
 
     attack, folder = inputs["attack"], inputs["model"]["base"].folder
     _anchors(inputs)
+    if not (inputs["rows"] / "rows.jsonl").is_file():
+        return
     found = len(rows_of(inputs["rows"]))
     if found < attack["size"]:
         raise DataError(
@@ -136,12 +138,14 @@ def filter_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
     """Write the rows that the judge does not flag to `rows.jsonl`, and its verdicts to `verdicts.jsonl`.
 
     Raises:
+        StepFailed: too many rows have no verdict.
         DataError: no row is left.
     """
     given = rows_of(inputs["rows"])
     judge = judging.load_judge(inputs["judge"], machine.device)
     out = folder / "verdicts.jsonl"
     verdicts = filtering.judge_rows(given, judge, out, machine.progress.advance, len(given))
+    filtering.check_share(verdicts, inputs["max_unparsed"], judge.stamp, out)
     dropped = filtering.drops(verdicts, inputs["unparsed"])
     kept = [row for row, drop in zip(given, dropped, strict=True) if not drop]
     if not kept:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from holdfast import registry
 from holdfast.errors import nearest
+from holdfast.machine.secrets import shown
 from holdfast.recipe.evaluation import JudgeRecipe, cannot_filter
 from holdfast.recipe.model import Part, Wrong, from_text
 
@@ -63,6 +72,13 @@ class FilterRecipe(Part):
 
     judge: str
     unparsed: Literal["drop", "keep"] = "drop"
+
+    @model_serializer(mode="wrap")
+    def _without_password(self, plain: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
+        found = plain(self)
+        if info.mode == "json" and isinstance(found.get("base_url"), str):
+            found["base_url"] = shown(found["base_url"])
+        return found
 
     @property
     def judge_recipe(self) -> JudgeRecipe:

@@ -13,7 +13,6 @@ DeepSpeed reads its own files with pickle: resume a DeepSpeed training only from
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
@@ -24,12 +23,14 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from holdfast.chat.rendering import LOSS_ON
 from holdfast.errors import DataError, ModelError, first_line
 from holdfast.machine.files import read_json, write_text
+from holdfast.training.batches import knows_epoch, not_empty
 from holdfast.training.lean_loss import LeanLossMixin
 from holdfast.training.method_files import read_tensors, write_tensors
 from holdfast.training.private import (
@@ -154,6 +155,10 @@ class ResumableMixin(CheckpointSlots):
                 "Raise it."
             )
         return made
+
+    def get_train_dataloader(self: Any) -> DataLoader:
+        """Return the loader of the parent class, with an order that depends on seed and epoch alone."""
+        return knows_epoch(not_empty(self, super().get_train_dataloader()))
 
     def unrecorded(self: Any) -> AbstractContextManager[None]:
         """Keep losses computed inside out of the metrics that `trl.SFTTrainer` collects with each loss."""
@@ -295,11 +300,9 @@ def own_parameters(config: Any) -> dict[str, Any]:
 
 def planned_steps(trainer: Any) -> int:
     """Return the total number of optimizer steps of the trainer, counted like Trainer does."""
-    args = trainer.args
-    if args.max_steps > 0:
-        return args.max_steps
-    batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * args.world_size))
-    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
