@@ -112,6 +112,18 @@ def test_the_face_tells_what_the_config_has(name):
     assert issubclass(registry.get_defense(name).trainer, Trainer)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_that_are_not_finite_are_refused_by_name(name, tmp_path):
+    config = registry.get_defense(name).config
+    own = [k for k, p in registry.faces("defenses")[name].parameters.items() if isinstance(p.default, float)]
+    for option in [*own, "learning_rate", "max_grad_norm", "adam_beta1"]:
+        for value in (float("nan"), float("inf"), -float("inf")):
+            with pytest.raises(ValueError, match=f"{option} must be a finite number, found {value}"):
+                config(output_dir=str(tmp_path), use_cpu=True, **{option: value})
+    with pytest.raises(ValueError, match=r"lr_scheduler_kwargs.*min_lr.*finite"):
+        config(output_dir=str(tmp_path), use_cpu=True, lr_scheduler_kwargs={"min_lr": float("nan")})
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_it_logs_and_reports_what_it_declares(name, finished):
     """The report draws the declared series and reads the declared facts; `strong` names its parameters."""
