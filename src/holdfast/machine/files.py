@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -54,8 +55,9 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return rows as JSONL."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Return rows as JSONL. Half a surrogate, which UTF-8 cannot hold, is replaced by U+FFFD."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def read_json(path: Path) -> Any:
