@@ -25,7 +25,7 @@ ALLOWED = {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
         "training", "models", "weights", "world",
     },
-    "measuring": {"recipe", "registry", "evaluation", "data", "tasks", "models", "weights"},
+    "measuring": {"recipe", "registry", "evaluation", "data", "tasks", "models", "weights", "chat"},
     "recipe": {"registry", "weights"},
     "probe": {"registry", "evaluation", "data"},
     "registry": {"plugins", "defenses", "evaluation", "tasks"},

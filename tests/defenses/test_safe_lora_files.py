@@ -68,7 +68,7 @@ def test_the_record_says_everything(three, tmp_path):
     record = json.loads((tmp_path / "out" / "safe_lora.json").read_text())
     assert record == json.loads(json.dumps(result.to_json()))
     assert record["options"]["num_layers"] == 3
-    assert record["sources"]["base"]["path"] == str(three[0])
+    assert record["sources"]["base"]["path"] == three[0].name, "no path of this machine"
     assert len({s["fingerprint"] for s in record["sources"].values()}) == 3
     assert set(record["modules"][0]) == {
         "name", "kind", "layer", "cosine", "projected", "norm_before", "norm_after", "direction_norm",
@@ -117,7 +117,7 @@ def test_weights_that_are_not_finite_are_refused(three, tmp_path):
         tensors[key][1, 1] = float("inf")
         save_file(tensors, path, {"format": "pt"})
         pair = (base, folder, adapter) if what == "aligned" else (base, aligned, folder)
-        with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.v_proj'.*not finite"):
+        with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.v_proj(\.lora_A\.weight)?'.*not finite"):
             run(pair, tmp_path / "out", threshold=1.0)
         assert sorted(p.name for p in tmp_path.iterdir() if p.name not in ("aligned", "adapter")) == []
 

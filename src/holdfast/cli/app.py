@@ -205,17 +205,21 @@ def mix(
     size: Annotated[int | None, typer.Option(min=1, help="Total number of rows. Default: all.")] = None,
     poison_ratio: Annotated[float, typer.Option(help="Share of harmful rows, from 0 to 1.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed that determines which rows are drawn.")] = 42,
+    skip_bad: measuring.SkipBad = False,
 ) -> None:
     """Mix harmful rows into user rows, and write a manifest that describes the mix."""
     from holdfast.cli import console
+    from holdfast.data import dropped_rows
     from holdfast.data import mix as mix_rows
 
     if user is None and task is None:
         raise RecipeError("Give --user FILE or --task NAME: the rows to mix into.")
     folder = mix_rows(
         out, user=user, task=task, harmful=harmful, test=test, harmful_test=test_harmful, size=size,
-        poison_ratio=poison_ratio, seed=seed,
+        poison_ratio=poison_ratio, seed=seed, skip_bad=skip_bad,
     )  # fmt: skip
+    for name, count in dropped_rows(folder).items():
+        measuring.say(f"{name}: {count:,} rows cannot be used and are dropped.")
     console.out.print(f"{folder}", highlight=False, soft_wrap=True, markup=False)
 
 
@@ -255,7 +259,7 @@ app.command(
 )(measuring.rate)
 app.command(epilog="Example: holdfast score answers.jsonl verdicts.jsonl --out scores.json")(measuring.score)
 app.command(epilog="Example: holdfast compare sft/verdicts.jsonl lisa/verdicts.jsonl")(measuring.compare)
-app.command("filter", epilog="Example: holdfast filter my.jsonl --judge keyword --out kept.jsonl")(
+app.command("filter", epilog="Example: holdfast filter my.jsonl --judge beaver_dam --out kept.jsonl")(
     measuring.filter_rows
 )
 app.command(epilog="Example: holdfast combine alignment user --out adapter")(adapters.combine)

@@ -211,6 +211,9 @@ def compare(
         say(f"Differences: {out}")
 
 
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Drop and count the rows that cannot be used.")]
+
+
 def filter_rows(
     rows: Annotated[
         str, typer.Argument(metavar="FILE", help="Rows to fine-tune on: a file, a folder or a Hub id.")
@@ -226,6 +229,7 @@ def filter_rows(
         Unparsed, typer.Option(help="What to do with rows for which the judge gave no verdict.")
     ] = Unparsed.drop,
     max_unparsed: MaxUnparsed = 0.05,
+    skip_bad: SkipBad = False,
     device: Device = "auto",
 ) -> None:
     """Remove the rows whose answers a judge flags as harmful."""
@@ -235,11 +239,13 @@ def filter_rows(
     with console.bar(f"verdicts of {judge}") as progress:
         facts = leave_out(
             rows, out, judge=judge, path=judge_path, threshold=threshold, model=model, base_url=base_url,
-            max_calls=max_calls, unparsed=unparsed.value, max_unparsed=max_unparsed, device=device,
-            progress=progress,
+            max_calls=max_calls, unparsed=unparsed.value, max_unparsed=max_unparsed, skip_bad=skip_bad,
+            device=device, progress=progress,
         )  # fmt: skip
     left = f"{facts['flagged']} flagged, {facts['unparsed']} unparsed"
     say(f"{facts['kept']} of {facts['rows']} rows kept ({left}): {out}")
+    if facts.get("bad_rows_dropped"):
+        say(f"{facts['bad_rows_dropped']:,} rows cannot be used and are dropped.")
     if facts["confusion"]:
         say(_confusion(facts["confusion"]))
 

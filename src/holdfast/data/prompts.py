@@ -137,8 +137,9 @@ def _messages(row: Mapping[str, Any], answer: str, tokenizer: Any, prefix: str) 
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     if prefix and messages[0]["role"] != "system" and _takes_system(tokenizer):
         messages.insert(0, {"role": "system", "content": prefix})
-    else:
-        messages[0]["content"] = _after(prefix, messages[0]["content"])
+    elif prefix:
+        first = next(turn for turn in messages if turn["role"] in ("system", "user"))
+        first["content"] = _after(prefix, first["content"])
     return messages
 
 

@@ -32,11 +32,15 @@ class HarmfulData(Part):
 
 
 class AlignmentData(Part):
-    """Rows of the alignment stage, and of the alignment state of BSO and Lisa."""
+    """Rows of the alignment stage, and of the alignment state of BSO and Lisa.
+
+    `loss_on` says which answers of a conversation are trained: all of them, or the last only.
+    """
 
     source: str
     kind: Literal["safe", "refusal"] = "safe"
     size: int | None = Field(None, ge=1)
+    loss_on: Literal["all", "last"] = "all"
     harmful: Annotated[HarmfulData | None, from_text("source")] = None
 
 
@@ -107,7 +111,8 @@ class Data(Part):
     format of a known data set), or a Hub id.
 
     `columns` maps our column names to those of the user's files, {ours: yours}; `grader` replaces the task's
-    grader.
+    grader. `skip_bad` drops and counts the rows of any source that cannot be used. `loss_on` says which
+    answers of a conversation in the user rows and the harmful rows are trained: all, or the last only.
     """
 
     task: str | None = None
@@ -119,6 +124,8 @@ class Data(Part):
     benign: str | None = None
     size: int | None = Field(None, ge=1)
     poison_ratio: float = Field(0.0, ge=0, le=1)
+    skip_bad: bool = False
+    loss_on: Literal["all", "last"] = "all"
     columns: dict[str, str] | None = None
     grader: Literal["exact", "number", "rouge1", "judge"] | None = None
     attack: Annotated[AttackRecipe | None, from_text("name")] = None

@@ -2,13 +2,17 @@
 
 __all__ = [
     "adapter",
+    "adapter_folder",
     "card",
+    "chains",
     "combine",
     "files",
     "floats",
     "folders",
     "matching",
     "merge",
+    "own_tokenizer",
+    "patterns",
     "reader",
     "writer",
 ]
