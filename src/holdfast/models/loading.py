@@ -137,16 +137,21 @@ def load_model(
     return model.eval()
 
 
-def load_classifier(folder: Path, device: str = "cpu") -> Any:
-    """A sequence classifier with one sigmoid output for each label.
+def load_classifier(folder: Path, device: str = "cpu", dtype: str = "float32") -> Any:
+    """A sequence classifier with one sigmoid output for each label, which computes in `dtype`.
 
     Raises:
         ModelError: it cannot be loaded, lacks weights, or has no pad token.
     """
+    import torch
     from transformers import AutoModelForSequenceClassification
 
     model, told = _from_folder(
-        AutoModelForSequenceClassification, folder, "judge", problem_type="multi_label_classification"
+        AutoModelForSequenceClassification,
+        folder,
+        "judge",
+        problem_type="multi_label_classification",
+        dtype=getattr(torch, dtype),
     )
     if told["missing_keys"]:
         raise ModelError(
