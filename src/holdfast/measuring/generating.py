@@ -22,8 +22,8 @@ from holdfast.evaluation.moderation import question
 from holdfast.evaluation.turns import SECOND, check_template, complete, in_turns
 from holdfast.machine.files import read_jsonl
 from holdfast.machine.progress import Advance, nobody
-from holdfast.machine.store import identity_hash
-from holdfast.measuring.answer_files import Rows, claim, forget_failed
+from holdfast.machine.store import identity_hash, now
+from holdfast.measuring.answer_files import Rows, claim, forget_failed, made_by
 from holdfast.recipe.evaluation import Decoding, Endpoint
 from holdfast.recipe.model import Weights, block
 
@@ -152,16 +152,21 @@ class _Job:
         from holdfast.models.device import choose_device
         from holdfast.models.loading import load_model, load_tokenizer
         from holdfast.weights.adapter import find_adapter
-        from holdfast.weights.folders import find_model, fingerprint, model_path
+        from holdfast.weights.folders import find_model, fingerprint, model_path, writes_date
 
         folder = find_model(str(model_path(model.path)), model.revision, download=True)
         chain = [find_adapter(str(one))[0] for one in adapters]
-        tokenizer = load_tokenizer(folder, model.trust_remote_code)
+        # The date of the first start, so that a call on another day continues it.
+        earlier = (made_by(self.out) or {}).get("template_date")
+        dated = model.template != "alpaca" and writes_date(folder)
+        date = model.template_date or earlier or now()[:10] if dated else None
+        tokenizer = load_tokenizer(folder, model.trust_remote_code, date)
         template = resolve_template(tokenizer, model.template)
         check_template(self.rows, template)
         self.claim(
             model=fingerprint(folder), adapters=[fingerprint(one) for one in chain], template=template,
             dtype=model.dtype, quantization=model.quantization,
+            **({"template_date": date} if date else {}),
             **({"merged": True} if model.adapters == "merge" else {}),
         )  # fmt: skip
         if complete(self.rows, answered := read_jsonl(self.out)):

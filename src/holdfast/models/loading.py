@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ModelError, first_line
+from holdfast.models.dates import fix_date
 from holdfast.models.quantization import (
     check_quantization,
     is_quantized,
@@ -24,8 +25,12 @@ from holdfast.models.quantization import (
 from holdfast.weights.folders import check_adapter
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer with a pad token (its end-of-sequence token if it has no pad token)."""
+def load_tokenizer(folder: Path, trust_remote_code: bool = False, date: str | None = None) -> Any:
+    """Return the tokenizer with a pad token (its end-of-sequence token if it has no pad token).
+
+    Args:
+        date: what a chat template that writes today's date writes, as in "2026-03-01"; the default is fixed.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -36,6 +41,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         raise ModelError(f"The tokenizer in {folder} has no end-of-sequence token, so answers cannot end.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    fix_date(tokenizer, date)
     return tokenizer
 
 

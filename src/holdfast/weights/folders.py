@@ -108,6 +108,18 @@ def from_hub(repo: str, revision: str | None, download: bool) -> Path:
         raise ModelError(f"The Hub did not return {repo}: {first_line(error)}") from None
 
 
+def writes_date(folder: Path) -> bool:
+    """Whether the chat template of a model folder writes today's date."""
+    places = [folder / "tokenizer_config.json", folder / "chat_template.json", *folder.rglob("*.jinja")]
+    for path in places:
+        try:
+            if "strftime_now" in path.read_text(encoding="utf-8"):
+                return True
+        except (OSError, ValueError):  # the loader reports a damaged file
+            continue
+    return False
+
+
 NAMED_BY = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken", ".py")
 """Suffixes of the files that determine the behaviour of a model or adapter."""
 
