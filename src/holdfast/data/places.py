@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from holdfast.data.rows import row_id, to_rows
@@ -50,11 +51,13 @@ def _placed(
     except DataError:
         return
     given: dict[str, Any] = {"task": task if role == "user" else None}
-    for i, record in enumerate(loaded.records):
-        one = replace(loaded, records=[record], places=[loaded.places[i]])
+    for placed in loaded:
+        if placed.wrong:
+            continue
+        one = replace(loaded, read=partial(iter, [placed]))
         for wanted in dict.fromkeys([kind, None]):
             try:
                 rows = to_rows(one, role=role, kind=wanted, prompts_only=True, **given)
             except DataError:
                 continue
-            yield from ((row, loaded.place(i)) for row in rows)
+            yield from ((row, f"{loaded.path}, {placed.place}") for row in rows)

@@ -73,6 +73,8 @@ class Training(BaseModel):
         for name in self.model_extra or {}:
             if name in RESERVED_TRAINING:
                 raise Wrong([name], "the pipeline sets this itself; leave it out")
+            if name == "loss_on":
+                raise Wrong([name], "write data.loss_on, or data.alignment.loss_on for the alignment rows")
             if name not in known:
                 raise Wrong([name], f"unknown training argument.{nearest(name, known)}")
         for tracker in trackers(self.report_to):
