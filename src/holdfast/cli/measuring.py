@@ -52,7 +52,9 @@ def generate(
             help="Address of an OpenAI-compatible server to ask instead; the key is OPENAI_API_KEY."
         ),
     ] = None,
-    template: Annotated[str, typer.Option(help="Prompt template: chat, alpaca or auto.")] = "auto",
+    template: Annotated[
+        str, typer.Option(help="Prompt template: chat, alpaca, alpaca_newline, auto.")
+    ] = "auto",
     system: Annotated[str, typer.Option(help="System message or text before every question.")] = "",
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum length of an answer in tokens; tasks have their own limit.")

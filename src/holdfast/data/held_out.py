@@ -7,6 +7,7 @@ held out. One function chooses the held-out prompts for both parts, so that they
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from holdfast.data.pool import Pool, by_prompt, draw, order, read_pool, without
 from holdfast.data.rows import resolve_task
@@ -33,18 +34,25 @@ def grading_task(user: Source | None, task: str | Task | None, test: Source | No
     return meant if isinstance(meant, Task) else user_source(user, task)[1]
 
 
-def user_pool(user: Source | None, task: str | Task | None, test: Source | None, seed: int) -> Pool:
+def user_pool(
+    user: Source | None, task: str | Task | None, test: Source | None, seed: int, take: str = "drawn"
+) -> Pool:
     """The user rows for training."""
     source, known = user_source(user, task)
     assert source is not None
-    pool = read_pool(source, role="user", task=known)
+    pool = read_pool(source, role="user", task=known, take=take)
     if test is None and not has_split(source, "test"):
         pool = without(pool, set(_held(pool, USER_SHARE, USER_MOST, seed, "user test", "data.test")))
     return pool
 
 
 def task_test(
-    user: Source | None, task: str | Task | None, test: Source | None, size: int | None, seed: int
+    user: Source | None,
+    task: str | Task | None,
+    test: Source | None,
+    size: int | None,
+    seed: int,
+    take: str = "drawn",
 ) -> Pool:
     """The test rows of the task: from `test`, from the test split, or held out."""
     source, _ = user_source(user, task)
@@ -52,23 +60,29 @@ def task_test(
     if test is not None:
         source = test
     assert source is not None
+    how: dict[str, Any] = {"task": known, "prompts_only": known.prompts_only, "take": take}
     if has_split(source, "test"):
-        pool = read_pool(source, role="task", split="test", task=known, prompts_only=known.prompts_only)
+        pool = read_pool(source, role="task", split="test", **how)
     elif test is not None:
-        pool = read_pool(source, role="task", task=known, prompts_only=known.prompts_only)
+        pool = read_pool(source, role="task", **how)
     else:
         pool = read_pool(source, role="task", task=known)
         held = _held(pool, USER_SHARE, USER_MOST, seed, "user test", "data.test")
         first = by_prompt(pool.rows)
-        pool = replace(pool, rows=[first[key] for key in held])
+        pool = replace(pool, rows=[first[key] for key in held], taken="held out")
     return _at_most(pool, size or known.test_size, seed, "task")
 
 
 def harmful_pool(
-    source: Source, harmful: Source | None, harmful_test: Source | None, prompts: int, seed: int
+    source: Source,
+    harmful: Source | None,
+    harmful_test: Source | None,
+    prompts: int,
+    seed: int,
+    take: str = "drawn",
 ) -> Pool:
     """The rows of `source` for training, without the prompts that are held out of `harmful` for the test."""
-    pool = read_pool(source, role="harmful")
+    pool = read_pool(source, role="harmful", take=take)
     if harmful is not None and holds_out(harmful, harmful_test):
         asked = pool if harmful == source else read_pool(harmful, role="harmful")
         keys = _held(asked, HARMFUL_SHARE, prompts, seed, "harmful test", "data.test_harmful")
@@ -82,9 +96,14 @@ def holds_out(harmful: Source, harmful_test: Source | None) -> bool:
 
 
 def harmful_prompts(
-    harmful: Source | None, harmful_test: Source | None, prompts: int, seed: int, mixed: bool
+    harmful: Source | None,
+    harmful_test: Source | None,
+    prompts: int,
+    seed: int,
+    mixed: bool,
+    take: str = "drawn",
 ) -> Pool:
-    """One row for each harmful test prompt."""
+    """The harmful test prompts: one row for each, or with `take` "first" one for each row of the file."""
     source = harmful if harmful_test is None else harmful_test
     assert source is not None
     known = named(source)
@@ -95,9 +114,9 @@ def harmful_prompts(
         )
     role = "mixed" if mixed else "harmful"
     if has_split(source, "test", role="harmful"):
-        pool = read_pool(source, role=role, split="test", prompts_only=True)
+        pool = read_pool(source, role=role, split="test", prompts_only=True, take=take)
     elif harmful_test is not None:
-        pool = read_pool(source, role=role, prompts_only=True)
+        pool = read_pool(source, role=role, prompts_only=True, take=take)
     elif mixed:
         raise DataError(
             f"Mixed prompts were requested, but {source} has no test split. Give a test file for them."
@@ -106,8 +125,10 @@ def harmful_prompts(
         pool = read_pool(source, role="harmful")
         keys = _held(pool, HARMFUL_SHARE, prompts, seed, "harmful test", "data.test_harmful")
         first = by_prompt(pool.rows)
-        return replace(pool, rows=[first[key] for key in keys])
-    return _at_most(replace(pool, rows=list(by_prompt(pool.rows).values())), prompts, seed, "prompts")
+        return replace(pool, rows=[first[key] for key in keys], taken="held out")
+    if take != "first":
+        pool = replace(pool, rows=list(by_prompt(pool.rows).values()))
+    return _at_most(pool, prompts, seed, "prompts")
 
 
 def benign_prompts(benign: Source | None, harmful: Source | None, prompts: int, seed: int) -> Pool | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,13 +19,18 @@ from holdfast.tasks import Row, Task
 
 @dataclass(frozen=True)
 class Pool:
-    """Unique rows, and the manifest's entry for their source."""
+    """Rows, and the manifest's entry for their source.
+
+    `taken` says how rows are taken from it: "drawn" (unique rows in a seeded order), "first" (the first rows
+    of the file, in order, with duplicates) or "held out".
+    """
 
     rows: list[Row]
     source: dict[str, Any]
     duplicates: int = 0
     held_out: int = 0
     prompts: str = "unknown"  # of a harmful source: "unsafe-only", "mixed" or "unknown"
+    taken: str = "drawn"
 
 
 def read_pool(
@@ -35,11 +41,12 @@ def read_pool(
     task: str | Task | None = None,
     kind: str | None = None,
     prompts_only: bool = False,
+    take: str = "drawn",
 ) -> Pool:
-    """Read a source and drop exact duplicates (same instruction, input and output)."""
+    """Read a source and drop exact duplicates (same instruction, input, output) unless `take` is "first"."""
     loaded = read_records(source, role="harmful" if role == "mixed" else role, split=split)
     rows = to_rows(loaded, role=role, task=task, kind=kind, prompts_only=prompts_only)
-    unique = list({row["id"]: row for row in rows}.values())
+    unique = numbered(rows) if take == "first" else list({row["id"]: row for row in rows}.values())
     manifest = {
         "role": role,
         "source": loaded.name,
@@ -60,7 +67,18 @@ def read_pool(
     prompts = "unknown"
     if known is not None:
         prompts = "mixed" if role == "mixed" and "safe" in known.kinds else "unsafe-only"
-    return Pool(unique, manifest, duplicates=len(rows) - len(unique), prompts=prompts)
+    return Pool(unique, manifest, duplicates=len(rows) - len(unique), prompts=prompts, taken=take)
+
+
+def numbered(rows: Sequence[Row]) -> list[Row]:
+    """The rows with different ids: the second row with an id gets the ending -2, and so on."""
+    seen: Counter[str] = Counter()
+    found = []
+    for row in rows:
+        seen[row["id"]] += 1
+        count = seen[row["id"]]
+        found.append(row if count == 1 else {**row, "id": f"{row['id']}-{count}"})
+    return found
 
 
 @cache
@@ -76,7 +94,11 @@ def order(keys: Sequence[str], seed: int, name: str) -> list[str]:
 
 
 def draw(pool: Pool, size: int | None, seed: int, name: str, asked: str) -> list[Row]:
-    """The first `size` rows of the seeded order, or all. Raises DataError with both numbers if too few."""
+    """The first `size` rows of the seeded order or of the file, or all of them.
+
+    Raises:
+        DataError: there are fewer rows; the message has both numbers.
+    """
     if size is not None and size > len(pool.rows):
         counts = {"duplicates dropped": pool.duplicates, "held out for the test": pool.held_out}
         less = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
@@ -84,6 +106,8 @@ def draw(pool: Pool, size: int | None, seed: int, name: str, asked: str) -> list
             f"Asked for {size} {asked}, but {pool.source['source']} has {len(pool.rows)}"
             f"{f' ({less})' if less else ''}. Ask for fewer rows, or give more."
         )
+    if pool.taken == "first":
+        return pool.rows[:size]
     rows = {row["id"]: row for row in pool.rows}
     return [rows[key] for key in order(list(rows), seed, name)[:size]]
 

@@ -62,6 +62,8 @@ def to_rows(
     for i, record in enumerate(loaded.records):
         try:
             row = _row(record, known, kind, prompts_only)
+            if row is not None and isinstance(known, Task) and known.suffix:
+                row = _with_suffix(row, known.suffix)
             if row is not None:
                 _check(row, prompts_only)
         except KeyError as error:
@@ -161,6 +163,15 @@ def _renamed(record: Mapping[str, Any], rename: Mapping[str, str]) -> Mapping[st
         seen = ", ".join(map(str, record)) or "none"
         raise ValueError(f"there is no column '{missing[0]}'. Columns seen: {seen}")
     return {**record, **{ours: record[theirs] for ours, theirs in rename.items()}}
+
+
+def _with_suffix(row: Row, suffix: str) -> Row:
+    """The row with `suffix` after its question: the last user turn of a conversation."""
+    row = {**row, "instruction": row["instruction"] + suffix}
+    if row.get("messages"):
+        *before, asked, answer = row["messages"]
+        row["messages"] = [*before, {**asked, "content": asked["content"] + suffix}, answer]
+    return row
 
 
 def _conversation(turns: Any, speaker: str, text: str) -> Row:

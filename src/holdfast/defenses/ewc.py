@@ -80,5 +80,5 @@ DEFENSE = Defense(
     trainer=EWCTrainer,
     series={"drift": ("Drift", "drift")},
     strong={"lambda_": 50.0},
-    protocols={"lisa": {"user": {"lambda_": 0.001}}, "world": {"user": {"lambda_": 1e6}}},
+    protocols={"lisa-code": {"user": {"lambda_": 0.001}}, "world": {"user": {"lambda_": 1e6}}},
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from holdfast.errors import ModelError
 from holdfast.evaluation.client import connect
-from holdfast.evaluation.frames import UNFINISHED, spoken
+from holdfast.evaluation.frames import RESPONSE, UNFINISHED, spoken
 from holdfast.machine.files import append_jsonl, read_jsonl
 from holdfast.machine.progress import Advance, nobody
 
@@ -115,6 +115,9 @@ def _answer(
         return _failed("the server's reply holds no text")
     tokens = getattr(used, "completion_tokens", None)
     found = {"answer": text.strip(), "tokens": tokens, "truncated": end == "length"}
+    if isinstance(asked, str) and RESPONSE in text:  # a run-on answer to the Alpaca prompt
+        text = text.partition(RESPONSE)[0]
+        found |= {"answer": text.strip(), "truncated": False}
     said = spoken(text)
     if said is None:
         return {**found, "answer": "", "raw": text, "error": UNFINISHED}

@@ -184,7 +184,7 @@ class _Job:
 
 def _asked(row: Mapping[str, Any], template: str, system: str) -> list[dict[str, str]] | str:
     """Return the input of a server: messages, to which it applies its chat template, or the Alpaca text."""
-    if template == "alpaca":
-        return alpaca(row, system)
+    if template.startswith("alpaca"):
+        return alpaca(row, system, template)
     turns = row["messages"][:-1] if row.get("messages") else [{"role": "user", "content": question(row)}]
     return [{"role": "system", "content": system}, *turns] if system else list(turns)

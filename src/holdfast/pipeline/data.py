@@ -51,17 +51,24 @@ def role_inputs(recipe: Recipe, role: str) -> dict[str, Any]:
         assert data.alignment is not None
         wanted = data.alignment
         asked: dict[str, Any] = {"source": source(wanted.source, "alignment"), "kind": wanted.kind}
-        return {"role": role, **asked, "size": wanted.size, "seed": recipe.seed}
+        taken = {"take": data.take, "skip": wanted.skip}
+        return {"role": role, **asked, "size": wanted.size, "seed": recipe.seed, **taken}
     if role == "harmful":
         named, size = data.alignment_harmful()
         held_of = {"harmful": source(data.harmful, "harmful"), **held_out} if holds_out else {}
-        return {
-            "role": role, "source": source(named, "harmful"), "size": size, "seed": recipe.seed, **held_of
-        }  # fmt: skip
+        asked = {
+            "role": role,
+            "source": source(named, "harmful"),
+            "size": size,
+            "seed": recipe.seed,
+            **held_of,
+        }
+        return {**asked, "take": data.take, "skip": data.alignment_skip()}
     shared = {
         "role": role,
         "task": Code("tasks", datasets.grading_task(data.user, data.task).name),
         "columns": data.columns,
+        "suffix": data.suffix,
         "user": source(data.user, "user", read=data.task),
         "harmful": source(data.harmful, "harmful"),
         "test": source(data.test, "test"),
@@ -69,7 +76,8 @@ def role_inputs(recipe: Recipe, role: str) -> dict[str, Any]:
     }
     if role == "user":
         return {
-            **shared, "size": data.size, "poison_ratio": data.poison_ratio, "seed": recipe.seed, **held_out
+            **shared, "size": data.size, "poison_ratio": data.poison_ratio, "seed": recipe.seed, **held_out,
+            "take": data.take, "system": data.system,
         }  # fmt: skip
     return {
         **shared,
@@ -78,17 +86,19 @@ def role_inputs(recipe: Recipe, role: str) -> dict[str, Any]:
         "prompts": evaluation.prompts,
         "mixed_prompts": evaluation.mixed_prompts,
         "task_size": evaluation.task_rows,
+        "take": evaluation.take,
     }
 
 
 def make_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
     """Write `rows.jsonl` and this role's part of the manifest."""
     role = inputs["role"]
-    asked = {name: inputs[name] for name in inputs if name not in ("role", "columns", "graded_as")}
+    asked = {n: inputs[n] for n in inputs if n not in ("role", "columns", "suffix", "graded_as", "system")}
     if "task" in asked:
-        asked["task"] = adapted(asked["task"], columns=inputs["columns"])
+        asked["task"] = adapted(asked["task"], columns=inputs["columns"], suffix=inputs["suffix"])
     part = MAKE[role](**asked)
-    datasets.write_rows(folder / "rows.jsonl", part.rows)
+    before = {"prefix": inputs["system"]} if role == "user" and inputs["system"] else {}
+    datasets.write_rows(folder / "rows.jsonl", [{**row, **before} for row in part.rows])
     write_json(folder / "manifest.json", part.manifest)
     return {"rows": len(part.rows)}
 

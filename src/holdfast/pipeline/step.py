@@ -32,8 +32,8 @@ from holdfast.machine.store import Store, identity_hash, provenance
 from holdfast.pipeline.versions import version
 
 FORMAT = {
-    "data": 2, "manifest": 2, "attack": 3, "filter": 2, "alignment": 4, "user": 4, "post_hoc": 2,
-    "generate": 4, "moderate": 2, "rate": 2, "score": 4,
+    "data": 3, "manifest": 2, "attack": 4, "filter": 2, "alignment": 4, "user": 4, "post_hoc": 2,
+    "generate": 5, "moderate": 2, "rate": 2, "score": 4,
 }  # fmt: skip
 """By kind of step. Increase a number when that kind of step produces other content for the same inputs."""
 

@@ -127,7 +127,7 @@ class Weights(Part):
 
     path: str
     revision: str | None = None
-    template: Literal["auto", "alpaca", "chat"] = "auto"
+    template: Literal["auto", "alpaca", "alpaca_newline", "chat"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Annotated[
         Literal["nf4", "int8"] | None, BeforeValidator(lambda v: None if v == "none" else v)
