@@ -8,8 +8,8 @@ the design one by one.
 
 On the CPU: a Llama of 110 M parameters, length reduced to 40, T-Vaccine with 3 of 12 layers (8 of 32 in the
 paper). TAR attacks for 4 steps instead of 64; its time grows with this number, its memory does not. `--gpu`
-adds the shapes of Llama-2-7B, Qwen2-7B and Gemma-2-2B with random weights; without a GPU they are
-"not measured", and only `predicted_bytes` covers them.
+measures only the shapes of Llama-2-7B, Qwen2-7B and Gemma-2-2B with random weights, row by row, and merges
+each row into the results; without a GPU they are "not measured", and only `predicted_bytes` covers them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ from typing import Any
 
 import torch
 from _memory import held_bytes, peak_live_bytes
-from _record import save
+from _record import RESULTS, save
+from _rows import arguments as add_options
+from _rows import merged
 from _shapes import SHAPES, build, predicted_bytes
 from transformers import TrainerCallback
 
 from holdfast import get_defense, registry
+from holdfast.machine.files import read_json
 from holdfast.training import trainer
 
 TIMED = {"probability_steps": 200, "resample_steps": 1}
@@ -232,30 +235,35 @@ def cpu(rounds: int) -> dict[str, Any]:
     }
 
 
-def gpu(measure: bool) -> dict[str, Any]:
-    """Measure the three real shapes on a GPU, in bf16 and NF4, or only predict them."""
+def predicted() -> dict[str, Any]:
+    """The predictions for the three real shapes, in bf16 and NF4; the rows of --gpu stay as they are."""
     found: dict[str, Any] = {}
     for shape in ("llama-2-7b", "qwen2-7b", "gemma-2-2b"):
         for precision in ("bfloat16", "nf4"):
             case = {"shape": shape, "precision": precision, **GPU}
-            measured = compare(case, 1) if measure else None
             found[f"{shape} {precision}"] = {
                 "case": case,
-                "methods": measured or "not measured: no GPU; run with --gpu",
-                "predicted": predictions(case, measured),
+                "methods": "not measured: no GPU; run with --gpu",
+                "predicted": predictions(case),
             }
-    return found
+    place = RESULTS / "alignment.json"
+    return merged(found, read_json(place)["gpu"]) if place.is_file() else found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gpu", action="store_true", help="also three real shapes on a CUDA device")
+    add_options(parser)
     parser.add_argument("--rounds", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.gpu:
+        from _gpu_alignment import measure
+
+        measure(arguments)
+        return
     missing = [name for name in METHODS if name not in methods()]
     result = {"claim": GOALS, "threads": 1, "missing methods": missing, "cpu": cpu(arguments.rounds)}
-    save("alignment", {**result, "gpu": gpu(arguments.gpu)})
+    save("alignment", {**result, "gpu": predicted()})
 
 
 if __name__ == "__main__":

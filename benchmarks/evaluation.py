@@ -2,7 +2,7 @@
 
 The answers and verdicts are the same. Measured on the embedded world model and on a Llama of about 100
 million parameters with random weights, on the CPU and, if there is one, on a GPU; both ways take turns in one
-run.
+run. `--gpu` measures only Llama-2-7B's shapes, row by row, and merges each row into the results.
 
 Also measured: the judge alone (no goal), and the time that a SafetyProbe with default settings adds to a
 training as long as the packaged recipe's (goal: at most 5 %; the trained weights must not change). The
@@ -12,6 +12,7 @@ disturbs, and the probe's own seconds divided by the rest of the training, which
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
 import time
@@ -21,7 +22,8 @@ from typing import Any
 
 import torch
 from _judging import judge_speed
-from _record import save
+from _record import RESULTS, save
+from _rows import arguments as add_options
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from holdfast import SafetyProbe, data, get_defense, world
@@ -29,6 +31,7 @@ from holdfast.data.prompts import render
 from holdfast.evaluation.answering import answer_prompts
 from holdfast.evaluation.judges import LoadedJudge
 from holdfast.evaluation.moderation import give_verdicts
+from holdfast.machine.files import read_json
 from holdfast.models.loading import add_lora, load_model, load_tokenizer
 from holdfast.registry import get
 
@@ -220,7 +223,20 @@ def measure(cases: dict[str, dict[str, Any]], watched: dict[str, int], judged: i
 
 
 def main() -> None:
-    save("evaluation", measure(CASES, PROBE))
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_options(parser)
+    arguments = parser.parse_args()
+    if arguments.gpu:
+        from _gpu_evaluation import measure as measure_on_gpu
+
+        measure_on_gpu(arguments)
+        return
+    place = RESULTS / "evaluation.json"
+    earlier = read_json(place) if place.is_file() else {}
+    found = measure(CASES, PROBE)
+    kept = {k: v for k, v in earlier.get("evaluation", {}).items() if k == "llama-2-7b, cuda"}
+    found["evaluation"] |= kept
+    save("evaluation", found | {k: v for k, v in earlier.items() if k == "probe on a GPU"})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ modules only) and an adapter of rank 8. These are measured in turns, and medians
   (`read_bytes`), and through a buffer of 1 MiB that stays in the processor's cache (no program that uses the
   values can be as fast).
 
+`--gpu` measures only `--device cuda` beside the CPU on the 7B pair, and merges the row into the results.
+
 Needs 7 GB of disk under TMPDIR, 5 GB of free memory for the page cache, and 3 to 5 minutes on two idle cores.
 """
 
@@ -29,7 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _record import save
+from _record import RESULTS, save
+from _rows import Rows
+from _rows import arguments as add_options
 
 ROUNDS = 3
 SHARDS = 4
@@ -44,6 +48,7 @@ LLAMA_2_7B_ALL = {f"self_attn.{x}_proj": (4096, 4096) for x in "qkvo"} | {
 }  # fmt: skip
 LLAMA_2_70B = {"self_attn.q_proj": (8192, 8192), "self_attn.v_proj": (1024, 8192)}
 LAYERS_OF_70B = 80
+ON_GPU = "llama-2-7b, q and v, --device cuda"
 Shapes = dict[str, tuple[int, int]]
 
 MEASURED = """
@@ -141,13 +146,13 @@ def read_whole(folder: Path) -> float:
     return time.perf_counter() - began
 
 
-def command(folder: Path, modules: int) -> dict[str, float]:
+def command(folder: Path, modules: int, device: str = "cpu") -> dict[str, float]:
     """Run `holdfast safe-lora` on the pair like a user: seconds, peak resident bytes, bytes read."""
     out, notes = folder / "out", folder / "notes.json"
     shutil.rmtree(out, ignore_errors=True)
     arguments = [
         "safe-lora", f"{folder}/adapter", "--base", f"{folder}/base", "--aligned", f"{folder}/aligned",
-        "--out", str(out), "--num-layers", str(modules), str(notes),
+        "--out", str(out), "--num-layers", str(modules), "--device", device, str(notes),
     ]  # fmt: skip
     began = time.perf_counter()
     subprocess.run(
@@ -228,6 +233,27 @@ def measure(shapes: Shapes, layers: int, with_dense: bool = False) -> dict[str, 
     return found
 
 
+def on_gpu(given: argparse.Namespace) -> None:
+    """Measure the command with --device cuda and on the CPU of the same machine, in turns."""
+
+    def row() -> dict[str, Any]:
+        shapes = dict.fromkeys(ATTENTION, (64, 64)) if given.trial else LLAMA_2_7B
+        layers, device = (2, "cpu") if given.trial else (32, "cuda")
+        chosen = max(1, round(PROJECTED * layers * len(shapes)))
+        with tempfile.TemporaryDirectory(prefix="safe-lora-") as name:
+            folder = make_pair(Path(name), shapes, layers)
+            command(folder, chosen)
+            pairs = [(command(folder, chosen, device), command(folder, chosen)) for _ in range(ROUNDS)]
+        found: dict[str, Any] = {"modules": layers * len(shapes), "projected": chosen, "rounds": ROUNDS}
+        for place, runs in zip(("cuda", "cpu"), zip(*pairs, strict=True), strict=True):
+            found[f"command_seconds_{place}"] = statistics.median(run["seconds"] for run in runs)
+            found[f"command_seconds_{place}_all"] = [run["seconds"] for run in runs]
+            found[f"peak_resident_bytes_{place}"] = max(run["peak_resident_bytes"] for run in runs)
+        return found
+
+    Rows("safe_lora", given)(("cases", ON_GPU), row)
+
+
 def of_70b(small: dict[str, Any], measured_7b: dict[str, Any]) -> dict[str, Any]:
     """Estimates for 80 layers: from several runs of a few layers, and from the 7B run's seconds per byte."""
     times = LAYERS_OF_70B / small["layers"]
@@ -245,10 +271,16 @@ def main() -> None:
     parser.add_argument("--dense", nargs=2, metavar=("FOLDER", "MODULES"), help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="only 8 layers of the 7B pair; nothing is saved")
     parser.add_argument("--note", help="a note to save with the numbers, such as other work on the machine")
+    add_options(parser)
     arguments = parser.parse_args()
+    if arguments.gpu:
+        on_gpu(arguments)
+        return
     if arguments.dense:
         print(dense_seconds(Path(arguments.dense[0]), int(arguments.dense[1])))
         return
+    place = RESULTS / "safe_lora.json"
+    earlier = json.loads(place.read_text(encoding="utf-8"))["cases"] if place.is_file() else {}
     few = measure(LLAMA_2_7B, 8, with_dense=arguments.quick)
     if arguments.quick:
         print(json.dumps(few, indent=1))
@@ -269,7 +301,7 @@ def main() -> None:
                 "llama-2-7b, all 7 targets, 4 of 32 layers": every,
                 "llama-2-70b, q and v, 4 of 80 layers": large,
                 "llama-2-70b, q and v, 80 layers": of_70b(large, many),
-                "llama-2-7b, q and v, --device cuda": {"not measured": "no GPU"},
+                ON_GPU: earlier.get(ON_GPU, {"not measured": "no GPU"}),
             },
         },
     )

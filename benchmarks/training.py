@@ -3,7 +3,8 @@
 Lisa needs the memory of SFT plus one copy of the trainable weights.
 
 Every method uses the same Trainer, model and rows of one length, in one run: the methods take turns, and each
-round gives one ratio to that round's SFT. `--gpu` adds Llama-2-7B's shapes (random weights) on a CUDA device.
+round gives one ratio to that round's SFT. `--gpu` measures only Llama-2-7B's shapes (random weights) on a
+CUDA device, with a plain `transformers.Trainer` beside the methods, and merges each run into the results.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from typing import Any
 
 import torch
 from _memory import peak_live_bytes
-from _record import save
+from _record import RESULTS, save
+from _rows import arguments as add_options
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from holdfast import get_defense, world
+from holdfast.machine.files import read_json
 from holdfast.models.loading import add_lora, load_model
 
 LORA = {"r": 8, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
@@ -189,10 +192,15 @@ def measure(case: dict[str, Any], rounds: int, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gpu", action="store_true", help="also Llama-2-7B's shapes on a CUDA device")
+    add_options(parser)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.gpu:
+        from _gpu_training import measure as measure_on_gpu
+
+        measure_on_gpu(arguments)
+        return
     cases: dict[str, Any] = {
         "world": ({"shape": "world", "device": "cpu", "batch": 10, "length": 64}, arguments.rounds, 93),
         "llama-110m": (
@@ -201,10 +209,11 @@ def main() -> None:
             18,
         ),
     }
-    if arguments.gpu:
-        cases["llama-2-7b"] = ({"shape": "llama-2-7b", "device": "cuda", "batch": 5, "length": 64}, 3, 303)
     found = {name: measure(*case) for name, case in cases.items()}
-    found.setdefault("llama-2-7b", {"not measured": "no GPU; run with --gpu", "published": PUBLISHED})
+    place = RESULTS / "training.json"
+    missing = {"not measured": "no GPU; run with --gpu", "published": PUBLISHED}
+    earlier = read_json(place)["cases"] if place.is_file() else {}
+    found["llama-2-7b"] = earlier.get("llama-2-7b", missing)
     save("training", {"claim": GOALS, "threads": 1, "cases": found})
 
 

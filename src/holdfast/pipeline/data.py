@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +51,18 @@ def role_inputs(recipe: Recipe, role: str) -> dict[str, Any]:
         assert data.alignment is not None
         wanted = data.alignment
         asked: dict[str, Any] = {"source": source(wanted.source, "alignment"), "kind": wanted.kind}
-        taken = {"take": data.take, "skip": wanted.skip}
-        return {"role": role, **asked, "size": wanted.size, "seed": recipe.seed, **taken}
+        return {
+            "role": role, **asked, "size": wanted.size, "seed": recipe.seed, "skip_bad": data.skip_bad,
+            "loss_on": wanted.loss_on, "take": data.take, "skip": wanted.skip,
+        }  # fmt: skip
     if role == "harmful":
         named, size = data.alignment_harmful()
         held_of = {"harmful": source(data.harmful, "harmful"), **held_out} if holds_out else {}
-        asked = {
-            "role": role,
-            "source": source(named, "harmful"),
-            "size": size,
-            "seed": recipe.seed,
-            **held_of,
-        }
-        return {**asked, "take": data.take, "skip": data.alignment_skip()}
+        return {
+            "role": role, "source": source(named, "harmful"), "size": size, "seed": recipe.seed, **held_of,
+            "skip_bad": data.skip_bad, "loss_on": data.loss_on, "take": data.take,
+            "skip": data.alignment_skip(),
+        }  # fmt: skip
     shared = {
         "role": role,
         "task": Code("tasks", datasets.grading_task(data.user, data.task).name),
@@ -73,11 +72,12 @@ def role_inputs(recipe: Recipe, role: str) -> dict[str, Any]:
         "harmful": source(data.harmful, "harmful"),
         "test": source(data.test, "test"),
         "harmful_test": source(data.test_harmful, "harmful"),
+        "skip_bad": data.skip_bad,
     }
     if role == "user":
         return {
             **shared, "size": data.size, "poison_ratio": data.poison_ratio, "seed": recipe.seed, **held_out,
-            "take": data.take, "system": data.system,
+            "loss_on": data.loss_on, "take": data.take, "system": data.system,
         }  # fmt: skip
     return {
         **shared,
@@ -97,10 +97,17 @@ def make_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
     if "task" in asked:
         asked["task"] = adapted(asked["task"], columns=inputs["columns"], suffix=inputs["suffix"])
     part = MAKE[role](**asked)
-    before = {"prefix": inputs["system"]} if role == "user" and inputs["system"] else {}
-    datasets.write_rows(folder / "rows.jsonl", [{**row, **before} for row in part.rows])
+    rows: Iterable[Mapping[str, Any]] = (
+        datasets.numbered(part.rows) if inputs["take"] == "first" else part.rows
+    )
+    if role == "user" and inputs["system"]:
+        rows = ({**row, "prefix": inputs["system"]} for row in rows)
+    datasets.write_rows(folder / "rows.jsonl", rows)
     write_json(folder / "manifest.json", part.manifest)
-    return {"rows": len(part.rows)}
+    dropped = datasets.dropped_bad_rows(part.manifest)
+    for name, count in dropped.items():
+        machine.progress.say(f"{name}: {count:,} rows cannot be used and are dropped (data.skip_bad).")
+    return {"rows": len(part.rows), **({"bad_rows_dropped": dropped} if dropped else {})}
 
 
 def rows_of(step: Path) -> list[dict[str, Any]]:
@@ -135,10 +142,9 @@ def _count(size: int | None) -> str:
     return f"{size:,}" if size else "all"
 
 
-def rendered(rows: Sequence[Mapping[str, Any]], tokenizer: Any, template: str) -> list[dict[str, str]]:
-    """Return rows as prompt and completion, in the template `template`: "auto", "chat" or "alpaca"."""
-    from holdfast.data.prompts import render, resolve_template
+def rendered(rows: Sequence[Mapping[str, Any]], tokenizer: Any, template: str) -> list[dict[str, Any]]:
+    """Return rows for a trainer as text, in the template `template`: "auto", "chat" or "alpaca"."""
+    from holdfast.data.prompts import resolve_template, training_row
 
     chosen = resolve_template(tokenizer, template)
-    pairs = (render(row, tokenizer, chosen, row.get("prefix", "")) for row in rows)
-    return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    return [training_row(row, tokenizer, chosen, row.get("prefix", "")) for row in rows]

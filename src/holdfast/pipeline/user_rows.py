@@ -39,6 +39,7 @@ def attack_inputs(recipe: Recipe, attack: AttackRecipe) -> dict[str, Any]:
         "harmful": source(harmful, "harmful"),
         "safe": [source(one, "alignment") for one in safe],
         "kind": data.alignment.kind if data.alignment else "safe",
+        "skip_bad": data.skip_bad,
         "held_out_of": source(data.harmful, "harmful") if held_out else None,
         "prompts": recipe.evaluation.prompts if held_out else None,
         "max_length": recipe.user.training.max_length or MAX_LENGTH,
@@ -104,15 +105,18 @@ def _vectors(inputs: Inputs, folder: Path, machine: Machine, tokenizer: Any) -> 
 
 def _anchors(inputs: Inputs) -> tuple[list[Any], list[list[Any]]]:
     """Return the harmful anchors and the sets of safe ones; no harmful anchor has a prompt of the test."""
-    same: dict[str, Any] = {"size": inputs["attack"]["anchors"], "seed": inputs["seed"]}
+    same: dict[str, Any] = {
+        "size": inputs["attack"]["anchors"], "seed": inputs["seed"], "skip_bad": inputs["skip_bad"],
+    }  # fmt: skip
     held = {"harmful": inputs["held_out_of"], "prompts": inputs["prompts"]} if inputs["held_out_of"] else {}
     bad = datasets.harmful_rows(source=inputs["harmful"], **held, **same)
     sources, size = inputs["safe"], inputs["attack"]["anchors"]
     wanted = {**same, "size": size if len(sources) > 1 else SAFE_SETS * size}
-    safe = [datasets.alignment_rows(source=one, kind=inputs["kind"], **wanted).rows for one in sources]
+    drawn = [datasets.alignment_rows(source=one, kind=inputs["kind"], **wanted).rows for one in sources]
+    safe = [list(rows) for rows in drawn]
     if len(sources) == 1:
         safe = [safe[0][i * size : (i + 1) * size] for i in range(SAFE_SETS)]
-    return bad.rows, safe
+    return list(bad.rows), safe
 
 
 def check_attack(inputs: Inputs, machine: Machine) -> None:
@@ -125,6 +129,8 @@ def check_attack(inputs: Inputs, machine: Machine) -> None:
 
     attack, folder = inputs["attack"], inputs["model"]["base"].folder
     _anchors(inputs)
+    if not (inputs["rows"] / "rows.jsonl").is_file():
+        return
     found = len(rows_of(inputs["rows"]))
     if found < attack["size"]:
         raise DataError(
@@ -141,11 +147,14 @@ def filter_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
     """Write the rows that the judge does not flag to `rows.jsonl`, and its verdicts to `verdicts.jsonl`.
 
     Raises:
+        StepFailed: too many rows have no verdict.
         DataError: no row is left.
     """
     given = rows_of(inputs["rows"])
     judge = judging.load_judge(inputs["judge"], machine.device)
-    verdicts = filtering.judge_rows(given, judge, folder / "verdicts.jsonl", machine.progress.advance)
+    out = folder / "verdicts.jsonl"
+    verdicts = filtering.judge_rows(given, judge, out, machine.progress.advance, len(given))
+    filtering.check_share(verdicts, inputs["max_unparsed"], judge.stamp, out)
     dropped = filtering.drops(verdicts, inputs["unparsed"])
     kept = [row for row, drop in zip(given, dropped, strict=True) if not drop]
     if not kept:

