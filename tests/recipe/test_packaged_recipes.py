@@ -46,6 +46,7 @@ RUN = (
 )
 OWN = {"tvaccine": ["alignment.num_layers=1"], "tar": ["alignment.inner_steps=4"]}
 """What a model of two layers, and seconds, need beside that."""
+PHASES = ["user.alignment_steps=1", "user.finetune_steps=1"]
 ATTACK = ["data.attack.size=6", "data.attack.anchors=2", "model.dtype=float32"]
 
 
@@ -88,6 +89,7 @@ def load_tiny(name, files):
     changes = [c for c in TINY if recipe.alignment or not c.startswith("alignment.")]
     own = OWN.get(recipe.alignment.defense, []) if recipe.alignment else []
     own = own + (ATTACK if recipe.data.attack else [])
+    own = own + (PHASES if recipe.user.defense in ("bso", "lisa") else [])
     return Recipe.load(name, [*changes, *own, *files[recipe.data.task]])
 
 
