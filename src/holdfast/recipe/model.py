@@ -123,7 +123,7 @@ LoraOrNone = Annotated[Lora, WrapValidator(or_none), PlainSerializer(plain)]
 
 
 class Weights(Part):
-    """A model and how it is loaded: a folder, a Hub id, or "world" (the embedded model)."""
+    """A model and how it is loaded: a folder, a Hub id, "world" (embedded) or "smollm2" (the lab model)."""
 
     path: str
     revision: str | None = None
