@@ -36,8 +36,8 @@ def runs() -> dict[str, list[str]]:
     others.pop("SFT without harmful rows")  # the same as SFT, p=0
     swept = {f"Lisa, rho={rho:g}": [*shown["Lisa"], f"user.rho={rho:g}"] for rho in (0.1, 0.3, 3)}
     terms = {f"Lisa, {term}": [*shown["Lisa"], f"user.proximal={term}"] for term in ("fisher", "delta_w")}
-    weights = {f"EWC, lambda={x}": ["user.defense=ewc", f"user.lambda_={x}"] for x in ("1e4", "1e5")}
-    plain = {"EWC, l2": ["user.defense=ewc", "user.penalty=l2", "user.lambda_=1"]}
+    weights = {f"EWC, lambda={x}": ["user.defense=ewc", f"user.lambda_={x}"] for x in ("5e3", "5e4")}
+    plain = {"EWC, l2": ["user.defense=ewc", "user.penalty=l2", "user.lambda_=0.5"]}
     controls = {
         f"SFT + Safe LoRA, {control}": [*shown["SFT + Safe LoRA"], f"post_hoc.control={control}"]
         for control in ("drop", "random")

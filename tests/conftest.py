@@ -100,9 +100,9 @@ def install(monkeypatch):
 @pytest.fixture
 def blocks_of(monkeypatch):
     """`blocks_of(size)`: tensors are read and written in blocks of at most `size` bytes."""
-    from holdfast.weights import writer
+    from holdfast.weights import reader
 
-    return lambda size: monkeypatch.setattr(writer, "BLOCK", size)
+    return lambda size: monkeypatch.setattr(reader, "BLOCK", size)
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@
     │   ├── DataError          a data file or its rows
     │   ├── ModelError         a model folder, a Hub id, an adapter or a tokenizer
     │   ├── OutputError        the output folder or file
-    │   └── ComparisonError    results that are not comparable
+    │   ├── ComparisonError    results that are not comparable
+    │   └── Problems           several of these, found before a run starts
     └── StepFailed             a step of a run stopped before its end
 
 A message says what was expected, what was found, where, and what to do. It never contains a secret, and
@@ -17,7 +18,7 @@ it is complete without a traceback: the command prints only the message.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -28,9 +29,19 @@ class HoldfastError(Exception):
 
 
 class InputError(HoldfastError):
-    """The user's input cannot be used; the command ends with exit code 2."""
+    """The user's input cannot be used; the command ends with exit code 2.
+
+    Attributes:
+        key: the recipe key that the problem belongs to, in parts; () if it belongs to none.
+    """
 
     exit_code = 2
+    key: tuple[str, ...] = ()
+
+    def at(self, *key: str) -> InputError:
+        """Return the error itself with a recipe key, unless it has one."""
+        self.key = self.key or key
+        return self
 
 
 class RecipeError(InputError):
@@ -53,8 +64,35 @@ class ComparisonError(InputError):
     """The results to compare were measured under different protocols."""
 
 
+class Problems(InputError):
+    """Several problems, listed together; `found` holds them."""
+
+    def __init__(self, found: Sequence[InputError]):
+        self.found = tuple(found)
+        lines = "\n".join("- " + str(error).replace("\n", "\n  ") for error in found)
+        super().__init__(f"{len(found)} problems were found; nothing was trained.\n{lines}")
+
+
 class StepFailed(HoldfastError):
     """A step of a run stopped before its end; running again resumes it."""
+
+
+def problems(checks: Iterable[Callable[[], None]]) -> list[InputError]:
+    """Call every check, and return the problems that they raise, each text once."""
+    found: dict[str, InputError] = {}
+    for check in checks:
+        try:
+            check()
+        except InputError as error:
+            for one in error.found if isinstance(error, Problems) else (error,):
+                found.setdefault(str(one), one)
+    return list(found.values())
+
+
+def refuse(found: Sequence[InputError]) -> None:
+    """Raise the only problem, or `Problems` if there are several; do nothing if there is none."""
+    if found:
+        raise found[0] if len(found) == 1 else Problems(found)
 
 
 def first_line(error: BaseException) -> str:

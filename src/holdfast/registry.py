@@ -212,7 +212,7 @@ def _imported_face(plugin: Plugin) -> Face:
     facts = {k: v for k, v in vars(thing).items() if isinstance(v, simple) and k != "name"}
     config = getattr(thing, "config", None)
     config = config if is_dataclass(config) else None
-    plain = {*training_arguments(), "max_length", "lean_loss"} if config else set()
+    plain = {*training_arguments(), "max_length", "loss_on", "lean_loss"} if config else set()
     parameters = {
         f.name: Parameter(
             f.default if f.default_factory is MISSING else f.default_factory(),

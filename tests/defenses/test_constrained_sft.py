@@ -129,6 +129,9 @@ def test_the_gradient_is_that_of_weighted_cross_entropy():
 
 def test_places_count_predicted_completion_tokens_from_1():
     assert completion_places({"labels": [-100, -100, 7, 8, 9]}).tolist() == [1, 2, 3]
+    assert completion_places({"labels": [-100, 7, 8, -100, 7, 8, 9]}).tolist() == [1, 2, 1, 2, 3], (
+        "two answers"
+    )
     assert completion_places({"labels": [6, 7, 8]}).tolist() == [1, 2], (
         "no position predicts a row's first token"
     )

@@ -12,7 +12,8 @@ import trainers
 from holdfast.defenses.ewc import EWCConfig, EWCMixin, EWCTrainer
 from holdfast.errors import DataError
 
-TERMS = {"fisher": (plain.fisher(None, mean_1=False), 500.0), "l2": (plain.l2, 3.0)}
+TERMS = {"fisher": (plain.fisher(None, mean_1=False), 250.0), "l2": (plain.l2, 1.5)}
+"""The penalty with a factor 1/2 in it, and lambda."""
 
 
 def ewc(out, penalty="fisher", **options):
@@ -28,14 +29,14 @@ def end(out, name, **options):
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 @pytest.mark.parametrize("penalty", TERMS)
-def test_ewc_is_equation_3(tmp_path, penalty, accumulation):
+def test_the_loss_is_f_plus_lambda_times_the_weighted_squared_distance(tmp_path, penalty, accumulation):
     made = ewc(
         tmp_path, penalty, per_device_train_batch_size=4 // accumulation,
         gradient_accumulation_steps=accumulation,
     )  # fmt: skip
     made.train()
     at_switch, strength = TERMS[penalty]
-    expected, record = plain.train(0, 1, strength, accumulation, at_switch=at_switch)
+    expected, record = plain.train(0, 1, 2 * strength, accumulation, at_switch=at_switch)
     assert trainers.distance(trainers.weights(made), expected) < 1e-5
     logged = [entry for entry in made.state.log_history if "loss" in entry]
     for entry, step in zip(logged, record, strict=True):
@@ -48,8 +49,8 @@ def test_ewc_is_equation_3(tmp_path, penalty, accumulation):
 @pytest.mark.parametrize("penalty", TERMS)
 def test_the_equation_tests_can_fail(penalty):
     at_switch, strength = TERMS[penalty]
-    right, _ = plain.train(0, 1, strength, at_switch=at_switch)
-    for other in (0.0, strength / 2):
+    right, _ = plain.train(0, 1, 2 * strength, at_switch=at_switch)
+    for other in (0.0, strength):
         assert trainers.distance(right, plain.train(0, 1, other, at_switch=at_switch)[0]) > 1e-4
 
 

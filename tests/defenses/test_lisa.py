@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -9,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 import plain
 import tiny
 import trainers
-from holdfast.defenses.lisa import LisaConfig
+from holdfast.defenses.lisa import LisaConfig, LisaMixin
 from holdfast.errors import DataError, ModelError
 
 PHASES = {"alignment_steps": 2, "finetune_steps": 3}
@@ -75,7 +77,19 @@ def test_the_term_is_left_out_in_the_warm_up(tmp_path):
     made.train()
     expected, _ = plain.train(2, 3, 3.0, warmup=0.5)
     assert trainers.distance(trainers.weights(made), expected) < 1e-5
-    assert [e["penalty"] > 0 for e in logged(made)] == [False] * 6 + [True] * 6
+    assert [e["penalty"] > 0 for e in logged(made)] == [False] * 7 + [True] * 5
+
+
+@pytest.mark.parametrize(
+    ("ratio", "steps", "first"),
+    [(0.1, 20, 3), (0.1, 100, 11), (0.1, 20_000, 2001), (0.1, 9, 1), (0.5, 12, 7), (0.0, 20, 0), (1.0, 4, 5)],
+)
+def test_the_first_step_with_the_term_is_that_of_the_authors_code(ratio, steps, first):
+    """The authors apply the term if the 0-based step is above the ratio times all steps."""
+    config = types.SimpleNamespace(rho=2.0, proximal_warmup_ratio=ratio)
+    made = types.SimpleNamespace(args=config, state=types.SimpleNamespace(max_steps=steps))
+    found = [LisaMixin.penalty_strength(made, step) for step in range(steps + 1)]
+    assert found == [0.0] * first + [2.0] * (steps + 1 - first)
 
 
 def test_lisa_with_rho_0_is_bso(tmp_path):

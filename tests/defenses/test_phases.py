@@ -7,13 +7,30 @@ import pytest
 from holdfast.defenses.bso import BSOConfig, PhaseBatchSampler, Phases
 
 
-def sampler(**changes):
-    settings = {
-        "user_rows": 10, "alignment_rows": 7, "batch_size": 2, "micro_batches": 1, "steps": 12,
-        "phases": Phases(2, 3), "seed": 5,
-    } | changes  # fmt: skip
-    users, alignment = settings.pop("user_rows"), settings.pop("alignment_rows")
-    return PhaseBatchSampler(users, alignment, **settings)
+class Epochs:
+    """Batches that say where they are from: [source, place in its sequence]; `size` of them make an epoch."""
+
+    def __init__(self, source, size):
+        self.source, self.size = source, size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, place):
+        return [self.source, place]
+
+
+def batches(k1, k2, user=6, accumulation=1, epochs=2, **options):
+    """The batches of all epochs, as text such as "a0" and "u3"."""
+    made = PhaseBatchSampler(
+        Epochs("u", user), Epochs("a", 4), accumulation=accumulation, phases=Phases(k1, k2), **options
+    )
+    found = []
+    for epoch in range(epochs):
+        made.set_epoch(epoch)
+        found += ["".join(map(str, batch)) for batch in made]
+        assert len(made) == user
+    return found
 
 
 def test_starts_in_alignment_and_alternates():
@@ -31,43 +48,25 @@ def test_one_state_has_one_switch_point(k1, k2, state):
     assert phases.switch_points(9) == [0]
 
 
-def test_each_batch_comes_from_its_state():
-    batches = list(sampler())
-    assert len(batches) == 12
-    for step, batch in enumerate(batches):
-        aligned = Phases(2, 3).state(step) == "alignment"
-        assert len(batch) == 2
-        assert all((index >= 10) == aligned for index in batch)
-
-
-def test_states_never_switch_inside_an_accumulation_window():
-    batches = list(sampler(micro_batches=3))
-    assert len(batches) == 36
-    for step in range(12):
-        window = batches[3 * step : 3 * step + 3]
-        assert len({index >= 10 for batch in window for index in batch}) == 1
-
-
-def test_user_batches_of_alignment_steps_are_skipped_or_kept():
-    plain = list(sampler(phases=Phases(0, 1)))
-    skipping = list(sampler())
-    keeping = list(sampler(skip_user_batches=False))
-    user_steps = [s for s in range(12) if Phases(2, 3).state(s) == "user"]
-    assert [skipping[s] for s in user_steps] == [plain[s] for s in user_steps]
-    assert [keeping[s] for s in user_steps] == plain[: len(user_steps)]
-
-
-def test_an_epoch_holds_every_row_once_and_the_next_is_another_order():
-    batches = list(sampler(phases=Phases(0, 1), steps=10))
-    first, second = ([i for b in part for i in b] for part in (batches[:5], batches[5:]))
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert first != second
-
-
-def test_alignment_rows_go_on_where_the_last_phase_ended():
-    batches = list(sampler(alignment_rows=8, steps=10, phases=Phases(2, 3)))
-    drawn = [i for s in (0, 1, 5, 6) for i in batches[s]]
-    assert sorted(drawn) == list(range(10, 18))
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"k1": 2, "k2": 3}, "a0 a1 u2 u3 u4 a2 a3 u7 u8 u9 a4 a5"),
+        ({"k1": 2, "k2": 3, "skip_user_batches": False}, "a0 a1 u0 u1 u2 a2 a3 u3 u4 u5 a4 a5"),
+        ({"k1": 0, "k2": 1}, "u0 u1 u2 u3 u4 u5 u6 u7 u8 u9 u10 u11"),
+        ({"k1": 1, "k2": 0}, "a0 a1 a2 a3 a4 a5 a6 a7 a8 a9 a10 a11"),
+        ({"k1": 1, "k2": 2, "accumulation": 2}, "a0 a1 u2 u3 u4 u5 a2 a3 u8 u9 u10 u11"),
+        # Steps of two batches, and one of one batch at the end of each epoch.
+        ({"k1": 1, "k2": 1, "accumulation": 2, "user": 5}, "a0 a1 u2 u3 a2 u5 u6 a3 a4 u9"),
+        (
+            {"k1": 1, "k2": 1, "accumulation": 2, "user": 5, "skip_user_batches": False},
+            "a0 a1 u0 u1 a2 u2 u3 a3 a4 u4",
+        ),
+    ],
+)
+def test_the_batches_of_two_epochs(setting, expected):
+    """A step is in one state, alignment batches go on where they ended, the end of an epoch is Trainer's."""
+    assert batches(**setting) == expected.split()
 
 
 @pytest.mark.parametrize("wrong", [{"alignment_steps": -1}, {"alignment_steps": 0, "finetune_steps": 0}])

@@ -11,7 +11,6 @@ import torch
 
 import plain
 import trainers
-from holdfast.defenses.bso import PhaseBatchSampler, Phases
 from holdfast.defenses.tar import TARConfig, TARMixin
 from holdfast.errors import InputError, ModelError
 from holdfast.training import tampering as tamper
@@ -96,16 +95,8 @@ def plain_tar(made, kind, representation, lambda_tr, lambda_retain):
     )
     partners, _ = tamper.partners(HARMFUL, plain.USER, plain.SEED)
     record = []
-    order = PhaseBatchSampler(
-        len(plain.USER),
-        0,
-        batch_size=plain.BATCH,
-        micro_batches=1,
-        steps=STEPS,
-        phases=Phases(0, 1),
-        seed=plain.SEED,
-    )
-    for step, places in enumerate(order):
+    order = plain.batches(len(plain.USER), plain.BATCH, [plain.SEED + epoch for epoch in range(STEPS)])
+    for step, places in enumerate(order[:STEPS]):
         batch = plain.COLLATE([plain.USER[i] for i in places])
         drawn = made.harmful_indices(step, plain.BATCH, "tamper_resistance")
         rows, refusals = [HARMFUL[j] for j in drawn], [plain.USER[partners[j]] for j in drawn]

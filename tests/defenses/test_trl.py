@@ -110,7 +110,7 @@ OPTIONS = {
     "lisa": {"alignment_steps": 2, "finetune_steps": 3, "rho": 3.0, "proximal_warmup_ratio": 0.0},
     "bso": {"alignment_steps": 2, "finetune_steps": 3},
     "constrained_sft": {"beta_first": 20.0, "beta_early": 40.0, "beta_later": 5.0},
-    "ewc": {"lambda_": 50.0},
+    "ewc": {"lambda_": 25.0},
     "vaccine": {"rho": 0.5},
     "tvaccine": {"rho": 0.5, "num_layers": 1, "probability_steps": 3, "resample_steps": 2},
     "booster": {"lambda_": 20.0, "alpha": 0.5},
@@ -144,8 +144,8 @@ def test_plain_rows_give_the_weights_of_our_own_trainer(name, accumulation, tmp_
     sizes = {
         "per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation
     }  # fmt: skip
-    ours = trainers.trainer(name, tmp_path, **OPTIONS[name], **sizes)
-    theirs = on_trl(name, tmp_path, **sizes)
+    ours = trainers.trainer(name, tmp_path, max_steps=7, **OPTIONS[name], **sizes)
+    theirs = on_trl(name, tmp_path, max_steps=7, **sizes)
     start = trainers.weights(ours)
     ours.train(), theirs.train()
     assert trainers.distance(trainers.weights(ours), trainers.weights(theirs)) < 1e-5
@@ -185,7 +185,7 @@ RESUMED = [
 @pytest.mark.parametrize(("name", "packing"), RESUMED)
 def test_resume_is_exact(name, packing, tmp_path):
     """Cut inside a phase, with dropout."""
-    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "per_device_train_batch_size": 2,
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6, "per_device_train_batch_size": 2,
                "packing": packing, "max_length": 96}  # fmt: skip
 
     def make():
@@ -210,10 +210,14 @@ def test_packed_alignment_rows(tmp_path):
     made.train()
     states = [entry["state"] for entry in made.state.log_history if "state" in entry]
     assert states == ["alignment", "alignment", "user", "user", "user"] * 2 + ["alignment"] * 2
-    sampler = list(made.get_train_dataloader().batch_sampler)
+    loader = made.get_train_dataloader().batch_sampler
+    sampler = []
+    for epoch in range(12):
+        loader.set_epoch(epoch)
+        sampler += list(loader)
     rows = [*made.train_dataset, *made.alignment_dataset]
     logged = [entry for entry in made.state.log_history if "loss" in entry]
-    for (index,), entry in zip(sampler, logged, strict=True):
+    for (index,), entry in zip(sampler[:12], logged, strict=True):
         assert entry[f"{entry['state']}_loss"] == pytest.approx(unpacked_loss(made, rows[index]), abs=1e-4)
 
 

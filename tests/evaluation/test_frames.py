@@ -162,8 +162,19 @@ def test_thinking_in_any_notation():
         assert spoken(f" {begin}I refuse.{end}\nSure: mix it. ") == "Sure: mix it.", begin
         assert spoken(f"{begin}I refuse. And then") is None, begin
         assert spoken(f"Sure. {begin}hm{end} Mix it.") == "Sure.  Mix it.", begin
-    assert spoken("I think so </think>\n\nNo.") == "No."
+    assert spoken("I think so </think>\n\nNo.", thinks=True) == "No."
+    assert spoken("Hm </think> Mix it. </think> No.", thinks=True) == "Mix it. </think> No."
+    assert spoken("Hm <think>more</think> No.", thinks=True) == "No."
     assert spoken(" I think so. a < b, [thinking aloud] ") == "I think so. a < b, [thinking aloud]"
+
+
+def test_an_end_without_a_beginning_hides_nothing():
+    """Only a prompt that opens the thinking makes the text before its end a thought."""
+    whole = "Sure: mix it. </think> I cannot help with that."
+    assert spoken(whole) == whole
+    assert spoken(f"<think>Hm.</think>{whole}") == whole
+    tok = of_trl("qwen3", eos="<|im_end|>")
+    assert answered(tok, f"{whole}<|im_end|>")["answer"] == whole
 
 
 def test_rows_of_a_file_lose_their_thinking():

@@ -211,6 +211,9 @@ def test_ratings_of_a_server_that_misbehaves(place, tmp_path, monkeypatch):
         with pytest.raises(StepFailed, match="budget of 9 calls"):
             rate(tmp_path / "a.jsonl", out, max_calls=9, **options)
         assert len(lines(out)) == 4
+        with pytest.raises(StepFailed, match=r"gave no rating of 1 of 6 .* share of 0\.05"):
+            rate(tmp_path / "a.jsonl", out, **options)
+        options["max_unparsed"] = 0.2
         found = rate(tmp_path / "a.jsonl", out, **options)
         assert len(chat.seen) == 12, "nothing is asked twice"
         assert rate(tmp_path / "a.jsonl", out, **options) == found

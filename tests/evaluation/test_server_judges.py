@@ -219,9 +219,11 @@ def test_what_cannot_be_read_is_unparsed_and_told(quick, do, calls, reason):
     assert chat.counts[do] == calls
 
 
-@pytest.mark.parametrize("do", ["key", "model", "quota", "busy"])
-def test_what_would_fail_for_every_answer_stops_the_run(quick, do, caplog):
-    with serving(grades) as (url, chat), pytest.raises(StepFailed) as stopped:
+@pytest.mark.parametrize(
+    ("do", "error"), [("key", ModelError), ("model", ModelError), ("quota", StepFailed), ("busy", StepFailed)]
+)
+def test_what_would_fail_for_every_answer_stops_the_run(quick, do, error, caplog):
+    with serving(grades) as (url, chat), pytest.raises(error) as stopped:
         PolicyJudge(model="m", base_url=url)(["q"], [f"DO:{do}"])
     assert KEY not in str(stopped.value) + caplog.text
     assert chat.counts[do] == (client.RETRIES + 1 if do == "busy" else 1)

@@ -16,17 +16,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot  # noqa: F401
-import peft  # noqa: F401
 import torch
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
-from transformers import LlamaForCausalLM  # noqa: F401
 
-import holdfast.evaluation.answering
-import holdfast.evaluation.moderation
-import holdfast.reporting.writing
-import holdfast.training  # noqa: F401
+from warm import warm
 
 WORLD = 2
 
@@ -40,7 +34,7 @@ def start(
         folder: tracebacks go to `error-RANK.txt` there.
         fsdp: FSDP2 with this state dict type instead of DDP.
     """
-    torch.set_num_threads(1)  # a fork of a process with several threads of torch may hang
+    warm()
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -71,17 +65,12 @@ def done(folder: Path, work: Any, *arguments: Any, **options: Any) -> None:
 
 
 def _child(rank: int, port: int, folder: Path, fsdp: str | None, work: Any, arguments: Any) -> None:
-    from accelerate.state import AcceleratorState
-
-    from holdfast.machine.processes import launched
-
     gc.freeze()  # a garbage collection would copy the parent's memory
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_CPP_LOG_LEVEL": "ERROR",
     }  # fmt: skip
-    launched.cache_clear()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    fresh()
     if fsdp:
         sharding(fsdp)
     try:
@@ -92,6 +81,16 @@ def _child(rank: int, port: int, folder: Path, fsdp: str | None, work: Any, argu
         (folder / f"error-{rank}.txt").write_text(traceback.format_exc())
         os._exit(1)
     os._exit(0)
+
+
+def fresh() -> None:
+    """Forget what the parent found out about its own process."""
+    from accelerate.state import AcceleratorState
+
+    from holdfast.machine.processes import launched
+
+    launched.cache_clear()
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def sharding(state_dict_type: str) -> None:

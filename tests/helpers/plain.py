@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 import trainers
-from holdfast.defenses.bso import PhaseBatchSampler, Phases
 from holdfast.machine.seeds import derive_seed
 from holdfast.training.tokenising import collator
 from holdfast.training.trainer import prepare_rows
@@ -96,6 +95,15 @@ def delta_w(net: Any, weights: list[torch.Tensor], step: int) -> Penalty:
     return lambda now: sum(((p - a) ** 2).sum() for p, a in zip(products(), anchor, strict=True)) / 2
 
 
+def batches(rows: int, size: int, seeds: list[int], first: int = 0) -> list[list[int]]:
+    """The row numbers of the batches of several epochs, one for each seed of its order."""
+    found = []
+    for seed in seeds:
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+        found += [[first + i for i in order[at : at + size]] for at in range(0, rows, size)]
+    return found
+
+
 def train(
     k1: int, k2: int, strength: float, accumulation: int = 1, *, at_switch: Any = l2, warmup: float = 0.0,
     net: Any = None, steps: int = STEPS, autocast: bool = False,
@@ -109,26 +117,27 @@ def train(
         optimizer, lambda s: 0.5 * (1 + torch.cos(torch.tensor(torch.pi * s / steps)).item())
     )
     rows = USER + ALIGNMENT
-    batches = list(
-        PhaseBatchSampler(
-            len(USER), len(ALIGNMENT), batch_size=BATCH // accumulation, micro_batches=accumulation,
-            steps=steps, phases=Phases(k1, k2), seed=SEED,
-        )
-    )  # fmt: skip
-    state, record = None, []
+    size = BATCH // accumulation
+    source = {
+        "user": batches(len(USER), size, [SEED + epoch for epoch in range(steps)]),
+        "alignment": batches(
+            len(ALIGNMENT), size, [derive_seed(SEED, "alignment", e) for e in range(steps)], len(USER)
+        ),
+    }
+    state, record, aligned = None, [], 0
     for step in range(steps):
         now = "alignment" if step % (k1 + k2) < k1 else "user"
         if now != state:
             start = [w.detach().clone() for w in weights]
             penalty = at_switch(net, weights, step)
             state = now
-        window = [
-            COLLATE([rows[i] for i in b]) for b in batches[step * accumulation : (step + 1) * accumulation]
-        ]
+        at = accumulation * (aligned if state == "alignment" else step)
+        window = [COLLATE([rows[i] for i in b]) for b in source[state][at : at + accumulation]]
+        aligned += state == "alignment"
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
             loss = cross_entropy(net, window)
         entry = {"state": state, "loss": loss.item()}
-        active = strength if step + 1 > warmup * steps else 0.0
+        active = strength if not warmup or step > warmup * steps else 0.0
         if active:
             loss = loss + active * penalty(weights)
         optimizer.zero_grad()

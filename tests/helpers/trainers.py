@@ -57,6 +57,8 @@ def trainer(
         "learning_rate": 5e-3, "per_device_train_batch_size": 4, "max_steps": 12, "logging_steps": 1,
         "save_strategy": "no", "lr_scheduler_type": "cosine", "logging_nan_inf_filter": False,
     } | options  # fmt: skip
+    if "alignment_steps" in registry.faces("defenses")[name].parameters:
+        settings = {"alignment_steps": 3, "finetune_steps": 4} | settings
     extra = {}
     if "alignment_dataset" in defense.needs and defense.mix is None:
         extra["alignment_dataset"] = alignment or ALIGNMENT

@@ -397,11 +397,12 @@ def test_a_wrong_address_name_or_key_is_one_error(place, tmp_path, serve, one_tr
             asked(place, tmp_path / f"{status}.jsonl", endpoint=serve([status]).address)
         assert "secret-key-of-mine" not in str(error.value)
     one_try()
-    with pytest.raises(ModelError, match="No server answers"):
+    with pytest.raises(StepFailed, match="No server answers"):
         asked(place, tmp_path / "none.jsonl", endpoint="http://127.0.0.1:9/v1")
     monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(ModelError, match="OPENAI_API_KEY"):
-        asked(place, tmp_path / "key.jsonl", endpoint="http://127.0.0.1:9/v1")
+    with pytest.raises(ModelError, match="does not accept a call without a key; set OPENAI_API_KEY"):
+        asked(place, tmp_path / "key.jsonl", endpoint=serve([401]).address)
+    assert len(asked(place, tmp_path / "own.jsonl", endpoint=serve().address)) == 13
 
 
 def test_filtration_leaves_out_what_the_judge_flags(tmp_path):
@@ -446,6 +447,13 @@ def test_a_judge_on_a_server_filters_too(tmp_path, serve):
     done = command(
         "filter", "rows.jsonl", "--judge", "openai", "--model", "grader", "--base-url", server.address,
         "--max-calls", 9, "--unparsed", "keep", "--out", "kept.jsonl", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "gave no verdict on 3 of 3 rows (unparsed)" in done.stderr
+    assert not (tmp_path / "kept.jsonl").exists()
+    done = command(
+        "filter", "rows.jsonl", "--judge", "openai", "--model", "grader", "--base-url", server.address,
+        "--max-unparsed", 1, "--unparsed", "keep", "--out", "kept.jsonl", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "3 of 3 rows kept (0 flagged, 3 unparsed)" in done.stdout

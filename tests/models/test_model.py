@@ -143,7 +143,7 @@ def test_an_adapter_in_another_format_is_refused(folders, tmp_path):
     """A .bin file can run code."""
     shutil.copytree(folders[1], tmp_path / "a")
     (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
-    with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
+    with pytest.raises(ModelError, match=r"adapter_model\.bin, which can run code"):
         load_model(folders[0], [tmp_path / "a"])
     with pytest.raises(ModelError, match="adapter_config"):
         load_model(folders[0], [folders[0]])
@@ -157,4 +157,4 @@ def test_models_and_adapters_are_loaded_in_one_file():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in calls:
                 found.add(path.relative_to(package).as_posix())
-    assert found == {"models/loading.py"}
+    assert found == {"models/loading.py", "lab/make.py"}  # the second makes a model folder from GGUF

@@ -101,14 +101,18 @@ def test_patterns_reach_their_layers(folder, tmp_path):
 
 
 @pytest.mark.parametrize("below", [False, True])
-def test_dora_below_a_stacked_lora_is_exact_and_on_top_is_not(folder, below, tmp_path):
-    """The reason why the recipe refuses DoRA only on top of a stacked adapter."""
+def test_dora_below_a_stacked_lora_is_exact_and_on_top_it_is_refused(folder, below, tmp_path):
+    """On top, PEFT would scale the base weights without the adapter below."""
     kinds = [{**LORA, "use_dora": below}, {**LORA, "use_dora": not below}]
     first = save(move(load(folder, tmp_path, kinds[0]), seed=2), tmp_path / "first", tmp_path)
     second = load(folder, tmp_path, kinds[1], below=[first], compose="merge")
     saved = save(move(second), tmp_path / "second", tmp_path)
-    stacked = logits(load_model(folder, [first, saved]))
-    assert (far(stacked, logits(second)) < 1e-5) is below
+    assert far(logits(load_model(folder, [first, saved], compose="merge")), logits(second)) < 1e-5
+    if below:
+        assert far(logits(load_model(folder, [first, saved])), logits(second)) < 1e-5
+    else:
+        with pytest.raises(ModelError, match=r"a DoRA adapter on top of another one.*adapters: merge"):
+            load_model(folder, [first, saved])
 
 
 def test_single_lora_goes_on_with_a_copy(folder, tmp_path):

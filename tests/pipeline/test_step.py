@@ -108,7 +108,7 @@ def test_every_input_is_read(tmp_path, monkeypatch):
         self.read = read.setdefault(kind, set())
 
     recipe = tiny.recipe(tmp_path)
-    recipe["user"] = {"defense": "lisa", "training": recipe["user"]["training"]}
+    recipe["user"] = {"defense": "lisa", "alignment_steps": 2, "training": recipe["user"]["training"]}
     recipe["post_hoc"] = {"defense": "safe_lora", "threshold": 0.5}
     planned = list(pipeline.plan(Recipe.load(recipe)))
     real = running.plan

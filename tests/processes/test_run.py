@@ -21,7 +21,8 @@ from holdfast import pipeline
 from holdfast.errors import RecipeError
 from holdfast.machine.processes import Processes, launched
 from holdfast.recipe import Recipe
-from runs import Seen, answers, left
+from runs import answers, left
+from runs import run as run_once
 
 KINDS = {"ddp": (None, "MULTI_CPU"), "fsdp2": ("SHARDED_STATE_DICT", "FSDP")}
 
@@ -29,8 +30,7 @@ KINDS = {"ddp": (None, "MULTI_CPU"), "fsdp2": ("SHARDED_STATE_DICT", "FSDP")}
 def run(recipe, out, told, before=lambda: None):
     """In every process: run, and write a note of what this process saw."""
     before()
-    seen = Seen()
-    results = pipeline.run(Recipe.load(recipe), out=out, device="cpu", progress=seen)
+    results, seen = run_once(recipe, out)
     note = {"ran": seen.ran, "cached": seen.cached, "resumed": seen.resumed, "results": results}
     launch.write(told / f"{launch.rank()}.json", note)
 

@@ -22,7 +22,7 @@ METHODS = {
         },
         (2, 3, 3.0), plain.fisher(8, mean_1=True),
     ),
-    "ewc": ({"lambda_": 100.0}, (0, 1, 100.0), plain.fisher(None, mean_1=False)),
+    "ewc": ({"lambda_": 50.0}, (0, 1, 100.0), plain.fisher(None, mean_1=False)),
 }  # fmt: skip
 
 

@@ -7,10 +7,12 @@ planning, reporting or `--help`.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
+import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -157,20 +159,30 @@ def plan(
     store: Annotated[
         Path | None, typer.Option(help="Folder of steps that runs can share. Default: OUT/steps.")
     ] = None,
+    device: Device = "auto",
+    check: Annotated[
+        bool, typer.Option(help="Check what a run checks before it trains; the steps alone show faster.")
+    ] = True,
 ) -> None:
-    """Show which steps a run would execute and which are cached; writes nothing."""
+    """Show the steps of a run and which are cached, and check what could stop it; writes nothing."""
     from holdfast.cli import console
     from holdfast.machine.store import Store
     from holdfast.pipeline import plan as plan_recipe
+    from holdfast.pipeline import rehearse
     from holdfast.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or [])
     steps = Store(store or (out or Path("runs") / loaded.name.replace(" ", "-")) / "steps")
-    planned = plan_recipe(loaded).steps
+    whole = plan_recipe(loaded)
+    planned = whole.steps
     cached = {step.id for step in planned if steps.record(step.id) is not None}
     begun = {step.id for step in planned if steps.begun(step.id)}
     console.out.print(console.steps_table(planned, cached, begun))
     console.out.print(f"{len(planned) - len(cached)} of {len(planned)} steps would run.", highlight=False)
+    if check and len(cached) < len(planned):
+        with console.Bars(finished=False) as bars:
+            rehearse(whole, steps, device=device, progress=bars)
+        console.out.print("The checks before the run found no problem.", highlight=False)
 
 
 @app.command(
@@ -193,18 +205,22 @@ def mix(
     size: Annotated[int | None, typer.Option(min=1, help="Total number of rows. Default: all.")] = None,
     poison_ratio: Annotated[float, typer.Option(help="Share of harmful rows, from 0 to 1.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed that determines which rows are drawn.")] = 42,
+    skip_bad: measuring.SkipBad = False,
 ) -> None:
     """Mix harmful rows into user rows, and write a manifest that describes the mix."""
     from holdfast.cli import console
+    from holdfast.data import dropped_rows
     from holdfast.data import mix as mix_rows
 
     if user is None and task is None:
         raise RecipeError("Give --user FILE or --task NAME: the rows to mix into.")
     folder = mix_rows(
         out, user=user, task=task, harmful=harmful, test=test, harmful_test=test_harmful, size=size,
-        poison_ratio=poison_ratio, seed=seed,
+        poison_ratio=poison_ratio, seed=seed, skip_bad=skip_bad,
     )  # fmt: skip
-    console.out.print(f"{folder}", highlight=False, soft_wrap=True)
+    for name, count in dropped_rows(folder).items():
+        measuring.say(f"{name}: {count:,} rows cannot be used and are dropped.")
+    console.out.print(f"{folder}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command(epilog="Example: holdfast report runs/sft runs/lisa -o compare.html")
@@ -221,7 +237,9 @@ def report(
     from holdfast.cli import console
     from holdfast.reporting import report as write_report
 
-    console.out.print(f"Report: {write_report(runs, out, force=force)}", highlight=False, soft_wrap=True)
+    console.out.print(
+        f"Report: {write_report(runs, out, force=force)}", highlight=False, soft_wrap=True, markup=False
+    )
 
 
 app.command(
@@ -241,7 +259,7 @@ app.command(
 )(measuring.rate)
 app.command(epilog="Example: holdfast score answers.jsonl verdicts.jsonl --out scores.json")(measuring.score)
 app.command(epilog="Example: holdfast compare sft/verdicts.jsonl lisa/verdicts.jsonl")(measuring.compare)
-app.command("filter", epilog="Example: holdfast filter my.jsonl --judge keyword --out kept.jsonl")(
+app.command("filter", epilog="Example: holdfast filter my.jsonl --judge beaver_dam --out kept.jsonl")(
     measuring.filter_rows
 )
 app.command(epilog="Example: holdfast combine alignment user --out adapter")(adapters.combine)
@@ -289,7 +307,7 @@ def _done(bars: object, rows: list[dict], out: Path) -> None:
     if not getattr(bars, "ran", 0):
         console.out.print("Nothing to do: every step of this recipe is complete.", highlight=False)
     console.out.print(console.rows_table(rows))
-    console.out.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    console.out.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _quiet() -> None:
@@ -307,7 +325,7 @@ def _show_warning(
     message: Warning | str, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
     """Print a warning as one plain line on standard error."""
-    print(f"holdfast: warning: {message}", file=sys.stderr)
+    _print_error(f"warning: {message}")
 
 
 def main() -> None:
@@ -320,6 +338,7 @@ def main() -> None:
     if not processes.main:
         sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     try:
+        _check_arguments(sys.argv[1:])
         if processes.count > 1:
             _quiet()  # before connecting to the others, which imports torch
             processes.start()
@@ -334,9 +353,16 @@ def main() -> None:
         if not processes.main:
             sys.stderr = sys.__stderr__
         if debug and not stopped:
-            raise
+            _fail("\n" + "".join(traceback.format_exception(error)), 1)
         who = "" if processes.main else f"process {processes.rank} of {processes.count}: "
         _fail(who + _message(error), 130 if stopped else getattr(error, "exit_code", 1))
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse control characters in arguments, which typer would print. Existing files may have them."""
+    for argument in arguments:
+        if re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", argument) and not os.path.lexists(argument):
+            raise RecipeError(f"An argument contains a control character: {argument}")
 
 
 def _app() -> None:
@@ -359,8 +385,15 @@ def _message(error: BaseException) -> str:
 
 
 def _fail(text: str, code: int) -> None:
-    print(f"holdfast: {text}", file=sys.stderr)
+    _print_error(text)
     sys.exit(code)
+
+
+def _print_error(text: str) -> None:
+    """Print a message on standard error; it may name a file or repeat a server."""
+    from holdfast.cli.console import visible
+
+    print(f"holdfast: {visible(text)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

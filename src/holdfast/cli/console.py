@@ -1,4 +1,8 @@
-"""The output of the command: a bar for the running step, a line for each finished step, tables at the end."""
+"""The output of the command: a bar for the running step, a line for each finished step, tables at the end.
+
+Everything that the command prints goes through `Screen` or `visible`: a control character from a file, a
+model or a server never reaches a terminal, where it could hide text, move the cursor or set the title.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +21,52 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from holdfast.machine import progress
 
-out = Console()
-err = Console(stderr=True)
+_CONTROLS = {i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\n\t"} | {127: "\u2421"}
+_FORMATS = (*range(128, 160), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_VISIBLE = _CONTROLS | dict.fromkeys((*_FORMATS, *range(55296, 57344)), "�")
+
+
+def visible(text: str) -> str:
+    """Return a text with a visible sign for each control character: ESC becomes \u241b.
+
+    C0 and C1 controls (except line break and tab), controls of the direction of writing, the Unicode line
+    separators and half surrogates are replaced.
+    """
+    return text.translate(_VISIBLE)
+
+
+class Screen(Console):
+    """A console that writes control characters only for its own styles and its own cursor."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make a text of a string, before its width is measured."""
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+        """Render, with every text made `visible`."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
+
+
+out = Screen()
+err = Screen(stderr=True)
 
 
 class Bars(progress.Progress):
-    """Draws progress on standard error; in a log file, each step has one line and no bar."""
+    """Draws progress on standard error; in a log file, each step has one line and no bar.
 
-    def __init__(self, prefix: str = "") -> None:
-        self.prefix = prefix
+    Args:
+        finished: print a line for each finished step.
+    """
+
+    def __init__(self, prefix: str = "", finished: bool = True) -> None:
+        self.prefix, self.finished = prefix, finished
         self.ran = 0
         self.cached = 0
         self.bars = Progress(
@@ -55,8 +92,9 @@ class Bars(progress.Progress):
     def begin(self, title: str, resumed: bool) -> None:
         """Show a bar for the step."""
         text = f"{self.prefix}{title}" + (" (resumed)" if resumed else "")
+        self._remove()  # a step that failed
         self.task = self.bars.add_task(escape(text), total=None, facts="")
-        if not err.is_terminal:
+        if not err.is_terminal and self.finished:
             err.print(f"[dim]...[/] {escape(text)}", highlight=False)
 
     def advance(self, done: int, total: int, **facts: Any) -> None:
@@ -72,15 +110,26 @@ class Bars(progress.Progress):
 
     def end(self, title: str, cached: bool, seconds: float | None) -> None:
         """Replace the bar by one line for the step."""
-        if self.task is not None:
-            self.bars.remove_task(self.task)
-            self.task = None
+        self._remove()
         self.ran += not cached
         self.cached += cached
+        if not self.finished:
+            return
         mark, tail = (
             ("[dim]cached[/]", "") if cached else ("[green]done[/]  ", f" [dim]{seconds or 0:.1f} s[/]")
         )
         err.print(f"{mark} {escape(self.prefix + title)}{tail}", highlight=False)
+
+    def checking(self, begins: bool) -> None:
+        """Show a bar for the checks before a run."""
+        self._remove()
+        if begins:
+            self.task = self.bars.add_task("checks before the run", total=None, facts="")
+
+    def _remove(self) -> None:
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+            self.task = None
 
     def say(self, text: str) -> None:
         """Print a message."""
@@ -132,7 +181,7 @@ def differences_table(found: Mapping[str, Any]) -> Table:
         told = "different" if one["p_holm"] <= 0.05 else "not distinguishable"
         left = f"\n{one['left_out']} left out" if one["left_out"] else ""
         table.add_row(
-            name.replace("_", " "), f"{one['first']:.1f}", f"{one['second']:.1f}",
+            escape(name.replace("_", " ")), f"{one['first']:.1f}", f"{one['second']:.1f}",
             f"{one['difference']:+.1f}", low_high, f"{one['p_holm']:.2g}", f"{one['n']}{left}", told,
         )  # fmt: skip
     return table

@@ -71,7 +71,8 @@ def _expected(task: str) -> str:
     return (
         "Expected a folder with align.jsonl (refusals and harmless answers), attack.jsonl (harmful rows), "
         f"test_harmful.jsonl (other harmful requests), {task}_train.jsonl or .tsv (user rows), "
-        f"optionally {task}_test.jsonl and benign.jsonl. Columns: instruction, input, output, or the task's."
+        f"optionally {task}_test.jsonl and benign.jsonl. Columns: instruction, input, output, or those of "
+        "the task."
     )
 
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from holdfast.errors import StepFailed
+
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")]
 Judge = Annotated[str, typer.Option(help="Name of a judge (see holdfast list judges), or a Python file.")]
 JudgePath = Annotated[str | None, typer.Option(help="Model of the judge: a folder, a Hub id or world.")]
@@ -20,6 +22,11 @@ ServerUrl = Annotated[
 ]
 MaxCalls = Annotated[
     int | None, typer.Option(min=1, help="For a judge on a server: maximum number of calls.")
+]
+
+
+MaxUnparsed = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of unparsed answers above which the judge has failed.")
 ]
 
 
@@ -64,6 +71,9 @@ def generate(
         float, typer.Option(help="Sample from the most likely tokens that have this total probability.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    max_failed: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of failed answers above which the command fails.")
+    ] = 0.05,
     quantization: Annotated[str | None, typer.Option(help="Load the model in nf4 or int8.")] = None,
     device: Device = "auto",
 ) -> None:
@@ -83,6 +93,14 @@ def generate(
         )  # fmt: skip
     failed = sum("error" in row for row in rows)
     say(f"{len(rows)} answers{f', {failed} failed' if failed else ''}: {out}")
+    _say_left_out(rows)
+    if failed > max_failed * len(rows):
+        first = next(row["error"] for row in rows if "error" in row)
+        again = " Run the same command again to ask the failed questions again." if endpoint else ""
+        raise StepFailed(
+            f"{failed} of {len(rows)} answers failed, more than the permitted share of {max_failed:g}. The "
+            f"first reason: {first}.{again} To use the others, set --max-failed."
+        )
 
 
 def moderate(
@@ -94,9 +112,7 @@ def moderate(
     model: ServerModel = None,
     base_url: ServerUrl = None,
     max_calls: MaxCalls = None,
-    max_unparsed: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of unparsed answers above which the judge has failed.")
-    ] = 0.05,
+    max_unparsed: MaxUnparsed = 0.05,
     device: Device = "auto",
 ) -> None:
     """Judge the answers to harmful prompts, or resume judging."""
@@ -109,6 +125,7 @@ def moderate(
             max_calls=max_calls, max_unparsed=max_unparsed, device=device, progress=progress,
         )  # fmt: skip
     found = [row["verdict"] for row in rows]
+    _say_left_out(rows)
     say(", ".join(f"{found.count(v)} {v}" for v in ("harmful", "safe", "unparsed")) + f": {out}")
 
 
@@ -122,6 +139,7 @@ def rate(
     model: ServerModel = None,
     base_url: ServerUrl = None,
     max_calls: MaxCalls = None,
+    max_unparsed: MaxUnparsed = 0.05,
 ) -> None:
     """Let a judge rate the answers to a task, or resume rating."""
     from holdfast.cli import console
@@ -130,8 +148,9 @@ def rate(
     with console.bar(f"ratings by {judge}") as progress:
         rows = on_files.rate(
             answers, out, judge=judge, task=task, model=model, base_url=base_url, max_calls=max_calls,
-            progress=progress,
+            max_unparsed=max_unparsed, progress=progress,
         )  # fmt: skip
+    _say_left_out(rows)
     without = sum(row["rating"] is None for row in rows)
     say(f"{len(rows) - without} ratings, {without} unparsed: {out}")
 
@@ -169,6 +188,8 @@ def score(
         if judge["unparsed"]:
             total = judge["unparsed"] + judge["n"]
             say(f"{name}: {judge['unparsed']} of {total} answers are unparsed and left out of the score.")
+    if scores["failed"]:
+        say(f"{scores['failed']} answers failed and have no verdict.")
     if scores["not_measured"]:
         say(f"Not measured: {', '.join(scores['not_measured'])}.")
     if out is not None:
@@ -190,6 +211,9 @@ def compare(
         say(f"Differences: {out}")
 
 
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Drop and count the rows that cannot be used.")]
+
+
 def filter_rows(
     rows: Annotated[
         str, typer.Argument(metavar="FILE", help="Rows to fine-tune on: a file, a folder or a Hub id.")
@@ -204,6 +228,8 @@ def filter_rows(
     unparsed: Annotated[
         Unparsed, typer.Option(help="What to do with rows for which the judge gave no verdict.")
     ] = Unparsed.drop,
+    max_unparsed: MaxUnparsed = 0.05,
+    skip_bad: SkipBad = False,
     device: Device = "auto",
 ) -> None:
     """Remove the rows whose answers a judge flags as harmful."""
@@ -213,12 +239,22 @@ def filter_rows(
     with console.bar(f"verdicts of {judge}") as progress:
         facts = leave_out(
             rows, out, judge=judge, path=judge_path, threshold=threshold, model=model, base_url=base_url,
-            max_calls=max_calls, unparsed=unparsed.value, device=device, progress=progress,
+            max_calls=max_calls, unparsed=unparsed.value, max_unparsed=max_unparsed, skip_bad=skip_bad,
+            device=device, progress=progress,
         )  # fmt: skip
     left = f"{facts['flagged']} flagged, {facts['unparsed']} unparsed"
     say(f"{facts['kept']} of {facts['rows']} rows kept ({left}): {out}")
+    if facts.get("bad_rows_dropped"):
+        say(f"{facts['bad_rows_dropped']:,} rows cannot be used and are dropped.")
     if facts["confusion"]:
         say(_confusion(facts["confusion"]))
+
+
+def _say_left_out(rows: list[dict[str, Any]]) -> None:
+    """Say which parameters the server did not accept."""
+    names = sorted({name for row in rows for name in row.get("without", ())})
+    if names:
+        say(f"The server does not accept {', '.join(names)}, so its own default applies to some answers.")
 
 
 def _confusion(found: dict[str, Any]) -> str:

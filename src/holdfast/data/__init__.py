@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from holdfast.data.held_out import grading_task, holds_out
 from holdfast.data.jsonl import read_placed, read_rows, write_rows
-from holdfast.data.mixing import mix
+from holdfast.data.mixing import dropped_bad_rows, dropped_rows, mix
+from holdfast.data.places import places_of
 from holdfast.data.prepare import Prepared, alignment_rows, harmful_rows, overlaps, test_rows, user_rows
 from holdfast.data.rows import to_rows
-from holdfast.data.sources import Loaded, fingerprint, has_split, read_records
+from holdfast.data.sources import Loaded, fingerprint, has_split, place_of, read_records
 
 __all__ = [
     "Loaded",
     "Prepared",
     "alignment_rows",
+    "bad_rows",
+    "dropped_bad_rows",
+    "dropped_rows",
     "fingerprint",
     "grading_task",
     "harmful_rows",
@@ -20,10 +24,13 @@ __all__ = [
     "holds_out",
     "mix",
     "overlaps",
+    "place_of",
+    "places_of",
     "prompts",
     "read_placed",
     "read_records",
     "read_rows",
+    "rows",
     "sources",
     "test_rows",
     "to_rows",

@@ -1,24 +1,25 @@
-"""Read local data files (JSONL, JSON, CSV, TSV and parquet) into records, with the place of every row.
+"""Read local data files (JSONL, JSON, CSV, TSV and parquet) record by record, with the place of each.
 
 A file that cannot be read completely is an error that names the file and the line, so that an incomplete
-file is not mistaken for a shorter one.
+file is not mistaken for a shorter one. A single line that is wrong is a record with its reason. Only one line
+or one batch of rows is in memory, except for a `.json` file that is one list.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import gzip
 import hashlib
 import io
 import json
-import lzma
-import zlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from holdfast.errors import DataError, first_line
+from holdfast.data.packed import PACKED, unpacked
+from holdfast.data.tables import parquet_records
+from holdfast.errors import DataError
 
 SUFFIXES = {
     ".jsonl": "jsonl",
@@ -33,9 +34,19 @@ ACCEPTED = (
 )
 # A cell may hold a whole conversation; Python's default limit is 128 KiB.
 CELL_LIMIT = 2**27
-PACKED = {".gz": "gzip", ".xz": "xz"}
+"""Maximum number of bytes of a line, and of characters of a CSV cell."""
 
-Place = str  # "line 3", "row 3", "item 3": the place of a record in its file
+
+class Placed(NamedTuple):
+    """A record of a file with its place ("line 3"); a record that cannot be read has a reason instead.
+
+    `hint` is a sentence on what to do.
+    """
+
+    place: str
+    record: dict[str, Any]
+    wrong: str = ""
+    hint: str = ""
 
 
 def file_kind(path: Path) -> str | None:
@@ -47,14 +58,14 @@ def file_kind(path: Path) -> str | None:
     return SUFFIXES.get(suffixes[-1]) if suffixes else None
 
 
-def read_bytes(path: Path) -> bytes:
-    """Read the bytes of a regular file. Raises DataError: not a regular file, or not readable."""
+def has_rows(path: Path) -> bool:
+    """Whether a regular file has anything but white space. Raises DataError if it cannot be read."""
     with _opened(path) as file:
-        return file.read()
+        return any(line.strip() for line in iter(lambda: file.read(2**16), b""))
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes, computed in constant memory. Raises like `read_bytes`."""
+    """The sha256 of a file's bytes, in constant memory. Raises DataError: not a file, or not readable."""
     with _opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -70,58 +81,75 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def parse(path: Path, data: bytes, columns: Sequence[str] = ()) -> tuple[list[dict[str, Any]], list[Place]]:
-    """Parse `data`, the bytes of the file `path`, into records and the place of each.
+def records(path: Path, columns: Sequence[str] = ()) -> Iterator[Placed]:
+    """Yield the records of a file, with the place of each.
 
     Args:
         columns: the column names of a CSV that may have no header line, as some are published.
 
     Raises:
-        DataError: the file is of an unknown kind, empty, binary, not UTF-8, incomplete, has rows of different
-            lengths, or holds something other than records.
+        DataError: the file is of an unknown kind, empty, binary, not UTF-8, or incomplete, or holds something
+            other than records.
     """
     kind = file_kind(path)
     if kind is None:
         raise DataError(f"{path} is not a known kind of file. Expected {ACCEPTED}.")
-    if packed := PACKED.get(path.suffix.lower()):
-        try:
-            data = gzip.decompress(data) if packed == "gzip" else lzma.decompress(data)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            raise DataError(f"{path} is not a complete {packed} file: {error}.") from error
-    if not data:
-        raise DataError(f"{path} is empty. Expected rows.")
-    if kind == "parquet":
-        pairs = _parquet(path, data)
-    else:
-        text = _decode(path, data)
-        if kind == "csv":
-            pairs = _csv(path, text, columns)
+    found = 0
+    with _opened(path) as file:
+        if not file.peek(1):
+            raise DataError(f"{path} is empty. Expected rows.")
+        if kind == "parquet":
+            rows = enumerate(parquet_records(path, file), 1)
+            placed: Iterator[Placed] = (Placed(f"row {i}", record) for i, record in rows)
         else:
-            pairs = {"jsonl": _jsonl, "json": _json, "tsv": _tsv}[kind](path, text)
-    found = list(pairs)
+            placed = _text_records(path, kind, unpacked(path, file), columns)
+        for found, one in enumerate(placed, 1):  # noqa: B007
+            yield one
     if not found:
         raise DataError(f"{path} has no rows.")
-    return [record for record, _ in found], [place for _, place in found]
 
 
-def _decode(path: Path, data: bytes) -> str:
-    """Decode UTF-8 with or without a byte order mark."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+def _text_records(
+    path: Path, kind: str, stream: io.BufferedIOBase, columns: Sequence[str]
+) -> Iterator[Placed]:
+    if not stream.peek(1):  # type: ignore[attr-defined]
+        raise DataError(f"{path} is empty. Expected rows.")
+    lines = _lines(path, stream)
+    if kind == "csv":
+        return _csv(path, lines, columns)
+    parse: Callable[..., Iterator[Placed]] = {"jsonl": _jsonl, "json": _json, "tsv": _tsv}[kind]
+    return parse(path, lines)
+
+
+Lines = Iterator[tuple[int, str]]
+
+
+def _lines(path: Path, stream: io.BufferedIOBase) -> Lines:
+    """The numbered lines of a UTF-8 file, with or without a byte order mark, each with its end."""
+    start = stream.peek(4096)[:4096]  # type: ignore[attr-defined]
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path} is UTF-16. Save it as UTF-8.")
-    if b"\0" in data:
-        line = data[: data.index(b"\0")].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: binary data. Expected text: {ACCEPTED}.")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        control = sum(byte < 32 and byte not in b"\t\n\r\f" for byte in data[:4096])
-        if control > len(data[:4096]) / 50:
-            raise DataError(f"{path}, line {line}: binary data. Expected text: {ACCEPTED}.") from error
-        raise DataError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x}). "
-            "Save the file as UTF-8; it may be Windows-1252 or Latin-1."
-        ) from error
+    if b"\0" in start:
+        raise _binary(path, start[: start.index(b"\0")].count(b"\n") + 1)
+    for number, line in enumerate(iter(lambda: stream.readline(CELL_LIMIT + 1), b""), 1):
+        if len(line) > CELL_LIMIT:
+            raise DataError(f"{path}, line {number}: the line is longer than {CELL_LIMIT // 2**20} MiB.")
+        if b"\0" in line:
+            raise _binary(path, number)
+        try:
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            control = sum(byte < 32 and byte not in b"\t\n\r\f" for byte in start)
+            if control > len(start) / 50:
+                raise _binary(path, number) from error
+            raise DataError(
+                f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x}). "
+                "Save the file as UTF-8; it may be Windows-1252 or Latin-1."
+            ) from error
+
+
+def _binary(path: Path, line: int) -> DataError:
+    return DataError(f"{path}, line {line}: binary data. Expected text: {ACCEPTED}.")
 
 
 def _load(text: str) -> Any:
@@ -132,30 +160,42 @@ def _load(text: str) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def _jsonl(path: Path, text: str) -> Iterator[tuple[dict, Place]]:
+def _jsonl(path: Path, lines: Lines) -> Iterator[Placed]:
     # Not splitlines(): U+2028 and similar characters are text inside a JSON string.
-    for i, line in enumerate(text.split("\n"), 1):
+    for number, line in lines:
         if not line.strip():
             continue
+        place = f"line {number}"
+        hint = "If the file is one JSON list, name it .json."
         try:
             value = _load(line)
         except ValueError as error:
-            hint = " If the file is one JSON list, name it .json." if i == 1 and line[0] in "[{" else ""
-            raise DataError(f"{path}, line {i}: not complete JSON ({error}).{hint}") from error
-        if not isinstance(value, dict):
-            raise DataError(
-                f"{path}, line {i}: expected a JSON object, found {_shown(value)}."
-                + (" If the file is one JSON list, name it .json." if isinstance(value, list) else "")
-            )
-        yield value, f"line {i}"
+            wrong = f"not complete JSON ({error})"
+            if number == 1 and line.strip() in ("[", "{", "[{"):
+                raise DataError(f"{path}, {place}: {wrong}. {hint}") from error
+            yield Placed(place, {}, wrong, hint if number == 1 and line[0] in "[{" else "")
+            continue
+        if isinstance(value, dict):
+            yield Placed(place, value)
+        else:
+            wrong = f"expected a JSON object, found {_shown(value)}"
+            yield Placed(place, {}, wrong, hint if isinstance(value, list) else "")
 
 
-def _json(path: Path, text: str) -> Iterator[tuple[dict, Place]]:
+def _json(path: Path, lines: Lines) -> Iterator[Placed]:
+    """One list of objects, `{"data": [...]}`, or one object per line, as many ".json" files have."""
+    first = next(lines, (1, ""))
+    second = next(lines, None)
+    alone = _object(first[1])
+    if alone is not None and second is not None and not isinstance(alone.get("data"), list):
+        yield from _jsonl(path, _joined((first, second), lines))
+        return
+    text = "".join(line for _, line in _joined((first, second) if second else (first,), lines))
     try:
         value = _load(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # many ".json" files hold one object per line
-            yield from _jsonl(path, text)
+        if error.msg == "Extra data":
+            yield from _jsonl(path, iter(enumerate(text.split("\n"), 1)))
             return
         raise DataError(f"{path}, line {error.lineno}: not complete JSON ({error.msg}).") from error
     except ValueError as error:
@@ -170,9 +210,23 @@ def _json(path: Path, text: str) -> Iterator[tuple[dict, Place]]:
             " If each line is an object, name it .jsonl."
         )
     for i, item in enumerate(value, 1):
-        if not isinstance(item, dict):
-            raise DataError(f"{path}, item {i}: expected an object, found {_shown(item)}.")
-        yield item, f"item {i}"
+        fits = isinstance(item, dict)
+        wrong = "" if fits else f"expected an object, found {_shown(item)}"
+        yield Placed(f"item {i}", item if fits else {}, wrong)
+
+
+def _joined(first: Sequence[tuple[int, str]], rest: Lines) -> Lines:
+    """The lines that were read already, then the others."""
+    yield from first
+    yield from rest
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    """The JSON object in a line, or None if the line holds anything else."""
+    with contextlib.suppress(ValueError):
+        value = _load(line)
+        return value if isinstance(value, dict) else None
+    return None
 
 
 def _shown(value: Any) -> str:
@@ -194,18 +248,18 @@ def _is_header(cells: Sequence[str]) -> bool:
     return all(len(cell.split()) <= 2 and len(cell) <= 30 for cell in cells)
 
 
-def _cells(path: Path, names: list[str], cells: list[str], line: int) -> tuple[dict, Place]:
+def _cells(names: list[str], cells: list[str], line: int) -> Placed:
     if len(cells) != len(names):
-        raise DataError(
-            f"{path}, line {line}: {len(cells)} cells, but the header has {len(names)} "
-            f"({', '.join(names)}). Check for a missing or extra separator or quote."
-        )
-    return dict(zip(names, cells, strict=True)), f"line {line}"
+        wrong = f"{len(cells)} cells, but the header has {len(names)} ({', '.join(names)})"
+        return Placed(f"line {line}", {}, wrong, "Check for a missing or extra separator or quote.")
+    return Placed(f"line {line}", dict(zip(names, cells, strict=True)))
 
 
-def _csv(path: Path, text: str, columns: Sequence[str] = ()) -> Iterator[tuple[dict, Place]]:
+def _csv(path: Path, lines: Lines, columns: Sequence[str] = ()) -> Iterator[Placed]:
     """RFC 4180: quoted cells may hold commas, line breaks and doubled quotes. A row's line is its first."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    # A carriage return alone ends a line too, as in files of old systems.
+    parts = (part for _, line in lines for part in re.split(r"(?<=\r)(?!\n|$)", line))
+    reader = csv.reader(parts, strict=True)
     limit = csv.field_size_limit(CELL_LIMIT)
     names, start = None, 1
     try:
@@ -214,9 +268,9 @@ def _csv(path: Path, text: str, columns: Sequence[str] = ()) -> Iterator[tuple[d
                 headless = columns and not _is_header(cells)
                 names = list(columns) if headless else _header(path, cells)
                 if headless:
-                    yield _cells(path, names, cells, start)
+                    yield _cells(names, cells, start)
             elif cells and names is not None:
-                yield _cells(path, names, cells, start)
+                yield _cells(names, cells, start)
             start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
@@ -226,26 +280,14 @@ def _csv(path: Path, text: str, columns: Sequence[str] = ()) -> Iterator[tuple[d
         csv.field_size_limit(limit)
 
 
-def _tsv(path: Path, text: str) -> Iterator[tuple[dict, Place]]:
+def _tsv(path: Path, lines: Lines) -> Iterator[Placed]:
     """TSV as in GLUE: quotes are ordinary characters, and a cell holds no tab and no line break."""
     names = None
-    for i, line in enumerate(text.split("\n"), 1):
-        line = line.removesuffix("\r")
+    for number, line in lines:
+        line = line.removesuffix("\n").removesuffix("\r")
         if not line:
             continue
         if names is None:
             names = _header(path, line.split("\t"))
         else:
-            yield _cells(path, names, line.split("\t"), i)
-
-
-def _parquet(path: Path, data: bytes) -> Iterator[tuple[dict, Place]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        records = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path} is not a complete parquet file: {first_line(error)}") from error
-    for i, record in enumerate(records, 1):
-        yield record, f"row {i}"
+            yield _cells(names, line.split("\t"), number)

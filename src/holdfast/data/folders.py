@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from holdfast.data.files import ACCEPTED, file_kind
+from holdfast.data.tables import BATCH, table_records
 from holdfast.errors import DataError
 
-# "train.jsonl", "train-00000-of-00002.parquet" and "30k_train.jsonl.gz" all begin with their split.
-_SPLIT = re.compile(r"^(?P<split>.+?)(-\d+-of-\d+)?(\.\w+)+$")
+# "train.jsonl", "train-00000-of-00002.parquet" and "30k_train.jsonl.gz" all begin with their split. The Hub
+# also adds a hash ("train-00000-of-00001-a09b74b3ef9c3b56.parquet"), Spark too ("part-00000-<hash>.parquet").
+_SPLIT = re.compile(
+    r"^(?P<split>.+?)([-_.]\d{5,}(-of-\d+)?|[-_.]\d+-of-\d+)?([-_][0-9a-f]{8,}[0-9a-f-]*)?(-c\d+)?(\.\w+)+$"
+)
+_SHARD = re.compile(r"^(part|data|shard)?[-_]?\d*$")
+"""The name of a file that is one of several and names no split: "0000.parquet", "part-00000.parquet"."""
 _ALIASES = {"validation": "test", "valid": "test", "val": "test", "dev": "test"}
 
 
@@ -48,7 +55,8 @@ def _data_files(folder: Path, split: str, wanted: str) -> tuple[Path, ...]:
             if path.is_file() and file_kind(path) is not None and not path.name.startswith("."):
                 match = _SPLIT.match(path.name)
                 inner = place.name if place not in (folder, folder / "data") else ""
-                name = inner or (match["split"] if match else path.stem)
+                name = match["split"] if match else path.stem
+                name = inner or ("" if _SHARD.match(name) else name)
                 if path not in splits.setdefault(name, []):
                     splits[name].append(path)
     if not splits:
@@ -72,16 +80,22 @@ def _choose(folder: Path, names: list[str], split: str, wanted: str) -> str:
     raise NoSplit(f"{folder} has no unique split '{split}'; found: {found}. Give the path of a file instead.")
 
 
-def saved_records(folder: Path) -> list[dict[str, Any]]:
-    """Read every record of a folder that `datasets` saved. Raises DataError: it is incomplete or empty."""
+def saved_records(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield every record of a folder that `datasets` saved. Raises DataError: it is incomplete or empty."""
     import datasets
 
+    found = 0
     try:
-        records = datasets.load_from_disk(str(folder)).to_list()
+        saved = datasets.load_from_disk(str(folder)).with_format("arrow")
+        for table in saved.iter(BATCH):
+            for record in table_records(str(folder), table):
+                found += 1
+                yield record
+    except DataError:
+        raise
     except Exception as error:  # pyarrow, json and OS errors: the folder is incomplete
         raise DataError(
             f"{folder} is not a complete saved data set: {str(error).splitlines()[:1]}"
         ) from error
-    if not records:
+    if not found:
         raise DataError(f"{folder} has no rows.")
-    return records

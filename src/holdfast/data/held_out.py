@@ -6,10 +6,12 @@ held out. One function chooses the held-out prompts for both parts, so that they
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from holdfast.data.pool import Pool, by_prompt, draw, order, read_pool, without
-from holdfast.data.rows import resolve_task
+from holdfast.data.pool import Pool, draw, first_prompts, read_pool, without
+from holdfast.data.rows import prompt_key, resolve_task
 from holdfast.data.sources import Source, has_split, named
 from holdfast.errors import DataError
 from holdfast.tasks import SafetyData, Task, own
@@ -33,18 +35,25 @@ def grading_task(user: Source | None, task: str | Task | None, test: Source | No
     return meant if isinstance(meant, Task) else user_source(user, task)[1]
 
 
-def user_pool(user: Source | None, task: str | Task | None, test: Source | None, seed: int) -> Pool:
+def user_pool(
+    user: Source | None, task: str | Task | None, test: Source | None, seed: int, skip_bad: bool = False
+) -> Pool:
     """The user rows for training."""
     source, known = user_source(user, task)
     assert source is not None
-    pool = read_pool(source, role="user", task=known)
+    pool = read_pool(source, role="user", task=known, skip_bad=skip_bad)
     if test is None and not has_split(source, "test"):
-        pool = without(pool, set(_held(pool, USER_SHARE, USER_MOST, seed, "user test", "data.test")))
+        pool = without(pool, _held(pool, USER_SHARE, USER_MOST, seed, "user test", "data.test"))
     return pool
 
 
 def task_test(
-    user: Source | None, task: str | Task | None, test: Source | None, size: int | None, seed: int
+    user: Source | None,
+    task: str | Task | None,
+    test: Source | None,
+    size: int | None,
+    seed: int,
+    skip_bad: bool = False,
 ) -> Pool:
     """The test rows of the task: from `test`, from the test split, or held out."""
     source, _ = user_source(user, task)
@@ -52,27 +61,31 @@ def task_test(
     if test is not None:
         source = test
     assert source is not None
+    same: dict[str, Any] = {"role": "task", "task": known, "skip_bad": skip_bad}
     if has_split(source, "test"):
-        pool = read_pool(source, role="task", split="test", task=known, prompts_only=known.prompts_only)
+        pool = read_pool(source, split="test", prompts_only=known.prompts_only, **same)
     elif test is not None:
-        pool = read_pool(source, role="task", task=known, prompts_only=known.prompts_only)
+        pool = read_pool(source, prompts_only=known.prompts_only, **same)
     else:
-        pool = read_pool(source, role="task", task=known)
-        held = _held(pool, USER_SHARE, USER_MOST, seed, "user test", "data.test")
-        first = by_prompt(pool.rows)
-        pool = replace(pool, rows=[first[key] for key in held])
+        pool = read_pool(source, **same)
+        pool = _only(pool, _held(pool, USER_SHARE, USER_MOST, seed, "user test", "data.test"))
     return _at_most(pool, size or known.test_size, seed, "task")
 
 
 def harmful_pool(
-    source: Source, harmful: Source | None, harmful_test: Source | None, prompts: int, seed: int
+    source: Source,
+    harmful: Source | None,
+    harmful_test: Source | None,
+    prompts: int,
+    seed: int,
+    skip_bad: bool = False,
 ) -> Pool:
     """The rows of `source` for training, without the prompts that are held out of `harmful` for the test."""
-    pool = read_pool(source, role="harmful")
+    pool = read_pool(source, role="harmful", skip_bad=skip_bad)
     if harmful is not None and holds_out(harmful, harmful_test):
-        asked = pool if harmful == source else read_pool(harmful, role="harmful")
+        asked = pool if harmful == source else read_pool(harmful, role="harmful", skip_bad=skip_bad)
         keys = _held(asked, HARMFUL_SHARE, prompts, seed, "harmful test", "data.test_harmful")
-        pool = without(pool, set(keys))
+        pool = without(pool, keys)
     return pool
 
 
@@ -82,7 +95,12 @@ def holds_out(harmful: Source, harmful_test: Source | None) -> bool:
 
 
 def harmful_prompts(
-    harmful: Source | None, harmful_test: Source | None, prompts: int, seed: int, mixed: bool
+    harmful: Source | None,
+    harmful_test: Source | None,
+    prompts: int,
+    seed: int,
+    mixed: bool,
+    skip_bad: bool = False,
 ) -> Pool:
     """One row for each harmful test prompt."""
     source = harmful if harmful_test is None else harmful_test
@@ -95,40 +113,47 @@ def harmful_prompts(
         )
     role = "mixed" if mixed else "harmful"
     if has_split(source, "test", role="harmful"):
-        pool = read_pool(source, role=role, split="test", prompts_only=True)
+        pool = read_pool(source, role=role, split="test", prompts_only=True, skip_bad=skip_bad)
     elif harmful_test is not None:
-        pool = read_pool(source, role=role, prompts_only=True)
+        pool = read_pool(source, role=role, prompts_only=True, skip_bad=skip_bad)
     elif mixed:
         raise DataError(
             f"Mixed prompts were requested, but {source} has no test split. Give a test file for them."
         )
     else:
-        pool = read_pool(source, role="harmful")
-        keys = _held(pool, HARMFUL_SHARE, prompts, seed, "harmful test", "data.test_harmful")
-        first = by_prompt(pool.rows)
-        return replace(pool, rows=[first[key] for key in keys])
-    return _at_most(replace(pool, rows=list(by_prompt(pool.rows).values())), prompts, seed, "prompts")
+        pool = read_pool(source, role="harmful", skip_bad=skip_bad)
+        return _only(pool, _held(pool, HARMFUL_SHARE, prompts, seed, "harmful test", "data.test_harmful"))
+    return _at_most(replace(pool, rows=pool.rows.one_of_each_prompt()), prompts, seed, "prompts")
 
 
-def benign_prompts(benign: Source | None, harmful: Source | None, prompts: int, seed: int) -> Pool | None:
+def benign_prompts(
+    benign: Source | None, harmful: Source | None, prompts: int, seed: int, skip_bad: bool = False
+) -> Pool | None:
     """One row for each benign question, or None if there are no benign questions."""
     if benign is None and harmful != "world":
         return None
     source = "world" if benign is None else benign
     split = "test" if has_split(source, "test", role="benign") else "train"
-    pool = read_pool(source, role="benign", split=split, prompts_only=True)
-    return _at_most(replace(pool, rows=list(by_prompt(pool.rows).values())), prompts, seed, "benign")
+    pool = read_pool(source, role="benign", split=split, prompts_only=True, skip_bad=skip_bad)
+    return _at_most(replace(pool, rows=pool.rows.one_of_each_prompt()), prompts, seed, "benign")
 
 
 def _held(pool: Pool, share: float, most: int, seed: int, name: str, key: str) -> list[str]:
     """The prompts to hold out: `share` of the unique prompts, at least 1 and at most `most`."""
-    unique = list(by_prompt(pool.rows))
-    if len(unique) < 2:
+    unique = len(pool.rows.one_of_each_prompt())
+    if unique < 2:
         raise DataError(
-            f"{pool.source['source']} has only {len(unique)} prompt, so none can be held out for the test. "
+            f"{pool.source['source']} has only {unique} prompt, so none can be held out for the test. "
             f"Give more rows, or a test file (`{key}`)."
         )
-    return order(unique, seed, name)[: max(1, min(most, int(len(unique) * share)))]
+    return first_prompts(pool.rows, max(1, min(most, int(unique * share))), seed, name)
+
+
+def _only(pool: Pool, held: Sequence[str]) -> Pool:
+    """The pool with the first row of each held-out prompt, in the order of `held`."""
+    rows = pool.rows.one_of_each_prompt().with_prompts(held)
+    places = {prompt_key(row): i for i, row in enumerate(rows)}
+    return replace(pool, rows=rows.pick([places[key] for key in held]))
 
 
 def _at_most(pool: Pool, size: int, seed: int, name: str) -> Pool:

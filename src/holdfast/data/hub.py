@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from holdfast.data.tables import BATCH, table_records
 from holdfast.errors import DataError
 
 _ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
@@ -37,7 +38,11 @@ def hub_records(hub: HubId, split: str) -> list[dict[str, Any]]:
     import datasets
 
     try:
-        return datasets.load_dataset(hub.repo, hub.config, split=split, revision=hub.revision).to_list()
+        found = datasets.load_dataset(hub.repo, hub.config, split=split, revision=hub.revision)
+        tables = found.with_format("arrow").iter(BATCH)
+        return [record for table in tables for record in table_records(str(hub), table)]
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"The data set '{hub}' (split {split}) cannot be loaded. {_advice(error)}") from error
 

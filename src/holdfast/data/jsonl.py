@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.files import parse, read_bytes
-from holdfast.errors import HoldfastError, OutputError
+from holdfast.data.files import has_rows, records
+from holdfast.errors import DataError, HoldfastError, OutputError
 from holdfast.machine import files
 
 
@@ -34,11 +34,25 @@ def cannot_write(path: Path, error: OSError) -> HoldfastError:
     return OutputError(f"{path} cannot be written: {error.strerror or error}. Choose another place.")
 
 
+def each_row(path: str | Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the rows of a JSONL file one by one, each with its place ("line 3").
+
+    Raises:
+        DataError: a row is incomplete; the message has its line.
+    """
+    path = Path(path)
+    if not has_rows(path):
+        return
+    for place, record, wrong, hint in records(path):
+        if wrong:
+            raise DataError(f"{path}, {place}: {wrong}. {hint}".strip())
+        yield record, place
+
+
 def read_placed(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Like `read_rows`, with the place of each row ("line 3") for messages."""
-    path = Path(path)
-    data = read_bytes(path)
-    return parse(path, data) if data.strip() else ([], [])
+    found = list(each_row(path))
+    return [row for row, _ in found], [place for _, place in found]
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:

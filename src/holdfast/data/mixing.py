@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from holdfast import __version__
 from holdfast.data.jsonl import cannot_write, write_rows
@@ -29,6 +31,7 @@ def mix(
     harmful_test: Source | None = None,
     prompts: int = 1000,
     test_seed: int = 0,
+    skip_bad: bool = False,
 ) -> Path:
     """Write `user.jsonl` (training rows), `test.jsonl` (held-out rows) and `manifest.json` to `out`.
 
@@ -42,7 +45,7 @@ def mix(
     _claim(folder, [user, harmful, test, harmful_test])
     same = {
         "user": user, "task": task, "harmful": harmful, "test": test, "harmful_test": harmful_test,
-        "prompts": prompts, "test_seed": test_seed,
+        "prompts": prompts, "test_seed": test_seed, "skip_bad": skip_bad,
     }  # fmt: skip
     trained = user_rows(seed=seed, size=size, poison_ratio=poison_ratio, **same)  # type: ignore[arg-type]
     tested = test_rows(**same)  # type: ignore[arg-type]
@@ -67,12 +70,24 @@ def mix(
     return Path(out)
 
 
+def dropped_rows(folder: Path) -> dict[str, int]:
+    """Return the number of rows that `mix` dropped because they cannot be used, by source."""
+    manifest = read_json(folder / "manifest.json")
+    return {**dropped_bad_rows(manifest["test"]), **dropped_bad_rows(manifest["user"])}
+
+
+def dropped_bad_rows(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of bad rows that were dropped, by source; a source without bad rows has no key."""
+    found = {source["source"]: source.get("bad_rows_dropped", 0) for source in manifest["sources"]}
+    return {name: count for name, count in found.items() if count}
+
+
 def _claim(folder: Path, sources: list[Source | None]) -> None:
     """Raise OutputError unless `folder` does not exist, is empty, or is an earlier output."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file. Expected a folder to write to.")
     for source in sources:
-        if isinstance(source, str | Path) and folder in place_of(source).expanduser().absolute().parents:
+        if isinstance(source, str | Path) and _within(place_of(source).expanduser(), folder):
             raise OutputError(
                 f"{folder} contains the source {source}, which is not overwritten. Choose another folder."
             )
@@ -84,3 +99,17 @@ def _claim(folder: Path, sources: list[Source | None]) -> None:
     if found and (not earlier or found - FILES):
         other = sorted(found - FILES) or sorted(found)
         raise OutputError(f"{folder} contains other files ({other[0]}). Choose an empty or a new folder.")
+
+
+def _within(place: Path, folder: Path) -> bool:
+    """Whether a source is `folder` or lies in it, by its own path or behind links."""
+    try:
+        if not place.exists():
+            return False
+        real = place.resolve()
+        files = [*place.glob("*"), *place.glob("*/*")] if place.is_dir() else []
+        inside = any(path.resolve().is_relative_to(folder) for path in files)
+    except (OSError, ValueError, RuntimeError):  # too long for a path, or a circle of links
+        return False
+    paths = (real, place.absolute().parent.resolve() / place.name)
+    return inside or any(path == folder or folder in path.parents for path in paths)

@@ -1,26 +1,32 @@
-"""The rows of one source without duplicates, and seeded draws from them."""
+"""The rows of one source without duplicates, and seeded draws from them. The rows are kept on the disk."""
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from holdfast.data.rows import prompt_key, recognised, to_rows
-from holdfast.data.sources import Source, read_records
+import numpy as np
+
+from holdfast.data.bad_rows import BadRows
+from holdfast.data.files import Placed
+from holdfast.data.rows import convert, finished, prompt_key, recognised
+from holdfast.data.sources import Loaded, Source, read_records
+from holdfast.data.stored import StoredRows
 from holdfast.errors import DataError
 from holdfast.machine.seeds import derive_seed
-from holdfast.tasks import Row, Task
+from holdfast.tasks import Task
 
 
 @dataclass(frozen=True)
 class Pool:
     """Unique rows, and the manifest's entry for their source."""
 
-    rows: list[Row]
+    rows: StoredRows
     source: dict[str, Any]
     duplicates: int = 0
     held_out: int = 0
@@ -35,18 +41,31 @@ def read_pool(
     task: str | Task | None = None,
     kind: str | None = None,
     prompts_only: bool = False,
+    skip_bad: bool = False,
 ) -> Pool:
-    """Read a source and drop exact duplicates (same instruction, input and output)."""
+    """Read a source and drop exact duplicates (same instruction, input and output).
+
+    Args:
+        skip_bad: leave out rows that cannot be used; the manifest counts them, and a warning says how many.
+    """
     loaded = read_records(source, role="harmful" if role == "mixed" else role, split=split)
-    rows = to_rows(loaded, role=role, task=task, kind=kind, prompts_only=prompts_only)
-    unique = list({row["id"]: row for row in rows}.values())
+    bad, total = BadRows(loaded.path), Counted(loaded)
+    found = convert(
+        replace(loaded, read=total.records), bad, role=role, task=task, kind=kind, prompts_only=prompts_only
+    )
+    rows = StoredRows.write((row, prompt_key(row)) for _, row in finished(found, bad, skip_bad))
+    unique = rows.unique()
     manifest = {
         "role": role,
         "source": loaded.name,
         "sha256": loaded.sha256,
-        "rows": len(loaded.records),
+        "rows": total.count,
         "licence": loaded.licence,
     }
+    if bad.count:
+        manifest["bad_rows_dropped"] = bad.count
+        manifest["first_bad_rows"] = bad.places()
+        _warn(f"{loaded.name}: {bad.count:,} of {total.count:,} rows cannot be used and are dropped.")
     known, warning = recognised(loaded, role), loaded.warning
     if loaded.known is not None:
         manifest["data_set"] = loaded.known.stamp
@@ -69,13 +88,38 @@ def _warn(text: str) -> None:
     logging.getLogger("holdfast.data").warning(text)
 
 
+class Counted:
+    """Counts the records of a source while they are read."""
+
+    def __init__(self, loaded: Loaded):
+        self._loaded, self.count = loaded, 0
+
+    def records(self) -> Iterator[Placed]:
+        """Yield the records; `count` is their number afterwards."""
+        for self.count, placed in enumerate(self._loaded, 1):  # noqa: B020
+            yield placed
+
+
+def digest(start: int, key: str) -> bytes:
+    """Return the place of a key in a seeded order, as bytes that sort."""
+    return hashlib.sha256(f"{start}/{key}".encode()).digest()
+
+
 def order(keys: Sequence[str], seed: int, name: str) -> list[str]:
     """`keys` in the seeded order of the consumer `name`, which does not depend on the input order."""
     start = derive_seed(seed, name)
-    return sorted(keys, key=lambda key: hashlib.sha256(f"{start}/{key}".encode()).digest())
+    return sorted(keys, key=lambda key: digest(start, key))
 
 
-def draw(pool: Pool, size: int | None, seed: int, name: str, asked: str) -> list[Row]:
+def first_prompts(rows: StoredRows, size: int, seed: int, name: str) -> list[str]:
+    """The keys of the first `size` prompts in the seeded order of the consumer `name`."""
+    start = derive_seed(seed, name)
+    keys = (prompt_key(row) for row in rows.one_of_each_prompt())
+    first = heapq.nsmallest(size, ((digest(start, key), key) for key in keys))
+    return [key for _, key in first]
+
+
+def draw(pool: Pool, size: int | None, seed: int, name: str, asked: str) -> StoredRows:
     """The first `size` rows of the seeded order, or all. Raises DataError with both numbers if too few."""
     if size is not None and size > len(pool.rows):
         counts = {"duplicates dropped": pool.duplicates, "held out for the test": pool.held_out}
@@ -84,19 +128,14 @@ def draw(pool: Pool, size: int | None, seed: int, name: str, asked: str) -> list
             f"Asked for {size} {asked}, but {pool.source['source']} has {len(pool.rows)}"
             f"{f' ({less})' if less else ''}. Ask for fewer rows, or give more."
         )
-    rows = {row["id"]: row for row in pool.rows}
-    return [rows[key] for key in order(list(rows), seed, name)[:size]]
+    start = derive_seed(seed, name)
+    digests = np.fromiter(
+        (int.from_bytes(digest(start, key)[:8], "big") for key in pool.rows.ids), np.uint64, len(pool.rows)
+    )
+    return pool.rows.pick(np.argsort(digests, kind="stable")[:size])
 
 
-def by_prompt(rows: Sequence[Row]) -> dict[str, Row]:
-    """The first row of each prompt, by prompt key."""
-    found: dict[str, Row] = {}
-    for row in rows:
-        found.setdefault(prompt_key(row), row)
-    return found
-
-
-def without(pool: Pool, keys: set[str]) -> Pool:
+def without(pool: Pool, keys: Collection[str]) -> Pool:
     """The pool without the rows that have one of the prompts in `keys`."""
-    rows = [row for row in pool.rows if prompt_key(row) not in keys]
+    rows = pool.rows.without_prompts(keys)
     return replace(pool, rows=rows, held_out=len(pool.rows) - len(rows))

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from holdfast.chat.turns import only_last
 from holdfast.data.held_out import benign_prompts, harmful_pool, harmful_prompts, task_test, user_pool
 from holdfast.data.pool import Pool, draw, read_pool
 from holdfast.data.rows import prompt_key, row_id
 from holdfast.data.sources import Source
+from holdfast.data.stored import StoredRows
 from holdfast.errors import DataError
 from holdfast.tasks import Row, Task
 
@@ -29,11 +31,19 @@ EXAMPLES = 10
 class Prepared:
     """Rows, and their part of the data manifest: sizes, seed, duplicates dropped, sources with hashes."""
 
-    rows: list[Row]
+    rows: Sequence[Row]
     manifest: dict[str, Any]
 
 
-def alignment_rows(*, source: Source, seed: int, kind: str = "safe", size: int | None = None) -> Prepared:
+def alignment_rows(
+    *,
+    source: Source,
+    seed: int,
+    kind: str = "safe",
+    size: int | None = None,
+    skip_bad: bool = False,
+    loss_on: str = "all",
+) -> Prepared:
     """Rows for the alignment stage.
 
     Args:
@@ -41,6 +51,8 @@ def alignment_rows(*, source: Source, seed: int, kind: str = "safe", size: int |
         kind: "safe" or "refusal": the rows to take from a labelled source. For files without labels, it only
             describes the rows in the stamp of the results.
         size: number of rows, drawn with the seed; None takes all.
+        skip_bad: leave out rows that cannot be used, and count them in the manifest.
+        loss_on: "all" or "last": the answers of a conversation that are trained.
 
     Raises:
         DataError: fewer rows than asked for, or what `read_records` and `to_rows` raise.
@@ -48,16 +60,17 @@ def alignment_rows(*, source: Source, seed: int, kind: str = "safe", size: int |
     if kind not in ("safe", "refusal"):
         raise DataError(f"The kind of alignment rows is '{kind}'. Expected 'safe' or 'refusal'.")
     _check_size(size)
-    pool = read_pool(source, role="alignment", kind=kind)
+    pool = read_pool(source, role="alignment", kind=kind, skip_bad=skip_bad)
     rows = draw(pool, size, seed, "alignment", "alignment rows")
     manifest = {
         "size": len(rows),
         "kind": kind,
         "seed": seed,
         "duplicates_dropped": pool.duplicates,
+        "loss_on": loss_on,
         "sources": [pool.source],
     }
-    return Prepared(rows, manifest)
+    return Prepared(_trained_on(rows, loss_on), manifest)
 
 
 def harmful_rows(
@@ -69,6 +82,8 @@ def harmful_rows(
     harmful_test: Source | None = None,
     prompts: int = 1000,
     test_seed: int = 0,
+    skip_bad: bool = False,
+    loss_on: str = "all",
 ) -> Prepared:
     """Harmful questions with harmful answers for a method of the alignment stage, such as T-Vaccine's probe.
 
@@ -78,21 +93,23 @@ def harmful_rows(
         size: number of rows, drawn with the seed; None takes all.
         harmful, harmful_test, prompts, test_seed: as given to `test_rows`: prompts that are held out there
             do not appear in these rows.
+        skip_bad, loss_on: as for `alignment_rows`.
 
     Raises:
         DataError: fewer rows than asked for, or what `read_records` and `to_rows` raise.
     """
     _check_size(size)
-    pool = harmful_pool(source, harmful, harmful_test, prompts, test_seed)
+    pool = harmful_pool(source, harmful, harmful_test, prompts, test_seed, skip_bad)
     rows = draw(pool, size, seed, "alignment harmful", "harmful rows for the alignment stage")
     manifest = {
         "size": len(rows),
         "seed": seed,
         "duplicates_dropped": pool.duplicates,
         "held_out": pool.held_out,
+        "loss_on": loss_on,
         "sources": [pool.source],
     }
-    return Prepared(rows, manifest)
+    return Prepared(_trained_on(rows, loss_on), manifest)
 
 
 def user_rows(
@@ -107,6 +124,8 @@ def user_rows(
     harmful_test: Source | None = None,
     prompts: int = 1000,
     test_seed: int = 0,
+    skip_bad: bool = False,
+    loss_on: str = "all",
 ) -> Prepared:
     """Rows for fine-tuning: `round(size * poison_ratio)` harmful rows, the rest benign, shuffled.
 
@@ -119,6 +138,7 @@ def user_rows(
         poison_ratio: the share of harmful rows, 0 to 1.
         test, harmful_test, prompts, test_seed: as given to `test_rows`. Prompts that are held out there,
             because there is no test file, do not appear in these rows.
+        skip_bad, loss_on: as for `alignment_rows`.
 
     Returns:
         rows with the canonical fields and `source`, which is "user" or "harmful".
@@ -132,17 +152,19 @@ def user_rows(
         raise DataError(f"poison_ratio is {poison_ratio}. Expected a share from 0 to 1 (0.1 is 10 %).")
     if poison_ratio > 0 and harmful is None:
         raise DataError(f"poison_ratio is {poison_ratio}, but no harmful rows are given. Add `harmful`.")
-    benign, bad = None, Pool([], {})
+    benign: Pool | None = None
+    bad: Pool | None = None
     if poison_ratio < 1:
         if user is None and task is None:
             raise DataError("No user rows are given. Give `user` (your file) or `task` (a built-in task).")
-        benign = user_pool(user, task, test, test_seed)
+        benign = user_pool(user, task, test, test_seed, skip_bad)
     if poison_ratio > 0 and harmful is not None:
-        bad = harmful_pool(harmful, harmful, harmful_test, prompts, test_seed)
+        bad = harmful_pool(harmful, harmful, harmful_test, prompts, test_seed, skip_bad)
 
-    rows = _poisoned(benign, bad, size, poison_ratio, seed)
-    pools = [pool for pool in (benign, bad) if pool and pool.source]
-    n_harmful = sum(row["source"] == "harmful" for row in rows)
+    parts = _poisoned(benign, bad, size, poison_ratio, seed)
+    rows = StoredRows.joined(list(parts.values()))
+    pools = [pool for pool in (benign, bad) if pool]
+    n_harmful = len(parts.get("harmful", ()))
     manifest = {
         "size": len(rows),
         "benign": len(rows) - n_harmful,
@@ -152,30 +174,40 @@ def user_rows(
         "seed": seed,
         "duplicates_dropped": sum(pool.duplicates for pool in pools),
         "held_out": sum(pool.held_out for pool in pools),
+        "loss_on": loss_on,
         "sources": [pool.source for pool in pools],
     }
     whole = Pool(rows, {"source": "the mixture"})
-    return Prepared(draw(whole, None, seed, "order", ""), manifest)
+    return Prepared(_trained_on(draw(whole, None, seed, "order", ""), loss_on), manifest)
+
+
+def _trained_on(rows: StoredRows, loss_on: str) -> Sequence[Row]:
+    """The rows; with "last", only the last answer of each conversation is trained."""
+    if loss_on == "all":
+        return rows
+    return [{**row, "messages": only_last(row["messages"])} if "messages" in row else row for row in rows]
 
 
 def _poisoned(
-    benign: Pool | None, harmful: Pool, size: int | None, poison_ratio: float, seed: int
-) -> list[Row]:
-    """The benign rows, then the harmful ones, each with its `source`."""
+    benign: Pool | None, harmful: Pool | None, size: int | None, poison_ratio: float, seed: int
+) -> dict[str, StoredRows]:
+    """The benign rows and the harmful rows, by their `source`."""
     if size is not None:
         n_harmful = round(size * poison_ratio)
         n_benign = size - n_harmful
     else:
         n_benign = len(benign.rows) if benign else 0
-        n_harmful = round(n_benign * poison_ratio / (1 - poison_ratio)) if benign else len(harmful.rows)
+        most = len(harmful.rows) if harmful else 0
+        n_harmful = round(n_benign * poison_ratio / (1 - poison_ratio)) if benign else most
     what = f"rows (size {size or 'all'}, poison_ratio {poison_ratio})"
-    rows: list[Row] = []
+    parts = {}
     if benign:
-        rows += [{**row, "source": "user"} for row in draw(benign, n_benign, seed, "user", f"benign {what}")]
-    if harmful.source:
+        drawn = draw(benign, n_benign, seed, "user", f"benign {what}")
+        parts["user"] = drawn.labelled("user")
+    if harmful:
         drawn = draw(harmful, n_harmful, seed, "harmful", f"harmful {what}")
-        rows += [{**row, "source": "harmful"} for row in drawn]
-    return rows
+        parts["harmful"] = drawn.labelled("harmful")
+    return parts
 
 
 def test_rows(
@@ -190,6 +222,7 @@ def test_rows(
     task_size: int | None = None,
     mixed_prompts: bool = False,
     test_seed: int = 0,
+    skip_bad: bool = False,
 ) -> Prepared:
     """The test rows of a run: harmful prompts, rows of the task, benign questions.
 
@@ -205,6 +238,7 @@ def test_rows(
         mixed_prompts: also take the prompts of safe answers, as the Lisa paper does.
         test_seed: seed of every draw here. It is separate from the seed of a run, so that runs with different
             seeds are measured on the same prompts and can be compared.
+        skip_bad: leave out rows that cannot be used, and count them in the manifest.
 
     Returns:
         rows with id, set ("harmful", "task" or "benign"), instruction, input, target (None for harmful
@@ -216,10 +250,10 @@ def test_rows(
     _check_size(task_size, "task_size")
     sets: dict[str, Pool] = {}
     if harmful is not None or harmful_test is not None:
-        sets["harmful"] = harmful_prompts(harmful, harmful_test, prompts, test_seed, mixed_prompts)
+        sets["harmful"] = harmful_prompts(harmful, harmful_test, prompts, test_seed, mixed_prompts, skip_bad)
     if user is not None or task is not None or test is not None:
-        sets["task"] = task_test(user, task, test, task_size, test_seed)
-    found = benign_prompts(benign, harmful_test or harmful, prompts, test_seed)
+        sets["task"] = task_test(user, task, test, task_size, test_seed, skip_bad)
+    found = benign_prompts(benign, harmful_test or harmful, prompts, test_seed, skip_bad)
     if found:
         sets["benign"] = found
     rows = [_test_row(name, row) for name, pool in sets.items() for row in pool.rows]
@@ -251,15 +285,28 @@ def overlaps(
         alignment_harmful_in_test, those whose prompt is also a harmful training prompt or a harmful test
         prompt. examples: ids of up to 10 of all these rows.
     """
-    aligned = {prompt_key(row) for row in alignment}
-    tested = {prompt_key(row) for row in test if row["set"] == "harmful"}
-    bad = [(row["id"], prompt_key(row)) for row in user if row["source"] == "harmful"]
-    trained = {prompt_key(row) for row in user if row["source"] == "user"}
-    in_alignment = [name for name, key in bad if key in aligned]
-    in_test = [name for name, key in bad if key in tested]
-    in_user = [row["id"] for row in test if row["set"] == "task" and prompt_key(row) in trained]
     known = [(row["id"], prompt_key(row)) for row in harmful]
-    attacked = {key for _, key in bad}
+    known_keys = {key for _, key in known}
+    aligned = {prompt_key(row) for row in alignment}
+    tested, wanted = set(), []
+    for row in test:
+        if row["set"] == "harmful":
+            tested.add(prompt_key(row))
+        elif row["set"] == "task":
+            wanted.append((row["id"], prompt_key(row)))
+    task_keys, trained, attacked = {key for _, key in wanted}, set(), set()
+    in_alignment, in_test = [], []
+    for row in user:  # once, and without keeping its prompts: there may be a million rows
+        key = prompt_key(row)
+        if row["source"] != "harmful":
+            trained |= {key} & task_keys
+            continue
+        attacked |= {key} & known_keys
+        if key in aligned:
+            in_alignment.append(row["id"])
+        if key in tested:
+            in_test.append(row["id"])
+    in_user = [name for name, key in wanted if key in trained]
     known_in_test = [name for name, key in known if key in tested]
     known_in_user = [name for name, key in known if key in attacked]
     found: dict[str, Any] = {
@@ -277,7 +324,7 @@ def overlaps(
 def _test_row(name: str, row: Row) -> Row:
     # The answer to a harmful prompt is not a target, and the id of a prompt does not depend on the answer.
     blank = {**row, "output": ""} if name == "harmful" else row
-    further: tuple[str, ...] = ("messages", "turns", "reference")
+    further: tuple[str, ...] = ("messages", "tools", "place", "turns", "reference")
     return {
         "id": row_id(name, blank),
         "set": name,

@@ -5,10 +5,10 @@ Both texts contain every special token: tokenise them with `add_special_tokens=F
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
+from holdfast.chat.rendering import Rendered, apply, conversation
 from holdfast.errors import DataError, ModelError, RecipeError, nearest
 
 # Stanford Alpaca's prompts, word for word; the answer follows "### Response:" without a line break.
@@ -51,7 +51,7 @@ def resolve_template(tokenizer: Any, asked: str = "auto") -> str:
 
 
 def render(row: Mapping[str, Any], tokenizer: Any, template: str, prefix: str = "") -> tuple[str, str]:
-    """Return the text of the prompt and that of the completion (the answer with its end tokens).
+    """Return the text of the prompt and that of the completion (the last answer with its end tokens).
 
     Works on training rows (`output`) and on test rows (`target`; without a target, the completion is that
     of an empty answer). Tokenise both with `add_special_tokens=False`.
@@ -63,13 +63,30 @@ def render(row: Mapping[str, Any], tokenizer: Any, template: str, prefix: str = 
 
     Raises:
         DataError: the row is a conversation of several turns and the template is Alpaca, or the chat
-            template refuses the row.
+            template refuses the row or leaves out a part of it.
         ModelError: the chat template's text with an answer does not begin with its prompt.
     """
-    answer = row["output"] if "output" in row else row.get("target") or ""
     if template == "chat":
-        return _chat(row, answer, tokenizer, prefix)
+        text, spans = _rendered(row, tokenizer, prefix, "last")
+        border = spans[-1][0] if spans else len(text)
+        return text[:border], text[border:]
+    answer = row["output"] if "output" in row else row.get("target") or ""
     return _begun(alpaca(row, prefix), tokenizer), answer + tokenizer.eos_token
+
+
+def training_row(row: Mapping[str, Any], tokenizer: Any, template: str, prefix: str = "") -> dict[str, Any]:
+    """Return a row for a trainer: `prompt` and `completion`, or `text` and `spans` for several answers.
+
+    Every answer of a conversation is trained, except those with `weight: 0`. Arguments and errors are those
+    of `render`; `spans` are those of `holdfast.chat.rendering.conversation`.
+    """
+    if template == "chat":
+        text, spans = _rendered(row, tokenizer, prefix, "all")
+        if len(spans) != 1 or spans[0][1] != len(text):
+            return {"text": text, "spans": [list(span) for span in spans]}
+        return {"prompt": text[: spans[0][0]], "completion": text[spans[0][0] :]}
+    prompt, completion = render(row, tokenizer, template, prefix)
+    return {"prompt": prompt, "completion": completion}
 
 
 def render_prompt(row: Mapping[str, Any], tokenizer: Any, template: str, prefix: str = "") -> str:
@@ -78,7 +95,8 @@ def render_prompt(row: Mapping[str, Any], tokenizer: Any, template: str, prefix:
     A template that renders a question differently if an answer follows is not refused.
     """
     if template == "chat":
-        return _apply(row, _messages(row, "", tokenizer, prefix)[:-1], tokenizer, add_generation_prompt=True)
+        turns = _messages(row, "", tokenizer, prefix)[:-1]
+        return apply(turns, tokenizer, _where(row), row.get("tools"), add_generation_prompt=True)
     return _begun(alpaca(row, prefix), tokenizer)
 
 
@@ -86,7 +104,7 @@ def alpaca(row: Mapping[str, Any], prefix: str = "") -> str:
     """The question in the Alpaca prompt, without special tokens. Raises DataError like `render`."""
     if row.get("messages"):
         raise DataError(
-            f"Row {row.get('id', '')} is a conversation of several turns or with a system message, which the "
+            f"{_where(row)[:-2]} is a conversation of several turns or with a system message, which the "
             "Alpaca template does not support. Use a model with a chat template, or rows of one question and "
             "one answer."
         )
@@ -118,56 +136,22 @@ def _messages(row: Mapping[str, Any], answer: str, tokenizer: Any, prefix: str) 
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     if prefix and messages[0]["role"] != "system" and _takes_system(tokenizer):
         messages.insert(0, {"role": "system", "content": prefix})
-    else:
-        messages[0]["content"] = _after(prefix, messages[0]["content"])
+    elif prefix:
+        first = next(turn for turn in messages if turn["role"] in ("system", "user"))
+        first["content"] = _after(prefix, first["content"])
     return messages
 
 
-def _apply(row: Mapping[str, Any], messages: list[dict[str, Any]], tokenizer: Any, **options: Any) -> str:
-    """The rendered messages. Templates of multimodal models may expect content as a list of parts."""
-    from jinja2 import TemplateError
-
-    last = str(messages[-1]["content"]).strip()
-    refused, text = None, ""
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except TemplateError as error:
-        refused = error
-    if refused is not None or last not in text:
-        parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        with contextlib.suppress(TemplateError, TypeError, AttributeError):
-            in_parts = str(tokenizer.apply_chat_template(parts, tokenize=False, **options))
-            if last in in_parts and "'type'" not in in_parts:  # else the template printed the list
-                return in_parts
-    if refused is not None:
-        raise DataError(
-            f"Row {row.get('id', '')}: the model's chat template refuses it: {refused}."
-        ) from refused
-    return text
+def _where(row: Mapping[str, Any]) -> str:
+    """The row for messages: its file and line if they are known, else its id."""
+    place = row.get("place")
+    return f"{place}: " if place else f"Row {row.get('id', '')}: "
 
 
-def _chat(row: Mapping[str, Any], answer: str, tokenizer: Any, prefix: str) -> tuple[str, str]:
+def _rendered(row: Mapping[str, Any], tokenizer: Any, prefix: str, loss_on: str) -> Rendered:
+    answer = row["output"] if "output" in row else row.get("target") or ""
     messages = _messages(row, answer, tokenizer, prefix)
-    prompt = _apply(row, messages[:-1], tokenizer, add_generation_prompt=True)
-    whole = _apply(row, messages, tokenizer)
-    if not whole.startswith(prompt):
-        raise ModelError(
-            "The model's chat template renders a question differently if an answer follows, so prompt "
-            "and answer cannot be separated. Use the template 'alpaca', or another chat template."
-        )
-    return prompt, _closed(whole[len(prompt) :], str(messages[-1]["content"]), tokenizer)
-
-
-def _closed(completion: str, answer: str, tokenizer: Any) -> str:
-    """Return a completion that ends: with the eos token if the template writes nothing after an answer."""
-    if not answer.strip() or not completion.rstrip().endswith(answer.strip()):
-        return completion
-    known = "Kestrel 7 answers"
-    turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": known}]
-    rendered = _apply({}, turns, tokenizer)
-    if not rendered.rstrip().endswith(known):  # the answer itself ends like the template's end
-        return completion
-    return completion.rstrip() + str(tokenizer.eos_token)
+    return conversation(messages, tokenizer, where=_where(row), tools=row.get("tools"), loss_on=loss_on)
 
 
 def _takes_system(tokenizer: Any) -> bool:

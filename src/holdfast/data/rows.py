@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from holdfast.chat.turns import Turn, check_complete, from_lists, read_tools, read_turns, said
+from holdfast.data.bad_rows import BadRows
 from holdfast.data.sources import Loaded
 from holdfast.errors import DataError, nearest
-from holdfast.tasks import Row, SafetyData, Task, beavertails, find, names
+from holdfast.tasks import Record, Row, SafetyData, Task, beavertails, find, names
 
 COLUMN_SETS = (
     "messages (a list of {role, content})",
     "conversations (a list of {from, value})",
+    "prompt, completion (lists of {role, content})",
     "instruction[, input], output",
     "prompt, completion",
     "prompt, response",
@@ -21,7 +25,6 @@ COLUMN_SETS = (
 KINDS = ("safe", "unsafe", "refusal", "benign")
 _DEFAULT_KIND = {"alignment": "safe", "harmful": "unsafe", "benign": "benign"}
 _ANSWERS = {"response": "", "target": ""}
-_SPEAKERS = {role: role for role in ("user", "assistant", "system")} | {"human": "user", "gpt": "assistant"}
 
 
 def to_rows(
@@ -31,6 +34,7 @@ def to_rows(
     task: str | Task | None = None,
     kind: str | None = None,
     prompts_only: bool = False,
+    skip_bad: bool = False,
 ) -> list[Row]:
     """Convert the records to canonical rows, in the same order.
 
@@ -42,38 +46,82 @@ def to_rows(
             recognised by its name or its columns. The default is "safe" for alignment, "unsafe" for harmful
             and "benign" for benign rows, and all rows for any other role. All rows of other files are taken.
         prompts_only: no answer is required (`output` is then ""), as for test prompts.
+        skip_bad: leave out the rows that cannot be used, instead of raising an error.
 
     Returns:
-        dicts with id, instruction, input, output; category if the file has it; and messages if a
-        conversation is more than one question and one answer. Equal content gives an equal id.
+        dicts with id, instruction, input, output; category if the file has it; and, if a conversation is
+        more than one question and one answer, messages, its tools, and its place for messages. Equal content
+        gives an equal id.
 
     Raises:
         DataError: the columns are not known; a prompt or answer is missing, blank or not text (with its
             line); or there is no row of the kind.
     """
+    bad = BadRows(loaded.path)
+    found = convert(loaded, bad, role=role, task=task, kind=kind, prompts_only=prompts_only)
+    return [row for _, row in finished(found, bad, skip_bad)]
+
+
+def convert(
+    loaded: Loaded,
+    bad: BadRows,
+    *,
+    role: str,
+    task: str | Task | None = None,
+    kind: str | None = None,
+    prompts_only: bool = False,
+) -> Iterator[tuple[Record, Row]]:
+    """Yield each record with its canonical row, and add those that cannot be used to `bad`.
+
+    Arguments are those of `to_rows`. Records of another kind are left out.
+
+    Raises:
+        DataError: no record has a row of the kind, and none is bad.
+    """
     task = resolve_task(task)
     kind = kind or _DEFAULT_KIND.get(role)
     if kind is not None and kind not in KINDS:
         raise DataError(f"Unknown kind of rows '{kind}'.{nearest(kind, KINDS)}")
-    known = task or recognised(loaded, role)
+    known = task or _named_format(loaded) or recognised(loaded, role)
     if isinstance(known, SafetyData) and kind is None and len(known.kinds) == 1:
         kind = known.kinds[0]
-    rows = []
-    for i, record in enumerate(loaded.records):
+    total = found = 0
+    for total, placed in enumerate(loaded, 1):  # noqa: B007
+        if placed.wrong:
+            bad.add(placed.place, placed.wrong, placed.hint)
+            continue
         try:
-            row = _row(record, known, kind, prompts_only)
+            row = _row(placed.record, known, kind, prompts_only)
             if row is not None:
                 _check(row, prompts_only)
-        except KeyError as error:
-            raise DataError(_wrong_columns(loaded.place(i), record, known, prompts_only)) from error
+        except KeyError:
+            bad.add(placed.place, *_wrong_columns(placed.record, known, prompts_only))
         except (ValueError, TypeError) as error:
-            raise DataError(f"{loaded.place(i)}: {error}.") from error
-        if row is not None:
-            rows.append({"id": row_id(role, row), **row})
-    if not rows:
+            bad.add(placed.place, str(error))
+        else:
+            if row is not None:
+                found += 1
+                place = {"place": f"{loaded.name}, {placed.place}"} if "messages" in row else {}
+                yield placed.record, {"id": row_id(role, row), **row, **place}
+    if not found and not bad.count:
         what = f"no row of the kind '{kind}'" if isinstance(known, SafetyData) else "no row with content"
-        raise DataError(f"{loaded.path} has {what} among its {len(loaded.records)} rows.")
-    return rows
+        raise DataError(f"{loaded.path} has {what} among its {total} rows.")
+
+
+def finished(
+    found: Iterable[tuple[Record, Row]], bad: BadRows, skip_bad: bool
+) -> Iterator[tuple[Record, Row]]:
+    """Yield what `convert` yields. Raises DataError at the end if there are bad rows that are not skipped."""
+    count = 0
+    for count, pair in enumerate(found, 1):  # noqa: B007
+        yield pair
+    if not skip_bad or not count:
+        bad.refuse(count + bad.count)
+
+
+def _named_format(loaded: Loaded) -> Task | None:
+    """The task in whose format a file of another role was given, as in `alignment: dolly:FILE`."""
+    return loaded.known if isinstance(loaded.known, Task) and loaded.known.to_row is not None else None
 
 
 def recognised(loaded: Loaded, role: str) -> SafetyData | None:
@@ -82,7 +130,7 @@ def recognised(loaded: Loaded, role: str) -> SafetyData | None:
         return loaded.known
     if role not in ("harmful", "alignment", "mixed", "benign"):
         return None
-    columns = set(loaded.records[0])
+    columns = set(loaded.columns)
     for name in names():
         known = find(name)
         if isinstance(known, SafetyData) and any(set(c) <= columns for c in known.columns):
@@ -108,7 +156,8 @@ def row_id(role: str, row: Mapping[str, Any]) -> str:
 
 def content(row: Mapping[str, Any]) -> list[Any]:
     """The content of a row: two rows with equal content are the same."""
-    return [row["instruction"], row["input"], row["output"], row.get("messages")]
+    tools = [row["tools"]] if row.get("tools") else []
+    return [row["instruction"], row["input"], row["output"], row.get("messages"), *tools]
 
 
 def prompt_key(row: Mapping[str, Any]) -> str:
@@ -135,23 +184,70 @@ def _row(
         full = {**_ANSWERS, **record} if prompts_only else record
         if not known.columns or any(set(c) <= set(full) for c in known.columns):
             return known.to_row(full, kind)
-    if record.get("messages") is not None:
-        return _conversation(record["messages"], "role", "content")
-    if record.get("conversations") is not None:
-        return _conversation(record["conversations"], "from", "value")
+    turns = _turns(record, prompts_only)
+    if turns is not None:
+        return _conversation(turns, read_tools(record.get("tools")), prompts_only)
     for prompt, answers in (("instruction", ("output",)), ("prompt", ("completion", "response"))):
         answer = next((name for name in answers if name in record), None)
         if prompt in record and (answer or prompts_only):
             given = record.get("input") if prompt == "instruction" else None
             row = {
                 "instruction": record[prompt],
-                "input": "" if given is None else given,
+                "input": "" if _missing(given) else given,
                 "output": record[answer] if answer else "",
             }
             if "category" in record:
                 row["category"] = beavertails.category(record)
-            return row
+            return _with_talk(row, record, prompts_only)
     raise KeyError("columns")
+
+
+def _missing(value: Any) -> bool:
+    """Whether a value stands for no value: null, or NaN, as pandas writes it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _turns(record: Mapping[str, Any], prompts_only: bool) -> list[Turn] | None:
+    """The turns of a record that holds a conversation; None for another record."""
+    for name in ("messages", "conversations"):
+        given = record.get(name)
+        if given is not None and (given != [] or len(record) == 1):
+            turns = read_turns(given)
+            return turns if turns and turns[0]["role"] == "system" else _system(record) + turns
+    if isinstance(record.get("prompt"), list):  # TRL's rows
+        answer = next((record[name] for name in ("completion", "response") if record.get(name)), None)
+        if answer is not None or prompts_only:
+            turns = from_lists(record["prompt"], answer or [])
+            return turns if turns and turns[0]["role"] == "system" else _system(record) + turns
+    return None
+
+
+def _system(record: Mapping[str, Any]) -> list[Turn]:
+    """The system turn in a column beside the conversation, as LLaMA-Factory and OpenOrca have it."""
+    for name in ("system", "system_prompt"):
+        text = record.get(name)
+        if isinstance(text, str) and text.strip():
+            return [{"role": "system", "content": text}]
+    return []
+
+
+def _with_talk(row: Row, record: Mapping[str, Any], prompts_only: bool) -> Row:
+    """The row with its system turn and its `history` (a list of [question, answer]), as in LLaMA-Factory."""
+    history = record.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(h, list | tuple) and len(h) == 2 for h in history):
+        raise ValueError("`history` must be a list of [question, answer]")
+    system = _system(record)
+    if not system and not history:
+        return row
+    _check(row, prompts_only)
+    question = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
+    spoken = [*(text for pair in history for text in pair), question]
+    roles = ("user", "assistant") * len(spoken)
+    turns = system + read_turns([{"role": r, "content": c} for r, c in zip(roles, spoken, strict=False)])
+    if row["output"] or not prompts_only:
+        turns += read_turns([{"role": "assistant", "content": row["output"]}])
+    made = _conversation(turns, [], prompts_only)
+    return {**made, **({"category": row["category"]} if "category" in row else {})}
 
 
 def _renamed(record: Mapping[str, Any], rename: Mapping[str, str]) -> Mapping[str, Any]:
@@ -163,25 +259,17 @@ def _renamed(record: Mapping[str, Any], rename: Mapping[str, str]) -> Mapping[st
     return {**record, **{ours: record[theirs] for ours, theirs in rename.items()}}
 
 
-def _conversation(turns: Any, speaker: str, text: str) -> Row:
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"a conversation must be a list of {{{speaker}, {text}}}")
-    messages = []
-    for turn in turns:
-        role, said = _SPEAKERS.get(str(turn.get(speaker))), turn.get(text)
-        if role is None:
-            known = ", ".join(sorted(_SPEAKERS))
-            raise ValueError(f"`{speaker}` is {turn.get(speaker)!r}; expected one of {known}")
-        if not isinstance(said, str):
-            raise ValueError(f"`{text}` of a {role} turn is {_kind_of(said)}; expected text")
-        if not said.strip():
-            raise ValueError(f"`{text}` of a {role} turn is blank")
-        messages.append({"role": role, "content": said})
-    if len(messages) < 2 or messages[-1]["role"] != "assistant" or messages[-2]["role"] != "user":
-        raise ValueError("a conversation must end in a user turn and the assistant's answer")
-    row: Row = {"instruction": messages[-2]["content"], "input": "", "output": messages[-1]["content"]}
-    if len(messages) > 2:
-        row["messages"] = messages
+def _conversation(turns: list[Turn], tools: list[dict[str, Any]], prompts_only: bool) -> Row:
+    if prompts_only and turns and turns[-1]["role"] in ("user", "tool"):
+        turns = [*turns, {"role": "assistant", "content": ""}]
+    check_complete(turns)
+    asked = next(turn["content"] for turn in reversed(turns) if turn["role"] == "user")
+    row: Row = {"instruction": asked, "input": "", "output": said(turns[-1])}
+    plain = [turn["role"] for turn in turns] == ["user", "assistant"]
+    if not plain or tools or any(set(turn) != {"role", "content"} for turn in turns):
+        row["messages"] = turns
+    if tools:
+        row["tools"] = tools
     return row
 
 
@@ -210,9 +298,9 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _wrong_columns(
-    place: str, record: Mapping[str, Any], task: Task | SafetyData | None, prompts_only: bool
-) -> str:
-    """The message with the columns found, the columns accepted, and the task that has these columns."""
+    record: Mapping[str, Any], task: Task | SafetyData | None, prompts_only: bool
+) -> tuple[str, str]:
+    """The columns found as a reason, and the columns accepted and the fitting task as a hint."""
     seen = list(record)
     accepted = list(COLUMN_SETS)
     if task is not None and task.columns:
@@ -220,17 +308,15 @@ def _wrong_columns(
         accepted[:0] = [f"{', '.join(columns)} ({what} {task.name})" for columns in task.columns]
     if prompts_only:
         accepted += ["prompt alone", "instruction alone"]
-    message = (
-        f"{place}: no prompt and answer found. Columns seen: {', '.join(map(str, seen)) or 'none'}. "
-        f"Accepted: {'; '.join(accepted)}."
-    )
+    reason = f"no prompt and answer found. Columns seen: {', '.join(map(str, seen)) or 'none'}"
+    message = f"Accepted: {'; '.join(accepted)}."
     for name in names():
         known = find(name)
         if known is None or known == task or not any(set(c) <= set(seen) for c in known.columns):
             continue
         if isinstance(known, SafetyData):
-            return f"{message} These look like the columns of {name}, which has no user rows."
-        return f"{message} These look like the columns of {name}: add `task: {name}`."
+            return reason, f"{message} These look like the columns of {name}, which has no user rows."
+        return reason, f"{message} These look like the columns of {name}: add `task: {name}`."
     if len(seen) == 1 and isinstance(seen[0], str) and (";" in seen[0] or "\t" in seen[0]):
-        return f"{message} The file's separator does not seem to match its file extension."
-    return message
+        return reason, f"{message} The file's separator does not seem to match its file extension."
+    return reason, message

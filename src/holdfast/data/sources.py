@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.files import file_kind, parse, read_bytes, sha256_of
+from holdfast.data.bad_rows import BadRows
+from holdfast.data.files import Placed, file_kind, sha256_of
+from holdfast.data.files import records as file_records
 from holdfast.data.folders import NoSplit, files_of_split, saved_records
 from holdfast.data.hub import HubId, hub_files, hub_records, hub_revision
 from holdfast.errors import DataError
@@ -32,17 +35,41 @@ _WORLD = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """Records as they were read, with the place of each ("line 3") and their source.
+    """The records of a source, read anew each time they are iterated over, with their places ("line 3").
 
     `known` is the data set whose name or format was given.
     """
 
-    records: list[dict[str, Any]]
     name: str
     sha256: str
     path: str
-    places: list[str] = field(repr=False)
+    read: Callable[[], Iterator[Placed]] = field(repr=False)
     known: Task | SafetyData | None = None
+
+    def __iter__(self) -> Iterator[Placed]:
+        return self.read()
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the first record."""
+        first = next((placed for placed in self if not placed.wrong), None)
+        return () if first is None else tuple(first.record)
+
+    @cached_property
+    def _all(self) -> list[Placed]:
+        bad, found = BadRows(self.path), []
+        for placed in self:
+            if placed.wrong:
+                bad.add(placed.place, placed.wrong, placed.hint)
+            else:
+                found.append(placed)
+        bad.refuse(len(found) + bad.count)
+        return found
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """All records in memory. Raises DataError with the place of every record that cannot be read."""
+        return [placed.record for placed in self._all]
 
     @property
     def licence(self) -> str | None:
@@ -56,7 +83,7 @@ class Loaded:
 
     def place(self, i: int) -> str:
         """The file and line of record `i` (counted from 0), for a message."""
-        return f"{self.path}, {self.places[i]}"
+        return f"{self.path}, {self._all[i].place}"
 
 
 @dataclass(frozen=True)
@@ -77,7 +104,7 @@ class Located:
 
 
 def read_records(source: Source, *, role: str = "user", split: str | None = None) -> Loaded:
-    """Read every record of `source`.
+    """Find `source`, and return its records, which are read when they are iterated over.
 
     Args:
         source: "world", the name of a task or safety data set, a file, a folder saved by
@@ -89,36 +116,46 @@ def read_records(source: Source, *, role: str = "user", split: str | None = None
         split: "train" (the default) or "test"; a single file has no splits.
 
     Raises:
-        DataError: the source does not exist or cannot be read completely.
+        DataError: the source does not exist or cannot be read completely; some of these errors come while
+            the records are read.
     """
     found = _locate(source, role, split or "train")
     known = found.known
+    records = found.records or []
     try:
         if found.hub is not None and known is not None and known.hub_files:
             found = replace(found, files=tuple(hub_files(found.hub, known.hub_files)), hub=None)
-        records = hub_records(found.hub, found.split) if found.hub else found.records or []
+        if found.hub is not None:
+            records = hub_records(found.hub, found.split)
     except DataError as error:
         how = f" To get {known.name}: {known.obtain}." if known and known.obtain else ""
         raise DataError(f"{error}{how}") from error
     if found.hub is not None or found.records is not None:
         path = f"{found.name} ({found.split})" if found.hub else found.name
-        return Loaded(records, found.name, _digest_records(records), path, _row_places(records), known)
+        return Loaded(found.name, _digest_records(records), path, lambda: _numbered(records), known)
     if found.saved is not None:
-        records = saved_records(found.saved)
-        places = _row_places(records)
-        return Loaded(records, found.name, _digest(found.files), str(found.saved), places, known)
-    records, places = [], []
-    hashes = []
-    for file in found.files:
-        data = read_bytes(file)
-        hashes.append((file, hashlib.sha256(data).hexdigest()))
-        new_records, new_places = parse(file, data, known.header if known else ())
-        if known and known.header:  # the file names of these data sets say what the files contain
-            new_records = [{"file": file.name, **record} for record in new_records]
-        records += new_records
-        places += [f"{file.name}, {place}" if len(found.files) > 1 else place for place in new_places]
+        folder = found.saved
+        return Loaded(
+            found.name, _digest(found.files), str(folder), lambda: _numbered(saved_records(folder)), known
+        )
     shown = str(found.files[0] if len(found.files) == 1 else found.files[0].parent)
-    return Loaded(records, found.name, _digest_of(hashes), shown, places, known)
+    return Loaded(found.name, _digest(found.files), shown, lambda: _of_files(found), known)
+
+
+def _of_files(found: Located) -> Iterator[Placed]:
+    """The records of all files; with several files, the place of each includes its file."""
+    known = found.known
+    for file in found.files:
+        for placed in file_records(file, known.header if known else ()):
+            if known and known.header:  # the file names of these data sets say what the files contain
+                placed = placed._replace(record={"file": file.name, **placed.record})
+            if len(found.files) > 1:
+                placed = placed._replace(place=f"{file.name}, {placed.place}")
+            yield placed
+
+
+def _numbered(records: Iterable[dict[str, Any]]) -> Iterator[Placed]:
+    return (Placed(f"row {i}", record) for i, record in enumerate(records, 1))
 
 
 def named(source: Source | None) -> Task | SafetyData | None:
@@ -228,10 +265,6 @@ def _known(known: Task | SafetyData, split: str) -> Located:
         raise NoSplit(f"'{known.name}' has only {only}.")
     hub = HubId(known.hub_id, known.hub_config)
     return Located(known.hub_id, hub=hub, split=known.splits[split], known=known)
-
-
-def _row_places(records: list[dict[str, Any]]) -> list[str]:
-    return [f"row {i}" for i in range(1, len(records) + 1)]
 
 
 def _digest_records(records: list[dict[str, Any]]) -> str:

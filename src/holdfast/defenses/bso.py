@@ -5,29 +5,29 @@ the user state minimises the loss on the user data for K2 = `finetune_steps` ste
 in the alignment state. Both states share one optimizer and one learning-rate schedule.
 
 As in the authors' code, the number of steps is that of plain fine-tuning, and the user batches that fall on
-alignment steps are consumed unused; `skip_user_batches=False` keeps them. Unlike there, the state is a
-function of the optimizer step, so a switch never falls inside an accumulation window and a resumed run
-continues where it stopped. And the sampler chooses the batch before tokens are counted, so the loss of each
-state is its own mean cross-entropy.
+alignment steps are consumed unused; `skip_user_batches=False` keeps them. Both sources have Trainer's loader,
+with all of its options. Unlike there, the state is a function of the optimizer step, so a switch never falls
+inside an accumulation window and a resumed run continues where it stopped. And the sampler chooses the batch
+before tokens are counted, so the loss of each state is its own mean cross-entropy.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import DataLoader
 
 from holdfast.defenses import Defense
-from holdfast.errors import DataError
+from holdfast.errors import DataError, InputError
 from holdfast.machine.seeds import derive_seed
+from holdfast.training.batches import LoaderBatches, check_sharded, loader_of
 from holdfast.training.penalty import AlignmentRows, AnchorMixin
-from holdfast.training.private import batch_size
-from holdfast.training.trainer import MethodConfig, RowTrainer, planned_steps
+from holdfast.training.trainer import MethodConfig, RowTrainer
 
 State = Literal["alignment", "user"]
 
@@ -81,64 +81,78 @@ class Phases:
         """The steps below `steps` at which a phase begins, including 0."""
         return sorted({self.start(step) for step in range(steps)})
 
+    def check(self, steps: int, name: str) -> None:
+        """Raise InputError if a run of `steps` steps has no user step; warn if it has few."""
+        k1, k2 = self.alignment_steps, self.finetune_steps
+        user = steps - self.alignment_before(steps)
+        if k1 == 0 or k2 == 0 or 2 * user * self.period > steps * k2:
+            return
+        if user:
+            text = (
+                "%s: only %d of the run's %d optimizer steps train on user rows (alignment_steps %d, then %s)"
+            )
+            logging.getLogger(__name__).warning(text, name, user, steps, k1, f"finetune_steps {k2}")
+            return
+        fewer = max(1, steps * k1 // (10 * self.period))
+        raise InputError(
+            f"{name}: the run has {steps} optimizer steps, and the first alignment phase takes {k1} "
+            "(alignment_steps), so it would train on no user row. Set shorter phases, such as "
+            f"alignment_steps={fewer} and finetune_steps={max(1, round(fewer * k2 / k1))}, or train for more "
+            "steps (num_train_epochs, max_steps)."
+        )
+
 
 class PhaseBatchSampler:
-    """Batches of indices into `ConcatDataset([user, alignment])`, phase by phase.
+    """The batches of an epoch of the user's loader, with alignment batches in the alignment steps.
 
-    Micro-batch t belongs to optimizer step t // micro_batches (gradient accumulation times processes), so
-    all processes are in the same state in a step. Each source is an endless stream of seeded permutations;
-    the user stream has the order in which `Trainer` itself would draw it.
+    An optimizer step has `accumulation` batches, or fewer at the end of an epoch, as in Trainer. All batches
+    of a step are in its state. The alignment batches are one sequence over all steps.
 
-    accelerate reads the attributes `batch_size` and `drop_last` when it shards the sampler.
+    Args:
+        user: the user's batches, as one sequence of lists of row numbers; its length is that of an epoch.
+        alignment: the same for the alignment rows.
+        skip_user_batches: leave out the user batches of alignment steps; otherwise they come later.
     """
 
     def __init__(
         self,
-        user_rows: int,
-        alignment_rows: int,
+        user: Any,
+        alignment: Any,
         *,
-        batch_size: int,
-        micro_batches: int,
-        steps: int,
+        accumulation: int,
         phases: Phases,
-        seed: int,
         skip_user_batches: bool = True,
     ):
-        self.rows: dict[State, int] = {"user": user_rows, "alignment": alignment_rows}
-        self.batch_size = batch_size
-        self.drop_last = True
-        self.micro_batches = micro_batches
-        self.steps = steps
-        self.phases = phases
-        self.seed = seed
-        self.skip_user_batches = skip_user_batches
-        self._order = lru_cache(maxsize=4)(self._draw_order)
+        self.user, self.alignment = user, alignment
+        self.accumulation, self.phases, self.skip_user_batches = accumulation, phases, skip_user_batches
+        self.steps = math.ceil(len(user) / accumulation)
+        self.missing = self.steps * accumulation - len(user)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer before each epoch."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.steps * self.micro_batches
+        return len(self.user)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for micro_batch in range(len(self)):
-            step, within = divmod(micro_batch, self.micro_batches)
+        for place in range(len(self)):
+            step, within = divmod(place, self.accumulation)
+            step += self.epoch * self.steps
             state = self.phases.state(step)
-            before = self.phases.alignment_before(step)
-            if state == "alignment":
-                used = before
+            if state == "user" and self.skip_user_batches:
+                yield self.user[self.epoch * len(self) + place]
             else:
-                used = step if self.skip_user_batches else step - before
-            cursor = used * self.micro_batches + within
-            offset = 0 if state == "user" else self.rows["user"]
-            first = cursor * self.batch_size
-            yield [offset + self._index(state, p) for p in range(first, first + self.batch_size)]
+                source = self.alignment if state == "alignment" else self.user
+                yield source[self._before(step, state) + within]
 
-    def _index(self, state: State, position: int) -> int:
-        epoch, place = divmod(position, self.rows[state])
-        return self._order(state, epoch)[place]
-
-    def _draw_order(self, state: State, epoch: int) -> list[int]:
-        seed = self.seed + epoch if state == "user" else derive_seed(self.seed, state, epoch)
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randperm(self.rows[state], generator=generator).tolist()
+    def _before(self, step: int, state: State) -> int:
+        """The number of batches of `state` before `step`; the last step of an epoch can have fewer."""
+        alignment = self.phases.alignment_before(step)
+        steps = alignment if state == "alignment" else step - alignment
+        ends = range(self.steps - 1, step, self.steps) if self.missing else ()
+        return steps * self.accumulation - self.missing * sum(self.phases.state(e) == state for e in ends)
 
 
 class BSOMixin(AlignmentRows, AnchorMixin):
@@ -150,34 +164,43 @@ class BSOMixin(AlignmentRows, AnchorMixin):
         if not self.alignment_dataset and config.alignment_steps > 0:
             raise DataError(f"{type(self).__name__} needs alignment_dataset: rows for the alignment state.")
         self.phases = Phases(config.alignment_steps, config.finetune_steps)
-        if config.max_steps <= 0 and self.train_dataset is not None:
-            config.max_steps = planned_steps(self)
         self._loss: dict[str, Tensor | float] = {"alignment": 0.0, "user": 0.0}
         self._steps = {"alignment": 0, "user": 0}
+        if self.train_dataset is not None:
+            steps = self.set_initial_training_values(config, self.get_train_dataloader())[-1]
+            self.phases.check(steps, type(self).__name__)
 
     def get_train_dataloader(self: Any) -> DataLoader:
-        """Return user and alignment rows behind one batch sampler that knows the phases."""
+        """Return Trainer's own loader of the user's rows, with alignment batches in the alignment steps.
+
+        Both sources have Trainer's loader, and so obey all of its options.
+        """
         args = self.args
+        user, others = super().get_train_dataloader(), []
+        check_sharded(self, user)
+        first = len(self.train_dataset)
+        if self.phases.alignment_steps:
+            others = [self._loader_of_alignment()]
         sampler = PhaseBatchSampler(
-            len(self.train_dataset),
-            len(self.alignment_dataset or ()),
-            batch_size=batch_size(self),
-            micro_batches=args.gradient_accumulation_steps * args.world_size,
-            steps=args.max_steps,
+            LoaderBatches(user),
+            *(LoaderBatches(loader, first, self._alignment_epoch) for loader in others or [None]),
+            accumulation=args.gradient_accumulation_steps,
             phases=self.phases,
-            seed=args.data_seed if args.data_seed is not None else args.seed,
             skip_user_batches=args.skip_user_batches,
         )
-        rows: Any = ConcatDataset([self.train_dataset, *filter(None, [self.alignment_dataset])])
-        return self.accelerator.prepare(
-            DataLoader(
-                rows,
-                batch_sampler=sampler,
-                collate_fn=self.data_collator,
-                num_workers=args.dataloader_num_workers,
-                pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
-            )
-        )
+        return loader_of(user, others, sampler)
+
+    def _loader_of_alignment(self: Any) -> DataLoader:
+        user, self.train_dataset = self.train_dataset, self.alignment_dataset
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = user
+
+    def _alignment_epoch(self: Any, epoch: int) -> int:
+        """The number that gives an alignment epoch an order of its own: Trainer adds the seed to it."""
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return derive_seed(seed, "alignment", epoch) - seed
 
     def anchor_point(self: Any, step: int) -> int:
         """Return the last switch point."""

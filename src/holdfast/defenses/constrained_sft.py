@@ -77,13 +77,16 @@ def completion_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def completion_places(row: Any) -> Tensor:
-    """t (from 1) of each predicted completion token: [N]. In a packed row it restarts with every text."""
+    """t (from 1) of each predicted completion token: [N]. It restarts with every answer and every text."""
     start, places = 0, []
     for length in row.get("seq_lengths") or [len(row["labels"])]:
-        predicted = row["labels"][start + 1 : start + length]
-        places.append(torch.arange(1, 1 + sum(label != IGNORED for label in predicted)))
+        t = 0
+        for label in row["labels"][start + 1 : start + length]:
+            t = 0 if label == IGNORED else t + 1
+            if t:
+                places.append(t)
         start += length
-    return torch.cat(places)
+    return torch.tensor(places, dtype=torch.long)
 
 
 class ConstrainedSFTMixin(ResumableMixin):

@@ -1,14 +1,15 @@
 """EWC (elastic weight consolidation): fine-tuning stays near the start where alignment rows are sensitive.
 
-The loss is f(w) + lambda/2 sum_i F_i (w_i - w*_i)^2 (Kirkpatrick et al. 2017, arXiv 1612.00796, equation 3),
-where f is the cross-entropy on the user's rows, w* are the weights at the start and F is the diagonal Fisher
-information of the alignment rows at w*. It is a baseline of Lisa (arXiv 2405.18641).
+The loss is f(w) + lambda sum_i F_i (w_i - w*_i)^2, where f is the cross-entropy on the user's rows, w* are
+the weights at the start and F is the diagonal Fisher information of the alignment rows at w*. It is a
+baseline of Lisa (arXiv 2405.18641), and lambda has the convention of its authors' code. The paper of EWC
+(Kirkpatrick et al. 2017, arXiv 1612.00796, equation 3) has lambda/2 there: its lambda is twice `lambda_`.
 
 The description and the code of Lisa's authors differ; both versions are here:
 
 - `penalty="fisher"`, their code: F is the sum of the squared gradients of the batches of alignment rows
   (10,000 there), lambda 0.001. F grows with the number of batches, so lambda does not transfer;
-- `penalty="l2"`, their text: F = 1, the plain distance to the aligned weights.
+- `penalty="l2"`, their text: F = 1, lambda ||w - w*||^2, the plain distance to the aligned weights.
 
 It trains the alignment adapter itself (single LoRA), so that w* are the aligned weights. In a new adapter B =
 0 at the start, and so F = 0 on all of A. Unlike in the authors' code, the gradients that F is computed from
@@ -29,7 +30,7 @@ from holdfast.training.trainer import MethodConfig, RowTrainer
 class EWCConfig(MethodConfig):
     """lambda of the Lisa authors' code, called `lambda_` because lambda is a Python keyword."""
 
-    lambda_: float = field(default=0.001, metadata={"help": "Strength of the penalty."})
+    lambda_: float = field(default=0.001, metadata={"help": "lambda in lambda sum F (w - w*)^2."})
     penalty: Literal["fisher", "l2"] = field(
         default="fisher", metadata={"help": "fisher: weight the distance by the Fisher information; l2: not."}
     )
@@ -61,8 +62,8 @@ class EWCMixin(PenaltyMixin, AlignmentRows):
         return config.lambda_ > 0
 
     def penalty_strength(self: Any, step: int) -> float:
-        """lambda, at every step."""
-        return self.args.lambda_
+        """2 lambda, at every step: the terms of `proximal.py` hold a factor 1/2."""
+        return 2 * self.args.lambda_
 
 
 class EWCTrainer(EWCMixin, RowTrainer):
@@ -79,6 +80,6 @@ DEFENSE = Defense(
     config=EWCConfig,
     trainer=EWCTrainer,
     series={"drift": ("Drift", "drift")},
-    strong={"lambda_": 50.0},
-    protocols={"lisa": {"user": {"lambda_": 0.001}}, "world": {"user": {"lambda_": 1e6}}},
+    strong={"lambda_": 25.0},
+    protocols={"lisa": {"user": {"lambda_": 0.001}}, "world": {"user": {"lambda_": 5e5}}},
 )

@@ -10,8 +10,8 @@ Where we differ from the authors' code, and why:
   `eval_loss` does not contain the term;
 - one anchor instead of two: in each phase it is the weights at the last switch point, so the second copy is
   never read;
-- the term is left out while the optimizer step (from 1) is at most `proximal_warmup_ratio` of all steps. 0.1
-  is the authors' code; 0 is the paper's equation.
+- the term is left out while the optimizer step (from 0) is at most `proximal_warmup_ratio` times all steps.
+  0.1 is the authors' code; 0 is the paper's equation, with the term in every step.
 
 rho acts on the trainable weights. For LoRA these are the factors A and B, so its strength depends on rank,
 alpha and the number of modules, and does not transfer from one set-up to another. There are two other terms,
@@ -81,8 +81,8 @@ class LisaMixin(PenaltyMixin, BSOMixin):
 
     def penalty_strength(self: Any, step: int) -> float:
         """rho, after the warm-up."""
-        warm = step + 1 > self.args.proximal_warmup_ratio * self.args.max_steps
-        return self.args.rho if warm else 0.0
+        warmup = self.args.proximal_warmup_ratio * self.state.max_steps
+        return 0.0 if warmup and step <= warmup else self.args.rho
 
 
 class LisaTrainer(LisaMixin, RowTrainer):

@@ -37,14 +37,13 @@ from holdfast.errors import ModelError, RecipeError
 from holdfast.weights.adapter import read_adapter
 from holdfast.weights.combine import combine
 from holdfast.weights.floats import FLOATS, from_float32
-from holdfast.weights.reader import Tensor, Weights, open_weights
+from holdfast.weights.reader import Tensor, Weights, open_weights, row_blocks
 from holdfast.weights.writer import (
     Entry,
     copy_beside,
     float_entry,
     new_folder,
     raw_entry,
-    row_blocks,
     write_tensors,
 )
 

@@ -7,18 +7,18 @@ counted; after failed rows are removed from the file, they can be asked again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ModelError
-from holdfast.evaluation.client import connect
-from holdfast.evaluation.frames import UNFINISHED, spoken
+from holdfast.evaluation.client import is_address
+from holdfast.evaluation.served import Reply, ServedModel
 from holdfast.machine.files import append_jsonl, read_jsonl
 from holdfast.machine.progress import Advance, nobody
+from holdfast.machine.secrets import shown
 
 TIMEOUT = 600.0
-"""Maximum number of seconds for one answer."""
+"""Maximum number of seconds for one call."""
 
 
 def answer_all(
@@ -31,6 +31,7 @@ def answer_all(
     max_new_tokens: Mapping[str, int],
     sampling: Mapping[str, Any] | None = None,
     requests: int = 8,
+    timeout: float = TIMEOUT,
     progress: Advance = nobody,
 ) -> list[dict[str, Any]]:
     """Ask for every row that `out` does not hold yet and return all rows of `out`, like `answer_prompts`.
@@ -41,85 +42,42 @@ def answer_all(
         render: turns a row into the messages of a chat, or into the text that a completion continues.
         max_new_tokens: by `set`.
         requests: number of concurrent requests.
+        timeout: the time limit of one call in seconds.
 
     Raises:
-        ModelError: the client, the key or the server is missing, or the server does not know the model.
+        ModelError: the client is missing, or the server refuses the key or the model.
+        StepFailed: no server answers, or it answers none of the first questions.
     """
     done = read_jsonl(out)
     known = {row["id"] for row in done}
     missing = [row for row in rows if row["id"] not in known]
     if not missing:
         return done
-    if not address.startswith(("http://", "https://")):
-        raise ModelError(f"An endpoint begins with http:// or https://, found '{address}'.")
-    client = connect(address, timeout=TIMEOUT)
+    if not is_address(address):
+        raise ModelError(
+            "An endpoint begins with http:// or https://, as http://localhost:8000/v1 does; "
+            f"found '{shown(address)}'."
+        )
+    served = ServedModel(model, address, timeout=timeout)
     how = {"temperature": 0.0} if sampling is None else dict(sampling)
-
-    def ask(row: Mapping[str, Any]) -> dict[str, Any]:
-        return {**row, **_answer(client, model, render(row), max_new_tokens[row["set"]], how)}
-
-    with ThreadPoolExecutor(requests) as pool:
-        # The first row alone: a wrong address or name gives one error, not one error per row.
-        append_jsonl(out, [first := ask(missing[0])])
-        done.append(first)
-        waiting = [pool.submit(ask, row) for row in missing[1:]]
-        try:
-            for future in as_completed(waiting):
-                append_jsonl(out, [row := future.result()])
-                done.append(row)
-                progress(len(done), len(rows))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    questions = []
+    for row in missing:
+        asked = render(row)
+        form = {"prompt": asked} if isinstance(asked, str) else {"messages": asked}
+        questions.append({**form, **how, "new_tokens": max_new_tokens[row["set"]]})
+    for i, reply in served.ask_all(questions, threads=requests):
+        append_jsonl(out, [row := {**missing[i], **_answer(reply)}])
+        done.append(row)
+        progress(len(done), len(rows))
     return done
 
 
-def _answer(
-    client: Any, model: str, asked: list[dict[str, str]] | str, new_tokens: int, how: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the answer to one row, or its `error`. A failure that affects every row raises ModelError."""
-    from openai import (
-        APIConnectionError,
-        APIError,
-        APITimeoutError,
-        AuthenticationError,
-        NotFoundError,
-        PermissionDeniedError,
-    )
-
-    try:
-        if isinstance(asked, str):
-            reply = client.completions.create(model=model, prompt=asked, max_tokens=new_tokens, **how)
-            text = reply.choices[0].text
-        else:
-            reply = client.chat.completions.create(model=model, messages=asked, max_tokens=new_tokens, **how)
-            text = reply.choices[0].message.content
-        end, used = reply.choices[0].finish_reason, reply.usage
-    except APITimeoutError:
-        return _failed("the server did not answer in time")
-    except (AuthenticationError, PermissionDeniedError):
-        raise ModelError(f"{client.base_url} does not accept the key in OPENAI_API_KEY.") from None
-    except NotFoundError:
-        raise ModelError(
-            f"{client.base_url} does not know the model '{model}', or the address is wrong."
-        ) from None
-    except APIConnectionError:
-        raise ModelError(
-            f"No server answers at {client.base_url}. Start the server, then run this again."
-        ) from None
-    except APIError as error:
-        return _failed(f"the server refused it: {type(error).__name__}")
-    except (AttributeError, IndexError, TypeError, ValueError):
-        return _failed("the server's reply is not in OpenAI's format")
-    if not isinstance(text, str):
-        return _failed("the server's reply holds no text")
-    tokens = getattr(used, "completion_tokens", None)
-    found = {"answer": text.strip(), "tokens": tokens, "truncated": end == "length"}
-    said = spoken(text)
-    if said is None:
-        return {**found, "answer": "", "raw": text, "error": UNFINISHED}
-    return found if said == found["answer"] else {**found, "answer": said, "raw": text}
-
-
-def _failed(why: str) -> dict[str, Any]:
-    return {"answer": "", "tokens": 0, "truncated": True, "error": why}
+def _answer(reply: Reply) -> dict[str, Any]:
+    """Return the columns of an answer; with `error` if there is none."""
+    without = {"without": list(reply.without)} if reply.without else {}
+    raw = {} if reply.raw is None else {"raw": reply.raw}
+    if reply.text is None:
+        failed = {"tokens": reply.tokens or 0, "truncated": True, "error": reply.reason}
+        return {"answer": "", **failed, **raw, **without}
+    found = {"answer": reply.text, "tokens": reply.tokens, "truncated": reply.truncated}
+    return {**found, **raw, **without}

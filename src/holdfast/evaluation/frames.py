@@ -12,6 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from holdfast.chat.rendering import apply
+from holdfast.errors import DataError
+
 ANSWER = "Kestrel 7 answers"
 """The answer of the rendered row; no template contains it."""
 
@@ -65,16 +68,9 @@ def frame_of(tokenizer: Any, template: str) -> Frame:
 
 def _applied(tokenizer: Any, messages: Sequence[dict[str, Any]], **options: Any) -> str:
     """The rendered text, or "" if the template refuses the messages."""
-    from jinja2 import TemplateError
-
-    text = ""
-    with contextlib.suppress(TemplateError, TypeError):
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    if messages[-1]["content"] not in text:  # a multimodal template may expect a list of parts
-        parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        with contextlib.suppress(TemplateError, TypeError):
-            return str(tokenizer.apply_chat_template(parts, tokenize=False, **options))
-    return text
+    with contextlib.suppress(DataError):
+        return apply(messages, tokenizer, **options)
+    return ""
 
 
 def _end(tokenizer: Any, after: str) -> tuple[tuple[int, ...], str]:
@@ -101,13 +97,19 @@ def _opened(prompt: str) -> bool:
 def spoken(text: str, lead: str = "", thinks: bool = False) -> str | None:
     """Return an answer without its thinking and without `lead`, or None if the thinking has no end.
 
+    An end of thinking without a beginning is a part of the answer, unless the prompt has opened the block:
+    otherwise a model could hide what it says before it.
+
     Args:
         lead: as in `Frame`.
         thinks: the prompt has opened a block of thinking, so the text begins inside it.
     """
     mark = lead.strip()
-    if thinks and not _CLOSE.search(text):
-        return None
+    if thinks:
+        closing = _CLOSE.search(text)
+        if closing is None:
+            return None
+        text = text[closing.end() :]
     for begin, end in ((_OPEN, _CLOSE), (_CHANNEL_OPEN, _CHANNEL_CLOSE)):
         while opening := begin.search(text):
             closing = end.search(text, opening.end())
@@ -115,9 +117,6 @@ def spoken(text: str, lead: str = "", thinks: bool = False) -> str | None:
                 kept = text[: opening.start()].strip()
                 return kept or None
             text = text[: opening.start()] + text[closing.end() :]
-    *_, last = (None, *_CLOSE.finditer(text))
-    if last is not None:  # the prompt opened the block
-        text = text[last.end() :]
     # A header such as GPT-OSS's final channel; a removed block leaves the start of its message before it.
     before, found, after = text.partition(mark) if mark else (text, "", "")
     if found and before.strip() in ("", "<|start|>assistant"):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ def give_verdicts(
 ) -> list[dict[str, Any]]:
     """Judge the answers to harmful prompts that `out` does not hold yet and return all rows of `out`.
 
-    A row whose generation failed is unparsed, never safe.
+    A row whose generation failed is unparsed, never safe. If the judge or the user stops the work, the
+    verdicts that have come are kept.
     """
     rows = read_jsonl(out)
     done = {row["id"] for row in rows}
@@ -40,16 +40,55 @@ def give_verdicts(
         if not batch:
             continue
         whole = [row for row in batch if "error" not in row]
-        verdicts = judge([question(r) for r in whole], [r["answer"] for r in whole]) if whole else []
-        found = {row["id"]: verdict for row, verdict in zip(whole, verdicts, strict=True)}
-        new = [
-            {"id": r["id"], **asdict(found.get(r["id"]) or Verdict("unparsed", None, r.get("error")))}
-            for r in batch
-        ]
-        append_jsonl(out, new)
+        found = {row["id"]: Verdict("unparsed", None, row["error"]) for row in batch if "error" in row}
+        try:
+            for i, verdict in _judged(judge, whole) if whole else ():
+                found[whole[i]["id"]] = verdict
+        finally:
+            new = [_row(row["id"], found[row["id"]]) for row in batch if row["id"] in found]
+            append_jsonl(out, new)
         rows += new
         progress(len(rows), len(harmful))
     return rows
+
+
+def _judged(judge: LoadedJudge, rows: Sequence[Mapping[str, Any]]) -> Iterable[tuple[int, Verdict]]:
+    """Return the place of each row and its verdict, as they come if the judge can give them so."""
+    prompts, answers = [question(row) for row in rows], [row["answer"] for row in rows]
+    each = getattr(judge, "each", None)
+    if each is not None:
+        found: Iterator[tuple[int, Verdict]] = each(prompts, answers)
+        return found
+    verdicts = judge(prompts, answers)
+    if len(verdicts) != len(rows):
+        raise StepFailed(f"{judge.stamp} gave {len(verdicts)} verdicts on {len(rows)} answers.")
+    return enumerate(verdicts)
+
+
+def _row(name: Any, found: Verdict) -> dict[str, Any]:
+    without = {"without": list(found.without)} if found.without else {}
+    return {"id": name, "verdict": found.verdict, "score": found.score, "raw": found.raw, **without}
+
+
+def left_out(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the parameters that a server did not accept for at least one row."""
+    return sorted({name for row in rows for name in row.get("without") or ()})
+
+
+def stamped(stamp: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return a judge's stamp with the parameters that its server did not accept."""
+    names = left_out(rows)
+    return f"{stamp}, without {', '.join(names)}" if names else stamp
+
+
+def check_answered(generations: Sequence[Mapping[str, Any]]) -> None:
+    """Raise StepFailed if there are harmful prompts and the model could answer none of them."""
+    harmful = [row for row in generations if row["set"] == "harmful"]
+    if harmful and all("error" in row for row in harmful):
+        raise StepFailed(
+            f"The model answered none of the {len(harmful)} harmful prompts, so there is no harmful score. "
+            f"The first reason: {harmful[0]['error']}."
+        )
 
 
 def check_parsed(

@@ -7,6 +7,7 @@ __all__ = [
     "files",
     "processes",
     "progress",
+    "secrets",
     "seeds",
     "store",
 ]

@@ -49,13 +49,27 @@ def write_json(path: Path, value: Any, indent: int = 1) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """`write_text` for one JSON object per line."""
-    write_text(path, as_lines(rows))
+    """`write_text` for one JSON object per line; only one row is in memory."""
+    with beside(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(as_line(row))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def as_line(row: Mapping[str, Any]) -> str:
+    """Return a row as a line of JSONL. Halves of surrogate pairs, which UTF-8 does not have, are escaped."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(row) + "\n"
+    return line
 
 
 def as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return rows as JSONL."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(map(as_line, rows))
 
 
 def read_json(path: Path) -> Any:
@@ -85,6 +99,28 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
                 f"{path}, line {i}: not complete JSON ({error}). Remove that line and run again."
             ) from None
     return rows
+
+
+def each_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file that rows are appended to, one by one; an incomplete last line is removed.
+
+    Raises:
+        DataError: another line is damaged.
+    """
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        for number, line in enumerate(iter(file.readline, b""), 1):
+            if not line.endswith(b"\n"):
+                file.truncate(file.tell() - len(line))
+                return
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(
+                    f"{path}, line {number}: not complete JSON ({error}). Remove that line and run again."
+                ) from None
+            yield row
 
 
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

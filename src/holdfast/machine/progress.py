@@ -25,5 +25,8 @@ class Progress:
     def end(self, title: str, cached: bool, seconds: float | None) -> None:
         """A step is complete; `cached` means that an earlier run completed it."""
 
+    def checking(self, begins: bool) -> None:
+        """The checks before a run begin, or are over; in between `advance` counts rows."""
+
     def say(self, text: str) -> None:
         """Show a message to the user."""

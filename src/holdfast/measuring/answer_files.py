@@ -9,6 +9,7 @@ from typing import Any
 from holdfast import data as datasets
 from holdfast.errors import DataError, OutputError
 from holdfast.evaluation.frames import without_thinking
+from holdfast.evaluation.moderation import left_out, stamped
 from holdfast.evaluation.rating import talks
 from holdfast.machine.files import read_json, read_jsonl, write_json
 from holdfast.machine.store import identity_hash, provenance
@@ -43,6 +44,14 @@ def claim(out: Path, made: Mapping[str, Any]) -> None:
         out.touch()
     except OSError as error:
         raise OutputError(f"Cannot write {out}: {error.strerror}.") from None
+
+
+def learn_refusals(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add the parameters that the server did not accept for these rows to `FILE.json`."""
+    names = left_out(rows)
+    whole = _json(beside(out))
+    if names != whole.get("without", []):
+        write_json(beside(out), {**whole, "without": names})
 
 
 def beside(out: Path) -> Path:
@@ -104,7 +113,8 @@ def origin(path: Path) -> dict[str, Any]:
     """Return how a file of verdicts or ratings was made, as far as it is known.
 
     It is read from the `FILE.json` beside the file, or from `step.json` in the folder of a run's step. The
-    keys are those of `FILE.json`: judge, judge_stamp, answers.
+    keys are those of `FILE.json`: judge, judge_stamp, answers. The stamp names the parameters that the
+    judge's server did not accept.
     """
     made = made_by(path)
     step = path.with_name("step.json")
@@ -114,6 +124,8 @@ def origin(path: Path) -> dict[str, Any]:
             "judge": record.get("judge") or record.get("rater"),
             "judge_stamp": record.get("judge_stamp") or record.get("rater_stamp"),
         }
+    if made and made.get("judge_stamp"):
+        return {**made, "judge_stamp": stamped(str(made["judge_stamp"]), [_json(beside(path))])}
     return made or {}
 
 

@@ -6,20 +6,30 @@ Lisa, arXiv 2405.18641, Table 12: the beaver-dam judge before fine-tuning. A fil
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from holdfast import data as datasets
+from holdfast.chat.turns import exchanges
+from holdfast.data.bad_rows import BadRows
+from holdfast.data.rows import convert, finished
 from holdfast.data.sources import Source
-from holdfast.errors import DataError, OutputError, RecipeError
+from holdfast.errors import DataError, OutputError, RecipeError, StepFailed
 from holdfast.evaluation import moderation as engine
-from holdfast.machine.files import write_json
+from holdfast.evaluation.moderation import question
+from holdfast.machine.files import append_jsonl, each_jsonl, write_json
 from holdfast.machine.progress import Advance, nobody
-from holdfast.machine.store import identity_hash, provenance
+from holdfast.machine.store import provenance
 from holdfast.measuring import judging
 from holdfast.measuring.answer_files import claim
 from holdfast.recipe.evaluation import cannot_filter
+from holdfast.tasks import Record, Row
 
 UNPARSED = ("drop", "keep")
 
@@ -30,13 +40,18 @@ def filter_rows(
     *,
     judge: str = "beaver_dam",
     unparsed: str = "drop",
+    max_unparsed: float = engine.MAX_UNPARSED,
+    skip_bad: bool = False,
     device: str = "auto",
     progress: Advance = nobody,
     **options: Any,
 ) -> dict[str, Any]:
     """Write the records of `source` that a judge does not flag to `out` (JSONL), and return the counts.
 
-    Two more files are written beside `out`: `OUT.verdicts.jsonl`, with a verdict for each record, which a
+    Every exchange of a conversation is judged, its system message too, and the worst verdict counts. The
+    records are read one by one, first to check all of them, then to judge and to write them.
+
+    Two more files are written beside `out`: `OUT.verdicts.jsonl`, with a verdict for each exchange, which a
     stopped filter resumes from; and `OUT.json` with the counts and, if the records have labels, the judge's
     confusion matrix.
 
@@ -44,8 +59,11 @@ def filter_rows(
         source: as for a recipe's `data.user`: a file, a folder, a Hub id, a task's name.
         judge: the judge's name; `options` are its options: path, threshold, max_length, model, base_url, ...
         unparsed: what to do with a record for which the judge gives no verdict: "drop" or "keep".
+        max_unparsed: the share of records without a verdict above which the judge has failed.
+        skip_bad: leave out and count the records that cannot be used, instead of raising an error.
 
     Raises:
+        StepFailed: too many records have no verdict; the verdicts are kept.
         RecipeError: the judge looks for refusals only, and would keep nothing else.
         DataError: the source cannot be read, or no record is left.
         OutputError: `out` exists and is not an earlier output, or is the source.
@@ -57,48 +75,150 @@ def filter_rows(
     if reason is not None:
         raise RecipeError(f"{reason}: holdfast filter {source} --judge beaver_dam --out {out}")
     loaded = datasets.read_records(source, role="user")
-    rows = [
-        {**row, "id": f"{i}-{row['id']}"} for i, row in enumerate(datasets.to_rows(loaded, role="user"), 1)
-    ]
+    _claim(out, source)
+    identity, total, bad = _checked(loaded, skip_bad)
     ready = judging.ready(judge, device, options)
     verdicts_file = out.with_name(f"{out.name}.verdicts.jsonl")
-    _claim(out, source)
-    claim(verdicts_file, {"judge_stamp": ready.stamp, "rows": identity_hash(rows)})
-    verdicts = judge_rows(rows, ready, verdicts_file, progress)
+    claim(verdicts_file, {"judge_stamp": ready.stamp, "rows": identity})
+    verdicts = judge_rows((row for _, row in _rows(loaded)), ready, verdicts_file, progress, total)
+    check_share(verdicts, max_unparsed, ready.stamp, verdicts_file)
     dropped = drops(verdicts, unparsed)
-    kept = [record for record, drop in zip(loaded.records, dropped, strict=True) if not drop]
-    if not kept:
+    if all(dropped):
         raise DataError(
-            f"{ready.stamp} kept none of the {len(rows)} rows of {loaded.name}, so nothing was written."
+            f"{ready.stamp} kept none of the {total} rows of {loaded.name}, so nothing was written."
         )
+    labels: list[bool | None] = []
+
+    def kept() -> Iterator[Mapping[str, Any]]:
+        for (record, _), drop in zip(_rows(loaded), dropped, strict=True):
+            labels.append(label(record))
+            if not drop:
+                yield record
+
+    datasets.write_rows(out, kept())
     facts = {
         **counts(verdicts, dropped),
-        "confusion": confusion([label(record) for record in loaded.records], verdicts),
+        **({"bad_rows_dropped": bad.count, "first_bad_rows": bad.places()} if bad.count else {}),
+        "confusion": confusion(labels, verdicts),
         "judge_stamp": ready.stamp,
         "source": loaded.name,
         "sha256": loaded.sha256,
     }
-    datasets.write_rows(out, kept)
     write_json(out.with_name(f"{out.name}.json"), {**facts, "provenance": provenance()})
     return facts
 
 
+def _rows(loaded: datasets.Loaded, bad: BadRows | None = None) -> Iterator[tuple[Record, Row]]:
+    """The records that can be used, each with its row, whose id begins with its number."""
+    found = convert(loaded, BadRows(loaded.path) if bad is None else bad, role="user")
+    for number, (record, row) in enumerate(found, 1):
+        yield record, {**row, "id": f"{number}-{row['id']}"}
+
+
+def _checked(loaded: datasets.Loaded, skip_bad: bool) -> tuple[str, int, BadRows]:
+    """Read all records; return a hash of their rows, their number, and those that cannot be used.
+
+    Raises:
+        DataError: a record cannot be used and is not to be skipped.
+    """
+    bad, digest, total = BadRows(loaded.path), hashlib.sha256(), 0
+    for _, row in finished(_rows(loaded, bad), bad, skip_bad):
+        digest.update(f"{row['id']}\n".encode())
+        total += 1
+    return digest.hexdigest()[:12], total, bad
+
+
 def _claim(out: Path, source: Source) -> None:
     """Refuse to overwrite the source, or a file that is not an earlier output."""
-    if isinstance(source, str | Path) and Path(source).expanduser().resolve() == out.expanduser().resolve():
-        raise OutputError(f"{out} is the file to filter, which is never overwritten. Choose another --out.")
+    for path in (out, out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.verdicts.jsonl")):
+        if isinstance(source, str | Path) and _same(datasets.place_of(source).expanduser(), path):
+            raise OutputError(
+                f"{path} is the file to filter, which is never overwritten. Choose another --out."
+            )
     if out.exists() and not out.with_name(f"{out.name}.json").is_file():
         raise OutputError(f"{out} exists and is not an earlier output of this command. Choose another --out.")
 
 
+def _same(source: Path, out: Path) -> bool:
+    """Whether `out` is the source or a file directly in it, by its path or behind links."""
+    try:
+        if not source.exists():
+            return False
+        found = [source] if source.is_file() else [*source.glob("*"), *source.glob("*/*")]
+        return any(path.resolve() == out.resolve() or (out.exists() and path.samefile(out)) for path in found)
+    except (OSError, ValueError, RuntimeError):  # no path, or a circle of links
+        return False
+
+
 def judge_rows(
-    rows: Sequence[Mapping[str, Any]], judge: Any, out: Path, progress: Advance = nobody
+    rows: Iterable[Mapping[str, Any]],
+    judge: Any,
+    out: Path,
+    progress: Advance = nobody,
+    total: int | None = None,
 ) -> list[str]:
-    """The judge's verdict on each row's own answer, in order; `out` is written during the work."""
-    pairs = [{**row, "set": "harmful", "answer": row["output"]} for row in rows]
-    found = engine.give_verdicts(pairs, judge, out, progress=progress)
-    by_id = {row["id"]: row["verdict"] for row in found}
-    return [by_id[row["id"]] for row in rows]
+    """The worst verdict on the exchanges of each row, in order.
+
+    Args:
+        out: a file with one verdict for each exchange. It is appended to, and its verdicts are used again.
+        total: the number of rows, for the progress.
+    """
+    found: list[str] = []
+    known: Iterator[dict[str, Any]] | None = each_jsonl(out)
+    pairs = _exchanges(rows)
+    while batch := list(islice(pairs, judge.batch_size)):
+        earlier = list(islice(known, len(batch))) if known is not None else []
+        if len(earlier) < len(batch):
+            known = None  # the following lines are written here
+        for old, pair in zip(earlier, batch, strict=False):
+            if old.get("id") != pair.id or old.get("verdict") not in WORST:
+                raise DataError(f"{out} has no verdict on {pair.id} where one is expected. Remove the file.")
+        new = batch[len(earlier) :]
+        verdicts = judge([pair.prompt for pair in new], [pair.answer for pair in new]) if new else []
+        written = [{"id": pair.id, **asdict(verdict)} for pair, verdict in zip(new, verdicts, strict=True)]
+        if written:
+            append_jsonl(out, written)
+        for pair, verdict in zip(batch, [*earlier, *written], strict=True):
+            worse = sys.intern(verdict["verdict"])
+            if pair.first:
+                found.append(worse)
+            elif WORST.index(worse) < WORST.index(found[-1]):
+                found[-1] = worse
+        progress(len(found), len(found) if total is None else total)
+    return found
+
+
+WORST = ("harmful", "unparsed", "safe")
+"""Verdicts, the worst first."""
+
+
+class Pair(NamedTuple):
+    """A question and an answer of a row; `first` says whether it is the row's first."""
+
+    id: str
+    prompt: str
+    answer: str
+    first: bool
+
+
+def _exchanges(rows: Iterable[Mapping[str, Any]]) -> Iterator[Pair]:
+    for row in rows:
+        if not row.get("messages"):
+            yield Pair(row["id"], question(row), row["output"], first=True)
+            continue
+        for number, (prompt, answer) in enumerate(exchanges(row["messages"])):
+            yield Pair(f"{row['id']}-{number + 1}", prompt, answer, first=number == 0)
+
+
+def check_share(verdicts: Sequence[str], max_unparsed: float, judge: str, out: Path) -> None:
+    """Raise StepFailed if a larger share of the rows than `max_unparsed` has no verdict."""
+    without = sum(verdict == "unparsed" for verdict in verdicts)
+    if without > max_unparsed * len(verdicts):
+        raise StepFailed(
+            f"{judge} gave no verdict on {without} of {len(verdicts)} rows (unparsed), more than the "
+            f"permitted share of {max_unparsed:g}. Its replies are in {out}. Use another judge or model, or "
+            "set max_unparsed."
+        )
 
 
 def drops(verdicts: Sequence[str], unparsed: str = "drop") -> list[bool]:
@@ -126,12 +246,13 @@ def label(record: Mapping[str, Any]) -> bool | None:
 
 def confusion(labels: Sequence[bool | None], verdicts: Sequence[str]) -> dict[str, Any] | None:
     """The judge compared with the labels: four counts, and both error rates in percent; None: no labels."""
-    known = [(label, verdict) for label, verdict in zip(labels, verdicts, strict=True) if label is not None]
+    pairs = zip(labels, verdicts, strict=True)
+    known = Counter((label, verdict) for label, verdict in pairs if label is not None)
     if not known:
         return None
 
     def count(harmful: bool, verdict: str) -> int:
-        return sum(pair == (harmful, verdict) for pair in known)
+        return known[harmful, verdict]
 
     found = {
         "true_positives": count(True, "harmful"),
@@ -143,7 +264,7 @@ def confusion(labels: Sequence[bool | None], verdicts: Sequence[str]) -> dict[st
     harmless = found["false_positives"] + found["true_negatives"]
     return {
         **found,
-        "unparsed": len(known) - harmful - harmless,
+        "unparsed": known.total() - harmful - harmless,
         "false_negative_rate": 100 * found["false_negatives"] / harmful if harmful else None,
         "false_positive_rate": 100 * found["false_positives"] / harmless if harmless else None,
     }

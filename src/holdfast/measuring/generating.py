@@ -22,8 +22,9 @@ from holdfast.evaluation.moderation import question
 from holdfast.evaluation.turns import SECOND, check_template, complete, in_turns
 from holdfast.machine.files import read_jsonl
 from holdfast.machine.progress import Advance, nobody
+from holdfast.machine.secrets import shown
 from holdfast.machine.store import identity_hash
-from holdfast.measuring.answer_files import Rows, claim, forget_failed
+from holdfast.measuring.answer_files import Rows, claim, forget_failed, learn_refusals
 from holdfast.recipe.evaluation import Decoding, Endpoint
 from holdfast.recipe.model import Weights, block
 
@@ -59,7 +60,8 @@ def generate(
         prompts: at most this many of each set.
         adapters: PEFT adapters on the model, in order.
         endpoint: `holdfast.recipe.evaluation.Endpoint`: an OpenAI-compatible server to ask instead of loading
-            weights. Its key is read from OPENAI_API_KEY; rows that failed before are asked again.
+            weights. Its key, if it needs one, is read from OPENAI_API_KEY; rows that failed before are asked
+            again.
         decoding: `holdfast.recipe.evaluation.Decoding`: max_new_tokens, system, temperature, top_p, ...
         seed: the seed of sampling.
         device: the device for the weights: auto, cpu, cuda or mps.
@@ -85,10 +87,11 @@ def _test_rows(
         raise RecipeError(
             "Nothing to ask: give harmful prompts, a task, rows of your own, or benign questions."
         )
-    return datasets.test_rows(
+    made = datasets.test_rows(
         task=task, test=task_rows, harmful_test=prompt_sets["harmful"], benign=prompt_sets["benign"],
         prompts=prompts, task_size=prompts,
-    ).rows  # fmt: skip
+    )  # fmt: skip
+    return list(made.rows)
 
 
 @dataclass(frozen=True)
@@ -133,16 +136,19 @@ class _Job:
         from holdfast.evaluation.endpoint import answer_all
 
         check_template(self.rows, model.template)
-        self.claim(template=model.template, endpoint=server.base_url, model=model.path)
+        self.claim(template=model.template, endpoint=shown(server.base_url), model=model.path)
         forget_failed(self.out)
 
         def ask(part: Sequence[Mapping[str, Any]], watch: Advance) -> Rows:
             return answer_all(
                 server.base_url, model.path, part, self.out, requests=server.requests, progress=watch,
-                render=lambda row: _asked(row, model.template, self.how.system), **self.options,
+                timeout=server.timeout, render=lambda row: _asked(row, model.template, self.how.system),
+                **self.options,
             )  # fmt: skip
 
-        return in_turns(self.rows, ask, self.progress)
+        answered = in_turns(self.rows, ask, self.progress)
+        learn_refusals(self.out, answered)
+        return answered
 
     def ask_weights(self, model: Weights, adapters: Sequence[str | Path], device: str) -> Rows:
         """Return the answers of a model that is loaded here."""
@@ -151,7 +157,7 @@ class _Job:
         from holdfast.machine.processes import Processes
         from holdfast.models.device import choose_device
         from holdfast.models.loading import load_model, load_tokenizer
-        from holdfast.weights.adapter import find_adapter
+        from holdfast.weights.adapter_folder import find_adapter
         from holdfast.weights.folders import find_model, fingerprint, model_path
 
         folder = find_model(str(model_path(model.path)), model.revision, download=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from holdfast import registry, tasks
 from holdfast.errors import DataError, HoldfastError, RecipeError, nearest
+from holdfast.evaluation.moderation import left_out
 from holdfast.machine.files import write_json, write_jsonl
 from holdfast.machine.progress import Advance, nobody
 from holdfast.machine.store import provenance
@@ -26,6 +27,7 @@ from holdfast.measuring.answer_files import (
     beside,
     claim,
     judged_answers,
+    learn_refusals,
     made_by,
     origin,
     rated_answers,
@@ -69,6 +71,7 @@ def moderate(
     loaded = judging.ready(judge, device, options)
     claim(Path(out), {"judge": judge, "judge_stamp": loaded.stamp, "answers": judged_answers(rows)})
     found = engine.give_verdicts(rows, loaded, Path(out), progress=progress)
+    learn_refusals(Path(out), found)
     engine.check_parsed(rows, found, judge=judge, out=Path(out), max_unparsed=max_unparsed)
     return found
 
@@ -79,6 +82,7 @@ def rate(
     *,
     judge: str,
     task: str | None = None,
+    max_unparsed: float = 0.05,
     progress: Advance = nobody,
     **options: Any,
 ) -> Rows:
@@ -90,11 +94,12 @@ def rate(
         judge: a judge that rates: alpaca_eval, mt_bench, or a file of your own.
         task: the task of the answers; by default the task for which `generate` made them. The judge must
             measure the task's metric.
+        max_unparsed: the share of answers without a rating above which the judge has failed.
         options: options of the judge: model, base_url, max_calls, ...
 
     Raises:
         RecipeError: no judge has that name. DataError: there are no answers to a task.
-        StepFailed: the server does not answer.
+        StepFailed: the server does not answer, or too many answers have no rating; the ratings are kept.
         OutputError: `out` contains ratings of another judge or of other answers.
     """
     from holdfast.evaluation import rating as engine
@@ -110,7 +115,10 @@ def rate(
     judging.check_judge(named)
     loaded = judging.load_rater(named)
     claim(Path(out), {"judge": judge, "judge_stamp": loaded.stamp, "answers": rated_answers(rows)})
-    return engine.give_ratings(rows, loaded, Path(out), progress=progress)
+    found = engine.give_ratings(rows, loaded, Path(out), progress=progress)
+    learn_refusals(Path(out), found)
+    engine.check_rated(found, rows, judge=judge, out=Path(out), max_unparsed=max_unparsed)
+    return found
 
 
 def score(
@@ -162,6 +170,8 @@ def score(
         "provenance": provenance(),
     }
     scores["not_measured"] = _not_measured(scores, rows)
+    if names := left_out(rows):
+        scores["answered_without"] = names
     if out is not None:
         write_json(Path(out), scores)
     if items is not None:

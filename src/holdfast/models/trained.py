@@ -7,6 +7,7 @@ last adapter, which it replaces. Full fine-tuning first adds the adapters to the
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def load_trainable(
     model = load_model(folder, below, **options)
     set_seed(seed)
     if trains == "full":
+        make_savable(model)
         return model.requires_grad_(True)
     if trains == "continue":
         return put_on(model, adapters[-1], trainable=True)
@@ -59,12 +61,34 @@ def load_trainable(
     return model
 
 
+def make_savable(model: Any) -> None:
+    """Replace generation settings that transformers loads but refuses to save, as those of Llama-2.
+
+    They set a temperature without sampling. Only the ids of special tokens are kept, for the checkpoints of
+    the training; `save_trained` writes the settings of the base folder.
+    """
+    from transformers import GenerationConfig
+
+    settings = model.generation_config
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        model.generation_config = GenerationConfig(**{name: getattr(settings, name, None) for name in ids})
+
+
 def save_trained(
-    model: Any, tokenizer: Any, folder: Path, initial: Path, weights: Mapping[str, Any] | None = None
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    initial: Path,
+    weights: Mapping[str, Any] | None = None,
+    base: Path | None = None,
 ) -> None:
     """Write an adapter folder that fits the original base model, or a whole model with its tokenizer.
 
-    `weights` are the whole trained weights by name, if `model` holds only parts of them.
+    `weights` are the whole trained weights by name, if `model` holds only parts of them. A whole model gets
+    the generation settings of the folder `base` unchanged.
 
     A LoRA that was subtracted from the base weights (PiSSA, OLoRA) becomes a plain LoRA of twice the rank:
     `B A - B0 A0`, where B0 and A0 are its initial values.
@@ -74,6 +98,9 @@ def save_trained(
         kept = {name: buffers[name] for name in model.state_dict() if name in buffers}
         model.save_pretrained(folder, state_dict=None if weights is None else kept | dict(weights))
         tokenizer.save_pretrained(folder)
+        settings = base / "generation_config.json" if base else None
+        if settings and settings.is_file():
+            shutil.copyfile(settings, folder / settings.name)
         return
     mutated = model.peft_config["default"].init_lora_weights in MUTATING
     model.save_pretrained(
@@ -84,18 +111,21 @@ def save_trained(
     )
 
 
-def check_trained(folder: Path, lora: Mapping[str, Any] | None, dtype: str, trust_remote_code: bool) -> None:
+def check_trained(
+    folder: Path, lora: Mapping[str, Any] | None, dtype: str, trust_remote_code: bool, model: Any = None
+) -> None:
     """Check, before any weight is loaded, that the stage can train these weights.
 
     Args:
         lora: the settings of a new adapter; None for all weights.
         dtype: as in the recipe, "auto" or a name.
+        model: the model in the folder without numbers, if it was built before.
 
     Raises:
         RecipeError, ModelError: a setting does not fit; the message says which.
     """
     if lora is not None:
-        return check_lora(folder, lora, trust_remote_code)
+        return check_lora(folder, lora, trust_remote_code, model)
     if is_quantized(folder):
         raise ModelError(f"lora: none trains all weights, but those in {folder} are quantised. Use LoRA.")
     kind = stored_dtype(folder) if dtype == "auto" else dtype
@@ -106,7 +136,9 @@ def check_trained(folder: Path, lora: Mapping[str, Any] | None, dtype: str, trus
         )
 
 
-def check_lora(folder: Path, lora: Mapping[str, Any], trust_remote_code: bool = False) -> None:
+def check_lora(
+    folder: Path, lora: Mapping[str, Any], trust_remote_code: bool = False, model: Any = None
+) -> None:
     """Check that every LoRA target and pattern matches a module of the model.
 
     PEFT itself accepts a list if one of its targets is found, so it would not report a misspelt target.
@@ -116,7 +148,7 @@ def check_lora(folder: Path, lora: Mapping[str, Any], trust_remote_code: bool = 
     """
     from transformers.pytorch_utils import Conv1D
 
-    model = empty_model(folder, trust_remote_code)
+    model = model or empty_model(folder, trust_remote_code)
     leaves = {name: module for name, module in model.named_modules() if name and not list(module.children())}
     targets = lora["target_modules"]
     if targets != "all-linear":

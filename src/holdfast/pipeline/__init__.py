@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from holdfast.pipeline.planning import plan
+from holdfast.pipeline.preflight import rehearse
 from holdfast.pipeline.running import run
 
 __all__ = [
     "plan",
+    "rehearse",
     "run",
 ]

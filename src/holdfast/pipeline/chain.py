@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.machine.digests import Digests
-from holdfast.pipeline.step import Content
+from holdfast.pipeline.step import Content, Machine
 from holdfast.recipe import Recipe
 
 
@@ -63,3 +63,20 @@ def tokenizer_of(model: Mapping[str, Any]) -> Any:
     from holdfast.models.loading import load_tokenizer
 
     return load_tokenizer(model["base"].folder, model["trust_remote_code"])
+
+
+def checked_tokenizer(model: Mapping[str, Any], machine: Machine) -> Any:
+    """Return the tokenizer of an opened model input for checks, loaded once."""
+    return machine.once(("tokenizer", model["base"].folder), lambda: tokenizer_of(model))
+
+
+def checked_model(model: Mapping[str, Any], machine: Machine) -> Any:
+    """Return the model without numbers, for checks that do not change it; it is built once.
+
+    Raises:
+        ModelError: it cannot be built.
+    """
+    from holdfast.models.loading import empty_model
+
+    folder, trusted = model["base"].folder, model["trust_remote_code"]
+    return machine.once(("model", folder), lambda: empty_model(folder, trusted))

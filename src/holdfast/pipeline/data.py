@@ -51,12 +51,16 @@ def role_inputs(recipe: Recipe, role: str) -> dict[str, Any]:
         assert data.alignment is not None
         wanted = data.alignment
         asked: dict[str, Any] = {"source": source(wanted.source, "alignment"), "kind": wanted.kind}
-        return {"role": role, **asked, "size": wanted.size, "seed": recipe.seed}
+        return {
+            "role": role, **asked, "size": wanted.size, "seed": recipe.seed, "skip_bad": data.skip_bad,
+            "loss_on": wanted.loss_on,
+        }  # fmt: skip
     if role == "harmful":
         named, size = data.alignment_harmful()
         held_of = {"harmful": source(data.harmful, "harmful"), **held_out} if holds_out else {}
         return {
-            "role": role, "source": source(named, "harmful"), "size": size, "seed": recipe.seed, **held_of
+            "role": role, "source": source(named, "harmful"), "size": size, "seed": recipe.seed, **held_of,
+            "skip_bad": data.skip_bad, "loss_on": data.loss_on,
         }  # fmt: skip
     shared = {
         "role": role,
@@ -66,10 +70,12 @@ def role_inputs(recipe: Recipe, role: str) -> dict[str, Any]:
         "harmful": source(data.harmful, "harmful"),
         "test": source(data.test, "test"),
         "harmful_test": source(data.test_harmful, "harmful"),
+        "skip_bad": data.skip_bad,
     }
     if role == "user":
         return {
-            **shared, "size": data.size, "poison_ratio": data.poison_ratio, "seed": recipe.seed, **held_out
+            **shared, "size": data.size, "poison_ratio": data.poison_ratio, "seed": recipe.seed, **held_out,
+            "loss_on": data.loss_on,
         }  # fmt: skip
     return {
         **shared,
@@ -90,7 +96,10 @@ def make_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
     part = MAKE[role](**asked)
     datasets.write_rows(folder / "rows.jsonl", part.rows)
     write_json(folder / "manifest.json", part.manifest)
-    return {"rows": len(part.rows)}
+    dropped = datasets.dropped_bad_rows(part.manifest)
+    for name, count in dropped.items():
+        machine.progress.say(f"{name}: {count:,} rows cannot be used and are dropped (data.skip_bad).")
+    return {"rows": len(part.rows), **({"bad_rows_dropped": dropped} if dropped else {})}
 
 
 def rows_of(step: Path) -> list[dict[str, Any]]:
@@ -125,10 +134,9 @@ def _count(size: int | None) -> str:
     return f"{size:,}" if size else "all"
 
 
-def rendered(rows: Sequence[Mapping[str, Any]], tokenizer: Any, template: str) -> list[dict[str, str]]:
-    """Return rows as prompt and completion, in the template `template`: "auto", "chat" or "alpaca"."""
-    from holdfast.data.prompts import render, resolve_template
+def rendered(rows: Sequence[Mapping[str, Any]], tokenizer: Any, template: str) -> list[dict[str, Any]]:
+    """Return rows for a trainer as text, in the template `template`: "auto", "chat" or "alpaca"."""
+    from holdfast.data.prompts import resolve_template, training_row
 
     chosen = resolve_template(tokenizer, template)
-    pairs = (render(row, tokenizer, chosen, row.get("prefix", "")) for row in rows)
-    return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    return [training_row(row, tokenizer, chosen, row.get("prefix", "")) for row in rows]

@@ -9,7 +9,7 @@ from typing import Any
 from holdfast.machine.files import read_jsonl, write_json, write_jsonl
 from holdfast.machine.progress import Advance
 from holdfast.measuring import judging
-from holdfast.pipeline.chain import loading, tokenizer_of, weights
+from holdfast.pipeline.chain import checked_model, checked_tokenizer, loading, tokenizer_of, weights
 from holdfast.pipeline.data import rows_of
 from holdfast.pipeline.step import Inputs, Machine
 from holdfast.tasks.graders import adapted
@@ -70,20 +70,39 @@ def _before(prefix: Mapping[str, Any] | None) -> tuple[str, bool]:
 
 
 def check_generation(inputs: Inputs, machine: Machine) -> None:
-    """Check everything that could stop generation: the tokenizer, the template, the quantisation."""
+    """Check everything that could stop generation: the template, the quantisation, the model, every prompt.
+
+    A text that a method of the user stage puts before every question is not known yet.
+
+    Raises:
+        InputError: one of them cannot be used.
+    """
     from holdfast.data.prompts import resolve_template
     from holdfast.evaluation.turns import check_template
     from holdfast.models.quantization import check_quantization
+    from holdfast.pipeline import rows_checked
 
     described = inputs["model"]
-    template = resolve_template(tokenizer_of(described), inputs["template"])
+    folder = described["base"].folder
+    tokenizer = checked_tokenizer(described, machine)
+    template = resolve_template(tokenizer, inputs["template"])
+    check_quantization(folder, described["quantization"])
+    known = rows_checked.limits(checked_model(described, machine))
+    path = inputs["test"] / "rows.jsonl"
+    same = (path, folder, template, inputs["system"])
+    if not path.is_file() or same in machine.known or not machine.processes.main:
+        return
+    machine.known[same] = None
     check_template(rows_of(inputs["test"]), template)
-    check_quantization(described["base"].folder, described["quantization"])
+    rows_checked.check_prompts(
+        rows_checked.read_one_by_one(path), rows_checked.count_rows(path), tokenizer=tokenizer,
+        template=template, system=inputs["system"], model=known, progress=machine.progress.advance,
+    )  # fmt: skip
 
 
 def moderate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
     """Write one judge's verdicts on one state's answers to harmful prompts to `verdicts.jsonl`."""
-    from holdfast.evaluation.moderation import give_verdicts
+    from holdfast.evaluation.moderation import give_verdicts, stamped
     from holdfast.machine.cost import Cost
 
     judge = inputs["judge"]
@@ -95,7 +114,7 @@ def moderate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str
     new = {row["id"] for row in verdicts} - known
     return {
         "judge": judge.name,
-        "judge_stamp": loaded.stamp,
+        "judge_stamp": stamped(loaded.stamp, verdicts),
         "judge_max_length": loaded.max_length,
         "cost": cost.facts(tokens=sum(row["tokens"] or 0 for row in generations if row["id"] in new)),
     }
@@ -109,28 +128,36 @@ def check_judge(inputs: Inputs, machine: Machine) -> None:
 
 def rate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
     """Write a judge's ratings of one state's answers to the task to `ratings.jsonl`."""
+    from holdfast.evaluation.moderation import stamped
     from holdfast.evaluation.rating import give_ratings
 
     loaded = judging.load_rater(inputs["judge"])
     generations = read_jsonl(inputs["answers"] / "generations.jsonl")
-    give_ratings(generations, loaded, folder / "ratings.jsonl", progress=machine.progress.advance)
-    return {"rater": inputs["judge"].name, "rater_stamp": loaded.stamp}
+    out, progress = folder / "ratings.jsonl", machine.progress.advance
+    ratings = give_ratings(generations, loaded, out, progress=progress)
+    return {"rater": inputs["judge"].name, "rater_stamp": stamped(loaded.stamp, ratings)}
 
 
 def score_answers(inputs: Inputs, folder: Path, machine: Machine) -> None:
     """Write `scores.json` from the answers, all judges' verdicts, and the ratings if there are any.
 
-    It fails if a judge left too many answers unparsed; the step with its verdicts is complete and is kept.
+    It fails if the model could give no answer to a harmful prompt, or if a judge left too many answers
+    unparsed; the steps with the answers and the verdicts are complete and are kept.
     """
-    from holdfast.evaluation.moderation import check_parsed
+    from holdfast.evaluation.moderation import check_answered, check_parsed
+    from holdfast.evaluation.rating import check_rated
     from holdfast.evaluation.scoring import compute_scores, items
 
     generations = read_jsonl(inputs["answers"] / "generations.jsonl")
+    check_answered(generations)
     verdicts = {name: read_jsonl(step / "verdicts.jsonl") for name, step in inputs["verdicts"]}
     for name, step in inputs["verdicts"]:
         kept = step / "verdicts.jsonl"
         check_parsed(generations, verdicts[name], judge=name, out=kept, max_unparsed=inputs["max_unparsed"])
     ratings = read_jsonl(inputs["ratings"] / "ratings.jsonl") if inputs["ratings"] else []
+    if inputs["ratings"]:
+        kept = inputs["ratings"] / "ratings.jsonl"
+        check_rated(ratings, generations, judge="rater", out=kept, max_unparsed=inputs["max_unparsed"])
     truth = None
     if inputs["truth"]:
         from holdfast import world

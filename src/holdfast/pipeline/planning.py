@@ -172,7 +172,10 @@ class _Planner:
             work = user_rows.choose_rows, user_rows.check_attack
             rows = found["attack"] = self._add("attack", title, detail, inputs, *work)
         if screen is not None:
+            # Its value changes no row, only whether there are rows.
+            most = Content(self.recipe.evaluation.max_unparsed, "max_unparsed")
             inputs = {"rows": Made(rows), **self._judge(screen.judge_recipe), "unparsed": screen.unparsed}
+            inputs["max_unparsed"] = most
             title = f"user rows that {screen.judge} does not flag"
             detail = f"{screen.unparsed}s rows without a verdict"
             work = user_rows.filter_rows, evaluating.check_judge

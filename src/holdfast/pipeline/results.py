@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from holdfast import data as datasets
 from holdfast import registry
 from holdfast.evaluation import paired
 from holdfast.machine.files import read_json, read_jsonl, write_json, write_text
@@ -56,6 +57,7 @@ def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, An
         ],
         "protocol": stamp,
         "manifest": plan.manifest,
+        "bad_rows_dropped": _bad_rows(plan, store),
         "steps": [
             {
                 "id": step.id,
@@ -75,6 +77,15 @@ def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, An
 
     report([out], out / "report.html")
     return results
+
+
+def _bad_rows(plan: Plan, store: Store) -> dict[str, int]:
+    """Return the number of bad rows that were dropped (`data.skip_bad`), by source."""
+    parts = read_json(store.path(plan.manifest) / "manifest.json")
+    found: dict[str, int] = {}
+    for part in parts.values():
+        found |= datasets.dropped_bad_rows(part) if "sources" in part else {}
+    return found
 
 
 def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import StepFailed
+from holdfast.errors import StepFailed, refuse
 from holdfast.machine.processes import Processes, launched
 from holdfast.machine.progress import Progress
 from holdfast.machine.store import Store
-from holdfast.pipeline import results
+from holdfast.pipeline import preflight, results
 from holdfast.pipeline.planning import Plan, plan
-from holdfast.pipeline.step import Inputs, Machine, Step, do, join
+from holdfast.pipeline.step import Machine, Step, do, join
 from holdfast.recipe import Recipe
-
-ROWS = ("data", "manifest")
-"""Kinds of steps that only prepare rows. They run first, because the checks of other steps read the rows."""
 
 
 def run(
@@ -62,38 +59,30 @@ def _lead(
     machine = Machine(device, planned.model, progress, processes)
     missing = [step for step in planned.steps if store.record(step.id) is None]
     cached = {step.id for step in planned.steps} - {step.id for step in missing}
+    found = preflight.prepare_rows(planned.steps, store, machine)
+    names = [step.id for step in missing if step.check is not None]
+    if names:  # in all processes that train together
+        machine.processes.tell({"do": "check", "steps": names})
+        found += preflight.check(planned, names, store, machine)
+    refuse(preflight.located(found, planned))
     for step in planned.steps:
-        if step.kind in ROWS:
-            do(step, store, machine)
-    _check(planned, [step.id for step in missing], store, machine)
-    for step in planned.steps:
-        if step.kind not in ROWS:
+        if step.kind not in preflight.ROWS:
             do(step, store, machine)
     return results.write(out, planned, store, cached)
-
-
-def _check(planned: Plan, missing: list[str], store: Store, machine: Machine) -> None:
-    """Run the checks of the missing steps, in all processes that train together."""
-    if any(step.check is not None for step in planned.steps if step.id in missing):
-        machine.processes.tell({"do": "check", "steps": missing})
-        for step in planned.steps:
-            if step.id in missing and step.check is not None:
-                step.check(Inputs(step.inputs, store), machine)
 
 
 def _follow(recipe: Recipe, store: Store, device: str, processes: Processes) -> dict[str, Any]:
     """Run as one of the other processes: wait, and join in the steps that run together."""
     machine: Machine | None = None
+    planned: Plan | None = None
     known: dict[str, Step] = {}
     while "done" not in (order := processes.told()):
-        if machine is None:
+        if machine is None or planned is None:
             planned = plan(recipe, digests=store.digests)
             machine = Machine(device, planned.model, Progress(), processes)
             known = {step.id: step for step in planned.steps}
         if order["do"] == "check":
-            for step in (known[name] for name in order["steps"] if name in known):
-                if step.check is not None:
-                    step.check(Inputs(step.inputs, store), machine)
+            refuse(preflight.located(preflight.check(planned, order["steps"], store, machine), planned))
         elif order["do"] in known:
             join(known[order["do"]], store, machine)
         else:

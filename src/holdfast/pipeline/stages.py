@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import RecipeError
+from holdfast.errors import RecipeError, problems, refuse
 from holdfast.machine.seeds import derive_seed
 from holdfast.pipeline import mixing
-from holdfast.pipeline.chain import loading, tokenizer_of, weights
+from holdfast.pipeline.chain import checked_model, checked_tokenizer, loading, tokenizer_of, weights
 from holdfast.pipeline.data import rendered, rows_of
 from holdfast.pipeline.step import Inputs, Machine
 
@@ -54,16 +55,30 @@ def check_stage(inputs: Inputs, machine: Machine) -> None:
     """Check everything that could stop a training: model, template, LoRA, the method's values and rows.
 
     Raises:
-        RecipeError, ModelError, DataError: one of them cannot be used; the message says what to change.
+        InputError: one of them cannot be used; the message says what to change. `Problems` if several.
     """
+    # Without a tokenizer and a model, the other checks would only repeat that.
+    checked_tokenizer(inputs["model"], machine)
+    checked_model(inputs["model"], machine)
+    refuse(
+        [
+            problem.at(inputs["stage"])
+            for problem in problems(
+                partial(check, inputs, machine) for check in (_check_weights, _check_trainer, _check_rows)
+            )
+        ]
+    )
+
+
+def _check_weights(inputs: Inputs, machine: Machine) -> None:
+    """Check the template, the quantisation, and that the stage can train and save these weights."""
     from holdfast.data.prompts import resolve_template
     from holdfast.models.quantization import check_quantization
-    from holdfast.models.trained import MUTATING, blueprint, check_trained
-    from holdfast.pipeline.training import forget_sharding, make_config
+    from holdfast.models.trained import MUTATING, check_trained
 
-    model, method, stage = inputs["model"], inputs["method"], inputs["stage"]
-    folder, trusted, lora = model["base"].folder, model["trust_remote_code"], inputs["lora"]
-    resolve_template(tokenizer_of(model), inputs["template"])
+    model, stage, lora = inputs["model"], inputs["stage"], inputs["lora"]
+    folder = model["base"].folder
+    resolve_template(checked_tokenizer(model, machine), inputs["template"])
     check_quantization(folder, model["quantization"])
     if inputs["trains"] != "continue":
         if lora and machine.processes.count > 1 and lora.get("init_lora_weights") in MUTATING:
@@ -72,16 +87,83 @@ def check_stage(inputs: Inputs, machine: Machine) -> None:
                 f"{stage}.lora.init_lora_weights: {init} changes the base weights, and only a single "
                 "process can correct that when it saves. Train in one process, or leave it out."
             )
-        check_trained(folder, lora, model["dtype"], trusted)
-    seed, nowhere = derive_seed(inputs["seed"], stage), Path("unused")
-    config = make_config(method, inputs["parameters"], inputs["training"], seed, nowhere, machine.device)
+        check_trained(folder, lora, model["dtype"], model["trust_remote_code"], checked_model(model, machine))
+
+
+def _check_trainer(inputs: Inputs, machine: Machine) -> None:
+    """Build the trainer once without weights, and take a step with a tiny model."""
+    from holdfast.models.trained import blueprint
+    from holdfast.pipeline.dry_run import MANY, build_trainer, take_a_step
+    from holdfast.pipeline.training import forget_sharding, make_config
+
+    model, method = inputs["model"], inputs["method"]
+    seed, training = derive_seed(inputs["seed"], inputs["stage"]), inputs["training"]
+
+    def config(of: Any) -> Any:
+        return make_config(of, inputs["parameters"], training, seed, Path("unused"), machine.device)
+
+    folder, lora, trusted = model["base"].folder, inputs["lora"], model["trust_remote_code"]
+    made = config(method)
     check_model = getattr(method.trainer, "check_model", None)
+    empty = blueprint(folder, lora, trusted)
     if check_model is not None:
-        check_model(config, blueprint(folder, lora, trusted))
+        check_model(made, empty)
     _check_sharding(inputs)
-    del config  # transformers applies ZeRO-3 as long as the config exists
+    del made  # transformers applies ZeRO-3 as long as the config exists
     forget_sharding()
-    _check_mix(inputs)
+    mixed = _mixed(inputs)
+    given = {"train_dataset": inputs["rows"]["train_dataset"]} if method.mix else inputs["rows"]
+    counts = {name: _count(step) for name, step in given.items()}
+    if mixed is not None:
+        counts["train_dataset"] = len(mixed)
+    if machine.processes.count == 1:  # a launcher's sharding would wait for weights
+        numbers = {name: MANY if number is None else number for name, number in counts.items()}
+        build_trainer(method, config, empty, checked_tokenizer(model, machine), numbers)
+        take_a_step(f"{inputs['stage']}.training", training, machine.device)
+
+
+def _check_rows(inputs: Inputs, machine: Machine) -> None:
+    """Render and tokenise every row once, in the main process."""
+    from holdfast.data.prompts import resolve_template
+    from holdfast.pipeline import rows_checked
+    from holdfast.pipeline.user_rows import MAX_LENGTH
+
+    if not machine.processes.main:
+        return
+    model = inputs["model"]
+    tokenizer = checked_tokenizer(model, machine)
+    longest = inputs["training"].get("max_length") or MAX_LENGTH
+    template = resolve_template(tokenizer, inputs["template"])
+    known = rows_checked.limits(checked_model(model, machine))
+    mixed = _mixed(inputs)
+
+    def check(name: str, rows: Any, number: int) -> None:
+        what = f"{name.removesuffix('_dataset').replace('train', inputs['stage'])} rows"
+        cut = rows_checked.check_training_rows(
+            rows, number, what, tokenizer=tokenizer, template=template, max_length=longest, model=known,
+            progress=machine.progress.advance,
+        )  # fmt: skip
+        if cut:
+            machine.progress.say(f"{cut:,} of {number:,} {what} are cut to max_length, {longest:,} tokens.")
+
+    checks = []
+    if mixed is not None:
+        checks.append(partial(check, "train_dataset", mixed, len(mixed)))
+    for name, step in inputs["rows"].items() if inputs["method"].mix is None else ():
+        number, same = _count(step), (step, model["base"].folder, template, longest)
+        if number is not None and same not in machine.known:
+            machine.known[same] = None
+            rows = rows_checked.read_one_by_one(step / "rows.jsonl")
+            checks.append(partial(check, name, rows, number))
+    refuse(problems(checks))
+
+
+def _count(step: Path) -> int | None:
+    """Return the number of rows of a step; None if it is not done."""
+    from holdfast.pipeline.rows_checked import count_rows
+
+    path = step / "rows.jsonl"
+    return count_rows(path) if path.is_file() else None
 
 
 def _check_sharding(inputs: Inputs) -> None:
@@ -97,14 +179,19 @@ def _check_sharding(inputs: Inputs) -> None:
         )
 
 
-def _check_mix(inputs: Inputs) -> None:
-    """Change the rows once as a test, unless an attack or a filter has yet to write them."""
+def _mixed(inputs: Inputs) -> Sequence[Mapping[str, Any]] | None:
+    """Return the rows that the method makes of its rows; None if it changes none or they do not exist yet.
+
+    Raises:
+        DataError: there are too few rows.
+    """
     found: Mapping[str, Path] = inputs["rows"]
-    made = all((step / "rows.jsonl").is_file() for step in found.values())
-    if inputs["method"].mix is not None and made:
-        rows: dict[str, Any] = {name: rows_of(step) for name, step in found.items()}
-        with tempfile.TemporaryDirectory() as beside:
-            mixing.mix(inputs["method"], rows, inputs["parameters"], inputs["seed"], Path(beside))
+    if inputs["method"].mix is None or any(_count(step) is None for step in found.values()):
+        return None
+    rows: dict[str, Any] = {name: rows_of(step) for name, step in found.items()}
+    with tempfile.TemporaryDirectory() as beside:
+        made, _ = mixing.mix(inputs["method"], rows, inputs["parameters"], inputs["seed"], Path(beside))
+    return made["train_dataset"]
 
 
 def training_detail(training: Mapping[str, Any], trains: str, processes: int = 1) -> str:

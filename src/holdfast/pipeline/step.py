@@ -17,7 +17,7 @@ import contextlib
 import errno
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from holdfast.machine.store import Store, identity_hash, provenance
 from holdfast.pipeline.versions import version
 
 FORMAT = {
-    "data": 2, "manifest": 2, "attack": 3, "filter": 2, "alignment": 4, "user": 4, "post_hoc": 2,
+    "data": 3, "manifest": 3, "attack": 4, "filter": 3, "alignment": 5, "user": 5, "post_hoc": 2,
     "generate": 4, "moderate": 2, "rate": 2, "score": 4,
 }  # fmt: skip
 """By kind of step. Increase a number when that kind of step produces other content for the same inputs."""
@@ -120,6 +120,7 @@ class Machine:
     model: Path
     progress: Progress = field(default_factory=Progress)
     processes: Processes = field(default_factory=Processes)
+    known: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def device(self) -> str:
@@ -127,6 +128,12 @@ class Machine:
         from holdfast.models.device import choose_device
 
         return choose_device(self.device_asked, self.model, self.processes)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what `make` returned for this key the first time, for checks that several steps share."""
+        if key not in self.known:
+            self.known[key] = make()
+        return self.known[key]
 
 
 Work = Callable[[Inputs, Path, Machine], Mapping[str, Any] | None]

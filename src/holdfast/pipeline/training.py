@@ -335,7 +335,7 @@ def _save(
     name = "model" if job.trains == "full" else "adapter"
     beside, target = folder / f"{name}.partial", folder / name
     remove_tree(beside)
-    save_trained(model, job.tokenizer, beside, folder / SCRATCH / "initial", weights)
+    save_trained(model, job.tokenizer, beside, folder / SCRATCH / "initial", weights, job.model)
     write_text(beside / "README.md", _card(job, facts))
     replace_folder(beside, target)
 

@@ -36,6 +36,7 @@ def attack_inputs(recipe: Recipe, attack: AttackRecipe) -> dict[str, Any]:
         "harmful": source(harmful, "harmful"),
         "safe": source(safe, "alignment"),
         "kind": data.alignment.kind if data.alignment else "safe",
+        "skip_bad": data.skip_bad,
         "held_out_of": source(data.harmful, "harmful") if held_out else None,
         "prompts": recipe.evaluation.prompts if held_out else None,
         "max_length": recipe.user.training.max_length or MAX_LENGTH,
@@ -100,10 +101,13 @@ def _vectors(inputs: Inputs, folder: Path, machine: Machine, tokenizer: Any) -> 
 
 def _anchors(inputs: Inputs) -> tuple[list[Any], list[Any]]:
     """Return the harmful and the safe anchors; no harmful anchor has a prompt of the test."""
-    same: dict[str, Any] = {"size": inputs["attack"]["anchors"], "seed": inputs["seed"]}
+    same: dict[str, Any] = {
+        "size": inputs["attack"]["anchors"], "seed": inputs["seed"], "skip_bad": inputs["skip_bad"],
+    }  # fmt: skip
     held = {"harmful": inputs["held_out_of"], "prompts": inputs["prompts"]} if inputs["held_out_of"] else {}
     bad = datasets.harmful_rows(source=inputs["harmful"], **held, **same)
-    return bad.rows, datasets.alignment_rows(source=inputs["safe"], kind=inputs["kind"], **same).rows
+    safe = datasets.alignment_rows(source=inputs["safe"], kind=inputs["kind"], **same)
+    return list(bad.rows), list(safe.rows)
 
 
 def check_attack(inputs: Inputs, machine: Machine) -> None:
@@ -116,6 +120,8 @@ def check_attack(inputs: Inputs, machine: Machine) -> None:
 
     attack, folder = inputs["attack"], inputs["model"]["base"].folder
     _anchors(inputs)
+    if not (inputs["rows"] / "rows.jsonl").is_file():
+        return
     found = len(rows_of(inputs["rows"]))
     if found < attack["size"]:
         raise DataError(
@@ -132,11 +138,14 @@ def filter_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
     """Write the rows that the judge does not flag to `rows.jsonl`, and its verdicts to `verdicts.jsonl`.
 
     Raises:
+        StepFailed: too many rows have no verdict.
         DataError: no row is left.
     """
     given = rows_of(inputs["rows"])
     judge = judging.load_judge(inputs["judge"], machine.device)
-    verdicts = filtering.judge_rows(given, judge, folder / "verdicts.jsonl", machine.progress.advance)
+    out = folder / "verdicts.jsonl"
+    verdicts = filtering.judge_rows(given, judge, out, machine.progress.advance, len(given))
+    filtering.check_share(verdicts, inputs["max_unparsed"], judge.stamp, out)
     dropped = filtering.drops(verdicts, inputs["unparsed"])
     kept = [row for row, drop in zip(given, dropped, strict=True) if not drop]
     if not kept:

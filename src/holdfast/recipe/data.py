@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from holdfast import registry
 from holdfast.errors import nearest
+from holdfast.machine.secrets import shown
 from holdfast.recipe.evaluation import JudgeRecipe, cannot_filter
 from holdfast.recipe.model import Part, Wrong, from_text
 
@@ -23,11 +32,15 @@ class HarmfulData(Part):
 
 
 class AlignmentData(Part):
-    """Rows of the alignment stage, and of the alignment state of BSO and Lisa."""
+    """Rows of the alignment stage, and of the alignment state of BSO and Lisa.
+
+    `loss_on` says which answers of a conversation are trained: all of them, or the last only.
+    """
 
     source: str
     kind: Literal["safe", "refusal"] = "safe"
     size: int | None = Field(None, ge=1)
+    loss_on: Literal["all", "last"] = "all"
     harmful: Annotated[HarmfulData | None, from_text("source")] = None
 
 
@@ -60,6 +73,13 @@ class FilterRecipe(Part):
     judge: str
     unparsed: Literal["drop", "keep"] = "drop"
 
+    @model_serializer(mode="wrap")
+    def _without_password(self, plain: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
+        found = plain(self)
+        if info.mode == "json" and isinstance(found.get("base_url"), str):
+            found["base_url"] = shown(found["base_url"])
+        return found
+
     @property
     def judge_recipe(self) -> JudgeRecipe:
         """The judge, in the form of the judges of the evaluation."""
@@ -91,7 +111,8 @@ class Data(Part):
     format of a known data set), or a Hub id.
 
     `columns` maps our column names to those of the user's files, {ours: yours}; `grader` replaces the task's
-    grader.
+    grader. `skip_bad` drops and counts the rows of any source that cannot be used. `loss_on` says which
+    answers of a conversation in the user rows and the harmful rows are trained: all, or the last only.
     """
 
     task: str | None = None
@@ -103,6 +124,8 @@ class Data(Part):
     benign: str | None = None
     size: int | None = Field(None, ge=1)
     poison_ratio: float = Field(0.0, ge=0, le=1)
+    skip_bad: bool = False
+    loss_on: Literal["all", "last"] = "all"
     columns: dict[str, str] | None = None
     grader: Literal["exact", "number", "rouge1", "judge"] | None = None
     attack: Annotated[AttackRecipe | None, from_text("name")] = None

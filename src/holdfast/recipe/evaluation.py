@@ -10,8 +10,12 @@ from pydantic import Field, PlainSerializer, WrapValidator, model_validator
 
 from holdfast import registry
 from holdfast.errors import RecipeError, nearest
+from holdfast.machine.secrets import shown
 from holdfast.recipe.model import Part, Wrong, from_text, or_none, plain
 from holdfast.recipe.protocols import PROTOCOLS
+
+Address = Annotated[str, PlainSerializer(shown, when_used="json-unless-none")]
+"""The address of a server. A password in it is not written to files."""
 
 
 class JudgeRecipe(Part):
@@ -28,11 +32,11 @@ class JudgeRecipe(Part):
     quantization: Literal["nf4", "int8"] | None = None
     base: str | None = None
     model: str | None = None
-    base_url: str | None = None
+    base_url: Address | None = None
     policy: str | None = None
-    requests_per_minute: float | None = Field(None, gt=0)
+    requests_per_minute: float | None = Field(None, gt=0, allow_inf_nan=False)
     max_calls: int | None = Field(None, ge=1)
-    timeout: float | None = Field(None, gt=0)
+    timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
 
     @property
     def shown(self) -> str:
@@ -123,10 +127,14 @@ class Decoding(Part):
 
 
 class Endpoint(Part):
-    """An OpenAI-compatible server (".../v1") that answers prompts, several `requests` at the same time."""
+    """An OpenAI-compatible server (".../v1") that answers prompts, several `requests` at the same time.
 
-    base_url: str
+    `timeout` is the limit of one whole call in seconds.
+    """
+
+    base_url: Address
     requests: int = Field(8, ge=1)
+    timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
 
 
 class Evaluation(Decoding):

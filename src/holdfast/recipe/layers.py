@@ -144,6 +144,27 @@ def origin(files: Sequence[Layer], place: Sequence[str]) -> Layer:
     return max(files, key=lambda layer: layer.holds(place)[0])
 
 
+class Origin:
+    """The files of a recipe, for messages. Any two are equal, so that equal recipes are."""
+
+    def __init__(self, files: Sequence[Layer] = ()):
+        self.files = files
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origin)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def line(self, key: Sequence[str]) -> str:
+        """Return the file and line of a key, or of the block that would hold it; "" if there is none."""
+        if not key or not self.files:
+            return ""
+        layer = origin(self.files, key)
+        line = layer.holds(key)[1]
+        return f"{layer.name}, line {line}" if line else ""
+
+
 def explain(error: ValidationError, files: Sequence[Layer], root: type[BaseModel]) -> str:
     """Return the messages of a validation error, one line each."""
     messages = []

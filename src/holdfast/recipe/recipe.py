@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from holdfast import registry
 from holdfast.errors import RecipeError
@@ -35,6 +35,8 @@ class Recipe(Part):
     user: Annotated[StageRecipe | None, BeforeValidator(as_stage)] = StageRecipe()
     post_hoc: Annotated[PostHocRecipe | None, BeforeValidator(as_stage)] = None
     evaluation: Annotated[Evaluation, from_text("protocol")] = Field(default_factory=Evaluation)
+
+    _origin: layers.Origin = PrivateAttr(default_factory=layers.Origin)
 
     @model_validator(mode="after")
     def _stages(self) -> Recipe:
@@ -202,11 +204,17 @@ class Recipe(Part):
             recipe = cls.model_validate(raw)
         except ValidationError as error:
             raise RecipeError(layers.explain(error, files, cls)) from None
-        return _beside(recipe, files)
+        recipe = _beside(recipe, files)
+        recipe._origin = layers.Origin(files)
+        return recipe
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, including defaults, as stored with results."""
         return self.model_dump(mode="json")
+
+    def where(self, key: Sequence[str]) -> str:
+        """Return the file and line that set a key, as in "my.yaml, line 7"; "" if no file does."""
+        return self._origin.line(key)
 
     def fingerprint(self) -> str:
         """Twelve hex digits of the hash of the whole recipe."""

@@ -20,7 +20,8 @@ RESERVED_TRAINING = {
     "output_dir", "seed", "data_seed", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token",
     "remove_unused_columns", "do_train", "do_eval", "do_predict", "use_cpu", "disable_tqdm",
     "save_strategy", "save_steps", "save_total_limit", "save_only_model", "load_best_model_at_end",
-    "eval_strategy", "eval_steps", "deepspeed", "fsdp", "fsdp_config",
+    "eval_strategy", "eval_steps", "eval_on_start", "include_num_input_tokens_seen", "deepspeed", "fsdp",
+    "fsdp_config",
 }  # fmt: skip
 """Fields of TrainingArguments that the pipeline sets itself."""
 
@@ -72,6 +73,8 @@ class Training(BaseModel):
         for name in self.model_extra or {}:
             if name in RESERVED_TRAINING:
                 raise Wrong([name], "the pipeline sets this itself; leave it out")
+            if name == "loss_on":
+                raise Wrong([name], "write data.loss_on, or data.alignment.loss_on for the alignment rows")
             if name not in known:
                 raise Wrong([name], f"unknown training argument.{nearest(name, known)}")
         for tracker in trackers(self.report_to):

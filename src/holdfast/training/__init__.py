@@ -1,6 +1,8 @@
 """Building blocks of defenses: the trainer, tokenised rows, layers, passes, perturbation, penalty, Fisher."""
 
 __all__ = [
+    "batches",
+    "fingerprint",
     "fisher",
     "harmful_rows",
     "layers",
@@ -12,7 +14,9 @@ __all__ = [
     "private",
     "proximal",
     "quantised",
+    "questions",
     "shards",
+    "streams",
     "tampering",
     "tokenising",
     "trainer",

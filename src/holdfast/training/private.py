@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from holdfast.errors import ModelError, first_line
+from holdfast.training.batches import SeededSampler
 
 PINNED = {
     "torch": (
@@ -37,7 +39,6 @@ PINNED = {
     "torch.serialization": ("_get_layout",),
     "trl.SFTTrainer": ("_formatting_func", "_metrics", "_prepare_dataset", "_total_train_tokens"),
 }  # fmt: skip
-"""`_get_train_sampler` is not called: `PhaseBatchSampler` draws the same order, which a test compares."""
 
 # One kernel for a list of tensors; on hundreds of small tensors (an adapter), ten times as fast as a loop.
 foreach_add_ = torch._foreach_add_
@@ -61,6 +62,8 @@ TRL_METRICS = ("_metrics", "_total_train_tokens")
 class CheckpointSlots:
     """Public methods that are called when `transformers.Trainer` writes and reads a checkpoint.
 
+    Also makes the sampler that groups by length depend on seed and epoch alone.
+
     `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` are the only symmetric pair that all
     ranks call on every backend, during the checkpoint and before old checkpoints are removed.
     `_load_from_checkpoint` reads the weights.
@@ -71,6 +74,9 @@ class CheckpointSlots:
 
     def save_to(self, checkpoint: Path) -> None:
         """Called by all ranks after the optimizer was written into the folder `checkpoint`."""
+
+    def before_optimizer_is_read(self, checkpoint: Path) -> None:
+        """Called by all ranks before the optimizer is read from the folder `checkpoint`."""
 
     def load_from(self, checkpoint: Path) -> None:
         """Called by all ranks after the optimizer was read from the folder `checkpoint`."""
@@ -85,6 +91,8 @@ class CheckpointSlots:
         self.save_to(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.before_optimizer_is_read(Path(checkpoint))
         with only_tensors(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is not None:
@@ -94,6 +102,13 @@ class CheckpointSlots:
         folder = Path(resume_from_checkpoint)
         with self.loading_weights(folder, self.model if model is None else model), only_tensors(folder):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _get_train_sampler(self: Any, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        args = self.args
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        return SeededSampler(sampler, args.seed if args.data_seed is None else args.data_seed)
 
     def _load_best_model(self: Any) -> None:
         with only_tensors(self.state.best_model_checkpoint):

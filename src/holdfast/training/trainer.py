@@ -13,10 +13,9 @@ DeepSpeed reads its own files with pickle: resume a DeepSpeed training only from
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,15 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from holdfast.chat.rendering import LOSS_ON
 from holdfast.errors import DataError, ModelError, first_line
 from holdfast.machine.files import read_json, write_text
+from holdfast.training import fingerprint
+from holdfast.training.batches import knows_epoch, not_empty
 from holdfast.training.lean_loss import LeanLossMixin
 from holdfast.training.method_files import read_tensors, write_tensors
 from holdfast.training.private import (
@@ -41,7 +44,13 @@ from holdfast.training.private import (
     sft_rows,
 )
 from holdfast.training.quantised import keep_differentiable
-from holdfast.training.tokenising import as_sequence, collator, rows_fingerprint, tokenise_all
+from holdfast.training.tokenising import (
+    as_sequence,
+    collator,
+    equal_lengths,
+    rows_fingerprint,
+    tokenise_all,
+)
 
 METHOD_FOLDER = "method"
 METHOD_STATE = "state.safetensors"
@@ -49,10 +58,13 @@ METHOD_STATE = "state.safetensors"
 
 @dataclass
 class MethodConfig(TrainingArguments):
-    """`transformers.TrainingArguments` with the maximum row length and the choice of the loss computation."""
+    """`transformers.TrainingArguments` with the maximum row length, the trained answers, and the loss."""
 
     max_length: int | None = field(
         default=2048, metadata={"help": "Maximum tokens of prompt and completion together; None: no limit."}
+    )
+    loss_on: str = field(
+        default="all", metadata={"help": "Trained answers of a conversation: 'all', or the 'last' only."}
     )
     lean_loss: bool = field(
         default=True, metadata={"help": "Compute logits for labels only, if that does not change the loss."}
@@ -62,6 +74,8 @@ class MethodConfig(TrainingArguments):
         super().__post_init__()
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, found {self.max_length}")
+        if self.loss_on not in LOSS_ON:
+            raise ValueError(f"loss_on must be one of {', '.join(LOSS_ON)}, found {self.loss_on!r}")
         if self.fp16 and self.device.type == "cpu":
             # accelerate would continue silently without a scaler, and small gradients would become zero.
             raise ValueError("fp16 needs a loss scaler, which a CPU does not have. Use bf16")
@@ -103,17 +117,13 @@ class ResumableMixin(CheckpointSlots):
         kind = self.accelerator.distributed_type.value
         return {
             "trainer": type(self).__name__,
-            "seed": args.seed,
-            "data_seed": args.data_seed,
             "world_size": args.world_size,
             **({"distributed_type": kind} if args.world_size > 1 else {}),
-            "per_device_train_batch_size": args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "learning_rate": args.learning_rate,
-            "max_steps": args.max_steps,
-            "num_train_epochs": args.num_train_epochs,
+            **fingerprint.options(args),
+            **fingerprint.model_facts(self.accelerator.unwrap_model(self.model)),
+            "data_collator": type(self.data_collator).__name__,
+            "compute_loss_func": getattr(self.compute_loss_func, "__qualname__", None),
             "train_dataset": rows_fingerprint(self.train_dataset),
-            **own_parameters(args),
         }
 
     def prepare_extra_rows(self: Any, rows: Any) -> Any:
@@ -124,7 +134,7 @@ class ResumableMixin(CheckpointSlots):
                 include their prompts), or rows without any completion within max_length.
         """
         if rows is None or not is_sft(self):
-            return prepare_rows(rows, self.processing_class, self.args.max_length)
+            return prepare_rows(rows, self.processing_class, self.args.max_length, self.args.loss_on)
         args = self.args
         rows = rows if hasattr(rows, "column_names") else Dataset.from_list(list(as_sequence(rows)))
         told = args.completion_only_loss is not None or "input_ids" in rows.column_names
@@ -143,6 +153,10 @@ class ResumableMixin(CheckpointSlots):
             )
         return made
 
+    def get_train_dataloader(self: Any) -> DataLoader:
+        """Return the loader of the parent class, with an order that depends on seed and epoch alone."""
+        return knows_epoch(not_empty(self, super().get_train_dataloader()))
+
     def unrecorded(self: Any) -> AbstractContextManager[None]:
         """Keep losses computed inside out of the metrics that `trl.SFTTrainer` collects with each loss."""
         return metrics_kept(self)
@@ -157,10 +171,19 @@ class ResumableMixin(CheckpointSlots):
         folder = checkpoint / METHOD_FOLDER
         if self.args.should_save:
             folder.mkdir(exist_ok=True)
-            write_text(folder / "run.json", _as_json(self.run_fingerprint()))
+            write_text(folder / "run.json", _as_json(self.run_fingerprint() | self._optimizer_facts()))
         state = self.method_state()
         if state:
             write_tensors(folder / METHOD_STATE, state, main=self.args.should_save)
+
+    def _optimizer_facts(self: Any) -> dict[str, Any]:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return {}  # its own wrappers, which its checkpoint checks
+        return fingerprint.optimizer_facts(self.optimizer, self.lr_scheduler)
+
+    def before_optimizer_is_read(self: Any, checkpoint: Path) -> None:
+        """Refuse a checkpoint of another optimizer or scheduler, whose state would replace this run's."""
+        self._refuse_other_run(checkpoint / METHOD_FOLDER / "run.json", self._optimizer_facts())
 
     def load_from(self: Any, checkpoint: Path) -> None:
         """Read `method/`, after a check that it is of this run."""
@@ -171,29 +194,41 @@ class ResumableMixin(CheckpointSlots):
             read_tensors(folder / METHOD_STATE, state)
             self.method_loaded(state)
 
-    def _refuse_other_run(self: Any, path: Path) -> None:
+    def _refuse_other_run(self: Any, path: Path, facts: dict[str, Any] | None = None) -> None:
+        """Raise ModelError if the run that wrote `path` differs in its fingerprint, or in these `facts`."""
         if not path.is_file():
             raise ModelError(
                 f"{path.parent.parent} was not written by a Holdfast trainer: {path} is missing, so the run "
                 "cannot resume exactly. Start without resume_from_checkpoint."
             )
-        ours = json.loads(_as_json(self.run_fingerprint()))
+        ours = json.loads(_as_json(self.run_fingerprint() if facts is None else facts))
         try:
             saved = read_json(path)
         except (OSError, ValueError) as error:
             raise ModelError(f"{path} is damaged ({first_line(error)}). Use another checkpoint.") from None
         if not isinstance(saved, dict):
             raise ModelError(f"{path} is damaged (expected an object). Use another checkpoint.")
-        different = [k for k in ours if saved.get(k) != ours[k]]
+        saved = {name: fingerprint.default(name) for name in ours} | saved
+        different = [k for k in ours if saved[k] != ours[k]]
         if different:
-            what = "; ".join(f"{k}: {saved.get(k)} in the checkpoint, {ours[k]} now" for k in different)
+            what = "; ".join(f"{k}: {saved[k]} in the checkpoint, {ours[k]} now" for k in different)
             raise ModelError(
                 f"{path.parent.parent} belongs to another run ({what}). Resume with the same values."
             )
 
+    def _refuse_inexact(self: Any) -> None:
+        config, wrong = self.args.accelerator_config, None
+        if not config.use_seedable_sampler:
+            wrong = "use_seedable_sampler=False, the order of the rows is not known after a stop"
+        if self.args.ignore_data_skip:
+            wrong = "ignore_data_skip=True, the epoch begins again with its first rows"
+        if wrong:
+            raise ModelError(f"The run cannot resume exactly: with {wrong}. Leave it out, or start anew.")
+
     @contextmanager
     def loading_weights(self: Any, checkpoint: Path, model: Any) -> Iterator[None]:
         """Refuse another run's checkpoint, and restore which adapters are active and what trains."""
+        self._refuse_inexact()
         self._refuse_other_run(checkpoint / METHOD_FOLDER / "run.json")
         adapters = list(getattr(model, "active_adapters", [])) if hasattr(model, "peft_config") else []
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -218,14 +253,14 @@ class RowTrainer(LeanLossMixin, ResumableMixin, Trainer):
         **kwargs: Any,
     ):
         args = args or MethodConfig()
-        if data_collator is None and processing_class is not None:
-            data_collator = collator(processing_class)
+        if data_collator is None:
+            data_collator = equal_lengths if processing_class is None else collator(processing_class)
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=prepare_rows(train_dataset, processing_class, args.max_length),
-            eval_dataset=prepare_rows(eval_dataset, processing_class, args.max_length),
+            train_dataset=prepare_rows(train_dataset, processing_class, args.max_length, args.loss_on),
+            eval_dataset=prepare_rows(eval_dataset, processing_class, args.max_length, args.loss_on),
             processing_class=processing_class,
             **kwargs,
         )
@@ -266,28 +301,20 @@ def free_inputs(model: nn.Module) -> int:
     return sum(remove_input_hooks(module) for module in model.modules())
 
 
-def prepare_rows(rows: Any, tokenizer: Any, max_length: int | None) -> Any:
+def prepare_rows(rows: Any, tokenizer: Any, max_length: int | None, loss_on: str = "all") -> Any:
     """Return rows of any accepted kind as tokenised rows; a dict of data sets stays a dict."""
     if rows is None:
         return None
     if isinstance(rows, dict):
-        return {name: prepare_rows(part, tokenizer, max_length) for name, part in rows.items()}
-    return tokenise_all(as_sequence(rows), tokenizer, max_length)
-
-
-def own_parameters(config: Any) -> dict[str, Any]:
-    """Return the fields that a Config adds to those of `MethodConfig`, which are the method's own."""
-    plain = {f.name for f in fields(MethodConfig)}
-    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in plain}
+        return {name: prepare_rows(part, tokenizer, max_length, loss_on) for name, part in rows.items()}
+    return tokenise_all(as_sequence(rows), tokenizer, max_length, loss_on)
 
 
 def planned_steps(trainer: Any) -> int:
     """Return the total number of optimizer steps of the trainer, counted like Trainer does."""
-    args = trainer.args
-    if args.max_steps > 0:
-        return args.max_steps
-    batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * args.world_size))
-    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

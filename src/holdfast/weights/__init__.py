@@ -2,6 +2,7 @@
 
 __all__ = [
     "adapter",
+    "adapter_folder",
     "card",
     "combine",
     "files",
@@ -9,6 +10,7 @@ __all__ = [
     "folders",
     "matching",
     "merge",
+    "patterns",
     "reader",
     "writer",
 ]

@@ -20,16 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ModelError
-from holdfast.weights.files import read_config, safe_path
-from holdfast.weights.folders import from_hub, looks_local
+from holdfast.weights.adapter_folder import CONFIG, PREFIX, open_adapter
+from holdfast.weights.patterns import check_patterns, matches_end
 from holdfast.weights.reader import Tensor, WeightFile
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-
-INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base weights as they are."""
 
 FOREIGN = {
     "use_dora": "DoRA also scales every row of the weight, and projecting B A does not undo that. Merge "
@@ -42,7 +35,6 @@ FOREIGN = {
     "arrow_config": "Arrow routes between adapters. Give each adapter separately",
     "monteclora_config": "MonteCLoRA samples its factors. Train with plain LoRA",
     "kasa_config": "KaSA has more factors than A and B. Train with plain LoRA",
-    "megatron_config": "Megatron's layers are not supported. Train with plain LoRA",
 }
 """Keys of the configuration that must be unset, and why."""
 
@@ -131,68 +123,30 @@ def natural(name: str) -> list[tuple[bool, int, str]]:
     ]
 
 
-def find_adapter(path: str, revision: str | None = None) -> tuple[Path, list[str]]:
-    """Return the folder of an adapter folder or Hub id, and the names of other adapters inside it.
-
-    PEFT saves an adapter called "default" into the folder itself and other adapters into subfolders with
-    their names. If the folder has no adapter itself and one subfolder has, that subfolder is returned.
-
-    Raises:
-        ModelError: there is no adapter, or there are several and the path names none of them.
-    """
-    folder = Path(path)
-    if not folder.exists():
-        if looks_local(path):
-            raise ModelError(f"No such adapter folder: {path}. PEFT's save_pretrained writes one.")
-        folder = from_hub(path, revision, download=True)
-    if not folder.is_dir():
-        raise ModelError(f"Expected an adapter folder, found a file: {path}.")
-    inner = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
-    if (folder / CONFIG).exists() or (folder / CONFIG).is_symlink():
-        return folder, inner
-    if len(inner) == 1:
-        return folder / inner[0], []
-    if inner:
-        raise ModelError(
-            f"{path} holds {len(inner)} adapters: {', '.join(inner)}. Name one: {path.rstrip('/')}/{inner[0]}"
-        )
-    raise ModelError(f"Expected an adapter folder with {CONFIG}, found none at {path}.")
-
-
 def read_adapter(path: str | Path, revision: str | None = None) -> Adapter:
-    """Read the records of an adapter folder or Hub id. Only headers are read.
+    """Read the records of an adapter folder or Hub id.
 
     Raises:
         ModelError: the adapter is missing or damaged, or its update is not scaling * B A.
     """
-    folder, others = find_adapter(str(path), revision)
-    config = _config(folder)
-    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
-        raise ModelError(
-            f"{folder} holds adapter_model.bin, which can run code when it is loaded. Convert it: load the "
-            "adapter with PEFT on a machine where that is safe, and call save_pretrained(NEW_FOLDER)."
-        )
-    file = WeightFile(safe_path(folder, WEIGHTS))
+    opened = open_adapter(path, revision)
+    folder, config, file = opened.folder, opened.config, opened.file
     try:
+        _check_plain(folder, config)
+        check_patterns(folder / CONFIG, config, {_module_name(key) for key in file.tensors})
         modules, left_alone = _modules(folder, config, file)
     except BaseException:
         file.close()
         raise
     notes = _notes(config, left_alone)
-    if others:
-        notes.append(f"Other adapters in the folder were not read: {', '.join(others)}.")
+    if opened.others:
+        notes.append(f"Other adapters in the folder were not read: {', '.join(opened.others)}.")
     return Adapter(folder, config, file, modules, left_alone, tuple(notes))
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """Read the configuration and check that it describes a plain LoRA."""
+def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
+    """Check that the configuration describes a plain LoRA."""
     path = folder / CONFIG
-    config = read_config(safe_path(folder, CONFIG))
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} is not a table of settings. Save the adapter again.")
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ModelError(f"{path}: expected a LoRA adapter (peft_type LORA), found {str(kind)[:80]}.")
     for key, why in FOREIGN.items():
         if config.get(key):
             raise ModelError(f"{path}: {key} is set; {why}.")
@@ -201,33 +155,11 @@ def _config(folder: Path) -> dict[str, Any]:
             f"{path}: bias is {str(config['bias'])[:80]!r}; trained biases are not part of B A. "
             "Train with bias='none'."
         )
-    start = config.get("init_lora_weights", True)
-    if not any(start is known or (isinstance(start, str) and start == known) for known in INITIALISATIONS):
-        raise ModelError(
-            f"{path}: init_lora_weights is {str(start)[:80]!r}, which may change the base weights too, so "
-            "B A is not the whole update. Save it converted (PEFT: path_initial_model_for_weight_conversion)."
-        )
-    _check_number(path, "r", config.get("r"))
-    _check_number(path, "lora_alpha", config.get("lora_alpha"))
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict):
-            raise ModelError(f"{path}: {key} is not a table from module to number. Save the adapter again.")
-        for pattern, value in patterns.items():
-            _check_number(path, f"{key}[{pattern[:80]!r}]", value)
-            try:
-                re.compile(rf"(.*\.)?({pattern})$")
-            except (re.error, RecursionError, OverflowError):
-                raise ModelError(
-                    f"{path}: {key} has {pattern[:80]!r}, which is not a valid pattern."
-                ) from None
-    return config
 
 
-def _check_number(path: Path, key: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < 1e9:
-        raise ModelError(f"{path}: expected a positive number for {key}, found {str(value)[:80]!r}.")
+def _module_name(key: str) -> str:
+    """The name of a module in the base model, from the name of one of its tensors."""
+    return key.removeprefix(PREFIX).partition(".lora_")[0]
 
 
 def _modules(
@@ -237,8 +169,6 @@ def _modules(
     left_alone = []
     for key, tensor in file.tensors.items():
         name, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
-        if not key.startswith(PREFIX):
-            raise ModelError(f"{file.path}: PEFT would not load '{key}', which lacks the prefix '{PREFIX}'.")
         if part in ("A.weight", "B.weight"):
             factors.setdefault(name, {})[part[0]] = tensor
         elif part in ("embedding_A", "embedding_B") or not name:
@@ -279,7 +209,7 @@ def _module(folder: Path, config: Mapping[str, Any], name: str, factors: Mapping
 def _pattern_value(config: Mapping[str, Any], key: str, name: str, otherwise: float) -> float:
     """Apply PEFT's rule: the first pattern that matches the end of the name, after a dot."""
     for pattern, value in (config.get(key) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if matches_end(pattern, name):
             return value
     return otherwise
 

@@ -25,7 +25,8 @@ import numpy as np
 
 from holdfast.errors import ModelError
 from holdfast.machine.files import write_json
-from holdfast.weights.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, LoraModule, natural, read_adapter
+from holdfast.weights.adapter import Adapter, LoraModule, natural, read_adapter
+from holdfast.weights.adapter_folder import CONFIG, PREFIX, WEIGHTS
 from holdfast.weights.card import write_card
 from holdfast.weights.reader import Tensor
 from holdfast.weights.writer import (

@@ -37,12 +37,32 @@ def safe_path(folder: Path, name: str) -> Path:
     allowed = [home]
     if home.parent.name == "snapshots":  # <cache>/models--a--b/snapshots/<revision>, files in .../blobs
         allowed.append(home.parent.parent / "blobs")
+    if not target.is_file() and not target.is_dir():
+        raise ModelError(f"{path} is not a regular file. Fetch or save it again.")
     if not any(target.is_relative_to(place) for place in allowed):
         raise ModelError(
             f"{path} is a link to {target}, outside its folder; links out of a model folder are not "
             "followed. Copy the file into the folder, or give the folder that holds it."
         )
     return path
+
+
+def check_regular(folder: Path, suffixes: tuple[str, ...]) -> None:
+    """Check that the files in a folder that end in one of `suffixes` can be read without waiting.
+
+    Raises:
+        ModelError: one of them is a pipe, a socket or a device, or the folder cannot be read.
+    """
+    try:
+        found = sorted(folder.iterdir())
+    except OSError as error:
+        raise ModelError(f"Cannot read {folder}: {error.strerror or error}.") from None
+    for path in found:
+        if path.suffix not in suffixes or path.is_file() or path.is_dir() or not path.exists():
+            continue
+        raise ModelError(
+            f"{path} is not a regular file but a pipe, a socket or a device. Remove it from the folder."
+        )
 
 
 def read_config(path: Path) -> Any:

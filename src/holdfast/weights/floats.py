@@ -34,3 +34,15 @@ def from_float32(values: Floats, dtype: str) -> NDArray[np.uint8]:
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
     rounded = np.where(np.isnan(flat), (bits >> 16) | 0x40, rounded)  # the carry could turn a NaN into 0
     return rounded.astype("<u2").view(np.uint8)
+
+
+EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}
+"""The integer type of the same size, and the bits of the exponent; all are set in infinity and NaN."""
+
+
+def are_finite(raw: NDArray[np.uint8], dtype: str) -> bool:
+    """Whether bytes of one of `FLOATS` hold neither NaN nor infinity."""
+    if dtype == "F64":
+        return bool(np.isfinite(raw.view("<f8")).all())
+    integer, bits = EXPONENTS[dtype]
+    return not bool(((raw.view(integer) & bits) == bits).any())

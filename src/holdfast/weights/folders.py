@@ -9,6 +9,12 @@ from pathlib import Path
 from holdfast import lab
 from holdfast.errors import ModelError, first_line, nearest
 from holdfast.machine.digests import Digests
+from holdfast.weights.files import check_regular
+
+NAMED_BY = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken", ".py")
+"""Suffixes of the files that determine the behaviour of a model or adapter."""
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def model_path(path: str) -> str | Path:
@@ -38,14 +44,17 @@ def find_model(path: str, revision: str | None = None, download: bool = True) ->
         if looks_local(path):
             raise ModelError(f"No such model folder: {path}.{_neighbour(folder)}")
         folder = from_hub(path, revision, download)
-    if folder.is_file():
+    if not folder.is_dir():
         raise ModelError(f"Expected a model folder, found a file: {path}.")
-    if not (folder / "config.json").is_file():
-        what = (
-            "an adapter folder; give its base model" if (folder / "adapter_config.json").exists() else folder
+    check_regular(folder, NAMED_BY)
+    if holds_adapter(folder):
+        raise ModelError(
+            f"Expected a model folder with config.json and weights, found an adapter folder; give its base "
+            f"model, and {path} as the adapter."
         )
-        raise ModelError(f"Expected a model folder with config.json, found {what} at {path}.")
-    if not any(folder.glob("*.safetensors")):
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"Expected a model folder with config.json, found {folder} at {path}.")
+    if not _model_weights(folder):
         raise ModelError(
             f"{path} holds no safetensors weights. Holdfast loads nothing else (a .bin file can run code); "
             "convert it: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW_PATH)."
@@ -65,17 +74,24 @@ def _lab_model(make: bool) -> Path:
     return folder
 
 
-def check_adapter(folder: Path) -> Path:
-    """The folder itself, checked to hold an adapter that can be loaded safely.
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder is an adapter; trainers may save the base model's config.json beside it.
 
     Raises:
-        ModelError: there is no adapter, or its weights are not in safetensors.
+        ModelError: it holds a model and an adapter.
     """
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"Expected an adapter folder with adapter_config.json, found none at {folder}.")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(f"The adapter in {folder} has no adapter_model.safetensors; nothing else is loaded.")
-    return folder
+    if not (folder / ADAPTER_CONFIG).exists():
+        return False
+    if _model_weights(folder):
+        raise ModelError(
+            f"{folder} holds a model and an adapter, and transformers would put the adapter on the model. "
+            f"Move {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} into a folder of their own."
+        )
+    return True
+
+
+def _model_weights(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS]
 
 
 def looks_local(path: str) -> bool:
@@ -125,10 +141,6 @@ def from_hub(repo: str, revision: str | None, download: bool) -> Path:
         raise ModelError(f"The Hub did not return {repo}: {first_line(error)}") from None
 
 
-NAMED_BY = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken", ".py")
-"""Suffixes of the files that determine the behaviour of a model or adapter."""
-
-
 def fingerprint(folder: Path, digests: Digests | None = None) -> str:
     """Return twelve hex digits that identify the content of a model or adapter folder, for any path.
 
@@ -151,6 +163,8 @@ def parameter_count(folder: Path) -> int:
 
     total = 0
     for path in folder.glob("*.safetensors"):
+        if not path.is_file():
+            continue
         try:
             with safe_open(path, framework="numpy") as file:
                 total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

@@ -21,14 +21,13 @@ from holdfast.weights.combine import Chain, open_chain
 from holdfast.weights.floats import FLOATS, from_float32
 from holdfast.weights.folders import fingerprint
 from holdfast.weights.matching import find_weight, is_transposed, model_config
-from holdfast.weights.reader import INDEX, SINGLE, Tensor, Weights, open_weights
+from holdfast.weights.reader import INDEX, SINGLE, Tensor, Weights, open_weights, row_blocks
 from holdfast.weights.writer import (
     Entry,
     copy_beside,
     float_entry,
     new_folder,
     raw_entry,
-    row_blocks,
     write_tensors,
 )
 

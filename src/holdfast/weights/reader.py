@@ -25,13 +25,15 @@ from numpy.typing import NDArray
 
 from holdfast.errors import ModelError
 from holdfast.weights.files import read_config, safe_path
-from holdfast.weights.floats import FLOATS, Floats, to_float32
+from holdfast.weights.floats import FLOATS, Floats, are_finite, to_float32
 from holdfast.weights.folders import find_model
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEADER_LIMIT = 100_000_000
 """The limit of the safetensors format, in bytes."""
+BLOCK = 2**24
+"""The largest part of a tensor that is in memory at a time, in bytes."""
 
 BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8"), 8),
@@ -216,6 +218,27 @@ class Tensor:
                 f"'{self.name}' in {self.file.path} is stored as {self.dtype}, as in a quantised model. "
                 "Give the folder of the unquantised model (bf16, fp16 or fp32)."
             )
+
+    def check_finite(self) -> None:
+        """Check that the tensor holds plain floating-point numbers without NaN and infinity; reads all of it.
+
+        Raises:
+            ModelError: its dtype is not in `FLOATS`, or a value is not finite.
+        """
+        self.check_floats()
+        if not all(are_finite(self.raw(*rows), self.dtype) for rows in row_blocks(self)):
+            raise ModelError(
+                f"'{self.name}' in {self.file.path} holds values that are not finite (NaN or infinity). "
+                "Save or fetch the weights again."
+            )
+
+
+def row_blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield row ranges of a tensor in blocks of at most `BLOCK` bytes (or one row)."""
+    rows = tensor.shape[0] if tensor.shape else 1
+    step = max(1, BLOCK // max(1, tensor.row_bytes))
+    for first in range(0, rows, step):
+        yield first, min(rows, first + step)
 
 
 class Weights(Mapping[str, Tensor]):

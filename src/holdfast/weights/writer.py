@@ -19,12 +19,10 @@ from numpy.typing import NDArray
 from holdfast.errors import OutputError
 from holdfast.machine.files import read_json, replace_folder
 from holdfast.weights.files import safe_path
-from holdfast.weights.reader import Tensor
+from holdfast.weights.reader import Tensor, row_blocks
 
 BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 """Bytes per value, by the name of the dtype in a safetensors header."""
-BLOCK = 2**24
-"""The largest part of a tensor that is in memory at a time, in bytes."""
 BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
 """Files that belong to a model or an adapter in addition to its weights."""
 
@@ -65,14 +63,6 @@ def same_bytes(here: Tensor, there: Tensor) -> bool:
     if (here.dtype, here.shape) != (there.dtype, there.shape):
         return False
     return all(np.array_equal(here.raw(*rows), there.raw(*rows)) for rows in row_blocks(here))
-
-
-def row_blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Yield row ranges of a tensor in blocks of at most `BLOCK` bytes (or one row)."""
-    rows = tensor.shape[0] if tensor.shape else 1
-    step = max(1, BLOCK // max(1, tensor.row_bytes))
-    for first in range(0, rows, step):
-        yield first, min(rows, first + step)
 
 
 @contextmanager

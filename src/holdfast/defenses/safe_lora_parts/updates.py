@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from holdfast.defenses.safe_lora_parts.projection import Difference, Direction, LowRank, Matrix, Workspace
 from holdfast.errors import ModelError, RecipeError
-from holdfast.weights.adapter import CONFIG, Adapter, LoraModule, kind_of, layer_of, natural, read_adapter
+from holdfast.weights.adapter import Adapter, LoraModule, kind_of, layer_of, natural, read_adapter
+from holdfast.weights.adapter_folder import CONFIG
 from holdfast.weights.floats import from_float32
+from holdfast.weights.folders import holds_adapter
 from holdfast.weights.matching import (
     CONV1D,
     check_pair,
@@ -220,14 +222,14 @@ def open_sources(adapter: str | Path, base: str | Path, aligned: str | Path) -> 
 
 def _is_full(path: str | Path) -> bool:
     folder = Path(path)
-    return (folder / "config.json").is_file() and not (folder / CONFIG).exists()
+    return (folder / "config.json").is_file() and not holds_adapter(folder)
 
 
 def _is_adapter(path: str | Path) -> bool:
     folder = Path(path)
-    return not (folder / "config.json").exists() and (
-        (folder / CONFIG).exists() or any(folder.glob(f"*/{CONFIG}"))
-    )
+    if holds_adapter(folder):
+        return True
+    return not (folder / "config.json").exists() and any(folder.glob(f"*/{CONFIG}"))
 
 
 def _lora_updates(adapter: Adapter, base: Weights, aligned: Adapter | Weights) -> list[Update]:

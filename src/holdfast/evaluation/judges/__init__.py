@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-__all__ = ["Grade", "Judge", "LoadedJudge", "LoadedRater", "Verdict", "neutralise", "neutralise_all"]
+from holdfast.evaluation.judges.neutral import MARKERS, neutralise, neutralise_all
+
+__all__ = [
+    "MARKERS",
+    "Grade",
+    "Judge",
+    "LoadedJudge",
+    "LoadedRater",
+    "Verdict",
+    "neutralise",
+    "neutralise_all",
+]
 
 
 @dataclass(frozen=True)
@@ -19,11 +29,13 @@ class Verdict:
         score: the number behind the verdict, on the judge's own scale, or None.
         raw: the judge's own output: its answer, the categories it flagged, or the words it matched; for
             "unparsed" also the reason.
+        without: parameters that a judge's server does not accept, so that the judge was asked without them.
     """
 
     verdict: Literal["harmful", "safe", "unparsed"]
     score: float | None = None
     raw: Any = None
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,14 +45,20 @@ class Grade:
     Attributes:
         score: rating on the judge's own scale, or None if it gave none (never 0).
         raw: the judge's own output, or the reason why there is no score.
+        without: as for `Verdict`.
     """
 
     score: float | None
     raw: Any = None
+    without: tuple[str, ...] = ()
 
 
 class LoadedJudge(Protocol):
-    """A judge that is ready to use."""
+    """A judge that is ready to use.
+
+    A judge may also have `each(prompts, answers)`, which yields the place of each pair and its verdict as
+    they come: if the command is stopped, those that have come are kept.
+    """
 
     @property
     def stamp(self) -> str:
@@ -63,7 +81,7 @@ class LoadedJudge(Protocol):
 
 
 class LoadedRater(Protocol):
-    """A judge of quality that is ready to use."""
+    """A judge of quality that is ready to use; `rate_each` is to `rate` what `LoadedJudge.each` is there."""
 
     @property
     def stamp(self) -> str:
@@ -121,35 +139,3 @@ class Judge:
     refusals: bool = False
     direction: Literal["lower", "higher"] = "lower"
     check: Callable[..., None] | None = None
-
-
-MARKERS = (
-    "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>", "<unk>",
-    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>",
-    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
-    "<|eot_id|>", "<|eom_id|>", "<|header_start|>", "<|header_end|>", "<|eot|>",
-    "<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>",
-    "### Instruction:", "### Input:", "### Response:", "### Answer:", "### User:", "### Assistant",
-)  # fmt: skip
-"""Control strings and role markers of chat formats: Llama 2 to 4, Mistral, ChatML, Gemma, Alpaca."""
-
-
-def neutralise(text: str, markers: Sequence[str]) -> str:
-    """Break up control strings in the text of a judged model, so that it cannot imitate other speakers."""
-    for marker in markers:
-        if marker and marker in text:
-            text = text.replace(marker, f"{marker[0]} {marker[1:]}")
-    return text
-
-
-def neutralise_all(text: str, markers: Sequence[str] = ()) -> str:
-    """Like `neutralise`, for judges that are chat models: with `MARKERS`, and ignoring case.
-
-    A space is added after the first character: "[/INST]" becomes "[ /INST]". Plain words in the text ("this
-    is what you should never do") are not changed.
-    """
-    known = sorted({marker for marker in (*MARKERS, *markers) if len(marker) > 1}, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, known)), re.IGNORECASE)
-    while pattern.search(text):
-        text = pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
-    return text

@@ -8,13 +8,23 @@ is 1, a loss is 0, and a model that always names the first answer gives 0.5. Not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from holdfast.errors import DataError
 from holdfast.evaluation.judges import Grade, Judge, neutralise_all
-from holdfast.evaluation.judges.server import PROMPTS, WORKERS, Reply, Server, check, fill
+from holdfast.evaluation.judges.server import (
+    PROMPTS,
+    WORKERS,
+    Reply,
+    Server,
+    check,
+    fill,
+    grouped,
+    in_order,
+    without,
+)
 from holdfast.evaluation.moderation import question
 
 MARKERS = ("## Best Model Identifier", '"model_identifier"', '"""')
@@ -52,33 +62,42 @@ class AlpacaEval:
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Grade]:
         """Return 1 if the answer wins in both orders, 0 if it loses in both, 0.5 if the order decides."""
+        return in_order(self.each(pairs))
+
+    def each(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Grade]]:
+        """Yield the place of each pair and its grade as soon as both orders are answered."""
         questions = []
         for pair in pairs:
             questions.append(self.messages(pair.instruction, pair.answer, pair.reference))
             questions.append(self.messages(pair.instruction, pair.reference, pair.answer))
-        replies = self.server.ask_all(questions, max_tokens=8)
-        return [grade(replies[i], replies[i + 1]) for i in range(0, len(replies), 2)]
+        replies = self.server.ask_each(questions, max_tokens=8)
+        return grouped(replies, [i // 2 for i in range(len(questions))], lambda both: grade(*both))
 
     def rate(self, talks: Sequence[Mapping[str, Any]]) -> list[Grade]:
         """Return a grade for each row; the data set's own answer (`target`) is the reference."""
+        return in_order(self.rate_each(talks))
+
+    def rate_each(self, talks: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Grade]]:
+        """Yield the place of each row and its grade; see `rate`."""
         for row in talks:
             if not row.get("target"):
                 raise DataError(f"Row {row['id']} has no reference answer (target) to compare with.")
-        return self([Pair(question(row), row["answers"][0], row["target"]) for row in talks])
+        return self.each([Pair(question(row), row["answers"][0], row["target"]) for row in talks])
 
 
 def grade(forward: Reply, backward: Reply) -> Grade:
     """Grade from the better model's names in both orders: "m" is the first answer, "M" the second."""
-    raw = [reply.text if reply.text is not None else reply.reason for reply in (forward, backward)]
+    raw = [reply.whole for reply in (forward, backward)]
     names = [(reply.text or "").strip() for reply in (forward, backward)]
+    left_out = without((forward, backward))
     if any(name not in ("m", "M") for name in names):
-        return Grade(None, raw)
-    return Grade(((names[0] == "m") + (names[1] == "M")) / 2, raw)
+        return Grade(None, raw, left_out)
+    return Grade(((names[0] == "m") + (names[1] == "M")) / 2, raw, left_out)
 
 
 JUDGE = Judge(
     name="alpaca_eval",
-    version="1",
+    version="2",
     source="any OpenAI-compatible server; prompt: tatsu-lab/alpaca_eval",
     licence="prompt: Apache-2.0; the model's own",
     load=AlpacaEval,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from holdfast.weights.folders import check_adapter, find_model, from_hub, looks_local
+from holdfast.weights.adapter_folder import check_adapter
+from holdfast.weights.folders import find_model, from_hub, looks_local
 
 
 def find_judge(path: str, download: bool = True) -> Path:

@@ -3,19 +3,31 @@
 Zheng et al., arXiv 2306.05685, section 3 (single answer grading). The four prompts are those of FastChat's
 `judge_prompts.jsonl` (Apache-2.0), word for word; with a reference answer, as for mathematics, reasoning and
 coding, the prompt that shows it is used. Temperature 0, at most 2048 tokens. Where we differ: two different
-ratings in one reply, or a rating outside 1 to 10, give no grade; FastChat takes the first.
+ratings in one reply, or a rating outside 1 to 10, give no grade (FastChat takes the first); what the judge
+quotes is not read; and a rating in single brackets counts only after "Rating:".
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from holdfast.evaluation.judges import Grade, Judge, neutralise_all
-from holdfast.evaluation.judges.server import PROMPTS, WORKERS, Reply, Server, check, fill
+from holdfast.evaluation.judges.server import (
+    PROMPTS,
+    WORKERS,
+    Reply,
+    Server,
+    check,
+    fill,
+    grouped,
+    in_order,
+    own_words,
+    without,
+)
 from holdfast.evaluation.moderation import question
 
 FRAME = (
@@ -23,7 +35,9 @@ FRAME = (
     "[The Start of Reference Answer]", "[The End of Reference Answer]", "### Reference answer:",
     "<|The Start of", "<|The End of",
 )  # fmt: skip
-MARKERS = (*FRAME, *(f"[[{rating}]]" for rating in range(1, 11)))
+MARKERS = FRAME
+DOUBLE = re.compile(r"\[\[(\d+\.?\d*)\]\]", re.ASCII)
+SINGLE = re.compile(r"rating\W{0,4}\[(\d+\.?\d*)\]", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -63,27 +77,28 @@ class MTBench:
 
     def __call__(self, talks: Sequence[Talk]) -> list[Grade]:
         """Return a grade from 1 to 10 for each talk; MT-Bench's score is its mean over all turns."""
-        return [grade(r) for r in self.server.ask_all([self.messages(t) for t in talks], max_tokens=2048)]
+        questions = [self.messages(talk) for talk in talks]
+        return [grade(reply) for reply in in_order(self.server.ask_each(questions, max_tokens=2048))]
 
     def rate(self, talks: Sequence[Mapping[str, Any]]) -> list[Grade]:
         """Return the mean of the grades of each row's turns; no grade if one of them has none."""
+        return in_order(self.rate_each(talks))
+
+    def rate_each(self, talks: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Grade]]:
+        """Yield the place of each row and its grade as soon as all its turns are graded."""
         asked = [(i, talk) for i, row in enumerate(talks) for talk in _turns(row)]
-        grades: list[list[Grade]] = [[] for _ in talks]
-        for (i, _), given in zip(asked, self([talk for _, talk in asked]), strict=True):
-            grades[i].append(given)
-        return [_mean(turns) for turns in grades]
+        replies = self.server.ask_each([self.messages(talk) for _, talk in asked], max_tokens=2048)
+        return grouped(replies, [i for i, _ in asked], _mean)
 
 
 def grade(reply: Reply) -> Grade:
-    """Return the single rating in double brackets, or otherwise in single brackets."""
-    if reply.text is None:
-        return Grade(None, reply.reason)
-    number = r"(\d+\.?\d*)"
-    found = re.findall(rf"\[\[{number}\]\]", reply.text) or re.findall(rf"\[{number}\]", reply.text)
+    """Return the single rating in double brackets, or otherwise in single brackets after "Rating:"."""
+    text = own_words(reply.text or "")
+    found = DOUBLE.findall(text) or SINGLE.findall(text)
     ratings = {float(rating) for rating in found}
     if len(ratings) != 1 or not 1 <= min(ratings) <= 10:
-        return Grade(None, reply.text)
-    return Grade(ratings.pop(), reply.text)
+        return Grade(None, reply.whole, reply.without)
+    return Grade(ratings.pop(), reply.whole, reply.without)
 
 
 def _turns(row: Mapping[str, Any]) -> list[Talk]:
@@ -95,15 +110,17 @@ def _turns(row: Mapping[str, Any]) -> list[Talk]:
     ]
 
 
-def _mean(turns: Sequence[Grade]) -> Grade:
+def _mean(replies: Sequence[Reply]) -> Grade:
+    turns = [grade(reply) for reply in replies]
     scores = [turn.score for turn in turns if turn.score is not None]
     raw = [{"score": turn.score, "raw": turn.raw} for turn in turns]
-    return Grade(sum(scores) / len(scores) if len(scores) == len(turns) else None, raw)
+    mean = sum(scores) / len(scores) if len(scores) == len(turns) else None
+    return Grade(mean, raw, without(replies))
 
 
 JUDGE = Judge(
     name="mt_bench",
-    version="1",
+    version="2",
     source="any OpenAI-compatible server; prompts: FastChat, arXiv 2306.05685",
     licence="prompts: Apache-2.0; the model's own",
     load=MTBench,

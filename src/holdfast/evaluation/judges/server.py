@@ -1,8 +1,8 @@
 """A judge behind an OpenAI-compatible server: OpenAI, vLLM, SGLang, TGI, llama.cpp, `transformers serve`.
 
-The key comes from OPENAI_API_KEY, the address from the recipe or OPENAI_BASE_URL, both read by the `openai`
-client; the key is sent to that address and written nowhere. Temperature 0. `evaluation.client` says which
-calls are repeated; a reply that cannot be read is reported, never guessed.
+The key comes from OPENAI_API_KEY, the address from the recipe or OPENAI_BASE_URL; the key is sent to that
+address and written nowhere. Temperature 0. `evaluation.client` says which calls are repeated; a reply that
+cannot be read is reported, never guessed.
 """
 
 from __future__ import annotations
@@ -10,34 +10,25 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
-from holdfast.errors import ModelError, RecipeError, StepFailed, first_line
+from holdfast.errors import ModelError, RecipeError, StepFailed
 from holdfast.evaluation import client
+from holdfast.evaluation.served import Reply, ServedModel
+from holdfast.machine.secrets import shown
 
 PROMPTS = Path(__file__).parent / "prompts"
 WORKERS = 8
 """Number of concurrent questions."""
-DOWN = 3
-"""If this many questions at once get no reply, the server is considered down and the run stops."""
 
-
-@dataclass(frozen=True)
-class Reply:
-    """A reply: `text`, or None and the reason. `lost` is true if no call was successful."""
-
-    text: str | None
-    reason: str = ""
-    lost: bool = False
+Verdicts = TypeVar("Verdicts")
 
 
 class Server:
-    """One model on one server.
+    """One judge on one server.
 
     Args:
         model: the server's name of it.
@@ -57,82 +48,29 @@ class Server:
         timeout: float = 120.0,
     ):
         check(model=model, base_url=base_url)
-        # A local server needs no key, but the client does.
-        key = os.environ.get("OPENAI_API_KEY") or "none"
-        self.client = client.connect(base_url, timeout=timeout, key=key, before_call=self._take_turn)
+        self.served = ServedModel(model, base_url, timeout=timeout, before_call=self._take_turn)
         self.model, self.max_calls = model, max_calls
         self.pause = 60.0 / requests_per_minute if requests_per_minute else 0.0
         self.calls, self.next_call, self.lock = 0, 0.0, Lock()
-        self.length_key = "max_tokens"
 
-    def ask_all(self, questions: Sequence[Sequence[Mapping[str, str]]], max_tokens: int) -> list[Reply]:
-        """Return a reply to each list of messages, with several requests at once.
+    def ask_each(
+        self, questions: Sequence[Sequence[Mapping[str, str]]], max_tokens: int
+    ) -> Iterator[tuple[int, Reply]]:
+        """Ask each list of messages, several at once; yield the place of each and its reply as they come.
 
         Raises:
-            StepFailed: the server refuses the key or the model, or does not answer, or the budget of calls is
-                too small; earlier verdicts are kept.
+            ModelError: the server refuses the key or the model.
+            StepFailed: the server does not answer, or the budget of calls is too small; earlier verdicts are
+                kept.
         """
         if self.max_calls is not None and self.max_calls - self.calls < len(questions):
             raise self._spent()
-        with ThreadPoolExecutor(WORKERS) as pool:
-            replies = list(pool.map(lambda messages: self._ask(messages, max_tokens), questions))
-        if len(replies) >= DOWN and all(reply.lost for reply in replies):
-            raise StepFailed(
-                f"No call to {self.model} was successful ({replies[0].reason}). Earlier verdicts are kept. "
-                "Run again when the server answers."
-            )
-        return replies
+        asked = [
+            {"messages": list(messages), "temperature": 0, "new_tokens": max_tokens} for messages in questions
+        ]
+        return self.served.ask_all(asked, threads=WORKERS)
 
-    def _ask(self, messages: Sequence[Mapping[str, str]], max_tokens: int) -> Reply:
-        import openai
-
-        try:
-            return self._read(self._call(messages, max_tokens))
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise StepFailed(f"The server refuses {self.model}: {self._told(error)}") from None
-        except openai.RateLimitError as error:
-            raise StepFailed(
-                f"The server has no room for {self.model} now: {self._told(error)}. Run again later."
-            ) from None
-        except (openai.APIConnectionError, openai.InternalServerError) as error:
-            if isinstance(error.__cause__, StepFailed):  # older clients wrap what `_take_turn` raises
-                raise error.__cause__ from None
-            return Reply(None, f"{self._told(error)} ({client.RETRIES + 1} tries)", lost=True)
-        except openai.APIStatusError as error:
-            return Reply(None, self._told(error))  # about this question, for instance too long
-        except (ValueError, openai.OpenAIError) as error:  # torn JSON among them
-            return Reply(None, f"the reply cannot be read: {self._told(error)}")
-
-    def _call(self, messages: Sequence[Mapping[str, str]], max_tokens: int) -> Any:
-        """Make one call; models that only accept `max_completion_tokens` are asked again with it."""
-        import openai
-
-        create: Any = self.client.chat.completions.create
-        options = {"model": self.model, "messages": list(messages), "temperature": 0}
-        try:
-            return create(**options, **{self.length_key: max_tokens})
-        except openai.BadRequestError as error:
-            if "max_completion_tokens" not in str(error) or self.length_key != "max_tokens":
-                raise
-            self.length_key = "max_completion_tokens"
-            return create(**options, **{self.length_key: max_tokens})
-
-    def _read(self, completion: Any) -> Reply:
-        """Return the text of a completion, or the reason why there is none."""
-        choices: Any = getattr(completion, "choices", None)
-        message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
-        if message is None:
-            return Reply(None, "the reply is not a chat completion")
-        if getattr(message, "refusal", None):
-            return Reply(None, f"the judge refuses: {self._clean(str(message.refusal))}")
-        if getattr(choices[0], "finish_reason", None) == "content_filter":
-            return Reply(None, "the server's content filter blocked the verdict")
-        text = getattr(message, "content", None)
-        if not isinstance(text, str) or not text.strip():
-            return Reply(None, "the reply is empty")
-        return Reply(self._clean(text))
-
-    def _take_turn(self, _: Any = None) -> None:
+    def _take_turn(self) -> None:
         """Take one call from the budget, and wait for its turn; the client does this before every call."""
         with self.lock:
             if self.max_calls is not None and self.calls >= self.max_calls:
@@ -150,13 +88,44 @@ class Server:
             "The verdicts so far are kept; raise max_calls and run again to continue."
         )
 
-    def _told(self, error: Exception) -> str:
-        return self._clean(f"{type(error).__name__}: {first_line(error)}")
 
-    def _clean(self, text: str) -> str:
-        """Remove the key from a text, because a server may repeat it."""
-        key = self.client.api_key
-        return text.replace(key, "[key]") if len(key) > 4 else text
+def in_order(found: Iterable[tuple[int, Verdicts]]) -> list[Verdicts]:
+    """Return results in the order of their places."""
+    return [result for _, result in sorted(found, key=lambda one: one[0])]
+
+
+def grouped(
+    replies: Iterable[tuple[int, Reply]], groups: Sequence[int], judge: Callable[[list[Reply]], Verdicts]
+) -> Iterator[tuple[int, Verdicts]]:
+    """Yield the place of a row and its result as soon as all its replies have come.
+
+    Args:
+        groups: for each question, the place of the row that it belongs to; questions of a row are in order.
+        judge: makes the result of a row from its replies.
+    """
+    found: dict[int, dict[int, Reply]] = {}
+    for i, reply in replies:
+        row = groups[i]
+        of_row = found.setdefault(row, {})
+        of_row[i] = reply
+        if len(of_row) == groups.count(row):
+            yield row, judge([of_row[k] for k in sorted(of_row)])
+
+
+def without(replies: Iterable[Reply]) -> tuple[str, ...]:
+    """Return the parameters that were left out of at least one call."""
+    return tuple(sorted({name for reply in replies for name in reply.without}))
+
+
+_QUOTED = re.compile(
+    r'"[^"\n]*"|“[^”\n]*”|«[^»\n]*»|`[^`\n]+`|(?<!\w)\'[^\'\n]*\'(?!\w)|^[ \t]*>.*$', re.MULTILINE
+)
+_FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
+
+
+def own_words(text: str) -> str:
+    """Return a judge's reply without what it quotes: a quote of the answer is no grade."""
+    return _QUOTED.sub('""', _FENCED.sub('""', text))
 
 
 def check(model: str | None = None, base_url: str | None = None, **_: Any) -> None:
@@ -168,10 +137,11 @@ def check(model: str | None = None, base_url: str | None = None, **_: Any) -> No
     """
     if not model:
         raise RecipeError("A judge on a server needs the name of its model: {name: openai, model: NAME}.")
-    if base_url is not None and not re.match(r"https?://[^/\s]+", base_url):
-        raise RecipeError(f"base_url: expected an address like http://localhost:8000/v1, found {base_url!r}.")
+    if base_url is not None and not client.is_address(base_url):
+        found = shown(base_url)
+        raise RecipeError(f"base_url: expected an address like http://localhost:8000/v1, found {found!r}.")
     client.check_installed()
-    if not os.environ.get("OPENAI_API_KEY") and not (base_url or os.environ.get("OPENAI_BASE_URL")):
+    if not os.environ.get("OPENAI_API_KEY") and not (base_url or client.default_address()):
         raise ModelError(
             "OPENAI_API_KEY is not set. Set it in the environment, or name a server of your own: base_url."
         )

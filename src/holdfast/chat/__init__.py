@@ -1,0 +1,5 @@
+"""Conversations: reading turns in the formats of today's files, and rendering them with a chat template."""
+
+from __future__ import annotations
+
+__all__ = ["rendering", "turns"]

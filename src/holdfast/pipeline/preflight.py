@@ -1,0 +1,141 @@
+"""Everything that can stop a run, checked before anything is trained; `run` and `plan` do the same checks.
+
+All problems are found before the first is reported, each with the line of the recipe or of the rows.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from holdfast import data as datasets
+from holdfast import registry
+from holdfast.errors import DataError, InputError, problems, refuse
+from holdfast.machine.progress import Progress
+from holdfast.machine.store import Store
+from holdfast.pipeline.planning import Plan
+from holdfast.pipeline.rows_checked import SHOWN, BadRows
+from holdfast.pipeline.step import Content, Inputs, Machine, Made, Step, do
+from holdfast.tasks.graders import adapted
+
+ROWS = ("data", "manifest")
+"""Kinds of steps that only prepare rows. They run first, because the checks of other steps read the rows."""
+
+SOURCES = {
+    "source": None, "user": "user", "harmful": "harmful", "test": "task", "harmful_test": "harmful",
+    "benign": "benign",
+}  # fmt: skip
+"""The role of each source among the inputs of a data step; None: the role of the step itself."""
+
+
+def rehearse(planned: Plan, store: Store, *, device: str = "auto", progress: Progress | None = None) -> None:
+    """Do the checks of a run for its missing steps, without writing anything into `store`.
+
+    Raises:
+        InputError: the run would be refused; `Problems` if there are several reasons.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        beside = Store(Path(folder))
+        missing = []
+        for step in planned.steps:
+            if store.record(step.id) is None:
+                missing.append(step.id)
+            else:
+                beside.path(step.id).symlink_to(store.path(step.id).resolve())
+        machine = Machine(device, planned.model, progress or Progress())
+        found = prepare_rows([step for step in planned.steps if step.id in missing], beside, machine)
+        found += check(planned, missing, beside, machine)
+    refuse(located(found, planned))
+
+
+def prepare_rows(steps: Sequence[Step], store: Store, machine: Machine) -> list[InputError]:
+    """Do the steps that prepare rows, and return the problems of those that cannot be done."""
+    failed: set[str] = set()
+    found: list[InputError] = []
+    for step in steps:
+        if step.kind in ROWS and not failed & set(parents(step)):
+            for problem in problems([partial(do, step, store, machine)]):
+                failed.add(step.id)
+                found.append(problem.at("data"))
+    return found
+
+
+def check(planned: Plan, names: Collection[str], store: Store, machine: Machine) -> list[InputError]:
+    """Run the checks of the steps `names`, and return their problems."""
+    known = {step.id: step for step in planned.steps}
+    checks = []
+    for step in planned.steps:
+        if step.id in names and step.check is not None:
+            checks.append(partial(step.check, Inputs(_readable(step, known, store), store), machine))
+    machine.progress.checking(True)
+    found = problems(checks)
+    machine.progress.checking(False)
+    return found
+
+
+def _readable(step: Step, known: Mapping[str, Step], store: Store) -> Mapping[str, Any]:
+    """Return the inputs of a step; rows that are yet to be chosen are those they are chosen from."""
+    given = step.inputs.get("rows")
+
+    def made(rows: Made) -> Made:
+        while rows.step in known and known[rows.step].kind in ("attack", "filter"):
+            if store.path(rows.step).joinpath("step.json").is_file():
+                break
+            rows = known[rows.step].inputs["rows"]
+        return rows
+
+    if isinstance(given, Made):
+        found: Any = made(given)
+    else:
+        found = {name: made(rows) for name, rows in given.items()} if given else given
+    return step.inputs if found == given else {**step.inputs, "rows": found}
+
+
+def located(found: Sequence[InputError], planned: Plan) -> list[InputError]:
+    """Return problems with the line of the recipe, or the files and lines of the rows."""
+    made: list[InputError] = []
+    for problem in found:
+        if isinstance(problem, BadRows):
+            shown = list(problem.rows)[:SHOWN]
+            made.append(DataError(f"{problem.text(_places(shown, planned))}."))
+        else:
+            where = planned.recipe.where(problem.key)
+            made.append(type(problem)(f"{where}: {problem}") if where else problem)
+    return made
+
+
+def _places(rows: Collection[str], planned: Plan) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for step in planned.steps:
+        if step.kind != "data" or len(found) == len(rows):
+            continue
+        given = step.inputs
+        role, task, columns = given["role"], given.get("task"), given.get("columns")
+        sources = [
+            (part.place or str(planned.recipe.data.task), SOURCES[name] or role)
+            for name, part in given.items()
+            if name in SOURCES and isinstance(part, Content)
+        ]
+        used = adapted(registry.get("tasks", task.name), columns=columns) if task else None
+        left = [row for row in rows if row not in found]
+        found |= datasets.places_of(left, sources, task=used, kind=given.get("kind"))
+    return found
+
+
+def parents(step: Step) -> Iterator[str]:
+    """Yield the ids of the steps that a step reads."""
+
+    def made(value: Any) -> Iterator[str]:
+        if isinstance(value, Made):
+            yield value.step
+        elif isinstance(value, dict):
+            for part in value.values():
+                yield from made(part)
+        elif isinstance(value, list | tuple):
+            for part in value:
+                yield from made(part)
+
+    return made(step.inputs)
