@@ -22,7 +22,8 @@ TVACCINE = [
 ]  # fmt: skip
 SAFE_LORA = "post_hoc={defense: safe_lora, num_layers: %s}"
 MODULES = 60
-"""Modules of the user stage's LoRA: q and v of 30 layers."""
+"""Modules of the user stage's LoRA: q and v of 30 layers. After T-Vaccine fewer of them have a direction,
+because layers that were never drawn are as they were."""
 
 METHODS: dict[str, list[str]] = {
     "NA-SFT": ["alignment=none"],
@@ -42,7 +43,7 @@ METHODS: dict[str, list[str]] = {
     "SFT + Safe LoRA": [
         f"post_hoc={{defense: safe_lora, num_layers: {MODULES // 2}, control: [none, drop, random]}}"
     ],
-    "T-Vaccine + Lisa, rho=1 + Safe LoRA": [*TVACCINE, *LISA, "user.rho=1", SAFE_LORA % (MODULES // 2)],
+    "T-Vaccine + Lisa, rho=1 + Safe LoRA": [*TVACCINE, *LISA, "user.rho=1", SAFE_LORA % (MODULES // 4)],
     "TAR": [
         "alignment.defense=tar", "alignment.inner_steps=4", "alignment.inner_subsample=2",
         "alignment.adversary_learning_rates='1e-4, 3e-4, 1e-3'", "alignment.lambda_tr=1",
