@@ -27,6 +27,7 @@ from _study import Row
 
 from holdfast import Recipe, run
 from holdfast.cli.lab import sources
+from holdfast.errors import HoldfastError, first_line
 from holdfast.lab import ABOUT
 from holdfast.machine.files import read_json, write_json
 from holdfast.machine.progress import Progress
@@ -232,7 +233,12 @@ def run_study(work: Study, chosen: list[str] | None, seeds: list[int] | None) ->
         if not work.time_for():
             print("The time limit ends the study here; the same command resumes it.", flush=True)
             return
-        run_row(work, row)
+        try:
+            run_row(work, row)
+        except HoldfastError as error:  # the other rows are still worth their time
+            print(f"{row.key} failed: {first_line(error)}", flush=True)
+            work.found.setdefault("failed", {})[row.key] = first_line(error)
+            work.save()
 
 
 def merge(into: Path, part: Path) -> None:
@@ -246,7 +252,7 @@ def merge(into: Path, part: Path) -> None:
         if old.get("chosen", {}).get(stage, settings) != settings:
             raise SystemExit(f"{part} was measured with other settings of the {stage} stage than {into}.")
     merged = {**old, **new}
-    for key in ("search", "rows", "curves", "done", "chosen"):
+    for key in ("search", "rows", "curves", "done", "chosen", "failed"):
         merged[key] = {**old.get(key, {}), **new.get(key, {})}
     write_json(into, merged)
 
