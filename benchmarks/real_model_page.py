@@ -107,13 +107,15 @@ def parts(found: dict[str, Any]) -> dict[str, str]:
     groups = grouped(found["rows"])
     ratios = [ratio for ratio in sorted(study.RATIOS) if ratio != study.ATTACK_RATIO]
     others = [f"Poison ratio {ratio:g}:\n\n{table(groups, 'sst2', ratio, False)}" for ratio in ratios]
+    curves = f"![Harmful score by optimizer step]({CURVES.name})\n\n" if found.get("curves") else ""
     return {
+        "picture": f"![Harmful score and finetune accuracy of every method]({PICTURE.name})",
         "study": table(groups, "sst2", study.ATTACK_RATIO, False),
         "safe-lora": table(groups, "sst2", study.ATTACK_RATIO, True),
         "ratios": "\n\n".join(others),
         "agnews": table(groups, "agnews", study.ATTACK_RATIO, False),
         "search": searches(found),
-        "curves": points(found),
+        "curves": curves + points(found),
     }
 
 

@@ -101,7 +101,7 @@ def test_the_page_follows_from_the_results(scripts, tmp_path):
     assert len(lines) == 4
     assert "| SFT + Safe LoRA, num_layers=30 | 40.0 ± 4.0 |" in made["safe-lora"]
     assert "max_steps=2 (used) | 3.0 | 80.0 | 95.0 |" in made["search"]
-    assert made["curves"].split("\n")[2] == "| SFT | 5 |"
+    assert made["curves"].split("\n")[4] == "| SFT | 5 |"
     text = "".join(f"<!-- {name}: made by x -->\nold\n<!-- end of {name} -->\n" for name in made)
     (tmp_path / "page.md").write_text(text)
     page.write_page(tmp_path / "page.md", made)
