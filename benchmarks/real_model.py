@@ -186,7 +186,8 @@ def run_row(work: Study, row: Row) -> None:
     if first["alignment"] is None:
         before = "the model as it is"
     else:
-        before = f"aligned, {row.method}" if first["alignment"] != "sft" else "aligned, SFT"
+        method = row.method.split(" + ")[0] if first["alignment"] != "sft" else "SFT"
+        before = f"aligned, {method}"
     found[Row(before, row.seed, 0.0, row.task).key] = _stated(first, results, row, before)
     for state in after:
         method = row.method if state["post_hoc"] is None else _repaired(row.method, state)
