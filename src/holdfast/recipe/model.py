@@ -132,7 +132,7 @@ def _date(value: Any) -> Any:
 
 
 class Weights(Part):
-    """A model and how it is loaded: a folder, a Hub id, or "world" (the embedded model).
+    """A model and how it is loaded: a folder, a Hub id, "world" (embedded) or "smollm2" (the lab model).
 
     `template_date` is the date that a chat template writes which would write today's date.
     """
