@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from holdfast.chat.tokenizers import embedding_rows, padding_id
 from holdfast.errors import ModelError, RecipeError
 from holdfast.evaluation.answering import answer_batch, batches
 from holdfast.evaluation.judges import Verdict, neutralise_all
@@ -115,7 +116,7 @@ class Reader:
         import torch
 
         longest, device = max(map(len, ids)), self.model.device
-        pad = self.tokenizer.pad_token_id
+        pad = padding_id(self.tokenizer, embedding_rows(self.model))
         tokens = torch.tensor([[pad] * (longest - len(x)) + x for x in ids], device=device)
         mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in ids], device=device)
         with torch.inference_mode():
