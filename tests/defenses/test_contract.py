@@ -219,9 +219,24 @@ def everything(folder):
     return tiny.llama(len(trainers.TOKENIZER))
 
 
+def refuses(name, net, folder):
+    """Whether the method's own check refuses the model; making its trainer then does too."""
+    method = registry.get_defense(name)
+    try:
+        method.trainer.check_model(method.config(output_dir=str(folder), use_cpu=True, **method.strong), net)
+    except ModelError:
+        with pytest.raises(ModelError):
+            make(name, folder, net=net)
+        return True
+    return False
+
+
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("net", [alignment_below, dora, everything], ids=["stacked", "dora", "full"])
 def test_it_trains_and_resumes_whatever_is_trained(name, net, tmp_path):
+    """Or refuses it before training; an adapter on top of another one is refused by no method."""
+    if net is not alignment_below and refuses(name, net(tmp_path), tmp_path):
+        return
     whole = make(name, tmp_path, net=net(tmp_path), max_steps=8, **SAVES)
     before = {k: p.clone() for k, p in whole.model.named_parameters()}
     trained = {k for k, p in whole.model.named_parameters() if p.requires_grad}

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-__all__ = ["rendering", "tokenizers", "turns"]
+__all__ = ["limits", "rendering", "tokenizers", "turns"]
