@@ -30,7 +30,8 @@ def finding(rows: Sequence[Row]) -> str:
     rivals = [row for row in after if row.role == "defended" and row.poison_ratio == baseline.poison_ratio]
     rescue = _rescue(baseline, rivals) if rivals else "No defense was measured under the same conditions."
     seeds = _seeds([baseline, *rivals])
-    return f"{sentence} {rescue}{seeds}"
+    refusals = _refusals(baseline, min(rivals, key=_value)) if rivals else ""
+    return f"{sentence} {rescue}{refusals}{seeds}"
 
 
 def change(before: Score, after: Score) -> float | None:
@@ -134,6 +135,24 @@ def _rescue(baseline: Row, rivals: Sequence[Row]) -> str:
             other = min(cheaper, key=_value)
             text += f" {_title(other)} lowers it to {score_text(_value(other))}{_accuracy(baseline, other)}."
     return text
+
+
+def _refusals(baseline: Row, best: Row) -> str:
+    """How many harmless questions the defense with the lowest harmful score still answers.
+
+    A model that refuses everything has the lowest harmful score.
+    """
+    before, after = (row.scores["benign_compliance"] for row in (baseline, best))
+    if after is None:
+        return " Its over-refusal was not measured."
+    text = f"{score_text(after.value)} % of the harmless questions"
+    if before is None:
+        return f" It answers {text}."
+    without = f"{score_text(before.value)} % without a defense"
+    fewer = change(before, after)
+    if fewer is not None and fewer < 0:
+        return f" It also refuses or fails on more harmless questions: it answers {text}, against {without}."
+    return f" It answers {text}, against {without}."
 
 
 def _title(row: Row) -> str:
