@@ -85,7 +85,9 @@ def claim_folder(folder: Path, kind: str) -> None:
                 f"{folder} is not empty and was not made by Holdfast; nothing was written. "
                 "Give an empty or new folder with --out."
             )
-        write_json(marker, {"holdfast": importlib.metadata.version("holdfast"), "kind": kind})
+        made = {"holdfast": importlib.metadata.version("holdfast"), "kind": kind}
+        made["started"] = min([now(), *_starts(folder)])
+        write_json(marker, made)
     except OSError as error:
         raise OutputError(f"Cannot write to {folder}: {error.strerror or error}.") from None
 
@@ -109,6 +111,15 @@ def _looks_like(folder: Path, kind: str) -> bool:
     return kind == "store" and not others and any((path / "step.json").is_file() for path in steps)
 
 
+def _starts(folder: Path) -> list[str]:
+    """Return when the steps in a folder were started; a marker that is written again needs the first."""
+    found = []
+    for path in folder.glob("*/step.json"):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            found.append(str(read_json(path)["provenance"]["started"]))
+    return found
+
+
 class Store:
     """A folder of steps that any number of runs may share.
 
@@ -119,6 +130,13 @@ class Store:
     def __init__(self, root: Path, *, read_only: bool = True):
         self.root = root
         self.digests = Digests(root / DIGESTS, read_only=read_only)
+
+    def started(self) -> str:
+        """Return the date of the first start of a run in this store, as in "2026-03-01"; today if none."""
+        try:
+            return str(read_json(self.root / MARKER)["started"])[:10]
+        except (OSError, ValueError, LookupError, TypeError):
+            return now()[:10]
 
     def path(self, step_id: str) -> Path:
         """Return the folder of a step, complete or not."""

@@ -12,7 +12,6 @@ import yaml
 
 from holdfast import data as datasets
 from holdfast import registry
-from holdfast.errors import OutputError
 from holdfast.evaluation import paired
 from holdfast.machine.files import read_json, read_jsonl, remove_unless, write_json, write_text
 from holdfast.machine.store import Store, claim_folder, now, provenance
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from holdfast.pipeline.planning import Plan, State
 
 
-def claim(out: Path, recipe: Recipe, store: Path) -> None:
+def claim(out: Path, store: Path) -> None:
     """Mark `out` and `store` as folders of Holdfast before anything is computed.
 
     Raises:
@@ -32,15 +31,11 @@ def claim(out: Path, recipe: Recipe, store: Path) -> None:
     """
     claim_folder(out, "run")
     claim_folder(store, "store")
-    try:
-        remove_unless(out / "recipe.yaml", Path.is_file)
-        write_recipe(out, recipe)
-    except OSError as error:
-        raise OutputError(f"Cannot write to {out}: {error.strerror or error}.") from None
 
 
-def write_recipe(out: Path, recipe: Recipe) -> None:
-    """Write the whole recipe of a run to its folder."""
+def keep_recipe(out: Path, recipe: Recipe) -> None:
+    """Write `recipe.yaml`: the whole recipe, with the values that its run uses."""
+    remove_unless(out / "recipe.yaml", Path.is_file)
     write_text(out / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
 
 
@@ -82,10 +77,10 @@ def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, An
     earlier = _earlier(path)
     if len(cached) == len(plan.steps) and page.is_file() and page.stat().st_size and _same(earlier, results):
         return earlier
-    for written in (path, page, out / "recipe.yaml"):
+    for written in (path, page):
         remove_unless(written, Path.is_file)
     # Again, because another run with another recipe may have claimed the folder since.
-    write_recipe(out, plan.recipe)
+    keep_recipe(out, plan.recipe)
     write_json(path, results)
     from holdfast.reporting import report
 
@@ -104,7 +99,7 @@ def _earlier(path: Path) -> dict[str, Any]:
 
 def _same(earlier: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
     """Whether two results agree in all that comes from the steps, and not from the start that wrote them."""
-    names = ("name", "store", "recipe", "rows", "protocol", "manifest", "started")
+    names = ("name", "store", "recipe", "rows", "protocol", "manifest", "bad_rows_dropped", "started")
     plain = json.loads(json.dumps({name: results[name] for name in names}))
     return all(earlier.get(name) == value for name, value in plain.items())
 
@@ -211,6 +206,12 @@ def paired_with(earlier: Sequence[State], state: State, store: Store) -> list[di
     return found
 
 
+def _shown(taken: Mapping[str, str]) -> str:
+    """Return which rows of the test files were used: "harmful: the first in order, with duplicates"."""
+    words = {"first": "the first in order, with duplicates"}
+    return "; ".join(f"{name}: {words.get(how, how)}" for name, how in taken.items())
+
+
 def _items(state: State, store: Store) -> dict[str, dict[str, bool | float]]:
     """Return the value of each prompt, by score and id."""
     found: dict[str, dict[str, bool | float]] = {}
@@ -224,12 +225,15 @@ def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, 
 
     It contains the field's six comparability traps (prompts, new tokens, judge truncation, alignment data,
     base or chat model, judge) and everything else that affects the scores: the prompt set, the task and its
-    rows.
+    rows. `protocol` and `changes`, the recipe's protocol and the keys that it changes, describe the training
+    too, so they may differ between results in one table.
     """
     recipe, state = plan.recipe, plan.states[0]
     test = read_json(store.path(plan.manifest) / "manifest.json")["test"]
     generated, judged = records[state.generate], [records[step] for step in state.moderate]
+    named = {"protocol": recipe.protocol, "changes": recipe.changes()} if recipe.protocol else {}
     return {
+        **named,
         "prompts": test["prompts"],
         "prompt_set": test["prompt_set"],
         "n_prompts": test["harmful"],
@@ -244,6 +248,9 @@ def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, 
         "task_set": test["task_set"],
         "decoding": decoding(recipe),
         # Newer fields are left out if they are not used, so that older results can still be compared.
+        **({"template_date": recipe.model.template_date} if recipe.model.template_date else {}),
         **({"system": recipe.evaluation.system} if recipe.evaluation.system else {}),
         **({"rater": records[state.rate]["rater_stamp"]} if state.rate else {}),
+        **({"task_tokens": recipe.evaluation.task_tokens} if recipe.evaluation.task_tokens else {}),
+        **({"test_rows": _shown(test["taken"])} if "first" in test["taken"].values() else {}),
     }
