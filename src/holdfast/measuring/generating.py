@@ -194,7 +194,8 @@ class _Job:
             with unclaimed_on_error(self.out):
                 loaded = load_model(
                     folder, chain, compose=model.adapters, dtype=model.dtype, quantization=model.quantization,
-                    device=choose_device(device, folder, Processes()), trust_remote_code=model.trust_remote_code,
+                    device=choose_device(device, folder, Processes()),
+                    trust_remote_code=model.trust_remote_code,
                 )  # fmt: skip
                 if source != folder:
                     check_vocabulary(loaded, tokenizer, source)
