@@ -193,8 +193,9 @@ def _blocks(tensor: Tensor, parts: Sequence[tuple[LoraModule, bool]], dtype: str
         factors.append((a.T, b.T) if transposed else (b, a))
     for first, last in row_blocks(tensor):
         rows = tensor.read(first, last)
-        for left, right in factors:
-            rows += left[first:last] @ right
+        with np.errstate(over="ignore", invalid="ignore"):  # checked below
+            for left, right in factors:
+                rows += left[first:last] @ right
         # A single number may be a mask that old checkpoints keep, not a weight.
         if tensor.shape and not np.isfinite(rows).all():
             raise _not_finite(tensor)
