@@ -23,12 +23,13 @@ from holdfast.evaluation.turns import SECOND, check_template, complete, in_turns
 from holdfast.machine.files import read_jsonl
 from holdfast.machine.progress import Advance, nobody
 from holdfast.machine.secrets import shown
-from holdfast.machine.store import identity_hash
+from holdfast.machine.store import identity_hash, now
 from holdfast.measuring.answer_files import (
     Rows,
     claim,
     forget_failed,
     learn_refusals,
+    made_by,
     unclaimed_on_error,
 )
 from holdfast.recipe.evaluation import Decoding, Endpoint
@@ -165,18 +166,23 @@ class _Job:
         from holdfast.models.device import choose_device
         from holdfast.models.loading import check_vocabulary, load_model, load_tokenizer
         from holdfast.weights.adapter_folder import find_adapter
-        from holdfast.weights.folders import find_model, fingerprint, model_path
+        from holdfast.weights.folders import find_model, fingerprint, model_path, writes_date
         from holdfast.weights.own_tokenizer import tokenizer_folder
 
         folder = find_model(str(model_path(model.path)), model.revision, download=True)
         chain = [find_adapter(str(one))[0] for one in adapters]
-        tokenizer = load_tokenizer(folder, model.trust_remote_code, chain)
         source = tokenizer_folder(folder, chain)
+        # The date of the first start, so that a call on another day continues it.
+        earlier = (made_by(self.out) or {}).get("template_date")
+        dated = not model.template.startswith("alpaca") and any(writes_date(one) for one in (source, *chain))
+        date = model.template_date or earlier or now()[:10] if dated else None
+        tokenizer = load_tokenizer(folder, model.trust_remote_code, chain, date)
         template = resolve_template(tokenizer, model.template)
         check_template(self.rows, template)
         self.claim(
             model=fingerprint(folder), adapters=[fingerprint(one) for one in chain], template=template,
             dtype=model.dtype, quantization=model.quantization,
+            **({"template_date": date} if date else {}),
             **({"merged": True} if model.adapters == "merge" else {}),
             **({"tokenizer": fingerprint(source)} if source != folder else {}),
         )  # fmt: skip
@@ -203,7 +209,7 @@ class _Job:
 
 def _asked(row: Mapping[str, Any], template: str, system: str) -> list[dict[str, str]] | str:
     """Return the input of a server: messages, to which it applies its chat template, or the Alpaca text."""
-    if template == "alpaca":
-        return alpaca(row, system)
+    if template.startswith("alpaca"):
+        return alpaca(row, system, template)
     turns = row["messages"][:-1] if row.get("messages") else [{"role": "user", "content": question(row)}]
     return [{"role": "system", "content": system}, *turns] if system else list(turns)

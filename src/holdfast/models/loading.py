@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ModelError, first_line
+from holdfast.models.dates import fix_date
 from holdfast.models.fitting import check_finite, check_names, fit_embeddings, named, of_text, reason
 from holdfast.models.quantization import (
     check_quantization,
@@ -29,13 +30,19 @@ from holdfast.weights.own_tokenizer import chat_template, tokenizer_folder
 from holdfast.weights.patterns import check_patterns
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False, adapters: Sequence[Path] = ()) -> Any:
+def load_tokenizer(
+    folder: Path,
+    trust_remote_code: bool = False,
+    adapters: Sequence[Path] = (),
+    date: str | None = None,
+) -> Any:
     """Return the tokenizer with a pad token (its end-of-sequence token if it has no pad token).
 
     Args:
         folder: the model.
         adapters: the adapters on it. The tokenizer of the last one that has its own is used, with its chat
             template. Its code is never run; `trust_remote_code` is about the model.
+        date: what a chat template that writes today's date writes, as in "2026-03-01"; the default is fixed.
 
     Raises:
         ModelError: the tokenizer cannot be loaded, or an adapter's tokenizer lacks the model's chat template.
@@ -51,6 +58,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False, adapters: Sequ
             "one. Copy the template that the adapter was trained with into the adapter folder as "
             "chat_template.jinja, or remove the tokenizer's files from it to use the model's."
         )
+    fix_date(tokenizer, date)
     return tokenizer
 
 
@@ -137,16 +145,21 @@ def load_model(
     return model.eval()
 
 
-def load_classifier(folder: Path, device: str = "cpu") -> Any:
-    """A sequence classifier with one sigmoid output for each label.
+def load_classifier(folder: Path, device: str = "cpu", dtype: str = "float32") -> Any:
+    """A sequence classifier with one sigmoid output for each label, which computes in `dtype`.
 
     Raises:
         ModelError: it cannot be loaded, lacks weights, or has no pad token.
     """
+    import torch
     from transformers import AutoModelForSequenceClassification
 
     model, told = _from_folder(
-        AutoModelForSequenceClassification, folder, "judge", problem_type="multi_label_classification"
+        AutoModelForSequenceClassification,
+        folder,
+        "judge",
+        problem_type="multi_label_classification",
+        dtype=getattr(torch, dtype),
     )
     if told["missing_keys"]:
         raise ModelError(

@@ -39,6 +39,7 @@ def model_input(recipe: Recipe, folder: Path, digests: Digests) -> dict[str, Any
         "compose": model.adapters,
         "quantization": model.quantization,
         "trust_remote_code": model.trust_remote_code,
+        "template_date": model.template_date,
     }
 
 
@@ -70,7 +71,7 @@ def tokenizer_of(model: Mapping[str, Any]) -> Any:
     """Load the tokenizer of an opened model input."""
     from holdfast.models.loading import load_tokenizer
 
-    return load_tokenizer(model["base"].folder, model["trust_remote_code"])
+    return load_tokenizer(model["base"].folder, model["trust_remote_code"], date=model["template_date"])
 
 
 def checked_tokenizer(model: Mapping[str, Any], machine: Machine) -> Any:
