@@ -579,3 +579,9 @@ def test_the_commands(place, tmp_path):
     assert kept.returncode == 2
     assert "kept none of the 6 rows" in kept.stderr
     assert "Traceback" not in kept.stderr
+
+
+def test_adapters_are_not_left_out_in_front_of_a_server(place, adapter, tmp_path):
+    with pytest.raises(RecipeError, match="would answer without them"):
+        asked(place, tmp_path / "a.jsonl", adapters=[adapter], endpoint="http://localhost:1/v1")
+    assert not list(tmp_path.iterdir())

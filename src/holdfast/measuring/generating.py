@@ -84,6 +84,11 @@ def generate(
     rows = _test_rows(prompts, task, task_rows, harmful=harmful, benign=benign)
     job = _Job(rows, Path(out), task, how, seed, progress)
     if endpoint is not None:
+        if adapters:
+            raise RecipeError(
+                "Adapters are put on weights that are loaded here, but an endpoint is given, which would "
+                "answer without them. Load them in the server, and leave them out here."
+            )
         return job.ask_server(block(Endpoint, endpoint, "endpoint", "base_url"), weights)
     return job.ask_weights(weights, adapters, device)
 

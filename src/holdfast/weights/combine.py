@@ -140,8 +140,7 @@ def open_chain(adapters: Sequence[str | Path], in_order: bool = True) -> Iterato
         opened = tuple(files.enter_context(read_adapter(path)) for path in adapters)
         for adapter in opened:
             _check_alone(adapter)
-        if in_order:
-            check_chain([adapter.folder for adapter in opened])
+        check_chain([adapter.folder for adapter in opened], in_order)
         for key in ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out"):
             _check_same(opened, key)
         whole = _whole(opened)
