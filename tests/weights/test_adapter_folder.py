@@ -184,6 +184,31 @@ def test_cards_and_configurations_have_no_paths(tmp_path):
     }
 
 
+def test_a_chains_tokenizer_comes_along(tmp_path):
+    """`combine` and `merge` write the tokenizer that the adapters were trained with."""
+    base, first, second = write_model(tmp_path / "base"), write(tmp_path / "a"), write(tmp_path / "b", 2.0)
+    (base / "tokenizer.json").write_text("the base model's")
+    (base / "special_tokens_map.json").write_text("{}")
+    (second / "chat_template.jinja").write_text("a template")
+    merge(base, [first, second], tmp_path / "merged")
+    assert (tmp_path / "merged" / "tokenizer.json").read_text() == "the base model's"
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "a template"
+    tokens = {"added_tokens": [{"id": 8, "content": "<|im_start|>"}]}
+    (first / "tokenizer.json").write_text(json.dumps(tokens))
+    (second / "chat_template.jinja").unlink()
+    for out in ("combined", "full"):
+        combine([first, second], tmp_path / out) if out == "combined" else merge(
+            base, [first, second], tmp_path / out
+        )
+        assert json.loads((tmp_path / out / "tokenizer.json").read_text()) == tokens
+        assert not (tmp_path / out / "special_tokens_map.json").exists()
+        assert not (tmp_path / out / "chat_template.jinja").exists()
+    tokens["added_tokens"][0]["id"] = 9
+    (first / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(ModelError, match=r"beyond the 9 embeddings of the model: <\|im_start\|>"):
+        merge(base, [first], tmp_path / "beyond")
+
+
 def test_weights_of_a_pickle_are_not_read(tmp_path):
     folder = Path(shutil.copytree(write(tmp_path / "a"), tmp_path / "b"))
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
