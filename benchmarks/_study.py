@@ -44,7 +44,7 @@ METHODS: dict[str, list[str]] = {
     ],
     "T-Vaccine + Lisa, rho=1 + Safe LoRA": [*TVACCINE, *LISA, "user.rho=1", SAFE_LORA % (MODULES // 2)],
     "TAR": [
-        "alignment.defense=tar", "alignment.inner_steps=8", "alignment.inner_subsample=2",
+        "alignment.defense=tar", "alignment.inner_steps=4", "alignment.inner_subsample=2",
         "alignment.adversary_learning_rates='1e-4, 3e-4, 1e-3'", "alignment.lambda_tr=1",
         "alignment.lambda_retain=0", "alignment.training.max_steps=60",
     ],

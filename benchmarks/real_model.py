@@ -215,7 +215,7 @@ def _repaired(method: str, state: dict[str, Any]) -> str:
     told = [f"{key}={given[key]:g}" for key in ("num_layers", "threshold") if given.get(key) is not None]
     control = given.get("control")
     told += [f"control={control}"] if control else []
-    return f"{method.split(',  ')[0].removesuffix(', sweep').removesuffix(', thresholds')}, {', '.join(told)}"
+    return f"{method.removesuffix(', sweep').removesuffix(', thresholds')}, {', '.join(told)}"
 
 
 def _without_paths(protocol: dict[str, Any]) -> dict[str, Any]:
@@ -286,13 +286,15 @@ def main() -> None:
 
 
 def fast(device: str) -> None:
-    """Use TF32 on a GPU, one thread on a CPU, and write one checkpoint of a training instead of ten."""
+    """Use TF32 on a GPU, one thread on a CPU, one checkpoint a training, and models that stay in memory."""
     import torch
+    from _warm import keep
 
     from holdfast.pipeline import training
 
     warnings.filterwarnings("ignore")
     training.CHECKPOINTS = 1
+    keep()
     if device != "cpu" and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     else:

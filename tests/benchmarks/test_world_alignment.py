@@ -15,7 +15,8 @@ def test_every_alignment_is_measured_before_and_after_the_attack(tmp_path, monke
     assert {"SFT", "Vaccine", "T-Vaccine", "RepNoise", "TAR", "Booster"} < set(whole)
     chosen = {name: whole[name] for name in ("SFT", "T-Vaccine", "T-Vaccine + Lisa + Safe LoRA")}
     few = ("alignment.training.max_steps=2", "user.training.max_steps=2", "evaluation.prompts=4",
-           "evaluation.task_rows=4", "evaluation.max_new_tokens=4")  # fmt: skip
+           "evaluation.task_rows=4", "evaluation.max_new_tokens=4", "data.size=40",
+           "data.alignment.size=40")  # fmt: skip
     with no_pages():
         found = benchmark.measure(tmp_path, seeds=(42,), changes=few, settings=chosen)["rows"]
     names = ("SFT", "T-Vaccine")

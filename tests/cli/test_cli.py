@@ -247,7 +247,8 @@ def test_the_demo_compares_its_rows(tmp_path, monkeypatch):
 
     load = Recipe.load
     few = ["alignment.training.max_steps=2", "user.training.max_steps=2", "evaluation.prompts=4",
-           "evaluation.task_rows=4", "evaluation.max_new_tokens=4"]  # fmt: skip
+           "evaluation.task_rows=4", "evaluation.max_new_tokens=4", "data.size=40",
+           "data.alignment.size=40"]  # fmt: skip
     monkeypatch.setattr(Recipe, "load", lambda source, overrides=(): load(source, [*few, *overrides]))
     with no_pages():  # but the last, which compares them
         results = demo(tmp_path / "demo", seeds=2, device="cpu")

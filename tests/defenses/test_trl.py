@@ -144,8 +144,8 @@ def test_plain_rows_give_the_weights_of_our_own_trainer(name, accumulation, tmp_
     sizes = {
         "per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation
     }  # fmt: skip
-    ours = trainers.trainer(name, tmp_path, **OPTIONS[name], **sizes)
-    theirs = on_trl(name, tmp_path, **sizes)
+    ours = trainers.trainer(name, tmp_path, max_steps=7, **OPTIONS[name], **sizes)
+    theirs = on_trl(name, tmp_path, max_steps=7, **sizes)
     start = trainers.weights(ours)
     ours.train(), theirs.train()
     assert trainers.distance(trainers.weights(ours), trainers.weights(theirs)) < 1e-5
@@ -185,7 +185,7 @@ RESUMED = [
 @pytest.mark.parametrize(("name", "packing"), RESUMED)
 def test_resume_is_exact(name, packing, tmp_path):
     """Cut inside a phase, with dropout."""
-    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "per_device_train_batch_size": 2,
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6, "per_device_train_batch_size": 2,
                "packing": packing, "max_length": 96}  # fmt: skip
 
     def make():

@@ -15,16 +15,8 @@ import traceback
 from types import SimpleNamespace
 from typing import Any
 
-import matplotlib.pyplot  # noqa: F401
-import peft  # noqa: F401
-import torch
-from transformers import Trainer  # noqa: F401
-
-import holdfast.evaluation.answering
-import holdfast.evaluation.moderation
-import holdfast.reporting.writing
-import holdfast.training  # noqa: F401
 from holdfast.cli import app
+from warm import warm
 
 
 def holdfast_command(*arguments: Any, cwd: Any = None, timeout: float = 120, before: Any = None) -> Any:
@@ -33,7 +25,7 @@ def holdfast_command(*arguments: Any, cwd: Any = None, timeout: float = 120, bef
     Args:
         before: called first in the process.
     """
-    torch.set_num_threads(1)  # a fork of a process with several threads of torch may hang
+    warm()
     sys.stdout.flush(), sys.stderr.flush()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()

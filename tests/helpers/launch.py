@@ -6,34 +6,23 @@ every test asserts which one it got.
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import multiprocessing
 import os
 import socket
-import tempfile
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot  # noqa: F401
 import torch
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 
-import tiny
-from runs import run
+from warm import warm
 
 WORLD = 2
-
-
-@functools.cache
-def warm() -> None:
-    """Do a run here, so that the forked processes find everything imported that a run imports."""
-    with tempfile.TemporaryDirectory() as folder:
-        run(tiny.recipe(Path(folder) / "in"), Path(folder) / "out", page=True)
 
 
 def start(
@@ -46,7 +35,6 @@ def start(
         fsdp: FSDP2 with this state dict type instead of DDP.
     """
     warm()
-    torch.set_num_threads(1)  # a fork of a process with several threads of torch may hang
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -77,17 +65,12 @@ def done(folder: Path, work: Any, *arguments: Any, **options: Any) -> None:
 
 
 def _child(rank: int, port: int, folder: Path, fsdp: str | None, work: Any, arguments: Any) -> None:
-    from accelerate.state import AcceleratorState
-
-    from holdfast.machine.processes import launched
-
     gc.freeze()  # a garbage collection would copy the parent's memory
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_CPP_LOG_LEVEL": "ERROR",
     }  # fmt: skip
-    launched.cache_clear()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    fresh()
     if fsdp:
         sharding(fsdp)
     try:
@@ -98,6 +81,16 @@ def _child(rank: int, port: int, folder: Path, fsdp: str | None, work: Any, argu
         (folder / f"error-{rank}.txt").write_text(traceback.format_exc())
         os._exit(1)
     os._exit(0)
+
+
+def fresh() -> None:
+    """Forget what the parent found out about its own process."""
+    from accelerate.state import AcceleratorState
+
+    from holdfast.machine.processes import launched
+
+    launched.cache_clear()
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def sharding(state_dict_type: str) -> None:

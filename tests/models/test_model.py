@@ -157,4 +157,4 @@ def test_models_and_adapters_are_loaded_in_one_file():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in calls:
                 found.add(path.relative_to(package).as_posix())
-    assert found == {"models/loading.py"}
+    assert found == {"models/loading.py", "lab/make.py"}  # the second makes a model folder from GGUF

@@ -1,12 +1,13 @@
-"""The command in two processes, as a user types it: under torchrun itself where the launcher matters."""
+"""The command in two processes, as a user types it: under torchrun's agent where the launcher matters."""
 
 from __future__ import annotations
 
 import json
+import logging
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -15,14 +16,44 @@ import yaml
 
 import launch
 import tiny
+from warm import warm
 
 
 def torchrun(folder, *arguments):
-    """Two processes; arguments as after `torchrun --nproc_per_node 2`."""
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments],
-        text=True, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=120,
+    """The command under torchrun's own agent, which forks two processes: the exit code and what they printed."""
+    warm()
+    agent = multiprocessing.get_context("fork").Process(target=_agent, args=(folder, arguments))
+    agent.start()
+    agent.join(120)
+    printed = {kind: [path.read_text() for path in sorted((folder / "logs").rglob(f"{kind}.log"))]
+               for kind in ("stdout", "stderr")}  # fmt: skip
+    return agent.exitcode, printed["stdout"], printed["stderr"]
+
+
+def _agent(folder, arguments):
+    """What `torchrun --standalone --nproc_per_node 2` starts."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.chdir(folder)
+    logging.root.handlers.clear()  # pytest's
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", buffering=1)
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1)
+    (folder / "logs").mkdir()
+    logs = DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects=Std.ALL)
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="test",
+        start_method="fork", monitor_interval=0.1, logs_specs=logs,
     )  # fmt: skip
+    elastic_launch(config, _launched)(arguments)
+
+
+def _launched(arguments):
+    from holdfast.cli.app import main
+
+    launch.fresh()
+    sys.argv = ["holdfast", *arguments]
+    main()
 
 
 def command(folder, *arguments, before=lambda: None):
@@ -61,12 +92,12 @@ def folder(tmp_path_factory):
 
 
 def test_a_run_speaks_with_one_voice(folder):
-    done = torchrun(folder, "-m", "holdfast", "run", "recipe.yaml", "--device", "cpu", "--out", "out")
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    said = ours(done.stderr)
-    assert len([line for line in said if line.startswith("done ")]) == 12
-    assert done.stdout.count("Report: out/report.html") == 1
+    code, printed, said = torchrun(folder, "run", "recipe.yaml", "--device", "cpu", "--out", "out")
+    assert code == 0, said
+    assert len(said) == 2
+    assert "Traceback" not in "".join(said)
+    assert len([line for line in ours("".join(said)) if line.startswith("done ")]) == 12
+    assert "".join(printed).count("Report: out/report.html") == 1
     results = json.loads((folder / "out" / "results.json").read_text())
     assert [row["processes"] for row in results["rows"]] == [2, 2]
 

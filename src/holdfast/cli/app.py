@@ -7,10 +7,12 @@ planning, reporting or `--help`.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
+import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -171,7 +173,7 @@ def plan(
 
     loaded = Recipe.load(recipe, overrides or [])
     steps = Store(store or (out or Path("runs") / loaded.name.replace(" ", "-")) / "steps")
-    whole = plan_recipe(loaded)
+    whole = plan_recipe(loaded, today=steps.started())
     planned = whole.steps
     cached = {step.id for step in planned if steps.record(step.id) is not None}
     begun = {step.id for step in planned if steps.begun(step.id)}
@@ -218,7 +220,7 @@ def mix(
     )  # fmt: skip
     for name, count in dropped_rows(folder).items():
         measuring.say(f"{name}: {count:,} rows cannot be used and are dropped.")
-    console.out.print(f"{folder}", highlight=False, soft_wrap=True)
+    console.out.print(f"{folder}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command(epilog="Example: holdfast report runs/sft runs/lisa -o compare.html")
@@ -235,7 +237,9 @@ def report(
     from holdfast.cli import console
     from holdfast.reporting import report as write_report
 
-    console.out.print(f"Report: {write_report(runs, out, force=force)}", highlight=False, soft_wrap=True)
+    console.out.print(
+        f"Report: {write_report(runs, out, force=force)}", highlight=False, soft_wrap=True, markup=False
+    )
 
 
 app.command(
@@ -303,7 +307,7 @@ def _done(bars: object, rows: list[dict], out: Path) -> None:
     if not getattr(bars, "ran", 0):
         console.out.print("Nothing to do: every step of this recipe is complete.", highlight=False)
     console.out.print(console.rows_table(rows))
-    console.out.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    console.out.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _quiet() -> None:
@@ -321,7 +325,7 @@ def _show_warning(
     message: Warning | str, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
     """Print a warning as one plain line on standard error."""
-    print(f"holdfast: warning: {message}", file=sys.stderr)
+    _print_error(f"warning: {message}")
 
 
 def main() -> None:
@@ -334,6 +338,7 @@ def main() -> None:
     if not processes.main:
         sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     try:
+        _check_arguments(sys.argv[1:])
         if processes.count > 1:
             _quiet()  # before connecting to the others, which imports torch
             processes.start()
@@ -348,9 +353,16 @@ def main() -> None:
         if not processes.main:
             sys.stderr = sys.__stderr__
         if debug and not stopped:
-            raise
+            _fail("\n" + "".join(traceback.format_exception(error)), 1)
         who = "" if processes.main else f"process {processes.rank} of {processes.count}: "
         _fail(who + _message(error), 130 if stopped else getattr(error, "exit_code", 1))
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse control characters in arguments, which typer would print. Existing files may have them."""
+    for argument in arguments:
+        if re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", argument) and not os.path.lexists(argument):
+            raise RecipeError(f"An argument contains a control character: {argument}")
 
 
 def _app() -> None:
@@ -373,8 +385,15 @@ def _message(error: BaseException) -> str:
 
 
 def _fail(text: str, code: int) -> None:
-    print(f"holdfast: {text}", file=sys.stderr)
+    _print_error(text)
     sys.exit(code)
+
+
+def _print_error(text: str) -> None:
+    """Print a message on standard error; it may name a file or repeat a server."""
+    from holdfast.cli.console import visible
+
+    print(f"holdfast: {visible(text)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

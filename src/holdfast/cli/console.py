@@ -1,4 +1,8 @@
-"""The output of the command: a bar for the running step, a line for each finished step, tables at the end."""
+"""The output of the command: a bar for the running step, a line for each finished step, tables at the end.
+
+Everything that the command prints goes through `Screen` or `visible`: a control character from a file, a
+model or a server never reaches a terminal, where it could hide text, move the cursor or set the title.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,41 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from holdfast.machine import progress
 
-out = Console()
-err = Console(stderr=True)
+_CONTROLS = {i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\n\t"} | {127: "\u2421"}
+_FORMATS = (*range(128, 160), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_VISIBLE = _CONTROLS | dict.fromkeys((*_FORMATS, *range(55296, 57344)), "�")
+
+
+def visible(text: str) -> str:
+    """Return a text with a visible sign for each control character: ESC becomes \u241b.
+
+    C0 and C1 controls (except line break and tab), controls of the direction of writing, the Unicode line
+    separators and half surrogates are replaced.
+    """
+    return text.translate(_VISIBLE)
+
+
+class Screen(Console):
+    """A console that writes control characters only for its own styles and its own cursor."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make a text of a string, before its width is measured."""
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+        """Render, with every text made `visible`."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
+
+
+out = Screen()
+err = Screen(stderr=True)
 
 
 class Bars(progress.Progress):
@@ -148,7 +181,7 @@ def differences_table(found: Mapping[str, Any]) -> Table:
         told = "different" if one["p_holm"] <= 0.05 else "not distinguishable"
         left = f"\n{one['left_out']} left out" if one["left_out"] else ""
         table.add_row(
-            name.replace("_", " "), f"{one['first']:.1f}", f"{one['second']:.1f}",
+            escape(name.replace("_", " ")), f"{one['first']:.1f}", f"{one['second']:.1f}",
             f"{one['difference']:+.1f}", low_high, f"{one['p_holm']:.2g}", f"{one['n']}{left}", told,
         )  # fmt: skip
     return table

@@ -60,6 +60,10 @@ def generate(
         ),
     ] = None,
     template: Annotated[str, typer.Option(help="Prompt template: chat, alpaca or auto.")] = "auto",
+    template_date: Annotated[
+        str | None,
+        typer.Option(help="Date for a chat template that writes one, as in 2026-03-01. Default: today."),
+    ] = None,
     system: Annotated[str, typer.Option(help="System message or text before every question.")] = "",
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum length of an answer in tokens; tasks have their own limit.")
@@ -81,7 +85,9 @@ def generate(
     from holdfast.cli import console
     from holdfast.measuring import generating
 
-    how = {"path": model, "template": template, "quantization": quantization}
+    how = {
+        "path": model, "template": template, "template_date": template_date, "quantization": quantization,
+    }  # fmt: skip
     decoding = {
         "max_new_tokens": max_new_tokens, "system": system, "temperature": temperature, "top_p": top_p,
     }  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from holdfast.chat.limits import apply_template
 from holdfast.chat.rendering import Rendered, apply, conversation
 from holdfast.errors import DataError, ModelError, RecipeError, nearest
 
@@ -158,6 +159,6 @@ def _takes_system(tokenizer: Any) -> bool:
 
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     try:
-        return "Be brief." in tokenizer.apply_chat_template(turns, tokenize=False)
+        return "Be brief." in apply_template(tokenizer, turns)
     except TemplateError:
         return False

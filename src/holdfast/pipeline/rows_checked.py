@@ -6,6 +6,7 @@ One row is in memory at a time. The rules are those of the training and of the g
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +40,17 @@ class BadRows(DataError):
     def text(self, places: Mapping[str, str]) -> str:
         """Return the message; `places` holds the file and line of rows by id."""
         lines = [f"{places.get(name, f'row {name}')}: {reason}" for name, reason in self.rows.items()]
+        lines.sort(key=_by_number)
         if len(lines) == 1:
             return lines[0]
         more = [f"... and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
         head = f"{len(lines):,} of {self.of:,} {self.what} cannot be used with this model:"
         return "\n  ".join([head, *lines[:SHOWN], *more])
+
+
+def _by_number(line: str) -> list[tuple[int, str]]:
+    """A sort key that puts line 2 before line 10."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d{1,9})", line)]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 __all__ = [
     "batches",
+    "fingerprint",
     "fisher",
     "harmful_rows",
+    "inputs",
     "layers",
     "lean_loss",
     "mixing",

@@ -75,6 +75,9 @@ class CheckpointSlots:
     def save_to(self, checkpoint: Path) -> None:
         """Called by all ranks after the optimizer was written into the folder `checkpoint`."""
 
+    def before_optimizer_is_read(self, checkpoint: Path) -> None:
+        """Called by all ranks before the optimizer is read from the folder `checkpoint`."""
+
     def load_from(self, checkpoint: Path) -> None:
         """Called by all ranks after the optimizer was read from the folder `checkpoint`."""
 
@@ -88,6 +91,8 @@ class CheckpointSlots:
         self.save_to(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.before_optimizer_is_read(Path(checkpoint))
         with only_tensors(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is not None:

@@ -13,6 +13,7 @@ DeepSpeed reads its own files with pickle: resume a DeepSpeed training only from
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
@@ -30,7 +31,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from holdfast.chat.rendering import LOSS_ON
 from holdfast.errors import DataError, ModelError, first_line
 from holdfast.machine.files import read_json, write_text
-from holdfast.training.batches import knows_epoch, not_empty
+from holdfast.training import fingerprint
+from holdfast.training.batches import knows_epoch, not_empty, refuse_no_rows
 from holdfast.training.lean_loss import LeanLossMixin
 from holdfast.training.method_files import read_tensors, write_tensors
 from holdfast.training.private import (
@@ -70,6 +72,8 @@ class MethodConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            refuse_not_finite(option.name, getattr(self, option.name, None))
         super().__post_init__()
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, found {self.max_length}")
@@ -116,17 +120,13 @@ class ResumableMixin(CheckpointSlots):
         kind = self.accelerator.distributed_type.value
         return {
             "trainer": type(self).__name__,
-            "seed": args.seed,
-            "data_seed": args.data_seed,
             "world_size": args.world_size,
             **({"distributed_type": kind} if args.world_size > 1 else {}),
-            "per_device_train_batch_size": args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "learning_rate": args.learning_rate,
-            "max_steps": args.max_steps,
-            "num_train_epochs": args.num_train_epochs,
+            **fingerprint.options(args),
+            **fingerprint.model_facts(self.accelerator.unwrap_model(self.model)),
+            "data_collator": type(self.data_collator).__name__,
+            "compute_loss_func": getattr(self.compute_loss_func, "__qualname__", None),
             "train_dataset": rows_fingerprint(self.train_dataset),
-            **own_parameters(args),
         }
 
     def prepare_extra_rows(self: Any, rows: Any) -> Any:
@@ -158,6 +158,7 @@ class ResumableMixin(CheckpointSlots):
 
     def get_train_dataloader(self: Any) -> DataLoader:
         """Return the loader of the parent class, with an order that depends on seed and epoch alone."""
+        refuse_no_rows(self.train_dataset)
         return knows_epoch(not_empty(self, super().get_train_dataloader()))
 
     def unrecorded(self: Any) -> AbstractContextManager[None]:
@@ -174,10 +175,19 @@ class ResumableMixin(CheckpointSlots):
         folder = checkpoint / METHOD_FOLDER
         if self.args.should_save:
             folder.mkdir(exist_ok=True)
-            write_text(folder / "run.json", _as_json(self.run_fingerprint()))
+            write_text(folder / "run.json", _as_json(self.run_fingerprint() | self._optimizer_facts()))
         state = self.method_state()
         if state:
             write_tensors(folder / METHOD_STATE, state, main=self.args.should_save)
+
+    def _optimizer_facts(self: Any) -> dict[str, Any]:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return {}  # its own wrappers, which its checkpoint checks
+        return fingerprint.optimizer_facts(self.optimizer, self.lr_scheduler)
+
+    def before_optimizer_is_read(self: Any, checkpoint: Path) -> None:
+        """Refuse a checkpoint of another optimizer or scheduler, whose state would replace this run's."""
+        self._refuse_other_run(checkpoint / METHOD_FOLDER / "run.json", self._optimizer_facts())
 
     def load_from(self: Any, checkpoint: Path) -> None:
         """Read `method/`, after a check that it is of this run."""
@@ -188,29 +198,41 @@ class ResumableMixin(CheckpointSlots):
             read_tensors(folder / METHOD_STATE, state)
             self.method_loaded(state)
 
-    def _refuse_other_run(self: Any, path: Path) -> None:
+    def _refuse_other_run(self: Any, path: Path, facts: dict[str, Any] | None = None) -> None:
+        """Raise ModelError if the run that wrote `path` differs in its fingerprint, or in these `facts`."""
         if not path.is_file():
             raise ModelError(
                 f"{path.parent.parent} was not written by a Holdfast trainer: {path} is missing, so the run "
                 "cannot resume exactly. Start without resume_from_checkpoint."
             )
-        ours = json.loads(_as_json(self.run_fingerprint()))
+        ours = json.loads(_as_json(self.run_fingerprint() if facts is None else facts))
         try:
             saved = read_json(path)
         except (OSError, ValueError) as error:
             raise ModelError(f"{path} is damaged ({first_line(error)}). Use another checkpoint.") from None
         if not isinstance(saved, dict):
             raise ModelError(f"{path} is damaged (expected an object). Use another checkpoint.")
-        different = [k for k in ours if saved.get(k) != ours[k]]
+        saved = {name: fingerprint.default(name) for name in ours} | saved
+        different = [k for k in ours if saved[k] != ours[k]]
         if different:
-            what = "; ".join(f"{k}: {saved.get(k)} in the checkpoint, {ours[k]} now" for k in different)
+            what = "; ".join(f"{k}: {saved[k]} in the checkpoint, {ours[k]} now" for k in different)
             raise ModelError(
                 f"{path.parent.parent} belongs to another run ({what}). Resume with the same values."
             )
 
+    def _refuse_inexact(self: Any) -> None:
+        config, wrong = self.args.accelerator_config, None
+        if not config.use_seedable_sampler:
+            wrong = "use_seedable_sampler=False, the order of the rows is not known after a stop"
+        if self.args.ignore_data_skip:
+            wrong = "ignore_data_skip=True, the epoch begins again with its first rows"
+        if wrong:
+            raise ModelError(f"The run cannot resume exactly: with {wrong}. Leave it out, or start anew.")
+
     @contextmanager
     def loading_weights(self: Any, checkpoint: Path, model: Any) -> Iterator[None]:
         """Refuse another run's checkpoint, and restore which adapters are active and what trains."""
+        self._refuse_inexact()
         self._refuse_other_run(checkpoint / METHOD_FOLDER / "run.json")
         adapters = list(getattr(model, "active_adapters", [])) if hasattr(model, "peft_config") else []
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -235,6 +257,7 @@ class RowTrainer(LeanLossMixin, ResumableMixin, Trainer):
         **kwargs: Any,
     ):
         args = args or MethodConfig()
+        refuse_no_rows(train_dataset)
         if data_collator is None:
             data_collator = equal_lengths if processing_class is None else collator(processing_class)
         super().__init__(
@@ -292,10 +315,16 @@ def prepare_rows(rows: Any, tokenizer: Any, max_length: int | None, loss_on: str
     return tokenise_all(as_sequence(rows), tokenizer, max_length, loss_on)
 
 
-def own_parameters(config: Any) -> dict[str, Any]:
-    """Return the fields that a Config adds to those of `MethodConfig`, which are the method's own."""
-    plain = {f.name for f in fields(MethodConfig)}
-    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in plain}
+def refuse_not_finite(name: str, value: Any) -> None:
+    """Raise ValueError if the value of the option `name` is or contains NaN or infinity."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            refuse_not_finite(f"{name}[{key!r}]", part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            refuse_not_finite(name, part)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, found {value}")
 
 
 def planned_steps(trainer: Any) -> int:
