@@ -114,7 +114,7 @@ def conversation(
         if last:
             whole = ended
         _check_thinking(messages[i], whole[slice(*spans[-1])], where)
-    _check_nothing_lost(messages, whole, where)
+    check_nothing_lost(messages, whole, where)
     return Rendered(whole, spans)
 
 
@@ -157,8 +157,8 @@ def _next_token(tokenizer: Any, following: str) -> str:
     return following[: len(following) - len(start)] + fitting[-1]
 
 
-def _check_nothing_lost(messages: Sequence[Turn], text: str, where: str) -> None:
-    """Raise DataError if the template has left out a turn or a tool call."""
+def check_nothing_lost(messages: Sequence[Turn], text: str, where: str) -> None:
+    """Raise DataError if the template has left out a turn or a tool call; `text` is what it made."""
     for number, turn in enumerate(messages, 1):
         # Templates may remove the thinking of earlier answers.
         content = turn["content"].rpartition("</think>")[2].strip()
