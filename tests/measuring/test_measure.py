@@ -469,8 +469,11 @@ def test_a_stopped_filter_uses_its_verdicts_again(tmp_path):
     assert judge.asked == 6 + 4
     assert judge_rows(iter(rows), judge, out) == whole
     assert judge.asked == 10
+    judge.batch_size = 3
+    assert judge_rows(iter(rows), judge, out) == whole, "the order of the lines is that of other batches"
+    assert judge.asked == 10
     out.write_text(found[0].replace("r0", "other"))
-    with pytest.raises(DataError, match="no verdicts on these rows"):
+    with pytest.raises(DataError, match="holds a verdict on other, which is no row here"):
         judge_rows(iter(rows), judge, out)
 
 
