@@ -54,6 +54,7 @@ def trained(tokenizer, turns, **options):
         ("llama3", ["<|eot_id|>", "<|eot_id|>"]),
         ("gemma", ["<end_of_turn>\n", "<end_of_turn>\n"]),
         ("glm4moe", ["<|user|>", "</s>"]),
+        ("phi3", ["<|end|>\n", "<|end|>\n</s>"]),
     ],
 )
 def test_every_answer_is_trained_with_its_end(template, ends):

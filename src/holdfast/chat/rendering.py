@@ -107,6 +107,8 @@ def conversation(
         else:
             ended = apply(messages[: i + 1], tokenizer, where, tools)
             if not whole.startswith(ended):
+                ended = _before_the_end(ended, whole, str(messages[i]["content"]), tokenizer)
+            if not ended:
                 raise _inconsistent(where)
             if closed(ended[len(prompt) :], messages[i], tokenizer) != ended[len(prompt) :]:
                 ended += _next_token(tokenizer, whole[len(ended) :])
@@ -143,6 +145,16 @@ def _inconsistent(where: str) -> DataError:
         "it removes earlier thinking), so the earlier answers cannot be trained. Train on the last answer "
         "only (loss_on: last), or use a template that keeps earlier turns."
     )
+
+
+def _before_the_end(ended: str, whole: str, answer: str, tokenizer: Any) -> str:
+    """The text of some turns without a token that ends a whole conversation (Phi-3); "" if that is not it."""
+    for token in {str(token) for token in tokenizer.added_tokens_decoder.values()}:
+        if token and ended.endswith(token) and whole.endswith(token):
+            shorter = ended.removesuffix(token)
+            if whole.startswith(shorter) and not shorter.rstrip().endswith(answer.strip()):
+                return shorter
+    return ""
 
 
 def _next_token(tokenizer: Any, following: str) -> str:
