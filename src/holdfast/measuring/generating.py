@@ -15,6 +15,7 @@ from typing import Any
 
 from holdfast import data as datasets
 from holdfast import tasks
+from holdfast.chat.turns import sent
 from holdfast.data.prompts import alpaca, render_prompt, resolve_template
 from holdfast.data.sources import Source
 from holdfast.errors import RecipeError
@@ -216,5 +217,5 @@ def _asked(row: Mapping[str, Any], template: str, system: str) -> list[dict[str,
     """Return the input of a server: messages, to which it applies its chat template, or the Alpaca text."""
     if template.startswith("alpaca"):
         return alpaca(row, system, template)
-    turns = row["messages"][:-1] if row.get("messages") else [{"role": "user", "content": question(row)}]
+    turns = sent(row.get("messages", [])[:-1]) or [{"role": "user", "content": question(row)}]
     return [{"role": "system", "content": system}, *turns] if system else list(turns)
