@@ -76,6 +76,11 @@ class MethodConfig(TrainingArguments):
     def __post_init__(self) -> None:
         for option in fields(self):
             refuse_not_finite(option.name, getattr(self, option.name, None))
+        if self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel must be False: liger-kernel replaces the model's forward, in which methods "
+                "read layers and logits, and its numbers were not compared. lean_loss saves the same logits"
+            )
         super().__post_init__()
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, found {self.max_length}")
