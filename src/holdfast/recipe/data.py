@@ -19,6 +19,7 @@ from holdfast.errors import nearest
 from holdfast.machine.secrets import shown
 from holdfast.recipe.evaluation import JudgeRecipe, cannot_filter
 from holdfast.recipe.model import Part, Wrong, from_text
+from holdfast.recipe.reading import shorten
 
 COLUMNS = ("prompt", "completion", "instruction", "input", "output", "messages", "category")
 """The columns that a user's file can have, besides the columns of its task."""
@@ -68,7 +69,7 @@ class FilterRecipe(Part):
     to a row for which the judge gives no verdict.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     judge: str
     unparsed: Literal["drop", "keep"] = "drop"
@@ -98,7 +99,7 @@ class FilterRecipe(Part):
             if first["type"] == "extra_forbidden":
                 names = [*FilterRecipe.model_fields, *JudgeRecipe.model_fields]
                 raise Wrong(place, f"unknown key.{nearest(place[-1], names)}") from None
-            text = str(cause) if cause else f"{first['msg'].lower()}, found {first['input']!r}"
+            text = str(cause) if cause else f"{first['msg'].lower()}, found {shorten(first['input'])}"
             raise Wrong(place, text) from None
         reason = cannot_filter(self.judge)
         if reason is not None:

@@ -36,7 +36,7 @@ class Wrong(ValueError):
 class Part(BaseModel):
     """A block of a recipe; it is frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 Block = TypeVar("Block", bound=Part)

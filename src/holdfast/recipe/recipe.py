@@ -200,6 +200,7 @@ class Recipe(Part):
         keys = {*StageRecipe.model_fields, *PostHocRecipe.model_fields}
         raw = layers.merged(files, keys, stem)
         raw = layers.overridden(raw, overrides, keys)
+        layers.finite(raw, (), files)
         try:
             recipe = cls.model_validate(raw)
         except ValidationError as error:

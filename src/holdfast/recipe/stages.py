@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from holdfast import registry
 from holdfast.errors import nearest
 from holdfast.recipe.model import LoraOrNone, Wrong
+from holdfast.recipe.reading import shorten
 
 RESERVED_TRAINING = {
     "output_dir", "seed", "data_seed", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token",
@@ -52,7 +53,7 @@ USER_TRAINING = {  # the same sources; 20 epochs for SST-2 and AG News, 50 for G
 class Training(BaseModel):
     """Fields of `TrainingArguments`, `max_length` and `lean_loss`; the range of common fields is checked."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     learning_rate: float | None = Field(None, gt=0)
     num_train_epochs: float | None = Field(None, gt=0)
@@ -100,7 +101,7 @@ class StageRecipe(BaseModel):
     the alignment adapter), or None (as in the defense's paper).
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     defense: str = "sft"
     adapter: Literal["new", "continue"] | None = None
@@ -124,7 +125,7 @@ class PostHocRecipe(BaseModel):
     `base` is the model before alignment, for a run whose `model.path` is already aligned.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     defense: str
     base: str | None = None
@@ -153,7 +154,9 @@ class PostHocRecipe(BaseModel):
             for one in values or [value]:
                 _check_parameter("post_hoc", face, name, one, PostHocRecipe.model_fields)
             if any(one in values[:index] for index, one in enumerate(values)):
-                raise Wrong(["post_hoc", name], f"a value appears twice in {value!r}; give each value once")
+                raise Wrong(
+                    ["post_hoc", name], f"a value appears twice in {shorten(value)}; give each value once"
+                )
         one_of = face.facts.get("one_of", ())
         for combination in self.combinations() if one_of else ():
             given = [name for name in one_of if combination.get(name) is not None]
@@ -189,7 +192,7 @@ def _check_parameter(stage: str, face: registry.Face, name: str, value: Any, key
         names = [*face.parameters, *keys]
         raise Wrong([stage, name], f"unknown parameter of {face.name}.{nearest(name, names)}")
     if not _fits(value, face.parameters[name]):
-        raise Wrong([stage, name], f"expected {face.parameters[name].type}, found {value!r}")
+        raise Wrong([stage, name], f"expected {face.parameters[name].type}, found {shorten(value)}")
 
 
 TYPES: Mapping[str, type | tuple[type, ...]] = {
