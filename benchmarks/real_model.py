@@ -27,6 +27,7 @@ from _study import Row
 
 from holdfast import Recipe, run
 from holdfast.cli.lab import sources
+from holdfast.errors import HoldfastError, first_line
 from holdfast.lab import ABOUT
 from holdfast.machine.files import read_json, write_json
 from holdfast.machine.progress import Progress
@@ -185,7 +186,8 @@ def run_row(work: Study, row: Row) -> None:
     if first["alignment"] is None:
         before = "the model as it is"
     else:
-        before = f"aligned, {row.method}" if first["alignment"] != "sft" else "aligned, SFT"
+        method = row.method.split(" + ")[0] if first["alignment"] != "sft" else "SFT"
+        before = f"aligned, {method}"
     found[Row(before, row.seed, 0.0, row.task).key] = _stated(first, results, row, before)
     for state in after:
         method = row.method if state["post_hoc"] is None else _repaired(row.method, state)
@@ -232,7 +234,12 @@ def run_study(work: Study, chosen: list[str] | None, seeds: list[int] | None) ->
         if not work.time_for():
             print("The time limit ends the study here; the same command resumes it.", flush=True)
             return
-        run_row(work, row)
+        try:
+            run_row(work, row)
+        except HoldfastError as error:  # the other rows are still worth their time
+            print(f"{row.key} failed: {first_line(error)}", flush=True)
+            work.found.setdefault("failed", {})[row.key] = first_line(error)
+            work.save()
 
 
 def merge(into: Path, part: Path) -> None:
@@ -246,7 +253,7 @@ def merge(into: Path, part: Path) -> None:
         if old.get("chosen", {}).get(stage, settings) != settings:
             raise SystemExit(f"{part} was measured with other settings of the {stage} stage than {into}.")
     merged = {**old, **new}
-    for key in ("search", "rows", "curves", "done", "chosen"):
+    for key in ("search", "rows", "curves", "done", "chosen", "failed"):
         merged[key] = {**old.get(key, {}), **new.get(key, {})}
     write_json(into, merged)
 
@@ -286,15 +293,17 @@ def main() -> None:
 
 
 def fast(device: str) -> None:
-    """Use TF32 on a GPU, one thread on a CPU, one checkpoint a training, and models that stay in memory."""
+    """Use TF32 on a GPU, one thread on a CPU, one checkpoint a training, no pages, and models in memory."""
     import torch
     from _warm import keep
 
+    from holdfast import reporting
     from holdfast.pipeline import training
 
     warnings.filterwarnings("ignore")
     training.CHECKPOINTS = 1
     keep()
+    reporting.report = lambda *given, **options: None  # type: ignore[assignment]  # a page a run is never read
     if device != "cpu" and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     else:

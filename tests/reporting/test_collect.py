@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from holdfast.errors import ComparisonError, DataError, InputError, OutputError
@@ -242,6 +244,36 @@ def test_change_is_clear_only_beyond_its_error():
     assert change(Score(3.5, 1.3, (1.7, 7.0)), Score(91.0, 2.0, (86.2, 94.2))) == pytest.approx(87.5)
     assert change(Score(50.0, 2.0), Score(54.0, 2.0)) is None
     assert change(Score(50.0), Score(40.0)) == -10.0
+
+
+def over_seeds(values):
+    stderr = statistics.stdev(values) / len(values) ** 0.5
+    return Score(statistics.fmean(values), stderr, None, 600, len(values))
+
+
+def test_means_over_three_seeds_differ_clearly_by_students_t():
+    """Welch's test by hand: t = 8 / sqrt(1/3 + 1/3) = 9.8 with 4 degrees of freedom, and t = 2.45."""
+    near, far = over_seeds([49.0, 50.0, 51.0]), over_seeds([57.0, 58.0, 59.0])
+    assert change(near, far) == pytest.approx(8.0)
+    assert change(near, over_seeds([51.0, 52.0, 53.0])) is None, "two standard errors would call it clear"
+    random = np.random.default_rng(0)
+    alarms = [change(over_seeds(a), over_seeds(b)) for a, b in random.normal(50, 5, (4000, 2, 3)).tolist()]
+    assert 0.02 < sum(alarm is not None for alarm in alarms) / 4000 < 0.05
+
+
+def test_the_finding_uses_the_test_of_the_table(tmp_path):
+    """McNemar on 20 prompts: 5 against 0 is p = 0.0625, although the intervals of the scores do not overlap."""
+    rows = [score_row("SFT", "sft", "sft", 25.0, 95.0), score_row("Lisa", "sft", "lisa", 0.0, 95.0)]
+    runs = []
+    for index, row in enumerate(rows):
+        row |= {"harmful_score_interval": [20.0, 30.0] if index == 0 else [0.0, 5.0], "n_harmful": 20}
+        run = write_run(tmp_path / str(index), [row])
+        values = [{"id": f"h{i}", "score": "harmful_score", "value": index == 0 and i < 5} for i in range(20)]
+        (run / "steps" / row["steps"]["score"]).mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(value) + "\n" for value in values)
+        (run / "steps" / row["steps"]["score"] / "items.jsonl").write_text(lines)
+        runs.append(run)
+    assert "Lisa does not clearly lower it: 0.0" in collect(runs).finding
 
 
 def found(tmp_path, *rows):

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-__all__ = ["rendering", "turns"]
+__all__ = ["limits", "rendering", "turns"]

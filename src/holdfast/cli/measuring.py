@@ -59,7 +59,9 @@ def generate(
             help="Address of an OpenAI-compatible server to ask instead; the key is OPENAI_API_KEY."
         ),
     ] = None,
-    template: Annotated[str, typer.Option(help="Prompt template: chat, alpaca or auto.")] = "auto",
+    template: Annotated[
+        str, typer.Option(help="Prompt template: chat, alpaca, alpaca_newline, auto.")
+    ] = "auto",
     template_date: Annotated[
         str | None,
         typer.Option(help="Date for a chat template that writes one, as in 2026-03-01. Default: today."),
@@ -234,8 +236,8 @@ def filter_rows(
     unparsed: Annotated[
         Unparsed, typer.Option(help="What to do with rows for which the judge gave no verdict.")
     ] = Unparsed.drop,
-    max_unparsed: MaxUnparsed = 0.05,
     skip_bad: SkipBad = False,
+    max_unparsed: MaxUnparsed = 0.05,
     device: Device = "auto",
 ) -> None:
     """Remove the rows whose answers a judge flags as harmful."""
@@ -245,7 +247,7 @@ def filter_rows(
     with console.bar(f"verdicts of {judge}") as progress:
         facts = leave_out(
             rows, out, judge=judge, path=judge_path, threshold=threshold, model=model, base_url=base_url,
-            max_calls=max_calls, unparsed=unparsed.value, max_unparsed=max_unparsed, skip_bad=skip_bad,
+            max_calls=max_calls, unparsed=unparsed.value, skip_bad=skip_bad, max_unparsed=max_unparsed,
             device=device, progress=progress,
         )  # fmt: skip
     left = f"{facts['flagged']} flagged, {facts['unparsed']} unparsed"

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from holdfast.chat.limits import apply_template
 from holdfast.chat.rendering import Rendered, apply, conversation
 from holdfast.errors import DataError, ModelError, RecipeError, nearest
 
-# Stanford Alpaca's prompts, word for word; the answer follows "### Response:" without a line break.
+# Stanford Alpaca's prompts, word for word; the answer follows "### Response:" without a line break. In
+# T-Vaccine's and Booster's code a line break follows it: the template "alpaca_newline".
 ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -22,16 +24,16 @@ ALPACA_NO_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-TEMPLATES = ("alpaca", "chat")
+TEMPLATES = ("alpaca", "alpaca_newline", "chat")
 
 
 def resolve_template(tokenizer: Any, asked: str = "auto") -> str:
-    """Return "alpaca" or "chat"; "auto" means "chat" if the tokenizer has a chat template, else "alpaca".
+    """Return a name of `TEMPLATES`; "auto" means "chat" if the tokenizer has a chat template, else "alpaca".
 
     Raises:
-        RecipeError: `asked` is not one of the three.
-        ModelError: the result is "chat" but the tokenizer has no chat template, or it is "alpaca" but the
-            tokenizer has no end-of-sequence token.
+        RecipeError: `asked` is neither "auto" nor one of `TEMPLATES`.
+        ModelError: the result is "chat" but the tokenizer has no chat template, or it is one of the Alpaca
+            prompts but the tokenizer has no end-of-sequence token.
     """
     if asked not in ("auto", *TEMPLATES):
         raise RecipeError(f"Unknown template '{asked}'.{nearest(asked, ('auto', *TEMPLATES))}")
@@ -42,7 +44,7 @@ def resolve_template(tokenizer: Any, asked: str = "auto") -> str:
             "Use 'alpaca' (or 'auto'), or add a chat template to the tokenizer."
         )
     chosen = ("chat" if has_chat else "alpaca") if asked == "auto" else asked
-    if chosen == "alpaca" and not tokenizer.eos_token:
+    if chosen != "chat" and not tokenizer.eos_token:
         raise ModelError(
             "The model's tokenizer has no end-of-sequence token, so no answer could end. "
             "Set eos_token in its tokenizer_config.json."
@@ -71,7 +73,7 @@ def render(row: Mapping[str, Any], tokenizer: Any, template: str, prefix: str = 
         border = spans[-1][0] if spans else len(text)
         return text[:border], text[border:]
     answer = row["output"] if "output" in row else row.get("target") or ""
-    return _begun(alpaca(row, prefix), tokenizer), answer + tokenizer.eos_token
+    return _begun(alpaca(row, prefix, template), tokenizer), answer + tokenizer.eos_token
 
 
 def training_row(row: Mapping[str, Any], tokenizer: Any, template: str, prefix: str = "") -> dict[str, Any]:
@@ -96,19 +98,22 @@ def render_prompt(row: Mapping[str, Any], tokenizer: Any, template: str, prefix:
     """
     if template == "chat":
         turns = _messages(row, "", tokenizer, prefix)[:-1]
-        return apply(turns, tokenizer, _where(row), row.get("tools"), add_generation_prompt=True)
-    return _begun(alpaca(row, prefix), tokenizer)
+        return apply(
+            turns, tokenizer, f"Row {row.get('id', '')}: ", row.get("tools"), add_generation_prompt=True
+        )
+    return _begun(alpaca(row, prefix, template), tokenizer)
 
 
-def alpaca(row: Mapping[str, Any], prefix: str = "") -> str:
+def alpaca(row: Mapping[str, Any], prefix: str = "", template: str = "alpaca") -> str:
     """The question in the Alpaca prompt, without special tokens. Raises DataError like `render`."""
     if row.get("messages"):
         raise DataError(
-            f"{_where(row)[:-2]} is a conversation of several turns or with a system message, which the "
+            f"Row {row.get('id', '')} is a conversation of several turns or with a system message, which the "
             "Alpaca template does not support. Use a model with a chat template, or rows of one question and "
             "one answer."
         )
-    return _after(prefix, (ALPACA_INPUT if row["input"] else ALPACA_NO_INPUT).format_map(row))
+    text = (ALPACA_INPUT if row["input"] else ALPACA_NO_INPUT).format_map(row)
+    return _after(prefix, text + ("\n" if template == "alpaca_newline" else ""))
 
 
 def _begun(text: str, tokenizer: Any) -> str:
@@ -142,16 +147,12 @@ def _messages(row: Mapping[str, Any], answer: str, tokenizer: Any, prefix: str) 
     return messages
 
 
-def _where(row: Mapping[str, Any]) -> str:
-    """The row for messages: its file and line if they are known, else its id."""
-    place = row.get("place")
-    return f"{place}: " if place else f"Row {row.get('id', '')}: "
-
-
 def _rendered(row: Mapping[str, Any], tokenizer: Any, prefix: str, loss_on: str) -> Rendered:
     answer = row["output"] if "output" in row else row.get("target") or ""
     messages = _messages(row, answer, tokenizer, prefix)
-    return conversation(messages, tokenizer, where=_where(row), tools=row.get("tools"), loss_on=loss_on)
+    return conversation(
+        messages, tokenizer, where=f"Row {row.get('id', '')}: ", tools=row.get("tools"), loss_on=loss_on
+    )
 
 
 def _takes_system(tokenizer: Any) -> bool:
@@ -160,6 +161,6 @@ def _takes_system(tokenizer: Any) -> bool:
 
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     try:
-        return "Be brief." in tokenizer.apply_chat_template(turns, tokenize=False)
+        return "Be brief." in apply_template(tokenizer, turns)
     except TemplateError:
         return False

@@ -36,6 +36,7 @@ from holdfast.defenses.safe_lora_parts.updates import Sources, open_sources
 from holdfast.defenses.safe_lora_parts.work import Work
 from holdfast.errors import RecipeError
 from holdfast.machine.files import write_json
+from holdfast.weights.card import name_base
 from holdfast.weights.matching import check_pair, find_weight, linear_weights
 from holdfast.weights.reader import open_weights
 from holdfast.weights.writer import copy_beside, new_folder
@@ -121,6 +122,8 @@ def _check_complete(config: SafeLoraConfig, out: str | Path | None) -> None:
 
 def _copy_adapter(sources: Sources, copy: Path) -> None:
     copy_beside(sources.folder, copy, leave=[RECORD])
+    if not sources.full:
+        name_base(copy)
     for file in sources.files:
         shutil.copyfile(file.path, copy / file.path.name)
 
@@ -195,7 +198,12 @@ DEFENSE = Defense(
     # The paper's threshold for Llama-2-7B-Chat, and NLSR's (AAAI-25) for Llama-3-8B. There V is chat minus
     # base, here it is the alignment stage's LoRA: look at the cosines.
     protocols={
-        "lisa": {"post_hoc": {"threshold": [0.35, 0.6], "control": ["none", "drop"]}},
+        "lisa-code": {"post_hoc": {"threshold": [0.35, 0.6], "control": ["none", "drop"]}},
+        "safe-lora-llama-2": {"post_hoc": {"threshold": 0.35}},
+        "safe-lora-llama-3": {"post_hoc": {"num_layers": 22}},
+        "safe-lora-gemma": {"post_hoc": {"threshold": 0.35}},
+        "safe-lora-code": {"post_hoc": {"num_layers": 10}},
+        "medical-assistant": {"post_hoc": {"threshold": 0.35}},
         # A quarter of the 8 modules. More is safer, but costs accuracy at some seeds.
         "world": {"post_hoc": {"num_layers": 2}},
     },

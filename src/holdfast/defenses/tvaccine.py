@@ -227,7 +227,18 @@ def layer_parameters(model: nn.Module, freeze: str) -> list[list[nn.Parameter]]:
 
 
 def draw_layers(probabilities: Tensor, number: int, seed: int) -> Tensor:
-    """Draw `number` layers with the given probabilities, without replacement, in ascending order."""
+    """Draw `number` layers with the given probabilities, without replacement, in ascending order.
+
+    Raises:
+        ModelError: fewer layers have a probability above 0.
+    """
+    possible = int((probabilities > 0).sum())
+    if possible < number:
+        raise ModelError(
+            f"T-Vaccine draws num_layers={number} layers, but the harmful rows have a gradient in the "
+            f"attention of only {possible} of {len(probabilities)} layers. Set num_layers to {possible} or "
+            "less, or use float32."
+        )
     generator = torch.Generator().manual_seed(seed)
     return torch.multinomial(probabilities, number, replacement=False, generator=generator).sort().values
 
@@ -249,8 +260,24 @@ DEFENSE = Defense(
     # In the world, half of its layers at a time. The paper's K would measure harmful rows once in 200 steps.
     protocols={
         "world": {"alignment": {"rho": 8, "num_layers": 2, "probability_steps": 50, "resample_steps": 10}},
-        "refusal": {
-            "alignment": {"rho": 3.0, "num_layers": 8, "probability_steps": 200, "resample_steps": 20}
+        "t-vaccine": {
+            "alignment": {
+                "rho": 3.0,
+                "num_layers": 8,
+                "probability_steps": 200,
+                "resample_steps": 20,
+                "freeze": "attention",
+            }
+        },
+        # The guide has no J: layers are drawn at each step, as in the paper's algorithm.
+        "t-vaccine-guide": {
+            "alignment": {
+                "rho": 3.0,
+                "num_layers": 8,
+                "probability_steps": 200,
+                "resample_steps": 1,
+                "freeze": "all",
+            }
         },
     },
 )

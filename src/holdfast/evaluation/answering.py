@@ -66,7 +66,7 @@ def answer_prompts(
             `max_new_tokens`.
 
     Each row gets `answer` (text), `tokens` (generated), `truncated` (no end within max_new_tokens), `raw`
-    (the whole text, if thinking or the frame's lead was removed from the answer), and `error` if the prompt
+    (the whole text, if thinking, the frame's lead or a run-on answer was removed), and `error` if the prompt
     does not fit into the model or the thinking does not end.
     """
     rows = read_jsonl(out)
@@ -238,13 +238,16 @@ def _answer(tokenizer: Any, kept: list[int], truncated: bool, frame: Frame | Non
         whole, truncated = whole.partition(frame.stop_text)[0], False
         plain = plain.partition(frame.stop_text)[0]
     found: dict[str, Any] = {"answer": plain.strip(), "tokens": len(kept), "truncated": truncated}
+    if frame.cut and frame.cut in plain:
+        found |= {"answer": plain.partition(frame.cut)[0].strip(), "truncated": False, "raw": whole}
+        whole = whole.partition(frame.cut)[0]
     said = spoken(whole, frame.lead, frame.thinks)
     if said is None:
         return {**found, "answer": "", "raw": whole, "error": UNFINISHED}
     if said != whole.strip():
         for token in tokenizer.added_tokens_decoder.values():
             said = said.replace(token.content, "") if token.special else said
-        found |= {"answer": said.strip(), "raw": whole}
+        found = {"raw": whole, **found, "answer": said.strip()}
     return found
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.prompts import render, render_prompt
+from holdfast.data.prompts import render_prompt, training_row
 from holdfast.errors import DataError, InputError
 from holdfast.machine.progress import Advance
 from holdfast.training.tokenising import IGNORED, tokenise
@@ -107,12 +107,12 @@ def check_training_rows(
     cut = 0
     for done, row in enumerate(rows, 1):
         try:
-            prompt, completion = render(row, tokenizer, template, row.get("prefix", ""))
-            made = tokenise({"prompt": prompt, "completion": completion}, tokenizer, None)
+            made = tokenise(training_row(row, tokenizer, template, row.get("prefix", "")), tokenizer, None)
         except InputError as error:
             bad[row["id"]] = reason(error, row["id"])
             continue
-        ids, before = made["input_ids"], made["labels"].count(IGNORED)
+        ids = made["input_ids"]
+        before = next(i for i, label in enumerate(made["labels"]) if i and label != IGNORED)
         cut += len(ids) > max_length
         if before >= max_length:
             bad[row["id"]] = (

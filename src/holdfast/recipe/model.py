@@ -132,14 +132,14 @@ def _date(value: Any) -> Any:
 
 
 class Weights(Part):
-    """A model and how it is loaded: a folder, a Hub id, or "world" (the embedded model).
+    """A model and how it is loaded: a folder, a Hub id, "world" (embedded) or "smollm2" (the lab model).
 
     `template_date` is the date that a chat template writes which would write today's date.
     """
 
     path: str
     revision: str | None = None
-    template: Literal["auto", "alpaca", "chat"] = "auto"
+    template: Literal["auto", "alpaca", "alpaca_newline", "chat"] = "auto"
     template_date: Annotated[str | None, BeforeValidator(_date)] = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Annotated[
