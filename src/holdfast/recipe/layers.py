@@ -157,6 +157,37 @@ def origin(files: Sequence[Layer], place: Sequence[str]) -> Layer:
     return max(files, key=lambda layer: layer.holds(place)[0])
 
 
+def own_files(raw: Mapping[str, Any], files: Sequence[Layer]) -> dict[str, Any]:
+    """Return a recipe in which methods and judges of the user's own are files that exist.
+
+    A Python file is looked up first from the working folder, then from the folder of its recipe file.
+    """
+
+    def found(value: Any, key: str, place: tuple[str, ...]) -> Any:
+        if isinstance(value, Mapping):
+            return {**value, key: found(value[key], "", place)} if key in value else value
+        if not isinstance(value, str) or not value.endswith(".py") or _is(Path(value).is_file):
+            return value
+        beside = origin(files, place).folder / value
+        return str(beside.resolve()) if _is(beside.is_file) else value
+
+    result = dict(raw)
+    for stage in STAGES:
+        if stage in result:
+            result[stage] = found(result[stage], "defense", (stage, "defense"))
+    for block, keys in (("data", {"filter": "judge"}), ("evaluation", {"rater": "name", "judges": "name"})):
+        given = result.get(block)
+        if not isinstance(given, Mapping):
+            continue
+        for name in keys.keys() & given.keys():
+            value, key, place = given[name], keys[name], (block, name)
+            several = isinstance(value, list)
+            made = [found(one, key, place) for one in value] if several else found(value, key, place)
+            given = {**given, name: made}
+        result[block] = given
+    return result
+
+
 def finite(value: Any, place: tuple[str, ...], files: Sequence[Layer]) -> None:
     """Raise RecipeError if a recipe has a number that is not finite; the message names its key."""
     if isinstance(value, Mapping):

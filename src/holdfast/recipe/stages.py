@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from holdfast import registry
-from holdfast.errors import nearest
+from holdfast.errors import RecipeError, nearest
 from holdfast.recipe.model import LoraOrNone, Wrong
 from holdfast.recipe.reading import shorten
 
@@ -36,7 +36,7 @@ NOT_IDENTITY = {
 
 ALIGNMENT_TRAINING = {  # Lisa, arXiv 2405.18641, section 5.1; decay, schedule and warm-up from its code
     "learning_rate": 1e-3,
-    "num_train_epochs": 30,
+    "num_train_epochs": 30.0,
     "per_device_train_batch_size": 5,
     "weight_decay": 0.1,
     "lr_scheduler_type": "cosine",
@@ -44,11 +44,15 @@ ALIGNMENT_TRAINING = {  # Lisa, arXiv 2405.18641, section 5.1; decay, schedule a
 }
 USER_TRAINING = {  # the same sources; 20 epochs for SST-2 and AG News, 50 for GSM8K
     "learning_rate": 1e-5,
-    "num_train_epochs": 20,
+    "num_train_epochs": 20.0,
     "per_device_train_batch_size": 5,
     "weight_decay": 0.0,
     "lr_scheduler_type": "constant",
 }
+
+
+TRAINING = {"alignment": ALIGNMENT_TRAINING, "user": USER_TRAINING}
+"""The training arguments of each stage that a recipe does not set."""
 
 
 class Training(BaseModel):
@@ -76,6 +80,19 @@ class Training(BaseModel):
             if not finite(value):
                 raise Wrong([name], f"expected a finite number, found {value}")
         return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_names(cls, given: Any) -> Any:
+        """Read `warmup_ratio`, which is a fraction in `warmup_steps` since transformers 5."""
+        if not isinstance(given, Mapping) or given.get("warmup_ratio") is None:
+            return given
+        ratio = given["warmup_ratio"]
+        if given.get("warmup_steps") is not None:
+            raise Wrong(["warmup_ratio"], "give warmup_steps alone; a fraction below 1 there means the same")
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+            raise Wrong(["warmup_ratio"], f"expected a share from 0 to below 1, found {shorten(ratio)}")
+        return {**{k: v for k, v in given.items() if k != "warmup_ratio"}, "warmup_steps": ratio}
 
     @model_validator(mode="after")
     def _known(self) -> Training:
@@ -195,9 +212,12 @@ def _null(value: Any) -> Any:
 def _face(stage: str, defense: str) -> registry.Face:
     """The registry's entry of a defense. Raises Wrong if the defense does not act at `stage`."""
     known = registry.list_defenses(stage)
-    if defense not in registry.faces("defenses"):
+    if not defense.endswith(".py") and defense not in registry.faces("defenses"):
         raise Wrong([stage, "defense"], registry.unknown("defenses", defense, known))
-    face = registry.faces("defenses")[defense]
+    try:
+        face = registry.face("defenses", defense)
+    except RecipeError as error:  # a file of the user's
+        raise Wrong([stage, "defense"], str(error)) from None
     if stage not in face.facts["stages"]:
         there = ", ".join(known) or "none yet"
         text = f"'{defense}' does not act at the {stage} stage. Defenses that do: {there}."
