@@ -14,6 +14,7 @@ row and merged into the results file, so the script can be stopped at any time; 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 import warnings
@@ -95,7 +96,7 @@ class Study:
         return results
 
 
-def summary(row: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+def summary(row: dict[str, Any]) -> dict[str, Any]:
     """The part of a row of results that is committed."""
     found = {key: row[key] for score in SCORES for key in (score, f"{score}_stderr")}
     found |= {key: row[key] for key in ("n_harmful", "n_task", "n_benign", "unparsed", "alignment", "user")}
@@ -106,7 +107,15 @@ def summary(row: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     if row["post_hoc"]:
         found |= {"post_hoc": row["post_hoc_parameters"], "repair": _plain(row["repair"])}
     costs = ("alignment_seconds", "seconds", "alignment_peak_memory_bytes", "peak_memory_bytes")
-    return found | {key: row[key] for key in costs} | {"hardware": results["hardware"].get("gpu") or "CPU"}
+    return found | {key: row[key] for key in costs} | {"hardware": device_name()}
+
+
+@functools.cache
+def device_name() -> str:
+    """The name of the GPU, or "CPU"."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def _plain(repair: dict[str, Any] | None) -> dict[str, Any]:
@@ -161,7 +170,7 @@ def _first(
             return False
         began = time.monotonic()
         results = work.run([f"seed={study.SEARCH_SEED}", *study.training(stage, settings), *asked])
-        row = summary(results["rows"][-1], results)
+        row = summary(results["rows"][-1])
         name = ", ".join(f"{key}={value:g}" for key, value in settings.items())
         tried[name] = row | {"margin": margin(row)}
         shown(f"search of the {stage} settings, {name}", row, time.monotonic() - began)
@@ -188,12 +197,12 @@ def run_row(work: Study, row: Row) -> None:
     else:
         method = row.method.split(" + ")[0] if first["alignment"] != "sft" else "SFT"
         before = f"aligned, {method}"
-    found[Row(before, row.seed, 0.0, row.task).key] = _stated(first, results, row, before)
+    found[Row(before, row.seed, 0.0, row.task).key] = _stated(first, row, before)
     for state in after:
         method = row.method if state["post_hoc"] is None else _repaired(row.method, state)
         if state["post_hoc"] is None and "Safe LoRA" in row.method:
             method = row.method.split(" + Safe LoRA")[0]
-        entry = _stated(state, results, row, method)
+        entry = _stated(state, row, method)
         key = Row(method, row.seed, row.ratio, row.task).key
         found[key] = entry
         shown(key, entry, time.monotonic() - began)
@@ -202,9 +211,9 @@ def run_row(work: Study, row: Row) -> None:
     work.save()
 
 
-def _stated(state: dict[str, Any], results: dict[str, Any], row: Row, method: str) -> dict[str, Any]:
+def _stated(state: dict[str, Any], row: Row, method: str) -> dict[str, Any]:
     place = {"task": row.task, "method": method, "seed": row.seed, "poison_ratio": row.ratio}
-    return place | summary(state, results)
+    return place | summary(state)
 
 
 def _name(row: Row) -> str:

@@ -78,7 +78,7 @@ def test_a_missing_package_is_named(missing, cache, package, monkeypatch):
     find = lab.importlib.util.find_spec
     gone = {known[name] for name in missing}
     monkeypatch.setattr(lab.importlib.util, "find_spec", lambda n: None if n in gone else find(n))
-    with pytest.raises(ModelError, match=f"{' and '.join(missing)} was not found. Install it: pip install"):
+    with pytest.raises(ModelError, match=f"but {', '.join(missing)} cannot be found. Install them: pip"):
         lab.model_folder()
     assert package == []
 
