@@ -122,7 +122,8 @@ class _Job:
     @property
     def most(self) -> dict[str, int]:
         """New tokens of an answer, by the set of its row."""
-        of_task = getattr(tasks.find(self.task or "own"), "max_new_tokens", 64)
+        known: int = getattr(tasks.find(self.task or "own"), "max_new_tokens", 64)
+        of_task = self.how.task_new_tokens or known
         return {"harmful": self.how.max_new_tokens, "task": of_task, "benign": self.how.max_new_tokens}
 
     @property
