@@ -255,6 +255,7 @@ DEFENSE = Defense(
                 "num_layers": 8,
                 "probability_steps": 200,
                 "resample_steps": 20,
+                "probe_rows": 1,
                 "freeze": "attention",
             }
         },
@@ -265,6 +266,7 @@ DEFENSE = Defense(
                 "num_layers": 8,
                 "probability_steps": 200,
                 "resample_steps": 1,
+                "probe_rows": 200,
                 "freeze": "all",
             }
         },
