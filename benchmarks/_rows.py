@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from _record import RESULTS
 
 from holdfast.errors import first_line
@@ -36,7 +37,10 @@ class Rows:
     def __init__(self, name: str, given: argparse.Namespace):
         self.place: Path = given.results / f"{name}.json"
         self.again, self.limit, self.began = given.again, given.time_limit, time.monotonic()
-        self.measured_on = {k: v for k, v in provenance().items() if k in ("versions", "hardware")}
+        self.measured_on: dict[str, Any] = {
+            **{k: v for k, v in provenance().items() if k in ("versions", "hardware")},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        }
 
     def __call__(self, path: tuple[str, ...], work: Callable[[], Any]) -> None:
         """Measure a row unless the file holds it, and write it to `path` of the file. Errors are recorded."""
@@ -77,8 +81,6 @@ def merged(old: Any, new: Any) -> Any:
 
 
 def _free() -> None:
-    import torch
-
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -22,7 +22,8 @@ TVACCINE = [
 ]  # fmt: skip
 SAFE_LORA = "post_hoc={defense: safe_lora, num_layers: %s}"
 MODULES = 60
-"""Modules of the user stage's LoRA: q and v of 30 layers."""
+"""Modules of the user stage's LoRA: q and v of 30 layers. After T-Vaccine fewer of them have a direction,
+because layers that were never drawn are as they were."""
 
 METHODS: dict[str, list[str]] = {
     "NA-SFT": ["alignment=none"],
@@ -32,17 +33,20 @@ METHODS: dict[str, list[str]] = {
     "BSO": ["user.defense=bso", *PHASES],
     "Constrained SFT": ["user.defense=constrained_sft"],
     "SafeInstr": ["user.defense=safe_instr"],
+    "SBR": ["user.defense=sbr", "user.lambda_=50", "user.norm=mean"],
+    "GuardSpace": ["user.defense=guardspace", "user.tolerance=0.01"],
+    "SPAG": ["user.defense=spag", "user.tau=0.2", "user.eta=1"],
     "T-Vaccine": TVACCINE,
     "Vaccine": ["alignment.defense=vaccine", "alignment.rho=2"],
     "Booster": ["alignment.defense=booster", "alignment.lambda_=5", "alignment.alpha=0.1"],
     "RepNoise": ["alignment.defense=repnoise", "alignment.alpha=0.1", "alignment.beta=0.001"],
     "Lisa, rho=0.1": [*LISA, "user.rho=0.1"],
     "Lisa, rho=10": [*LISA, "user.rho=10"],
-    "EWC, lambda=1e6": ["user.defense=ewc", "user.lambda_=1e6"],
+    "EWC, lambda=1e6": ["user.defense=ewc", "user.lambda_=1e6", "user.fisher_rows=100"],
     "SFT + Safe LoRA": [
         f"post_hoc={{defense: safe_lora, num_layers: {MODULES // 2}, control: [none, drop, random]}}"
     ],
-    "T-Vaccine + Lisa, rho=1 + Safe LoRA": [*TVACCINE, *LISA, "user.rho=1", SAFE_LORA % (MODULES // 2)],
+    "T-Vaccine + Lisa, rho=1 + Safe LoRA": [*TVACCINE, *LISA, "user.rho=1", SAFE_LORA % (MODULES // 4)],
     "TAR": [
         "alignment.defense=tar", "alignment.inner_steps=4", "alignment.inner_subsample=2",
         "alignment.adversary_learning_rates='1e-4, 3e-4, 1e-3'", "alignment.lambda_tr=1",
@@ -51,19 +55,21 @@ METHODS: dict[str, list[str]] = {
     "SFT + Safe LoRA, sweep": [
         "post_hoc={defense: safe_lora, num_layers: [6, 15, 45, 60], control: [none, drop]}"
     ],
-    "EWC, lambda=1e4": ["user.defense=ewc", "user.lambda_=1e4"],
+    "EWC, lambda=1e4": ["user.defense=ewc", "user.lambda_=1e4", "user.fisher_rows=100"],
     "Booster, lambda=1.5": ["alignment.defense=booster", "alignment.lambda_=1.5", "alignment.alpha=0.1"],
     "T-Vaccine, rho=8": [
         change.replace("alignment.rho=3", "alignment.rho=8") for change in TVACCINE
     ],
     "Vaccine, rho=8": ["alignment.defense=vaccine", "alignment.rho=8"],
+    "SBR, lambda=50 in the paper's norm": ["user.defense=sbr", "user.lambda_=50", "user.norm=sum"],
+    "GuardSpace, tolerance=0.1": ["user.defense=guardspace", "user.tolerance=0.1"],
     "SFT + Safe LoRA, thresholds": ["post_hoc={defense: safe_lora, threshold: [0.05, 0.1, 0.2, 0.35]}"],
 }  # fmt: skip
 """By row, its changes to the recipe. Values are the papers' unless the name says otherwise."""
 FIRST = (
-    "NA-SFT", "SFT", "Lisa, rho=1", "VLGuard", "BSO", "Constrained SFT", "SafeInstr", "T-Vaccine", "Vaccine",
-    "Booster", "RepNoise", "Lisa, rho=0.1", "Lisa, rho=10", "EWC, lambda=1e6", "SFT + Safe LoRA",
-    "T-Vaccine + Lisa, rho=1 + Safe LoRA", "TAR",
+    "NA-SFT", "SFT", "Lisa, rho=1", "VLGuard", "BSO", "Constrained SFT", "SafeInstr", "SBR", "GuardSpace",
+    "SPAG", "SFT + Safe LoRA", "T-Vaccine", "Vaccine", "Booster", "RepNoise", "Lisa, rho=0.1",
+    "Lisa, rho=10", "EWC, lambda=1e6", "T-Vaccine + Lisa, rho=1 + Safe LoRA", "TAR",
 )  # fmt: skip
 """The rows that run at every seed and poison ratio; the others only run at the attack's ratio."""
 NO_RATIO_BELOW = ("SFT", "Lisa, rho=1", "VLGuard", "BSO", "T-Vaccine", "SFT + Safe LoRA", "NA-SFT")
@@ -99,7 +105,8 @@ SHORT = [
 """Changes of a trial: every row runs from end to end, and no number means anything."""
 SHORT_OF = {
     "alignment.inner_steps": "1", "alignment.inner_subsample": "1", "alignment.probability_steps": "1",
-    "alignment.resample_steps": "1", "alignment.probe_rows": "2", "user.alignment_steps": "1",
+    "alignment.resample_steps": "1", "alignment.probe_rows": "2", "user.fisher_rows": "2",
+    "user.alignment_steps": "1",
     "user.finetune_steps": "1",
 }  # fmt: skip
 CPU = [

@@ -14,6 +14,7 @@ row and merged into the results file, so the script can be stopped at any time; 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 import warnings
@@ -27,6 +28,7 @@ from _study import Row
 
 from holdfast import Recipe, run
 from holdfast.cli.lab import sources
+from holdfast.errors import HoldfastError, first_line
 from holdfast.lab import ABOUT
 from holdfast.machine.files import read_json, write_json
 from holdfast.machine.progress import Progress
@@ -94,7 +96,7 @@ class Study:
         return results
 
 
-def summary(row: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+def summary(row: dict[str, Any]) -> dict[str, Any]:
     """The part of a row of results that is committed."""
     found = {key: row[key] for score in SCORES for key in (score, f"{score}_stderr")}
     found |= {key: row[key] for key in ("n_harmful", "n_task", "n_benign", "unparsed", "alignment", "user")}
@@ -105,7 +107,15 @@ def summary(row: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     if row["post_hoc"]:
         found |= {"post_hoc": row["post_hoc_parameters"], "repair": _plain(row["repair"])}
     costs = ("alignment_seconds", "seconds", "alignment_peak_memory_bytes", "peak_memory_bytes")
-    return found | {key: row[key] for key in costs} | {"hardware": results["hardware"].get("gpu") or "CPU"}
+    return found | {key: row[key] for key in costs} | {"hardware": device_name()}
+
+
+@functools.cache
+def device_name() -> str:
+    """The name of the GPU, or "CPU"."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def _plain(repair: dict[str, Any] | None) -> dict[str, Any]:
@@ -160,7 +170,7 @@ def _first(
             return False
         began = time.monotonic()
         results = work.run([f"seed={study.SEARCH_SEED}", *study.training(stage, settings), *asked])
-        row = summary(results["rows"][-1], results)
+        row = summary(results["rows"][-1])
         name = ", ".join(f"{key}={value:g}" for key, value in settings.items())
         tried[name] = row | {"margin": margin(row)}
         shown(f"search of the {stage} settings, {name}", row, time.monotonic() - began)
@@ -185,13 +195,14 @@ def run_row(work: Study, row: Row) -> None:
     if first["alignment"] is None:
         before = "the model as it is"
     else:
-        before = f"aligned, {row.method}" if first["alignment"] != "sft" else "aligned, SFT"
-    found[Row(before, row.seed, 0.0, row.task).key] = _stated(first, results, row, before)
+        method = row.method.split(" + ")[0] if first["alignment"] != "sft" else "SFT"
+        before = f"aligned, {method}"
+    found[Row(before, row.seed, 0.0, row.task).key] = _stated(first, row, before)
     for state in after:
         method = row.method if state["post_hoc"] is None else _repaired(row.method, state)
         if state["post_hoc"] is None and "Safe LoRA" in row.method:
             method = row.method.split(" + Safe LoRA")[0]
-        entry = _stated(state, results, row, method)
+        entry = _stated(state, row, method)
         key = Row(method, row.seed, row.ratio, row.task).key
         found[key] = entry
         shown(key, entry, time.monotonic() - began)
@@ -200,9 +211,9 @@ def run_row(work: Study, row: Row) -> None:
     work.save()
 
 
-def _stated(state: dict[str, Any], results: dict[str, Any], row: Row, method: str) -> dict[str, Any]:
+def _stated(state: dict[str, Any], row: Row, method: str) -> dict[str, Any]:
     place = {"task": row.task, "method": method, "seed": row.seed, "poison_ratio": row.ratio}
-    return place | summary(state, results)
+    return place | summary(state)
 
 
 def _name(row: Row) -> str:
@@ -232,7 +243,12 @@ def run_study(work: Study, chosen: list[str] | None, seeds: list[int] | None) ->
         if not work.time_for():
             print("The time limit ends the study here; the same command resumes it.", flush=True)
             return
-        run_row(work, row)
+        try:
+            run_row(work, row)
+        except HoldfastError as error:  # the other rows are still worth their time
+            print(f"{row.key} failed: {first_line(error)}", flush=True)
+            work.found.setdefault("failed", {})[row.key] = first_line(error)
+            work.save()
 
 
 def merge(into: Path, part: Path) -> None:
@@ -246,7 +262,7 @@ def merge(into: Path, part: Path) -> None:
         if old.get("chosen", {}).get(stage, settings) != settings:
             raise SystemExit(f"{part} was measured with other settings of the {stage} stage than {into}.")
     merged = {**old, **new}
-    for key in ("search", "rows", "curves", "done", "chosen"):
+    for key in ("search", "rows", "curves", "done", "chosen", "failed"):
         merged[key] = {**old.get(key, {}), **new.get(key, {})}
     write_json(into, merged)
 
@@ -286,15 +302,17 @@ def main() -> None:
 
 
 def fast(device: str) -> None:
-    """Use TF32 on a GPU, one thread on a CPU, one checkpoint a training, and models that stay in memory."""
+    """Use TF32 on a GPU, one thread on a CPU, one checkpoint a training, no pages, and models in memory."""
     import torch
     from _warm import keep
 
+    from holdfast import reporting
     from holdfast.pipeline import training
 
     warnings.filterwarnings("ignore")
     training.CHECKPOINTS = 1
     keep()
+    reporting.report = lambda *given, **options: None  # type: ignore[assignment]  # a page a run is never read
     if device != "cpu" and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     else:

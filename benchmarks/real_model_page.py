@@ -46,12 +46,14 @@ def cell(rows: list[dict[str, Any]], score: str, judge: str | None) -> Cell | No
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
-def table(groups: dict[Any, list[dict[str, Any]]], task: str, ratio: float, repairs: bool) -> str:
-    """A table of the methods at one task and ratio; `repairs`: the rows of repaired models, or the others."""
+def table(groups: dict[Any, list[dict[str, Any]]], task: str, ratio: float, kind: str = "tuned") -> str:
+    """A table at one task and ratio of the "aligned", the "tuned" or the "repaired" models."""
     chosen = {
         method: rows
         for (where, at, method), rows in groups.items()
-        if where == task and at == ratio and bool(rows[0].get("post_hoc")) == repairs
+        if where == task
+        and at == ratio
+        and (_kind(rows[0]) == kind or (kind != "repaired" and method in FIRST))
     }
     if not chosen:
         return "Not measured."
@@ -64,6 +66,10 @@ def table(groups: dict[Any, list[dict[str, Any]]], task: str, ratio: float, repa
         devices = sorted({_device(row) for row in rows})
         lines.append(f"| {method} | {' | '.join(shown)} | {len(rows)} | {', '.join(devices)} |")
     return "\n".join(lines)
+
+
+def _kind(row: dict[str, Any]) -> str:
+    return "aligned" if row["user"] is None else "repaired" if row.get("post_hoc") else "tuned"
 
 
 def _text(found: Cell | None) -> str:
@@ -106,14 +112,17 @@ def parts(found: dict[str, Any]) -> dict[str, str]:
     """The generated parts of the page, by the name in its markers."""
     groups = grouped(found["rows"])
     ratios = [ratio for ratio in sorted(study.RATIOS) if ratio != study.ATTACK_RATIO]
-    others = [f"Poison ratio {ratio:g}:\n\n{table(groups, 'sst2', ratio, False)}" for ratio in ratios]
+    others = [f"Poison ratio {ratio:g}:\n\n{table(groups, 'sst2', ratio)}" for ratio in ratios]
+    curves = f"![Harmful score by optimizer step]({CURVES.name})\n\n" if found.get("curves") else ""
     return {
-        "study": table(groups, "sst2", study.ATTACK_RATIO, False),
-        "safe-lora": table(groups, "sst2", study.ATTACK_RATIO, True),
+        "picture": f"![Harmful score and finetune accuracy of every method]({PICTURE.name})",
+        "study": table(groups, "sst2", study.ATTACK_RATIO),
+        "aligned": table(groups, "sst2", study.ATTACK_RATIO, "aligned"),
+        "safe-lora": table(groups, "sst2", study.ATTACK_RATIO, "repaired"),
         "ratios": "\n\n".join(others),
-        "agnews": table(groups, "agnews", study.ATTACK_RATIO, False),
+        "agnews": table(groups, "agnews", study.ATTACK_RATIO),
         "search": searches(found),
-        "curves": points(found),
+        "curves": curves + points(found),
     }
 
 
@@ -160,7 +169,7 @@ def draw(found: dict[str, Any]) -> None:
     left.set_yticks(range(len(order)), order)
     left.set(xlim=(0, 105), xlabel="harmful score, % (lower is better)")
     right.set(xlim=(0, 105), xlabel="finetune accuracy, %")
-    left.legend(loc="lower right", fontsize=8, frameon=False)
+    figure.legend(loc="lower left", fontsize=8, frameon=False)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("SmolLM2-135M (4-bit weights), SST-2 with 10 % harmful rows", fontsize=11)

@@ -15,7 +15,7 @@ import types
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 import tiny
 import trainers
@@ -23,6 +23,7 @@ from holdfast import registry
 from holdfast.errors import ModelError
 from holdfast.models.loading import add_lora, load_model
 from holdfast.training.tokenising import IGNORED
+from holdfast.training.trainer import MethodConfig
 
 NAMES = [n for n in registry.list_defenses() if registry.get_defense(n).trainer is not None]
 SAVES = {"save_strategy": "steps", "save_steps": 5}
@@ -102,13 +103,25 @@ def plain(tmp_path_factory):
 def test_the_face_tells_what_the_config_has(name):
     """The parameters read without an import must equal those of the dataclass, including defaults."""
     config = registry.get_defense(name).config
-    fields = {f.name for f in dataclasses.fields(TrainingArguments)} | {"max_length", "lean_loss"}
+    fields = {f.name for f in dataclasses.fields(MethodConfig)}
     own = {f.name: f.default for f in dataclasses.fields(config) if f.name not in fields}
     face = registry.faces("defenses")[name]
     assert {k: p.default for k, p in face.parameters.items()} == own
     assert all(p.help for p in face.parameters.values())
     assert face.summary
     assert issubclass(registry.get_defense(name).trainer, Trainer)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_that_are_not_finite_are_refused_by_name(name, tmp_path):
+    config = registry.get_defense(name).config
+    own = [k for k, p in registry.faces("defenses")[name].parameters.items() if isinstance(p.default, float)]
+    for option in [*own, "learning_rate", "max_grad_norm", "adam_beta1"]:
+        for value in (float("nan"), float("inf"), -float("inf")):
+            with pytest.raises(ValueError, match=f"{option} must be a finite number, found {value}"):
+                config(output_dir=str(tmp_path), use_cpu=True, **{option: value})
+    with pytest.raises(ValueError, match=r"lr_scheduler_kwargs.*min_lr.*finite"):
+        config(output_dir=str(tmp_path), use_cpu=True, lr_scheduler_kwargs={"min_lr": float("nan")})
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -206,9 +219,24 @@ def everything(folder):
     return tiny.llama(len(trainers.TOKENIZER))
 
 
+def refuses(name, net, folder):
+    """Whether the method's own check refuses the model; making its trainer then does too."""
+    method = registry.get_defense(name)
+    try:
+        method.trainer.check_model(method.config(output_dir=str(folder), use_cpu=True, **method.strong), net)
+    except ModelError:
+        with pytest.raises(ModelError):
+            make(name, folder, net=net)
+        return True
+    return False
+
+
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("net", [alignment_below, dora, everything], ids=["stacked", "dora", "full"])
 def test_it_trains_and_resumes_whatever_is_trained(name, net, tmp_path):
+    """Or refuses it before training; an adapter on top of another one is refused by no method."""
+    if net is not alignment_below and refuses(name, net(tmp_path), tmp_path):
+        return
     whole = make(name, tmp_path, net=net(tmp_path), max_steps=8, **SAVES)
     before = {k: p.clone() for k, p in whole.model.named_parameters()}
     trained = {k for k, p in whole.model.named_parameters() if p.requires_grad}

@@ -48,6 +48,14 @@ def test_safe_instr_adds_three_percent():
     assert len(safe_instr.mix(USER, SAFE, seed=1, alignment_ratio=0.5, replace=True)) == 40
 
 
+@pytest.mark.parametrize(("method", "ratio"), [(safe_instr, 0.03), (safe_instr, 0.05), (vlguard, 0.05)])
+def test_a_share_of_less_than_one_row_is_refused(method, ratio):
+    """It would be plain fine-tuning; 0 asks for that."""
+    with pytest.raises(DataError, match=rf"alignment_ratio={ratio} of 10 user rows.*alignment_size=1"):
+        method.mix(USER[:10], SAFE, seed=1, alignment_ratio=ratio)
+    assert method.mix(USER[:10], SAFE, seed=1, alignment_ratio=0.0) == USER[:10]
+
+
 def test_a_share_decides_for_vlguard():
     rows = vlguard.mix(USER, SAFE, seed=1, alignment_ratio=0.25)
     assert sum(row["source"] == "alignment" for row in rows) == 10

@@ -68,7 +68,7 @@ def test_the_record_says_everything(three, tmp_path):
     record = json.loads((tmp_path / "out" / "safe_lora.json").read_text())
     assert record == json.loads(json.dumps(result.to_json()))
     assert record["options"]["num_layers"] == 3
-    assert record["sources"]["base"]["path"] == str(three[0])
+    assert record["sources"]["base"]["path"] == three[0].name, "no path of this machine"
     assert len({s["fingerprint"] for s in record["sources"].values()}) == 3
     assert set(record["modules"][0]) == {
         "name", "kind", "layer", "cosine", "projected", "norm_before", "norm_after", "direction_norm",

@@ -362,3 +362,15 @@ def test_packed_rows_are_refused(tmp_path):
 def test_impossible_values_are_refused(wrong, tmp_path):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TARConfig(output_dir=str(tmp_path), use_cpu=True, **wrong)
+
+
+def test_nothing_is_to_be_retained_at_the_start(tmp_path):
+    """Under NEFTune and dropout too, which G gets like theta. LoRA's own dropout acts only once B is not 0."""
+    net = trainers.model(dropout=0.3)
+    for name, weight in net.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    made = tar(tmp_path, net=net, neftune_noise_alpha=5.0, lambda_tr=0.0, max_steps=2)
+    made.train()
+    first, second = [entry["retain_loss"] for entry in made.state.log_history if "retain_loss" in entry]
+    assert first == 0 < second

@@ -181,6 +181,13 @@ def test_draws_of_several_are_without_replacement():
     )
 
 
+def test_more_layers_than_have_a_gradient_cannot_be_drawn():
+    p = torch.tensor([0.0, 0.5, 0.0, 0.5])
+    assert draw_layers(p, 2, 1).tolist() == [1, 3]
+    with pytest.raises(ModelError, match=r"num_layers=3 layers.*only 2 of 4 layers"):
+        draw_layers(p, 3, 1)
+
+
 def test_a_draw_is_a_function_of_its_seed():
     torch.manual_seed(1)
     before = torch.get_rng_state()

@@ -39,7 +39,7 @@ def served(monkeypatch):
 
         return watched
 
-    for name in ("render", "render_prompt"):
+    for name in ("training_row", "render_prompt"):
         monkeypatch.setattr(prompts, name, watch(getattr(prompts, name)))
     return seen
 

@@ -126,7 +126,7 @@ def test_all_weights_in_either_stage(tmp_path):
                 assert torch.equal(loaded(input_ids=torch.arange(3, 40)[None]).logits, logits)
         else:
             base = json.loads((second / "adapter" / "adapter_config.json").read_text())
-            assert base["base_model_name_or_path"] == str(first / "model")
+            assert base["base_model_name_or_path"] == first.name
         steps = json.loads((whole / "step.json").read_text())["training"]
         whole_model = load_file(tmp_path / "in" / "model" / "model.safetensors")
         assert steps["trainable_parameters"] == sum(p.numel() for p in whole_model.values())

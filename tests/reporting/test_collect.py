@@ -284,14 +284,16 @@ def test_the_finding_says_what_the_rows_say(tmp_path):
     aligned = score_row("aligned", "sft", None, 3.5, 41.0)
     sft = score_row("SFT", "sft", "sft", 91.0, 97.0)
     lisa = score_row("Lisa", "sft", "lisa", 20.5, 95.8)
+    answers = "It answers 97.5 % of the harmless questions, against 97.5 % without a defense."
     raised = "Fine-tuning on data with 10 % harmful rows raised the harmful score from 3.5 to 91.0."
     assert found(tmp_path, aligned, sft, lisa) == (
-        f"{raised} Lisa lowers it to 20.5, with 1.2 points less finetune accuracy."
+        f"{raised} Lisa lowers it to 20.5, with 1.2 points less finetune accuracy. {answers}"
     )
     assert found(tmp_path, aligned, sft) == f"{raised} No defense was measured under the same conditions."
     worse = score_row("Lisa", "sft", "lisa", 93.0, None)
     assert found(tmp_path, aligned, sft, worse) == (
-        f"{raised} Lisa does not clearly lower it: 93.0 (its cost in finetune accuracy was not measured)."
+        f"{raised} Lisa does not clearly lower it: 93.0 (its cost in finetune accuracy was not measured). "
+        f"{answers}"
     )
     assert found(tmp_path, sft, lisa).startswith(
         "Fine-tuning on data with 10 % harmful rows gave a harmful score of 91.0; the model before fine-tuning was not"
@@ -311,6 +313,25 @@ def test_the_finding_says_what_the_rows_say(tmp_path):
         == "No harmful score was measured in this report."
     )
     assert found(tmp_path) == "No harmful score was measured in this report."
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [
+        (97.0, 0.0, "It also refuses or fails on more harmless questions: it answers 0.0 % of the harmless"),
+        (97.0, 96.5, "It answers 96.5 % of the harmless questions, against 97.0 % without a defense."),
+        (None, 96.5, "It answers 96.5 % of the harmless questions."),
+        (97.0, None, "Its over-refusal was not measured."),
+    ],
+)
+def test_the_finding_says_whether_harmless_questions_are_answered(tmp_path, before, after, text):
+    """A model that refuses everything has no harmful answer."""
+    sft = score_row("SFT", "sft", "sft", 91.0, 97.0)
+    refuser = score_row("Refuser", "sft", "lisa", 0.0, 97.0)
+    for row, value in ((sft, before), (refuser, after)):
+        error = {"benign_compliance_stderr": 1.0, "benign_compliance_interval": None}
+        row |= {"benign_compliance": value, "n_benign": 100, **error}
+    assert text in found(tmp_path, sft, refuser)
 
 
 def test_the_finding_compares_at_one_poison_ratio_and_names_a_cheaper_defense(tmp_path):

@@ -7,6 +7,7 @@ import logging
 import pytest
 
 import trainers
+from holdfast import registry
 from holdfast.errors import DataError, InputError
 
 LENGTHS = [{"prompt": "x" * (1 + i * 37 % 50), "completion": "yes</s>"} for i in range(22)]
@@ -79,6 +80,15 @@ def test_rows_that_do_not_give_a_batch_are_refused(tmp_path):
     made = trainers.trainer("sft", tmp_path, rows=trainers.USER[:3], dataloader_drop_last=True)
     with pytest.raises(DataError, match="3 rows do not fill one batch of 4"):
         made.train()
+
+
+def test_no_rows_are_refused(tmp_path):
+    sft = registry.get_defense("sft")
+    with pytest.raises(DataError, match="train_dataset has no rows"):
+        sft.trainer(
+            model=trainers.model(), args=sft.config(str(tmp_path), use_cpu=True), train_dataset=[],
+            processing_class=trainers.TOKENIZER,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

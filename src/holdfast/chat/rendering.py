@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from holdfast.chat.limits import apply_template
 from holdfast.chat.turns import THINKING, Turn
 from holdfast.errors import DataError, ModelError
 
@@ -34,27 +35,33 @@ def apply(
         where: the row, for messages.
 
     Raises:
-        DataError: the template refuses the messages.
+        DataError: the template refuses the messages, or leaves out the question that is to be answered.
+        ModelError: the template takes too long, or writes too much.
     """
     from jinja2 import TemplateError
 
     shown = [{key: value for key, value in turn.items() if key != "weight"} for turn in messages]
-    options = {**options, "tokenize": False, **({"tools": list(tools)} if tools else {})}
+    options = {**options, **({"tools": list(tools)} if tools else {})}
     last = str(shown[-1]["content"]).strip()
     refused: Exception | None = None
     text = ""
     try:
-        text = str(tokenizer.apply_chat_template(shown, **options))
-    except (TemplateError, TypeError) as error:
+        text = apply_template(tokenizer, shown, **options)
+    except TemplateError as error:
         refused = error
     if refused is not None or last not in text:
         parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in shown]
-        with contextlib.suppress(TemplateError, TypeError, AttributeError):
-            in_parts = str(tokenizer.apply_chat_template(parts, **options))
+        with contextlib.suppress(TemplateError):
+            in_parts = apply_template(tokenizer, parts, **options)
             if last in in_parts and "'type'" not in in_parts:  # else the template printed the list
                 return in_parts
     if refused is not None:
         raise DataError(f"{where}the model's chat template refuses it: {refused}.") from refused
+    if options.get("add_generation_prompt") and not any(form in text for form in _forms(last)):
+        raise DataError(
+            f"{where}the model's chat template leaves out the question. Use a model whose template writes "
+            "it, or drop the row."
+        )
     return text
 
 

@@ -62,6 +62,10 @@ def generate(
     template: Annotated[
         str, typer.Option(help="Prompt template: chat, alpaca, alpaca_newline, auto.")
     ] = "auto",
+    template_date: Annotated[
+        str | None,
+        typer.Option(help="Date for a chat template that writes one, as in 2026-03-01. Default: today."),
+    ] = None,
     system: Annotated[str, typer.Option(help="System message or text before every question.")] = "",
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum length of an answer in tokens; tasks have their own limit.")
@@ -83,7 +87,9 @@ def generate(
     from holdfast.cli import console
     from holdfast.measuring import generating
 
-    how = {"path": model, "template": template, "quantization": quantization}
+    how = {
+        "path": model, "template": template, "template_date": template_date, "quantization": quantization,
+    }  # fmt: skip
     decoding = {
         "max_new_tokens": max_new_tokens, "system": system, "temperature": temperature, "top_p": top_p,
     }  # fmt: skip
@@ -232,8 +238,8 @@ def filter_rows(
     unparsed: Annotated[
         Unparsed, typer.Option(help="What to do with rows for which the judge gave no verdict.")
     ] = Unparsed.drop,
-    max_unparsed: MaxUnparsed = 0.05,
     skip_bad: SkipBad = False,
+    max_unparsed: MaxUnparsed = 0.05,
     device: Device = "auto",
 ) -> None:
     """Remove the rows whose answers a judge flags as harmful."""
@@ -243,7 +249,7 @@ def filter_rows(
     with console.bar(f"verdicts of {judge}") as progress:
         facts = leave_out(
             rows, out, judge=judge, path=judge_path, threshold=threshold, model=model, base_url=base_url,
-            max_calls=max_calls, unparsed=unparsed.value, max_unparsed=max_unparsed, skip_bad=skip_bad,
+            max_calls=max_calls, unparsed=unparsed.value, skip_bad=skip_bad, max_unparsed=max_unparsed,
             device=device, progress=progress,
         )  # fmt: skip
     left = f"{facts['flagged']} flagged, {facts['unparsed']} unparsed"

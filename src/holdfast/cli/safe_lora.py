@@ -139,7 +139,9 @@ def _show(result: SafeLoraResult, only_look: bool) -> None:
         return
     share = f"{len(result.projected)} of {len(result.modules)} modules ({100 * result.share:.1f} %)"
     console.out.print(f"Projected {share}{span}.", highlight=False)
-    console.out.print(f"Repaired: {escape(str(result.out))}", highlight=False, soft_wrap=True)
+    said = "Control" if result.options["control"] else "Repaired"
+    said = said if result.changed else "Nothing was changed. Copy"
+    console.out.print(f"{said}: {escape(str(result.out))}", highlight=False, soft_wrap=True)
 
 
 def _modules_table(modules: Sequence[ModuleResult], only_look: bool) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from functools import partial
-from typing import Any
 
-from holdfast.data.rows import row_id, to_rows
+from holdfast.data.bad_rows import BadRows
+from holdfast.data.rows import convert, row_id
 from holdfast.data.sources import Source, has_split, read_records
 from holdfast.errors import DataError
 from holdfast.tasks import Row, Task
@@ -50,14 +49,10 @@ def _placed(
         loaded = read_records(source, role=role, split=split)
     except DataError:
         return
-    given: dict[str, Any] = {"task": task if role == "user" else None}
-    for placed in loaded:
-        if placed.wrong:
-            continue
-        one = replace(loaded, read=partial(iter, [placed]))
-        for wanted in dict.fromkeys([kind, None]):
-            try:
-                rows = to_rows(one, role=role, kind=wanted, prompts_only=True, **given)
-            except DataError:
-                continue
-            yield from ((row, f"{loaded.path}, {placed.place}") for row in rows)
+    for wanted in dict.fromkeys([kind, None]):
+        with contextlib.suppress(DataError):
+            found = convert(
+                loaded, BadRows(loaded.path), role=role, kind=wanted, prompts_only=True,
+                task=task if role == "user" else None,
+            )  # fmt: skip
+            yield from ((one.row, f"{loaded.path}, {one.place}") for one in found)

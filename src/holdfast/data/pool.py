@@ -61,7 +61,7 @@ def read_pool(
     found = convert(
         replace(loaded, read=total.records), bad, role=role, task=task, kind=kind, prompts_only=prompts_only
     )
-    rows = StoredRows.write((row, prompt_key(row)) for _, row in finished(found, bad, skip_bad))
+    rows = StoredRows.write((one.row, prompt_key(one.row)) for one in finished(found, bad, skip_bad))
     unique = rows if take == "first" else rows.unique()
     manifest = {
         "role": role,

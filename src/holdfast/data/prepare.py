@@ -338,7 +338,7 @@ def overlaps(
 def _test_row(name: str, row: Row) -> Row:
     # The answer to a harmful prompt is not a target, and the id of a prompt does not depend on the answer.
     blank = {**row, "output": ""} if name == "harmful" else row
-    further: tuple[str, ...] = ("messages", "tools", "place", "turns", "reference")
+    further: tuple[str, ...] = ("messages", "tools", "turns", "reference")
     return {
         "id": row_id(name, blank),
         "set": name,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from holdfast.chat.limits import apply_template
 from holdfast.chat.rendering import Rendered, apply, conversation
 from holdfast.errors import DataError, ModelError, RecipeError, nearest
 
@@ -97,7 +98,9 @@ def render_prompt(row: Mapping[str, Any], tokenizer: Any, template: str, prefix:
     """
     if template == "chat":
         turns = _messages(row, "", tokenizer, prefix)[:-1]
-        return apply(turns, tokenizer, _where(row), row.get("tools"), add_generation_prompt=True)
+        return apply(
+            turns, tokenizer, f"Row {row.get('id', '')}: ", row.get("tools"), add_generation_prompt=True
+        )
     return _begun(alpaca(row, prefix, template), tokenizer)
 
 
@@ -105,7 +108,7 @@ def alpaca(row: Mapping[str, Any], prefix: str = "", template: str = "alpaca") -
     """The question in the Alpaca prompt, without special tokens. Raises DataError like `render`."""
     if row.get("messages"):
         raise DataError(
-            f"{_where(row)[:-2]} is a conversation of several turns or with a system message, which the "
+            f"Row {row.get('id', '')} is a conversation of several turns or with a system message, which the "
             "Alpaca template does not support. Use a model with a chat template, or rows of one question and "
             "one answer."
         )
@@ -144,16 +147,12 @@ def _messages(row: Mapping[str, Any], answer: str, tokenizer: Any, prefix: str) 
     return messages
 
 
-def _where(row: Mapping[str, Any]) -> str:
-    """The row for messages: its file and line if they are known, else its id."""
-    place = row.get("place")
-    return f"{place}: " if place else f"Row {row.get('id', '')}: "
-
-
 def _rendered(row: Mapping[str, Any], tokenizer: Any, prefix: str, loss_on: str) -> Rendered:
     answer = row["output"] if "output" in row else row.get("target") or ""
     messages = _messages(row, answer, tokenizer, prefix)
-    return conversation(messages, tokenizer, where=_where(row), tools=row.get("tools"), loss_on=loss_on)
+    return conversation(
+        messages, tokenizer, where=f"Row {row.get('id', '')}: ", tools=row.get("tools"), loss_on=loss_on
+    )
 
 
 def _takes_system(tokenizer: Any) -> bool:
@@ -162,6 +161,6 @@ def _takes_system(tokenizer: Any) -> bool:
 
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     try:
-        return "Be brief." in tokenizer.apply_chat_template(turns, tokenize=False)
+        return "Be brief." in apply_template(tokenizer, turns)
     except TemplateError:
         return False

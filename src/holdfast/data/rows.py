@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from holdfast.chat.turns import Turn, check_complete, from_lists, read_tools, read_turns, said
 from holdfast.data.bad_rows import BadRows
@@ -50,8 +50,7 @@ def to_rows(
 
     Returns:
         dicts with id, instruction, input, output; category if the file has it; and, if a conversation is
-        more than one question and one answer, messages, its tools, and its place for messages. Equal content
-        gives an equal id.
+        more than one question and one answer, messages and its tools. Equal content gives an equal id.
 
     Raises:
         DataError: the columns are not known; a prompt or answer is missing, blank or not text (with its
@@ -59,7 +58,15 @@ def to_rows(
     """
     bad = BadRows(loaded.path)
     found = convert(loaded, bad, role=role, task=task, kind=kind, prompts_only=prompts_only)
-    return [row for _, row in finished(found, bad, skip_bad)]
+    return [one.row for one in finished(found, bad, skip_bad)]
+
+
+class Converted(NamedTuple):
+    """A record of a source, its canonical row, and its place ("line 3")."""
+
+    record: Record
+    row: Row
+    place: str
 
 
 def convert(
@@ -70,7 +77,7 @@ def convert(
     task: str | Task | None = None,
     kind: str | None = None,
     prompts_only: bool = False,
-) -> Iterator[tuple[Record, Row]]:
+) -> Iterator[Converted]:
     """Yield each record with its canonical row, and add those that cannot be used to `bad`.
 
     Arguments are those of `to_rows`. Records of another kind are left out.
@@ -103,20 +110,17 @@ def convert(
         else:
             if row is not None:
                 found += 1
-                place = {"place": f"{loaded.name}, {placed.place}"} if "messages" in row else {}
-                yield placed.record, {"id": row_id(role, row), **row, **place}
+                yield Converted(placed.record, {"id": row_id(role, row), **row}, placed.place)
     if not found and not bad.count:
         what = f"no row of the kind '{kind}'" if isinstance(known, SafetyData) else "no row with content"
         raise DataError(f"{loaded.path} has {what} among its {total} rows.")
 
 
-def finished(
-    found: Iterable[tuple[Record, Row]], bad: BadRows, skip_bad: bool
-) -> Iterator[tuple[Record, Row]]:
+def finished(found: Iterable[Converted], bad: BadRows, skip_bad: bool) -> Iterator[Converted]:
     """Yield what `convert` yields. Raises DataError at the end if there are bad rows that are not skipped."""
     count = 0
-    for count, pair in enumerate(found, 1):  # noqa: B007
-        yield pair
+    for count, one in enumerate(found, 1):  # noqa: B007
+        yield one
     if not skip_bad or not count:
         bad.refuse(count + bad.count)
 

@@ -74,8 +74,10 @@ class StoredRows(Sequence[Row]):
     @property
     def ids(self) -> Iterator[str]:
         """The id of each row."""
-        for file, _, digits, _ in self._columns.T.tolist():
-            yield f"{self._files[file].role}-{digits:012x}"
+        for start in range(0, len(self), 10_000):
+            part = self._columns[:, start : start + 10_000]
+            for file, digits in zip(part[0].tolist(), part[2].tolist(), strict=True):
+                yield f"{self._files[file].role}-{digits:012x}"
 
     def unique(self) -> StoredRows:
         """Return one row for each id: at the place of the first, with the content of the last."""

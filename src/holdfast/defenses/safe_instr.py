@@ -12,7 +12,7 @@ from typing import Any
 
 from holdfast.defenses import Defense
 from holdfast.defenses.sft import SFTTrainer
-from holdfast.training.mixing import Row, check_amounts, mix_rows
+from holdfast.training.mixing import Row, check_amounts, mix_rows, share_of
 from holdfast.training.trainer import MethodConfig
 
 
@@ -48,9 +48,12 @@ def mix(
     """Mix alignment rows into the user rows; see `mix_rows`. `folder` is not used.
 
     Raises:
-        DataError: fewer alignment rows, or fewer benign rows to replace, than requested.
+        DataError: fewer alignment rows, or fewer benign rows to replace, than requested; or a share of
+            less than one row.
     """
-    count = round(alignment_ratio * len(user_rows)) if alignment_size is None else alignment_size
+    count = alignment_size
+    if count is None:
+        count = share_of(alignment_ratio, user_rows, "safe_instr")
     return mix_rows(user_rows, alignment_rows, count, seed=seed, name="safe_instr", replace=replace)
 
 

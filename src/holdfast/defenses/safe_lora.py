@@ -36,6 +36,7 @@ from holdfast.defenses.safe_lora_parts.updates import Sources, open_sources
 from holdfast.defenses.safe_lora_parts.work import Work
 from holdfast.errors import RecipeError
 from holdfast.machine.files import write_json
+from holdfast.weights.card import name_base
 from holdfast.weights.matching import check_pair, find_weight, linear_weights
 from holdfast.weights.reader import open_weights
 from holdfast.weights.writer import copy_beside, new_folder
@@ -121,6 +122,8 @@ def _check_complete(config: SafeLoraConfig, out: str | Path | None) -> None:
 
 def _copy_adapter(sources: Sources, copy: Path) -> None:
     copy_beside(sources.folder, copy, leave=[RECORD])
+    if not sources.full:
+        name_base(copy)
     for file in sources.files:
         shutil.copyfile(file.path, copy / file.path.name)
 

@@ -35,8 +35,10 @@ import numpy as np
 from holdfast.defenses import Defense, Planned, Tuned
 from holdfast.errors import ModelError, RecipeError
 from holdfast.weights.adapter import read_adapter
+from holdfast.weights.chains import RECORD
 from holdfast.weights.combine import combine
-from holdfast.weights.floats import FLOATS, from_float32
+from holdfast.weights.files import safe_path
+from holdfast.weights.floats import FLOATS, are_finite, from_float32
 from holdfast.weights.reader import Tensor, Weights, open_weights, row_blocks
 from holdfast.weights.writer import (
     Entry,
@@ -110,6 +112,8 @@ def _average_adapter(tuned: Tuned, lambda_: float, gamma: float) -> dict[str, An
         assert tuned.aligned is not None
         parts.append((tuned.aligned, of_alignment))
     made = combine([path for path, _ in parts], tuned.out, weights=[weight for _, weight in parts])
+    if (tuned.source / RECORD).exists():  # the average is used on top of the same adapters
+        shutil.copyfile(safe_path(tuned.source, RECORD), tuned.out / RECORD)
     _write_card(tuned, "peft", lambda_, gamma)
     return {"weights": made.modules, "changed": made.modules}
 
@@ -161,7 +165,13 @@ def _blocks(tensor: Tensor, aligned: Tensor, base: Tensor, lambda_: float, gamma
         found = np.float32(1 - lambda_) * tensor.read(*rows) + np.float32(lambda_) * guide
         if gamma:
             found += np.float32(gamma) * (guide - base.read(*rows))
-        yield from_float32(found, tensor.dtype)
+        written = from_float32(found, tensor.dtype)
+        if tensor.shape and not are_finite(written, tensor.dtype):
+            raise ModelError(
+                f"The average of '{tensor.name}' holds values that are not finite (NaN or infinity). Check "
+                "the weights of both models, or use a smaller gamma."
+            )
+        yield written
 
 
 def _copy(tuned: Tuned, files: list[Path]) -> None:

@@ -17,13 +17,15 @@ theta is restored, bit for bit.
 Where we differ from the authors' code, and why: G is a copy of the trainable weights and not a second model;
 lambda_retain multiplies only the hidden states, so that both lambdas at 0 are SFT (at the paper's 1 there is
 no difference); padding and questions are left out of every mean, and the mean is over the whole optimizer
-step; the attack has no dropout; a harmful row whose question has no refusal is paired with that of another
+step; the attack has no dropout and no NEFTune noise, and G gets those of theta, so that h_theta = h_G where
+theta = G; a harmful row whose question has no refusal is paired with that of another
 question.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,9 +36,9 @@ from torch import Tensor
 from holdfast.defenses import Defense
 from holdfast.errors import InputError
 from holdfast.training import tampering as tamper
-from holdfast.training.fisher import dropout_off
 from holdfast.training.harmful_rows import HarmfulRows
 from holdfast.training.penalty import AnchorMixin
+from holdfast.training.perturbation import same_random_numbers
 from holdfast.training.proximal import add_gradient
 from holdfast.training.trainer import MethodConfig, RowTrainer, gradient_scale
 
@@ -91,9 +93,9 @@ class TARConfig(MethodConfig):
             rates = [float(rate) for rate in self.adversary_learning_rates.split(",")]
         except (AttributeError, ValueError):
             rates = []
-        if not rates or min(rates) < 0:
+        if not rates or not all(math.isfinite(rate) and rate >= 0 for rate in rates):
             raise ValueError(
-                "adversary_learning_rates must be numbers separated by commas, such as "
+                "adversary_learning_rates must be finite numbers separated by commas, such as "
                 f"'2e-6, 2e-5', found {self.adversary_learning_rates!r}"
             )
         return rates
@@ -161,7 +163,8 @@ class TARMixin(HarmfulRows, AnchorMixin):
         inputs = {**inputs, "output_hidden_states": True}
         labels = inputs["labels"]
         with tamper.hidden_states(self.model) as seen:
-            with tamper.borrowed(model, self.weights, self.anchor), dropout_off(model), torch.no_grad():
+            same = same_random_numbers(self.args.device)
+            with same, tamper.borrowed(model, self.weights, self.anchor), torch.no_grad():
                 model(**{k: v for k, v in inputs.items() if k != "labels"})
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = found[0] if return_outputs else found

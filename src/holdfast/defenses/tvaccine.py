@@ -227,7 +227,18 @@ def layer_parameters(model: nn.Module, freeze: str) -> list[list[nn.Parameter]]:
 
 
 def draw_layers(probabilities: Tensor, number: int, seed: int) -> Tensor:
-    """Draw `number` layers with the given probabilities, without replacement, in ascending order."""
+    """Draw `number` layers with the given probabilities, without replacement, in ascending order.
+
+    Raises:
+        ModelError: fewer layers have a probability above 0.
+    """
+    possible = int((probabilities > 0).sum())
+    if possible < number:
+        raise ModelError(
+            f"T-Vaccine draws num_layers={number} layers, but the harmful rows have a gradient in the "
+            f"attention of only {possible} of {len(probabilities)} layers. Set num_layers to {possible} or "
+            "less, or use float32."
+        )
     generator = torch.Generator().manual_seed(seed)
     return torch.multinomial(probabilities, number, replacement=False, generator=generator).sort().values
 

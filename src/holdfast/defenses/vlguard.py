@@ -14,7 +14,7 @@ from typing import Any
 
 from holdfast.defenses import Defense
 from holdfast.defenses.sft import SFTTrainer
-from holdfast.training.mixing import Row, check_amounts, mix_rows
+from holdfast.training.mixing import Row, check_amounts, mix_rows, share_of
 from holdfast.training.trainer import MethodConfig
 
 
@@ -48,9 +48,12 @@ def mix(
     """Mix alignment rows into the user rows; see `mix_rows`. `folder` is not used.
 
     Raises:
-        DataError: fewer alignment rows, or fewer benign rows to replace, than requested.
+        DataError: fewer alignment rows, or fewer benign rows to replace, than requested; or a share of
+            less than one row.
     """
-    count = alignment_size if alignment_ratio is None else round(alignment_ratio * len(user_rows))
+    count = alignment_size
+    if alignment_ratio is not None:
+        count = share_of(alignment_ratio, user_rows, "vlguard")
     return mix_rows(user_rows, alignment_rows, count, seed=seed, name="vlguard", replace=replace)
 
 

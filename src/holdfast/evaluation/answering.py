@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from holdfast.chat.tokenizers import embedding_rows, padding_id
 from holdfast.evaluation.frames import UNFINISHED, Frame, spoken
 from holdfast.machine.files import append_jsonl, read_jsonl
 from holdfast.machine.progress import Advance, nobody
@@ -192,7 +193,10 @@ def _decode(
     from transformers import GenerationConfig
 
     longest = max(map(len, ids))
-    pad, stops = tokenizer.pad_token_id, _stops(model, tokenizer, frame.stops if frame else ())
+    pad, stops = (
+        padding_id(tokenizer, embedding_rows(model)),
+        _stops(model, tokenizer, frame.stops if frame else ()),
+    )
     tokens = torch.tensor([[pad] * (longest - len(x)) + x for x in ids], device=model.device)
     mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in ids], device=model.device)
     how: dict[str, Any] = {"do_sample": False}
@@ -209,7 +213,7 @@ def _decode(
     answers = []
     for row in output[:, longest:].tolist():
         end = next((i for i, token in enumerate(row) if token in stops), None)
-        answers.append(_answer(tokenizer, row if end is None else row[:end], end is None, frame))
+        answers.append(_answer(tokenizer, row if end is None else row[:end], end is None, frame, pad))
     return answers
 
 
@@ -226,14 +230,16 @@ def _stop_at(tokenizer: Any, text: str, start: int) -> Any:
     return reached
 
 
-def _answer(tokenizer: Any, kept: list[int], truncated: bool, frame: Frame | None) -> dict[str, Any]:
+def _answer(
+    tokenizer: Any, kept: list[int], truncated: bool, frame: Frame | None, pad: int
+) -> dict[str, Any]:
     """The row of one answer from its tokens up to the end token."""
     plain = tokenizer.decode(kept, skip_special_tokens=True)
     if frame is None:
         return {"answer": plain.strip(), "tokens": len(kept), "truncated": truncated}
     whole = tokenizer.decode(kept, skip_special_tokens=False)
     if frame.stop_text and frame.stop_text in whole:
-        while kept and kept[-1] == tokenizer.pad_token_id:  # other answers of the batch are longer
+        while kept and kept[-1] == pad:  # other answers of the batch are longer
             kept = kept[:-1]
         whole, truncated = whole.partition(frame.stop_text)[0], False
         plain = plain.partition(frame.stop_text)[0]

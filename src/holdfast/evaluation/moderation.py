@@ -42,17 +42,17 @@ def give_verdicts(
         whole = [row for row in batch if "error" not in row]
         found = {row["id"]: Verdict("unparsed", None, row["error"]) for row in batch if "error" in row}
         try:
-            for i, verdict in _judged(judge, whole) if whole else ():
+            for i, verdict in verdicts_on(judge, whole) if whole else ():
                 found[whole[i]["id"]] = verdict
         finally:
-            new = [_row(row["id"], found[row["id"]]) for row in batch if row["id"] in found]
+            new = [verdict_row(row["id"], found[row["id"]]) for row in batch if row["id"] in found]
             append_jsonl(out, new)
         rows += new
         progress(len(rows), len(harmful))
     return rows
 
 
-def _judged(judge: LoadedJudge, rows: Sequence[Mapping[str, Any]]) -> Iterable[tuple[int, Verdict]]:
+def verdicts_on(judge: LoadedJudge, rows: Sequence[Mapping[str, Any]]) -> Iterable[tuple[int, Verdict]]:
     """Return the place of each row and its verdict, as they come if the judge can give them so."""
     prompts, answers = [question(row) for row in rows], [row["answer"] for row in rows]
     each = getattr(judge, "each", None)
@@ -65,7 +65,8 @@ def _judged(judge: LoadedJudge, rows: Sequence[Mapping[str, Any]]) -> Iterable[t
     return enumerate(verdicts)
 
 
-def _row(name: Any, found: Verdict) -> dict[str, Any]:
+def verdict_row(name: Any, found: Verdict) -> dict[str, Any]:
+    """Return the line of a file of verdicts for the row `name`."""
     without = {"without": list(found.without)} if found.without else {}
     return {"id": name, "verdict": found.verdict, "score": found.score, "raw": found.raw, **without}
 

@@ -168,9 +168,11 @@ class ServedModel:
 
         from holdfast.evaluation.transport import GivenUp, TooLarge, http_library
 
-        cause, told = error.__cause__, self.told(error)
+        cause = error.__cause__
         if isinstance(cause, HoldfastError):  # older clients wrap what `before_call` raises
             raise cause from None
+        error = cause if isinstance(cause, GivenUp | TooLarge) else error
+        told = self.told(error)
         if isinstance(error, openai.AuthenticationError) or (
             isinstance(error, openai.PermissionDeniedError) and not self.alive
         ):
@@ -258,13 +260,15 @@ class ServedModel:
 
     def told(self, error: Exception) -> str:
         """Return an error as one line: the server's words if there are any, without secrets."""
+        from holdfast.evaluation.transport import GivenUp, TooLarge
+
         words = str(error)
         response = getattr(error, "response", None)
         if response is not None:
             words = f"{response.status_code}, {_words(response.text) or words}"
         elif error.__cause__ is not None and "timeout" in type(error.__cause__).__name__.lower():
             words = f"no whole reply in {self.timeout:g} seconds"
-        else:
+        elif not isinstance(error, GivenUp | TooLarge):
             words = f"{type(error).__name__}: {words}"
         return first_line(Exception(self.clean(words)))
 

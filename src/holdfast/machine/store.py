@@ -70,7 +70,8 @@ def claim_folder(folder: Path, kind: str) -> None:
                 "Give an empty or new folder with --out."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(marker, {"holdfast": importlib.metadata.version("holdfast"), "kind": kind})
+        made = {"holdfast": importlib.metadata.version("holdfast"), "kind": kind, "started": now()}
+        write_json(marker, made)
     except (ValueError, AttributeError) as error:
         raise OutputError(f"{marker} is damaged ({error}). Give another --out.") from None
     except OSError as error:
@@ -87,6 +88,13 @@ class Store:
     def __init__(self, root: Path, *, read_only: bool = True):
         self.root = root
         self.digests = Digests(root / DIGESTS, read_only=read_only)
+
+    def started(self) -> str:
+        """Return the date of the first start of a run in this store, as in "2026-03-01"; today if none."""
+        try:
+            return str(read_json(self.root / MARKER)["started"])[:10]
+        except (OSError, ValueError, LookupError, TypeError):
+            return now()[:10]
 
     def path(self, step_id: str) -> Path:
         """Return the folder of a step, complete or not."""

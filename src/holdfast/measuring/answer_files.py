@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from holdfast import data as datasets
-from holdfast.errors import DataError, OutputError
+from holdfast.errors import DataError, HoldfastError, OutputError
 from holdfast.evaluation.frames import without_thinking
 from holdfast.evaluation.moderation import left_out, stamped
 from holdfast.evaluation.rating import talks
@@ -44,6 +45,21 @@ def claim(out: Path, made: Mapping[str, Any]) -> None:
         out.touch()
     except OSError as error:
         raise OutputError(f"Cannot write {out}: {error.strerror}.") from None
+
+
+@contextmanager
+def unclaimed_on_error(out: Path) -> Iterator[None]:
+    """Remove `out` and its `FILE.json` if the block fails before there is an answer.
+
+    Otherwise a model that cannot be loaded would keep the file's name from the next one.
+    """
+    try:
+        yield
+    except HoldfastError:
+        if out.is_file() and not out.stat().st_size:
+            out.unlink()
+            beside(out).unlink(missing_ok=True)
+        raise
 
 
 def learn_refusals(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:

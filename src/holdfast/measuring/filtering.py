@@ -10,7 +10,6 @@ import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 from holdfast import data as datasets
 from holdfast.chat.turns import exchanges
 from holdfast.data.bad_rows import BadRows
-from holdfast.data.rows import convert, finished
+from holdfast.data.rows import Converted, convert, finished
 from holdfast.data.sources import Source
 from holdfast.errors import DataError, OutputError, RecipeError, StepFailed
 from holdfast.evaluation import moderation as engine
@@ -29,7 +28,6 @@ from holdfast.machine.store import provenance
 from holdfast.measuring import judging
 from holdfast.measuring.answer_files import claim
 from holdfast.recipe.evaluation import cannot_filter
-from holdfast.tasks import Record, Row
 
 UNPARSED = ("drop", "keep")
 
@@ -40,8 +38,8 @@ def filter_rows(
     *,
     judge: str = "beaver_dam",
     unparsed: str = "drop",
-    max_unparsed: float = engine.MAX_UNPARSED,
     skip_bad: bool = False,
+    max_unparsed: float = engine.MAX_UNPARSED,
     device: str = "auto",
     progress: Advance = nobody,
     **options: Any,
@@ -59,8 +57,8 @@ def filter_rows(
         source: as for a recipe's `data.user`: a file, a folder, a Hub id, a task's name.
         judge: the judge's name; `options` are its options: path, threshold, max_length, model, base_url, ...
         unparsed: what to do with a record for which the judge gives no verdict: "drop" or "keep".
-        max_unparsed: the share of records without a verdict above which the judge has failed.
         skip_bad: leave out and count the records that cannot be used, instead of raising an error.
+        max_unparsed: the share of records without a verdict above which the judge has failed.
 
     Raises:
         StepFailed: too many records have no verdict; the verdicts are kept.
@@ -80,7 +78,7 @@ def filter_rows(
     ready = judging.ready(judge, device, options)
     verdicts_file = out.with_name(f"{out.name}.verdicts.jsonl")
     claim(verdicts_file, {"judge_stamp": ready.stamp, "rows": identity})
-    verdicts = judge_rows((row for _, row in _rows(loaded)), ready, verdicts_file, progress, total)
+    verdicts = judge_rows((one.row for one in _rows(loaded)), ready, verdicts_file, progress, total)
     check_share(verdicts, max_unparsed, ready.stamp, verdicts_file)
     dropped = drops(verdicts, unparsed)
     if all(dropped):
@@ -90,10 +88,10 @@ def filter_rows(
     labels: list[bool | None] = []
 
     def kept() -> Iterator[Mapping[str, Any]]:
-        for (record, _), drop in zip(_rows(loaded), dropped, strict=True):
-            labels.append(label(record))
+        for one, drop in zip(_rows(loaded), dropped, strict=True):
+            labels.append(label(one.record))
             if not drop:
-                yield record
+                yield one.record
 
     datasets.write_rows(out, kept())
     facts = {
@@ -108,11 +106,11 @@ def filter_rows(
     return facts
 
 
-def _rows(loaded: datasets.Loaded, bad: BadRows | None = None) -> Iterator[tuple[Record, Row]]:
+def _rows(loaded: datasets.Loaded, bad: BadRows | None = None) -> Iterator[Converted]:
     """The records that can be used, each with its row, whose id begins with its number."""
     found = convert(loaded, BadRows(loaded.path) if bad is None else bad, role="user")
-    for number, (record, row) in enumerate(found, 1):
-        yield record, {**row, "id": f"{number}-{row['id']}"}
+    for number, one in enumerate(found, 1):
+        yield one._replace(row={**one.row, "id": f"{number}-{one.row['id']}"})
 
 
 def _checked(loaded: datasets.Loaded, skip_bad: bool) -> tuple[str, int, BadRows]:
@@ -122,8 +120,8 @@ def _checked(loaded: datasets.Loaded, skip_bad: bool) -> tuple[str, int, BadRows
         DataError: a record cannot be used and is not to be skipped.
     """
     bad, digest, total = BadRows(loaded.path), hashlib.sha256(), 0
-    for _, row in finished(_rows(loaded, bad), bad, skip_bad):
-        digest.update(f"{row['id']}\n".encode())
+    for one in finished(_rows(loaded, bad), bad, skip_bad):
+        digest.update(f"{one.row['id']}\n".encode())
         total += 1
     return digest.hexdigest()[:12], total, bad
 
@@ -167,25 +165,35 @@ def judge_rows(
     known: Iterator[dict[str, Any]] | None = each_jsonl(out)
     pairs = _exchanges(rows)
     while batch := list(islice(pairs, judge.batch_size)):
+        # A stopped filter leaves a part of its last batch, in any order; the rest is appended later.
         earlier = list(islice(known, len(batch))) if known is not None else []
         if len(earlier) < len(batch):
             known = None  # the following lines are written here
-        for old, pair in zip(earlier, batch, strict=False):
-            if old.get("id") != pair.id or old.get("verdict") not in WORST:
-                raise DataError(f"{out} has no verdict on {pair.id} where one is expected. Remove the file.")
-        new = batch[len(earlier) :]
-        verdicts = judge([pair.prompt for pair in new], [pair.answer for pair in new]) if new else []
-        written = [{"id": pair.id, **asdict(verdict)} for pair, verdict in zip(new, verdicts, strict=True)]
-        if written:
-            append_jsonl(out, written)
-        for pair, verdict in zip(batch, [*earlier, *written], strict=True):
-            worse = sys.intern(verdict["verdict"])
+        verdicts = {str(line.get("id")): str(line.get("verdict")) for line in earlier}
+        if not (verdicts.keys() <= {pair.id for pair in batch} and set(verdicts.values()) <= set(WORST)):
+            raise DataError(f"{out} holds lines that are no verdicts on these rows. Remove the file.")
+        verdicts |= _judge(judge, [pair for pair in batch if pair.id not in verdicts], out)
+        for pair in batch:
+            verdict = sys.intern(verdicts[pair.id])
             if pair.first:
-                found.append(worse)
-            elif WORST.index(worse) < WORST.index(found[-1]):
-                found[-1] = worse
+                found.append(verdict)
+            elif WORST.index(verdict) < WORST.index(found[-1]):
+                found[-1] = verdict
         progress(len(found), len(found) if total is None else total)
     return found
+
+
+def _judge(judge: Any, pairs: Sequence[Pair], out: Path) -> dict[str, str]:
+    """Judge pairs and append the verdicts to `out`, also those that have come when the work is stopped."""
+    asked = [{"instruction": pair.prompt, "input": "", "answer": pair.answer} for pair in pairs]
+    new: list[dict[str, Any]] = []
+    try:
+        for i, verdict in engine.verdicts_on(judge, asked) if pairs else ():
+            new.append(engine.verdict_row(pairs[i].id, verdict))
+    finally:
+        if new:
+            append_jsonl(out, new)
+    return {row["id"]: row["verdict"] for row in new}
 
 
 WORST = ("harmful", "unparsed", "safe")

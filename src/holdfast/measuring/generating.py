@@ -23,8 +23,15 @@ from holdfast.evaluation.turns import SECOND, check_template, complete, in_turns
 from holdfast.machine.files import read_jsonl
 from holdfast.machine.progress import Advance, nobody
 from holdfast.machine.secrets import shown
-from holdfast.machine.store import identity_hash
-from holdfast.measuring.answer_files import Rows, claim, forget_failed, learn_refusals
+from holdfast.machine.store import identity_hash, now
+from holdfast.measuring.answer_files import (
+    Rows,
+    claim,
+    forget_failed,
+    learn_refusals,
+    made_by,
+    unclaimed_on_error,
+)
 from holdfast.recipe.evaluation import Decoding, Endpoint
 from holdfast.recipe.model import Weights, block
 
@@ -58,7 +65,8 @@ def generate(
         task_rows: rows of your own to grade: a file with prompts and answers.
         benign: harmless questions.
         prompts: at most this many of each set.
-        adapters: PEFT adapters on the model, in order.
+        adapters: PEFT adapters on the model, in order. If one has its own tokenizer, the last of these is
+            used, with its chat template.
         endpoint: `holdfast.recipe.evaluation.Endpoint`: an OpenAI-compatible server to ask instead of loading
             weights. Its key, if it needs one, is read from OPENAI_API_KEY; rows that failed before are asked
             again.
@@ -156,26 +164,37 @@ class _Job:
         from holdfast.evaluation.frames import frame_of
         from holdfast.machine.processes import Processes
         from holdfast.models.device import choose_device
-        from holdfast.models.loading import load_model, load_tokenizer
+        from holdfast.models.loading import check_vocabulary, load_model, load_tokenizer
         from holdfast.weights.adapter_folder import find_adapter
-        from holdfast.weights.folders import find_model, fingerprint, model_path
+        from holdfast.weights.folders import find_model, fingerprint, model_path, writes_date
+        from holdfast.weights.own_tokenizer import tokenizer_folder
 
         folder = find_model(str(model_path(model.path)), model.revision, download=True)
         chain = [find_adapter(str(one))[0] for one in adapters]
-        tokenizer = load_tokenizer(folder, model.trust_remote_code)
+        source = tokenizer_folder(folder, chain)
+        # The date of the first start, so that a call on another day continues it.
+        earlier = (made_by(self.out) or {}).get("template_date")
+        dated = not model.template.startswith("alpaca") and any(writes_date(one) for one in (source, *chain))
+        date = model.template_date or earlier or now()[:10] if dated else None
+        tokenizer = load_tokenizer(folder, model.trust_remote_code, chain, date)
         template = resolve_template(tokenizer, model.template)
         check_template(self.rows, template)
         self.claim(
             model=fingerprint(folder), adapters=[fingerprint(one) for one in chain], template=template,
             dtype=model.dtype, quantization=model.quantization,
+            **({"template_date": date} if date else {}),
             **({"merged": True} if model.adapters == "merge" else {}),
+            **({"tokenizer": fingerprint(source)} if source != folder else {}),
         )  # fmt: skip
         if complete(self.rows, answered := read_jsonl(self.out)):
             return answered
-        loaded = load_model(
-            folder, chain, compose=model.adapters, dtype=model.dtype, quantization=model.quantization,
-            device=choose_device(device, folder, Processes()), trust_remote_code=model.trust_remote_code,
-        )  # fmt: skip
+        with unclaimed_on_error(self.out):
+            loaded = load_model(
+                folder, chain, compose=model.adapters, dtype=model.dtype, quantization=model.quantization,
+                device=choose_device(device, folder, Processes()), trust_remote_code=model.trust_remote_code,
+            )  # fmt: skip
+            if source != folder:
+                check_vocabulary(loaded, tokenizer, source)
 
         def answer(part: Sequence[Mapping[str, Any]], watch: Advance) -> Rows:
             system = self.how.system

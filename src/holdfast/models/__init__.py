@@ -2,6 +2,7 @@
 
 __all__ = [
     "device",
+    "fitting",
     "loading",
     "quantization",
     "trained",

@@ -10,13 +10,14 @@ reference implementations do. A merged model is never saved.
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ModelError, first_line
+from holdfast.models.dates import fix_date
+from holdfast.models.fitting import check_finite, check_names, fit_embeddings, named, of_text, reason
 from holdfast.models.quantization import (
     check_quantization,
     is_quantized,
@@ -24,12 +25,44 @@ from holdfast.models.quantization import (
     stored_dtype,
 )
 from holdfast.weights.adapter_folder import CONFIG, AdapterFolder, open_adapter
-from holdfast.weights.files import read_config
+from holdfast.weights.chains import check_chain
+from holdfast.weights.own_tokenizer import chat_template, tokenizer_folder
 from holdfast.weights.patterns import check_patterns
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer with a pad token (its end-of-sequence token if it has no pad token)."""
+def load_tokenizer(
+    folder: Path,
+    trust_remote_code: bool = False,
+    adapters: Sequence[Path] = (),
+    date: str | None = None,
+) -> Any:
+    """Return the tokenizer with a pad token (its end-of-sequence token if it has no pad token).
+
+    Args:
+        folder: the model.
+        adapters: the adapters on it. The tokenizer of the last one that has its own is used, with its chat
+            template. Its code is never run; `trust_remote_code` is about the model.
+        date: what a chat template that writes today's date writes, as in "2026-03-01"; the default is fixed.
+
+    Raises:
+        ModelError: the tokenizer cannot be loaded, or an adapter's tokenizer lacks the model's chat template.
+    """
+    source = tokenizer_folder(folder, adapters)
+    tokenizer = _tokenizer(source, trust_remote_code and source == folder)
+    template = chat_template(adapters)
+    if template is not None:
+        tokenizer.chat_template = template
+    if source != folder and not tokenizer.chat_template and _tokenizer(folder, False).chat_template:
+        raise ModelError(
+            f"The tokenizer in the adapter folder {source} has no chat template, but that of {folder} has "
+            "one. Copy the template that the adapter was trained with into the adapter folder as "
+            "chat_template.jinja, or remove the tokenizer's files from it to use the model's."
+        )
+    fix_date(tokenizer, date)
+    return tokenizer
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -41,6 +74,23 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_vocabulary(model: Any, tokenizer: Any, source: Path) -> None:
+    """Check that a model has an embedding for every token that its adapter's tokenizer added.
+
+    Raises:
+        ModelError: the adapter was trained with more embeddings than it holds.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    added = tokenizer.get_added_vocab()
+    beyond = sorted(text for text, i in added.items() if i >= rows and text != tokenizer.pad_token)
+    if beyond:
+        raise ModelError(
+            f"The tokenizer in {source} has tokens beyond the {rows:,} embeddings of the model: "
+            f"{named(beyond)}. The adapter was trained with more embeddings, which its folder does not hold. "
+            "Save it again with its embeddings (modules_to_save), or merge it with PEFT."
+        )
 
 
 def load_model(
@@ -61,11 +111,12 @@ def load_model(
         quantization: "nf4" or "int8", or None for unchanged weights.
 
     Raises:
-        ModelError: the model or an adapter cannot be loaded, or lacks weights.
+        ModelError: the model or an adapter cannot be loaded, does not fit, or needs an adapter below it.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    check_chain(adapters)
     check_quantization(folder, quantization)
     quantized = quantization is not None or is_quantized(folder)
     place: dict[str, Any] = {"device_map": {"": device}} if quantized else {}
@@ -80,38 +131,43 @@ def load_model(
         trust_remote_code=trust_remote_code,
         **place,
     )
-    _check_names(folder, type(model).__name__, _of_text(folder, told, model))
+    check_names(folder, type(model).__name__, of_text(folder, told, model))
     if quantized:
         from holdfast.training.quantised import keep_differentiable
 
         keep_differentiable(model)
     else:
         model = model.to(device)
-    _check_finite(folder, model)
+    check_finite(folder, model)
     for i, adapter in enumerate(adapters):
         model = _merged(model, adapter) if compose == "merge" else _stacked(model, adapter, f"stage{i}")
     model.requires_grad_(False)
     return model.eval()
 
 
-def load_classifier(folder: Path, device: str = "cpu") -> Any:
-    """A sequence classifier with one sigmoid output for each label.
+def load_classifier(folder: Path, device: str = "cpu", dtype: str = "float32") -> Any:
+    """A sequence classifier with one sigmoid output for each label, which computes in `dtype`.
 
     Raises:
         ModelError: it cannot be loaded, lacks weights, or has no pad token.
     """
+    import torch
     from transformers import AutoModelForSequenceClassification
 
     model, told = _from_folder(
-        AutoModelForSequenceClassification, folder, "judge", problem_type="multi_label_classification"
+        AutoModelForSequenceClassification,
+        folder,
+        "judge",
+        problem_type="multi_label_classification",
+        dtype=getattr(torch, dtype),
     )
     if told["missing_keys"]:
         raise ModelError(
-            f"{folder} holds no classifier: its weights lack {_named(told['missing_keys'])}, which would be "
+            f"{folder} holds no classifier: its weights lack {named(told['missing_keys'])}, which would be "
             "random. Expected a sequence classifier in beaver-dam's format."
         )
-    _check_names(folder, type(model).__name__, {**told, "unexpected_keys": ()})
-    _check_finite(folder, model)
+    check_names(folder, type(model).__name__, {**told, "unexpected_keys": ()})
+    check_finite(folder, model)
     if model.config.pad_token_id is None:
         raise ModelError(
             f"The judge in {folder} has no pad_token_id in config.json; batches could not be read."
@@ -146,6 +202,8 @@ def put_on(model: Any, adapter: Path, name: str = "default", trainable: bool = F
 
     with open_adapter(adapter) as opened:
         _check_settings(opened, model)
+        if not isinstance(model, PeftModel):
+            fit_embeddings(model, opened)
     try:
         if not isinstance(model, PeftModel):
             with warnings.catch_warnings():  # the second call returns the names
@@ -155,13 +213,13 @@ def put_on(model: Any, adapter: Path, name: str = "default", trainable: bool = F
     except KeyError as error:  # a copy of a whole module is missing
         raise ModelError(f"The adapter in {adapter} lacks {error}. Save the adapter again.") from None
     except Exception as error:  # a damaged folder can raise any exception in PEFT
-        raise ModelError(f"Cannot load the adapter in {adapter}: {_reason(error)}") from None
+        raise ModelError(f"Cannot load the adapter in {adapter}: {reason(error)}") from None
     for what, keys in (("lacks", told.missing_keys), ("has", told.unexpected_keys)):
         if keys:
-            named = _named(key.replace(f".{name}.", ".") for key in keys)
+            shown = named(key.replace(f".{name}.", ".") for key in keys)
             why = "" if what == "lacks" else ", which the model would not use"
             raise ModelError(
-                f"The adapter in {adapter} {what} {named}{why}. It is for another architecture, was saved "
+                f"The adapter in {adapter} {what} {shown}{why}. It is for another architecture, was saved "
                 "from a wrapped model, or is damaged. Give its base model, or save it again with PEFT."
             )
     return model
@@ -227,73 +285,6 @@ def _from_folder(kind: Any, folder: Path, what: str, **options: Any) -> tuple[An
         )
     except Exception as error:  # a damaged folder can raise any exception in the loader
         raise ModelError(f"Cannot load the {what} in {folder}: {first_line(error)}") from None
-
-
-def _of_text(folder: Path, told: Mapping[str, Any], model: Any) -> Mapping[str, Any]:
-    """Leave out unexpected tensors that the checkpoint of this model has for other purposes.
-
-    A multimodal model also has towers for images or sound; some have layers that predict further tokens.
-    """
-    whole, text = read_config(folder / "config.json"), model.config.get_text_config().to_dict()
-    towers = any(f"{part}_config" in whole for part in ("text", "vision", "audio"))
-    own = {".".join(name.split(".")[:2]) for name in model.state_dict()}
-    first = text.get("num_hidden_layers") or 0
-    further = range(first, first + (text.get("num_nextn_predict_layers") or 0))
-
-    def other(name: str) -> bool:
-        layer = re.search(r"(?:^|\.)layers\.(\d{1,6})\.", name)
-        if layer and int(layer[1]) in further:
-            return True
-        return towers and ".".join(name.split(".")[:2]) not in own
-
-    return {**told, "unexpected_keys": [name for name in told["unexpected_keys"] if not other(name)]}
-
-
-def _check_names(folder: Path, kind: str, told: Mapping[str, Any]) -> None:
-    """Refuse a model folder with tensors that are missing, of other shapes, or not part of the model."""
-    if told["missing_keys"]:
-        raise ModelError(
-            f"The weights in {folder} lack {_named(told['missing_keys'])}, which would be random. Expected "
-            f"all weights of {kind}; save the model again."
-        )
-    shapes = sorted((name, list(found), list(needed)) for name, found, needed in told["mismatched_keys"])
-    if shapes:
-        name, found, needed = shapes[0]
-        more = f" ({len(shapes) - 1} more do not fit either)" if len(shapes) > 1 else ""
-        raise ModelError(
-            f"'{name}' has the shape {found} in the weights of {folder}, but config.json asks for {needed}"
-            f"{more}. Weights and config.json belong to two models; save the model again."
-        )
-    if told["unexpected_keys"]:
-        raise ModelError(
-            f"The weights in {folder} have {_named(told['unexpected_keys'])}, which {kind} would not use. "
-            "config.json describes another model; save the model again."
-        )
-
-
-def _check_finite(folder: Path, model: Any) -> None:
-    """Refuse a model with NaN or infinity in its weights, whose answers would be arbitrary."""
-    import torch
-
-    for name, p in model.named_parameters():
-        # A sum needs no memory; one-byte floats belong to quantised weights.
-        if p.is_floating_point() and p.element_size() > 1 and not p.sum(dtype=torch.float32).isfinite():
-            raise ModelError(
-                f"'{name}' in {folder} holds values that are not finite (NaN or infinity). Save or fetch the "
-                "weights again."
-            )
-
-
-def _named(names: Iterable[str]) -> str:
-    found = sorted(names)
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return ", ".join(found[:3]) + more
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error that says something: torch lists shapes from the second line on."""
-    lines = str(error).split("\n")
-    return next((line.strip()[:300] for line in lines if "size mismatch" in line), first_line(error))
 
 
 def _silence_dropout(model: Any, name: str) -> None:

@@ -14,23 +14,32 @@ from holdfast.recipe import Recipe
 
 @dataclass(frozen=True)
 class Base:
-    """The folder of a base model, and its name in model cards and adapter configurations."""
+    """The folder of a base model.
+
+    Attributes:
+        name: its path or Hub id.
+        title: its name in model cards and adapter configurations, without a path of this machine.
+    """
 
     folder: Path
     name: str
+    title: str
 
 
 def model_input(recipe: Recipe, folder: Path, digests: Digests) -> dict[str, Any]:
     """Return the base model of a recipe as an input: its content and how it is loaded."""
+    from holdfast.weights.card import public_name
     from holdfast.weights.folders import fingerprint, model_path
 
     model = recipe.model
+    base = Base(folder, str(model_path(model.path)), public_name(model.path))
     return {
-        "base": Content(Base(folder, str(model_path(model.path))), fingerprint(folder, digests)),
+        "base": Content(base, fingerprint(folder, digests)),
         "dtype": model.dtype,
         "compose": model.adapters,
         "quantization": model.quantization,
         "trust_remote_code": model.trust_remote_code,
+        "template_date": model.template_date,
     }
 
 
@@ -62,7 +71,7 @@ def tokenizer_of(model: Mapping[str, Any]) -> Any:
     """Load the tokenizer of an opened model input."""
     from holdfast.models.loading import load_tokenizer
 
-    return load_tokenizer(model["base"].folder, model["trust_remote_code"])
+    return load_tokenizer(model["base"].folder, model["trust_remote_code"], date=model["template_date"])
 
 
 def checked_tokenizer(model: Mapping[str, Any], machine: Machine) -> Any:

@@ -15,6 +15,7 @@ from holdfast import registry, world
 from holdfast.machine.code import digest_of_module
 from holdfast.machine.digests import Digests
 from holdfast.machine.processes import launched
+from holdfast.machine.store import now
 from holdfast.measuring import judging, protocol
 from holdfast.pipeline import data, evaluating, mixing, repairing, stages, user_rows
 from holdfast.pipeline.chain import model_input
@@ -62,31 +63,38 @@ class Plan:
         return iter(self.steps)
 
 
-def plan(recipe: Recipe, *, download: bool = False, digests: Digests | None = None) -> Plan:
+def plan(
+    recipe: Recipe, *, download: bool = False, digests: Digests | None = None, today: str | None = None
+) -> Plan:
     """Return the steps of `recipe`. Reads files to identify their content; writes nothing, imports no torch.
 
     Args:
         download: download a Hub model that is not in the local cache.
         digests: caches the SHA-256 of large files between calls.
+        today: the date for a chat template that writes one, if the recipe does not set
+            `model.template_date`: that of the run's first start. The recipe of the plan holds it.
 
     Raises:
         DataError, ModelError: a file or a model is missing or cannot be used.
     """
-    return _Planner(recipe, download, digests or Digests()).plan()
+    return _Planner(recipe, download, digests or Digests(), today or now()[:10]).plan()
 
 
 class _Planner:
     """Builds the steps one by one; each method adds a step and returns its id."""
 
-    def __init__(self, recipe: Recipe, download: bool, digests: Digests):
-        from holdfast.weights.folders import find_model, model_path
+    def __init__(self, recipe: Recipe, download: bool, digests: Digests, today: str):
+        from holdfast.weights.folders import find_model, model_path, writes_date
 
-        self.recipe = recipe
         self.download = download
         self.digests = digests
         self.processes = launched().count
         self.steps: dict[str, Step] = {}
         self.folder = find_model(str(model_path(recipe.model.path)), recipe.model.revision, download)
+        dated = not recipe.model.template.startswith("alpaca") and writes_date(self.folder)
+        date = (recipe.model.template_date or today) if dated else None
+        model = recipe.model.model_copy(update={"template_date": date})
+        self.recipe = recipe = recipe.model_copy(update={"model": model})
         self.model = {
             "model": model_input(recipe, self.folder, digests),
             "template": recipe.model.template,

@@ -17,7 +17,7 @@ from holdfast.errors import DataError, InputError, problems, refuse
 from holdfast.machine.progress import Progress
 from holdfast.machine.store import Store
 from holdfast.pipeline.planning import Plan
-from holdfast.pipeline.rows_checked import SHOWN, BadRows
+from holdfast.pipeline.rows_checked import BadRows
 from holdfast.pipeline.step import Content, Inputs, Machine, Made, Step, do
 from holdfast.tasks.graders import adapted
 
@@ -99,8 +99,7 @@ def located(found: Sequence[InputError], planned: Plan) -> list[InputError]:
     made: list[InputError] = []
     for problem in found:
         if isinstance(problem, BadRows):
-            shown = list(problem.rows)[:SHOWN]
-            made.append(DataError(f"{problem.text(_places(shown, planned))}."))
+            made.append(DataError(f"{problem.text(_places(problem.rows, planned))}."))
         else:
             where = planned.recipe.where(problem.key)
             made.append(type(problem)(f"{where}: {problem}") if where else problem)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from holdfast.pipeline.planning import Plan, State
 
 
-def claim(out: Path, recipe: Recipe, store: Path) -> None:
+def claim(out: Path, store: Path) -> None:
     """Mark `out` and `store` as folders of Holdfast before anything is computed.
 
     Raises:
@@ -30,6 +30,10 @@ def claim(out: Path, recipe: Recipe, store: Path) -> None:
     """
     claim_folder(out, "run")
     claim_folder(store, "store")
+
+
+def keep_recipe(out: Path, recipe: Recipe) -> None:
+    """Write `recipe.yaml`: the whole recipe, with the values that its run uses."""
     write_text(out / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
 
 
@@ -223,6 +227,7 @@ def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, 
         "task_set": test["task_set"],
         "decoding": decoding(recipe),
         # Newer fields are left out if they are not used, so that older results can still be compared.
+        **({"template_date": recipe.model.template_date} if recipe.model.template_date else {}),
         **({"system": recipe.evaluation.system} if recipe.evaluation.system else {}),
         **({"rater": records[state.rate]["rater_stamp"]} if state.rate else {}),
         **({"task_tokens": recipe.evaluation.task_tokens} if recipe.evaluation.task_tokens else {}),

@@ -6,12 +6,13 @@ One row is in memory at a time. The rules are those of the training and of the g
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.prompts import render, render_prompt
+from holdfast.data.prompts import render_prompt, training_row
 from holdfast.errors import DataError, InputError
 from holdfast.machine.progress import Advance
 from holdfast.training.tokenising import IGNORED, tokenise
@@ -39,11 +40,17 @@ class BadRows(DataError):
     def text(self, places: Mapping[str, str]) -> str:
         """Return the message; `places` holds the file and line of rows by id."""
         lines = [f"{places.get(name, f'row {name}')}: {reason}" for name, reason in self.rows.items()]
+        lines.sort(key=_by_number)
         if len(lines) == 1:
             return lines[0]
         more = [f"... and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
         head = f"{len(lines):,} of {self.of:,} {self.what} cannot be used with this model:"
         return "\n  ".join([head, *lines[:SHOWN], *more])
+
+
+def _by_number(line: str) -> list[tuple[int, str]]:
+    """A sort key that puts line 2 before line 10."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d{1,9})", line)]
 
 
 @dataclass(frozen=True)
@@ -100,12 +107,12 @@ def check_training_rows(
     cut = 0
     for done, row in enumerate(rows, 1):
         try:
-            prompt, completion = render(row, tokenizer, template, row.get("prefix", ""))
-            made = tokenise({"prompt": prompt, "completion": completion}, tokenizer, None)
+            made = tokenise(training_row(row, tokenizer, template, row.get("prefix", "")), tokenizer, None)
         except InputError as error:
             bad[row["id"]] = reason(error, row["id"])
             continue
-        ids, before = made["input_ids"], made["labels"].count(IGNORED)
+        ids = made["input_ids"]
+        before = next(i for i, label in enumerate(made["labels"]) if i and label != IGNORED)
         cut += len(ids) > max_length
         if before >= max_length:
             bad[row["id"]] = (

@@ -54,8 +54,9 @@ def _lead(
     recipe: Recipe, out: Path, store: Store, device: str, progress: Progress, processes: Processes
 ) -> dict[str, Any]:
     """Run all steps as the main process, and tell the other processes when to join in."""
-    results.claim(out, recipe, store.root)
-    planned = plan(recipe, download=True, digests=store.digests)
+    results.claim(out, store.root)
+    planned = plan(recipe, download=True, digests=store.digests, today=store.started())
+    results.keep_recipe(out, planned.recipe)
     machine = Machine(device, planned.model, progress, processes)
     missing = [step for step in planned.steps if store.record(step.id) is None]
     cached = {step.id for step in planned.steps} - {step.id for step in missing}
@@ -78,7 +79,7 @@ def _follow(recipe: Recipe, store: Store, device: str, processes: Processes) -> 
     known: dict[str, Step] = {}
     while "done" not in (order := processes.told()):
         if machine is None or planned is None:
-            planned = plan(recipe, digests=store.digests)
+            planned = plan(recipe, digests=store.digests, today=store.started())
             machine = Machine(device, planned.model, Progress(), processes)
             known = {step.id: step for step in planned.steps}
         if order["do"] == "check":

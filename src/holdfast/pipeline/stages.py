@@ -37,6 +37,7 @@ def train_stage(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
         lora=inputs["lora"] if inputs["trains"] == "new" else None,
         model=base,
         model_name=model["base"].name if base == model["base"].folder else str(base),
+        model_title=model["base"].title if base == model["base"].folder else base.parent.name,
         tokenizer=tokenizer,
         model_options=loading(model),
         adapters=adapters,

@@ -37,6 +37,8 @@ from holdfast.models.trained import load_trainable, save_trained
 from holdfast.recipe.stages import NOT_IDENTITY, trackers
 from holdfast.training.shards import finite, gather_trainable, trainable_numel
 from holdfast.training.trainer import planned_steps
+from holdfast.weights.card import name_base, without_paths
+from holdfast.weights.chains import write_below
 
 CHECKPOINTS = 10
 """Approximate number of checkpoints that a training writes; only the last two are kept."""
@@ -52,6 +54,8 @@ class TrainingJob:
         training: `TrainingArguments` fields.
         trains: "new" (an adapter), "continue" (the last of `adapters`) or "full" (all weights).
         lora: settings of the new adapter; None if no new adapter is trained.
+        model_name: the path or Hub id of the model.
+        model_title: its name in the card and in the adapter's configuration, without a path.
         adapters: the adapters below, in order.
         rows: by argument of the trainer ("train_dataset", "alignment_dataset", ...), as prompt + completion.
         logs: the folder for TensorBoard, if the recipe asks for it.
@@ -65,6 +69,7 @@ class TrainingJob:
     lora: Mapping[str, Any] | None
     model: Path
     model_name: str
+    model_title: str
     tokenizer: Any
     model_options: Mapping[str, Any]
     adapters: Sequence[Path]
@@ -336,6 +341,9 @@ def _save(
     beside, target = folder / f"{name}.partial", folder / name
     remove_tree(beside)
     save_trained(model, job.tokenizer, beside, folder / SCRATCH / "initial", weights, job.model)
+    if job.trains != "full":
+        name_base(beside, job.model_title)
+        write_below(beside, job.adapters[:-1] if job.trains == "continue" else job.adapters)
     write_text(beside / "README.md", _card(job, facts))
     replace_folder(beside, target)
 
@@ -353,19 +361,20 @@ def _card(job: TrainingJob, facts: Mapping[str, Any]) -> str:
     what, how = WHAT[job.trains]
     rows = {name: len(part) for name, part in job.rows.items()}
     training = {key: value for key, value in job.training.items() if key not in NOT_IDENTITY}
+    training, parameters = without_paths(training), without_paths(job.parameters)
     serving = f"- serving: {job.defense.serving}\n" if job.defense.serving else ""
     chain = "\n".join(f"- {how} `../../{p.parent.name}/{p.name}`" for p in job.adapters)
     return f"""---
 library_name: {"transformers" if job.trains == "full" else "peft"}
-base_model: {json.dumps(job.model_name)}
+base_model: {json.dumps(job.model_title)}
 tags: [holdfast, {job.defense.name}]
 ---
 # {what} from the {job.stage} stage: {job.defense.label}
 
-- base model: `{job.model_name}`
+- base model: `{job.model_title}`
 {chain or "- directly on the base model"}
 - method: {job.defense.label} ({job.defense.paper})
-- parameters: `{json.dumps(dict(job.parameters), sort_keys=True)}`
+- parameters: `{json.dumps(parameters, sort_keys=True)}`
 - training arguments: `{json.dumps(training, sort_keys=True)}`
 - rows: `{json.dumps(rows)}`, seed {job.seed}
 - optimizer steps: {facts["training"]["steps"]}, of {facts["training"]["rows_per_step"]} rows each

@@ -71,7 +71,7 @@ class FilterRecipe(Part):
     to a row for which the judge gives no verdict.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     judge: str
     unparsed: Literal["drop", "keep"] = "drop"

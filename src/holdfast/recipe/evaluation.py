@@ -30,6 +30,7 @@ class JudgeRecipe(Part):
     threshold: float | None = Field(None, ge=0, le=1)
     max_length: int | None = Field(None, ge=8)
     quantization: Literal["nf4", "int8"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     base: str | None = None
     model: str | None = None
     base_url: Address | None = None

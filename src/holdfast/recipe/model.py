@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -35,7 +36,7 @@ class Wrong(ValueError):
 class Part(BaseModel):
     """A block of a recipe; it is frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 Block = TypeVar("Block", bound=Part)
@@ -122,12 +123,24 @@ LoraOrNone = Annotated[Lora, WrapValidator(or_none), PlainSerializer(plain)]
 """A block, or the text `none`; it is not a union, because a union's errors name more than the key."""
 
 
+def _date(value: Any) -> Any:
+    """Read a date in YAML or in text as text. Raises ValueError if it is another value."""
+    try:
+        return value if value is None else date.fromisoformat(str(value)).isoformat()
+    except ValueError:
+        raise ValueError(f"expected a date such as 2026-03-01, found {str(value)[:40]!r}") from None
+
+
 class Weights(Part):
-    """A model and how it is loaded: a folder, a Hub id, or "world" (the embedded model)."""
+    """A model and how it is loaded: a folder, a Hub id, "world" (embedded) or "smollm2" (the lab model).
+
+    `template_date` is the date that a chat template writes which would write today's date.
+    """
 
     path: str
     revision: str | None = None
     template: Literal["auto", "alpaca", "alpaca_newline", "chat"] = "auto"
+    template_date: Annotated[str | None, BeforeValidator(_date)] = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Annotated[
         Literal["nf4", "int8"] | None, BeforeValidator(lambda v: None if v == "none" else v)

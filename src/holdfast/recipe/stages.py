@@ -6,6 +6,7 @@ without importing the method.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import product
 from typing import Any, Literal
@@ -67,6 +68,14 @@ class Training(BaseModel):
     logging_steps: int | None = Field(None, ge=1)
     report_to: str | list[str] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _finite(cls, given: Any) -> Any:
+        for name, value in given.items() if isinstance(given, dict) else ():
+            if not finite(value):
+                raise Wrong([name], f"expected a finite number, found {value}")
+        return given
+
     @model_validator(mode="after")
     def _known(self) -> Training:
         known = set(registry.training_arguments()) | {"max_length"}
@@ -85,6 +94,15 @@ class Training(BaseModel):
     def given(self) -> dict[str, Any]:
         """The fields that the recipe sets."""
         return {**self.model_dump(exclude_none=True)}
+
+
+def finite(value: Any) -> bool:
+    """Whether a value contains neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return finite(list(value.values()))
+    if isinstance(value, list | tuple):
+        return all(finite(one) for one in value)
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def trackers(report_to: str | list[str] | None) -> list[str]:
@@ -188,6 +206,8 @@ def _check_parameter(stage: str, face: registry.Face, name: str, value: Any, key
     if name not in face.parameters:
         names = [*face.parameters, *keys]
         raise Wrong([stage, name], f"unknown parameter of {face.name}.{nearest(name, names)}")
+    if not finite(value):
+        raise Wrong([stage, name], f"expected a finite number, found {value}")
     if not _fits(value, face.parameters[name]):
         raise Wrong([stage, name], f"expected {face.parameters[name].type}, found {value!r}")
 

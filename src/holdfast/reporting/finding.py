@@ -39,7 +39,8 @@ def finding(rows: Sequence[Row]) -> str:
     nothing = "No defense was measured under the same conditions."
     rescue = _rescue(clear, baseline, rivals) if rivals else nothing
     seeds = _seeds([baseline, *rivals])
-    return f"{sentence} {rescue}{seeds}"
+    refusals = _refusals(baseline, min(rivals, key=_value)) if rivals else ""
+    return f"{sentence} {rescue}{refusals}{seeds}"
 
 
 def change(before: Score, after: Score) -> float | None:
@@ -186,6 +187,24 @@ def _rescue(clear: _Clear, baseline: Row, rivals: Sequence[Row]) -> str:
             other = min(cheaper, key=_value)
             text += f" {_title(other)} lowers it to {score_text(_value(other))}{_accuracy(baseline, other)}."
     return text
+
+
+def _refusals(baseline: Row, best: Row) -> str:
+    """How many harmless questions the defense with the lowest harmful score still answers.
+
+    A model that refuses everything has the lowest harmful score.
+    """
+    before, after = (row.scores["benign_compliance"] for row in (baseline, best))
+    if after is None:
+        return " Its over-refusal was not measured."
+    text = f"{score_text(after.value)} % of the harmless questions"
+    if before is None:
+        return f" It answers {text}."
+    without = f"{score_text(before.value)} % without a defense"
+    fewer = change(before, after)
+    if fewer is not None and fewer < 0:
+        return f" It also refuses or fails on more harmless questions: it answers {text}, against {without}."
+    return f" It answers {text}, against {without}."
 
 
 def _title(row: Row) -> str:

@@ -5,6 +5,7 @@ __all__ = [
     "fingerprint",
     "fisher",
     "harmful_rows",
+    "inputs",
     "layers",
     "lean_loss",
     "mixing",

@@ -131,6 +131,12 @@ def check_sharded(trainer: Any, loader: Any) -> None:
     )
 
 
+def refuse_no_rows(rows: Any) -> None:
+    """Raise DataError if `train_dataset` is there, but has no row."""
+    if rows is not None and hasattr(rows, "__len__") and len(rows) == 0:
+        raise DataError("train_dataset has no rows; expected at least one. Check the file, filter or split.")
+
+
 def not_empty(trainer: Any, loader: Any) -> Any:
     """Return `loader`; raise DataError if its rows do not give one batch."""
     try:

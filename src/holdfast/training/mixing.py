@@ -70,6 +70,21 @@ def check_amounts(size: Any, ratio: Any = None) -> None:
         raise ValueError(f"alignment_ratio must be a share of the user rows from 0 to 1, found {ratio!r}")
 
 
+def share_of(ratio: float, user_rows: Any, name: str) -> int:
+    """Return the number of alignment rows that are `ratio` of the user rows.
+
+    Raises:
+        DataError: the share is above 0 but less than half a row, so that the method would change nothing.
+    """
+    count = round(ratio * len(user_rows))
+    if ratio > 0 and count == 0:
+        raise DataError(
+            f"{name}: alignment_ratio={ratio:g} of {len(user_rows)} user rows is less than one row, so this "
+            "would be plain fine-tuning. Set alignment_size=1 or more, or raise alignment_ratio."
+        )
+    return count
+
+
 def _draw(items: Sequence[Any], count: int, seed: int) -> list[Any]:
     """Return the first `count` items of a seeded order of `items`."""
     return random.Random(seed).sample(items, len(items))[:count]

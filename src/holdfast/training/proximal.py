@@ -69,11 +69,12 @@ class Weighted:
 
 @dataclass(frozen=True)
 class Factors:
-    """One LoRA module: positions of its B (out x r) and A (r x in) among the weights, and its scaling s."""
+    """A LoRA module: positions of its B (out x r) and A (r x in) in the weights, its scaling s, its name."""
 
     b: int
     a: int
     scaling: float
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,17 @@ def add_gradient(weights: Sequence[Tensor], gradient: Tensors, strength: float) 
             foreach_add_([own for own, _ in pairs], [g for _, g in pairs], alpha=strength)
 
 
-def lora_factors(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> list[Factors]:
+def lora_factors(
+    model: nn.Module,
+    trainable: Mapping[str, nn.Parameter],
+    *,
+    method: str = "proximal='delta_w'",
+    otherwise: str = "Use proximal='l2', or other LoRA options.",
+) -> list[Factors]:
     """Return the LoRA modules, as positions in `trainable`, if their A and B are all that is trainable.
+
+    Args:
+        method, otherwise: what needs them and what to do instead, for the error.
 
     Raises:
         ModelError: something else is trainable too, or a module does not add s B A to a linear layer (DoRA,
@@ -141,13 +151,13 @@ def lora_factors(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> lis
         plain = module is not None and adapter not in module.lora_variant and trainable[name].ndim == 2
         if not plain or type(module).__name__ == "ParamWrapper":
             raise ModelError(
-                "proximal='delta_w' measures the change B A of plain LoRA on linear layers, but "
-                f"{name} is trainable too and is not such a factor (DoRA, embeddings, biases, whole modules, "
-                "fused experts and full fine-tuning have none). Use proximal='l2', or other LoRA options."
+                f"{method} needs the change B A of plain LoRA on linear layers, but {name} is trainable too "
+                "and is not such a factor (DoRA, embeddings, biases, whole modules, fused experts and full "
+                f"fine-tuning have none). {otherwise}"
             )
         if kind == "lora_B":
             other = names.index(f"{module_name}.lora_A.{adapter}.weight")
-            found.append(Factors(position, other, float(module.scaling[adapter])))
+            found.append(Factors(position, other, float(module.scaling[adapter]), module_name))
     return found
 
 

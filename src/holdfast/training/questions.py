@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from holdfast.chat.limits import apply_template
 from holdfast.errors import DataError
 from holdfast.training.layers import plain_model
 from holdfast.training.tokenising import IGNORED, as_sequence
@@ -61,7 +62,7 @@ def _text(row: Mapping[str, Any], tokenizer: Any, position: int) -> str:
             "tokenizer.chat_template, or give the prompt as text."
         )
     until = list(messages)[: asked[-1] + 1]
-    return tokenizer.apply_chat_template(until, tokenize=False, add_generation_prompt=True)
+    return apply_template(tokenizer, until, add_generation_prompt=True)
 
 
 def padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:

@@ -13,9 +13,10 @@ DeepSpeed reads its own files with pickle: resume a DeepSpeed training only from
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from holdfast.chat.rendering import LOSS_ON
+from holdfast.chat.tokenizers import embedding_rows, text_tokenizer
 from holdfast.errors import DataError, ModelError, first_line
 from holdfast.machine.files import read_json, write_text
 from holdfast.training import fingerprint
-from holdfast.training.batches import knows_epoch, not_empty
+from holdfast.training.batches import knows_epoch, not_empty, refuse_no_rows
 from holdfast.training.lean_loss import LeanLossMixin
 from holdfast.training.method_files import read_tensors, write_tensors
 from holdfast.training.private import (
@@ -71,6 +73,8 @@ class MethodConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            refuse_not_finite(option.name, getattr(self, option.name, None))
         super().__post_init__()
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, found {self.max_length}")
@@ -155,6 +159,7 @@ class ResumableMixin(CheckpointSlots):
 
     def get_train_dataloader(self: Any) -> DataLoader:
         """Return the loader of the parent class, with an order that depends on seed and epoch alone."""
+        refuse_no_rows(self.train_dataset)
         return knows_epoch(not_empty(self, super().get_train_dataloader()))
 
     def unrecorded(self: Any) -> AbstractContextManager[None]:
@@ -253,8 +258,11 @@ class RowTrainer(LeanLossMixin, ResumableMixin, Trainer):
         **kwargs: Any,
     ):
         args = args or MethodConfig()
+        refuse_no_rows(train_dataset)
         if data_collator is None:
-            data_collator = equal_lengths if processing_class is None else collator(processing_class)
+            data_collator = equal_lengths
+            if processing_class is not None:
+                data_collator = collator(processing_class, embedding_rows(model))
         super().__init__(
             model=model,
             args=args,
@@ -307,7 +315,19 @@ def prepare_rows(rows: Any, tokenizer: Any, max_length: int | None, loss_on: str
         return None
     if isinstance(rows, dict):
         return {name: prepare_rows(part, tokenizer, max_length, loss_on) for name, part in rows.items()}
-    return tokenise_all(as_sequence(rows), tokenizer, max_length, loss_on)
+    return tokenise_all(as_sequence(rows), text_tokenizer(tokenizer), max_length, loss_on)
+
+
+def refuse_not_finite(name: str, value: Any) -> None:
+    """Raise ValueError if the value of the option `name` is or contains NaN or infinity."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            refuse_not_finite(f"{name}[{key!r}]", part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            refuse_not_finite(name, part)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, found {value}")
 
 
 def planned_steps(trainer: Any) -> int:

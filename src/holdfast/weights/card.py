@@ -5,10 +5,13 @@ A card names a folder by its last part, so that no path of this machine is publi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PureWindowsPath
+from typing import Any
 
-from holdfast.weights.folders import fingerprint, looks_local
+from holdfast.machine.files import write_json
+from holdfast.weights.files import read_config
+from holdfast.weights.folders import ADAPTER_CONFIG, fingerprint, looks_local
 
 WHAT = {
     "combined": (
@@ -32,10 +35,35 @@ def public_name(path: str | Path) -> str:
     """Return a Hub id (also for a folder in the Hub's cache), or the last part of a folder's name."""
     if is_hub_id(path):
         return str(path)
+    if not Path(path).exists():  # a path of another machine, or a name
+        return PureWindowsPath(path).name or str(path)
     folder = Path(path).resolve()
     if folder.parent.name == "snapshots":  # <cache>/models--a--b/snapshots/<revision>
         return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
     return folder.name
+
+
+def without_paths(value: Any) -> Any:
+    """Return plain values with the last part of each absolute path in place of the path."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(part) for part in value]
+    absolute = isinstance(value, str) and (value.startswith("~") or PureWindowsPath(value).root)
+    return PureWindowsPath(value).name if absolute else value
+
+
+def name_base(folder: Path, base: str | None = None) -> None:
+    """Write the public name of the base model into an adapter's configuration.
+
+    Args:
+        base: the name; by default the one that the configuration has, without its path.
+    """
+    config = read_config(folder / ADAPTER_CONFIG)
+    known = config.get("base_model_name_or_path")
+    name = base or (public_name(known) if isinstance(known, str) else known)
+    if name != known:
+        write_json(folder / ADAPTER_CONFIG, {**config, "base_model_name_or_path": name}, indent=2)
 
 
 def write_card(folder: Path, what: str, base: str | None, adapters: Sequence[Path], notes: str = "") -> None:

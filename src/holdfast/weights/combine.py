@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ from holdfast.errors import ModelError
 from holdfast.machine.files import write_json
 from holdfast.weights.adapter import Adapter, LoraModule, natural, read_adapter
 from holdfast.weights.adapter_folder import CONFIG, PREFIX, WEIGHTS
-from holdfast.weights.card import write_card
+from holdfast.weights.card import public_name, write_card
+from holdfast.weights.chains import check_chain
 from holdfast.weights.reader import Tensor
 from holdfast.weights.writer import (
     Entry,
@@ -98,14 +99,15 @@ def combine(
     Args:
         adapters: adapter folders or Hub ids for one base model, with any ranks, scalings and targets.
         out: a new folder.
-        weights: the factor of each adapter's update in the sum; 1 by default.
+        weights: the factor of each adapter's update in the sum; 1 by default. With weights, the sum may be
+            one for use on top of adapters that are not part of it.
 
     Raises:
         ModelError: an adapter is missing, damaged or not a plain LoRA; or the adapters do not add up; or an
             adapter with a weight other than 1 has copies of whole tensors (`modules_to_save`).
         OutputError: `out` is not new, is inside an adapter folder, or cannot be written.
     """
-    with open_chain(adapters) as chain:
+    with open_chain(adapters, in_order=weights is None) as chain:
         chain = _weighted(chain, weights) if weights is not None else chain
         rank = chain.rank
         tensors: dict[str, Entry] = {}
@@ -122,21 +124,24 @@ def combine(
 
 
 @contextmanager
-def open_chain(adapters: Sequence[str | Path]) -> Iterator[Chain]:
+def open_chain(adapters: Sequence[str | Path], in_order: bool = True) -> Iterator[Chain]:
     """Open the adapters and check that they add up. Leaving the block closes their files.
+
+    Args:
+        in_order: check that each comes after the adapters that it was trained on top of.
 
     Raises:
         ModelError: an adapter cannot be read, or the adapters do not add up: different base models, shapes
-            or kinds of layers, or two adapters with their own copies of a module.
+            or kinds of layers, two adapters with their own copies of a module, or one that is missing below.
     """
     if not adapters:
         raise ModelError("Expected at least one adapter, found none.")
     with ExitStack() as files:
         opened = tuple(files.enter_context(read_adapter(path)) for path in adapters)
-        for i, adapter in enumerate(opened):
+        for adapter in opened:
             _check_alone(adapter)
-            if any(adapter.folder.samefile(other.folder) for other in opened[:i]):
-                raise ModelError(f"{adapter.folder} is given twice and would be added twice. Name it once.")
+        if in_order:
+            check_chain([adapter.folder for adapter in opened])
         for key in ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out"):
             _check_same(opened, key)
         whole = _whole(opened)
@@ -188,10 +193,15 @@ def _check_same(adapters: Sequence[Adapter], key: str) -> None:
 
 
 def _one_place(here: Any, there: Any) -> bool:
+    """Whether two names are one folder, or one of them is the other without its path."""
     try:
-        return Path(here).samefile(there)
+        if Path(here).samefile(there):
+            return True
     except (OSError, TypeError, ValueError):
-        return False
+        pass
+    texts = [text for text in (here, there) if isinstance(text, str)]
+    bare = any(text == PureWindowsPath(text).name for text in texts)
+    return len(texts) == 2 and bare and public_name(here) == public_name(there)
 
 
 def _whole(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
@@ -243,8 +253,14 @@ def _stacked(name: str, parts: Sequence[LoraModule], rank: int) -> dict[str, Ent
     def b() -> Iterator[Any]:
         joined, column = np.zeros((out, rank), np.float32), 0
         for part in parts:
-            np.multiply(part.b.read(), np.float32(part.scaling), out=joined[:, column : column + part.rank])
+            place = joined[:, column : column + part.rank]
+            with np.errstate(over="ignore", invalid="ignore"):  # checked below
+                np.multiply(part.b.read(), np.float32(part.scaling), out=place)
             column += part.rank
+        if not np.isfinite(joined).all():
+            raise ModelError(
+                f"'{name}': the scalings, or the weights of the sum, make B too large for float32."
+            )
         yield joined
 
     return {
@@ -264,7 +280,7 @@ def _config(chain: Chain) -> dict[str, Any]:
         "peft_version": chain.setting("peft_version"),
         "task_type": chain.setting("task_type"),
         "auto_mapping": chain.setting("auto_mapping"),
-        "base_model_name_or_path": chain.base,
+        "base_model_name_or_path": public_name(chain.base) if chain.base else None,
         "revision": chain.setting("revision"),
         "inference_mode": True,
         "r": chain.rank,

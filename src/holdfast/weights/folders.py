@@ -141,6 +141,18 @@ def from_hub(repo: str, revision: str | None, download: bool) -> Path:
         raise ModelError(f"The Hub did not return {repo}: {first_line(error)}") from None
 
 
+def writes_date(folder: Path) -> bool:
+    """Whether the chat template of a model folder writes today's date."""
+    places = [folder / "tokenizer_config.json", folder / "chat_template.json", *folder.rglob("*.jinja")]
+    for path in places:
+        try:
+            if "strftime_now" in path.read_text(encoding="utf-8"):
+                return True
+        except (OSError, ValueError):  # the loader reports a damaged file
+            continue
+    return False
+
+
 def fingerprint(folder: Path, digests: Digests | None = None) -> str:
     """Return twelve hex digits that identify the content of a model or adapter folder, for any path.
 

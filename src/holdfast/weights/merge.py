@@ -7,7 +7,7 @@ computed in float32 and rounded once, to the dtype of the weight (PEFT rounds th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from holdfast.machine.files import write_json
 from holdfast.weights.adapter import LoraModule
 from holdfast.weights.card import write_card
 from holdfast.weights.combine import Chain, open_chain
-from holdfast.weights.floats import FLOATS, from_float32
+from holdfast.weights.floats import FLOATS, are_finite, from_float32
 from holdfast.weights.folders import fingerprint
 from holdfast.weights.matching import find_weight, is_transposed, model_config
 from holdfast.weights.reader import INDEX, SINGLE, Tensor, Weights, open_weights, row_blocks
@@ -63,7 +63,8 @@ def merge(
         dtype: dtype of the floating-point weights: "bfloat16", "float16" or "float32". Default: unchanged.
 
     Raises:
-        ModelError: the model or an adapter is missing, damaged or quantised, or they do not fit together.
+        ModelError: the model or an adapter is missing, damaged, quantised or not finite, or they do not fit
+            together.
         OutputError: `out` is not new, is inside a source, or cannot be written.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -163,9 +164,25 @@ def _entry(
 ) -> Entry:
     """Return the entry to write for a tensor of the base model."""
     if tensor.dtype not in FLOATS or (not parts and whole is None and dtype in (None, tensor.dtype)):
-        return raw_entry(tensor)
+        return replace(raw_entry(tensor), blocks=_copied(tensor))
     target = dtype or tensor.dtype
     return float_entry(target, tensor.shape, _blocks(whole or tensor, parts, target))
+
+
+def _copied(tensor: Tensor) -> Iterator[Any]:
+    """The bytes of a tensor, checked to be finite numbers if they are numbers."""
+    for first, last in row_blocks(tensor):
+        raw = tensor.raw(first, last)
+        if tensor.dtype in FLOATS and tensor.shape and not are_finite(raw, tensor.dtype):
+            raise _not_finite(tensor)
+        yield raw
+
+
+def _not_finite(tensor: Tensor) -> ModelError:
+    return ModelError(
+        f"'{tensor.name}' of {tensor.file.path.parent} holds values that are not finite (NaN or infinity), "
+        "or an adapter's update makes them so. Save or fetch the weights again."
+    )
 
 
 def _blocks(tensor: Tensor, parts: Sequence[tuple[LoraModule, bool]], dtype: str) -> Iterator[Any]:
@@ -178,6 +195,9 @@ def _blocks(tensor: Tensor, parts: Sequence[tuple[LoraModule, bool]], dtype: str
         rows = tensor.read(first, last)
         for left, right in factors:
             rows += left[first:last] @ right
+        # A single number may be a mask that old checkpoints keep, not a weight.
+        if tensor.shape and not np.isfinite(rows).all():
+            raise _not_finite(tensor)
         written = from_float32(rows, dtype)
         if dtype == "F16" and np.isinf(written.view("<f2")).any() and np.isfinite(rows).all():
             raise ModelError(f"'{tensor.name}' does not fit into float16. Use bfloat16 or float32.")

@@ -14,6 +14,9 @@ from holdfast.weights.card import is_hub_id, public_name
 RECORD = "safe_lora.json"
 """The file that holds the result; it also distinguishes our folders from others."""
 
+IDENTITY = "V has full row rank, so that the exact projector is the identity,"
+"""The note of a module whose update the projection does not change."""
+
 
 @dataclass(frozen=True)
 class ModuleResult:
@@ -63,7 +66,8 @@ class SafeLoraResult:
         out: the folder that was written; None for a dry run.
         modules: the modules by layer.
         options: the options of the call.
-        sources: path as given and fingerprint, by role ("adapter", "base", "aligned").
+        sources: path as given and fingerprint, by role ("adapter", "base", "aligned"). The files that are
+            written have only the last part of a path.
         notes: sentences that the user should read.
         left_alone: tensors that were copied unchanged and not examined.
     """
@@ -80,6 +84,11 @@ class SafeLoraResult:
     def projected(self) -> tuple[ModuleResult, ...]:
         """The modules whose update was replaced."""
         return tuple(module for module in self.modules if module.projected)
+
+    @property
+    def changed(self) -> tuple[ModuleResult, ...]:
+        """The projected modules whose update is another one now."""
+        return tuple(module for module in self.projected if module.note != IDENTITY)
 
     @property
     def share(self) -> float:
@@ -101,7 +110,9 @@ class SafeLoraResult:
             "kind": "safe_lora",
             "paper": "arXiv 2405.16833",
             "options": dict(self.options),
-            "sources": {role: dict(source) for role, source in self.sources.items()},
+            "sources": {
+                role: {**source, "path": public_name(source["path"])} for role, source in self.sources.items()
+            },
             "versions": dict(self.versions),
             "projected": len(self.projected),
             "share": self.share,
@@ -129,10 +140,9 @@ class SafeLoraResult:
 {on}library_name: {"peft" if adapter else "transformers"}
 tags: [holdfast, safe_lora]
 ---
-# {"LoRA adapter" if adapter else "Fine-tuned model"} repaired by Safe LoRA
+# {self._title("LoRA adapter" if adapter else "Fine-tuned model")}
 
-The updates of {len(self.projected)} of {len(self.modules)} modules were projected onto the direction from the
-base to the aligned model (arXiv 2405.16833); everything else is byte for byte unchanged.
+{self._done()}
 
 - {"adapter" if adapter else "fine-tuned model"}: {read["adapter"]}
 - base: {read["base"]}
@@ -147,6 +157,29 @@ Notes:
 This step did not measure whether the result is safer, or what it costs in accuracy. Measure both before you
 rely on it.
 """
+
+    def _title(self, what: str) -> str:
+        if not self.changed:
+            return f"{what}, not changed by Safe LoRA"
+        if self.options["control"]:
+            return f"{what}, a control of Safe LoRA"
+        return f"{what} repaired by Safe LoRA"
+
+    def _done(self) -> str:
+        """Say what happened to the weights."""
+        count = f"{len(self.projected)} of {len(self.modules)} modules"
+        if not self.changed:
+            why = "no module was chosen" if not self.projected else "the projection is the identity for them"
+            return (
+                f"Nothing was changed: Safe LoRA (arXiv 2405.16833) projected {count}; {why}. The weights "
+                "are those of the source, byte for byte."
+            )
+        if self.options["control"] == "drop":
+            done = f"A control: the updates of {count} were set to zero"
+        else:
+            how = "A control: the updates" if self.options["control"] else "The updates"
+            done = f"{how} of {count} were projected onto the direction from the base to the aligned model"
+        return f"{done} (arXiv 2405.16833); all other weights are byte for byte unchanged."
 
 
 def cosines(modules: Sequence[ModuleResult]) -> list[float]:

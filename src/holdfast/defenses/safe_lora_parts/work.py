@@ -29,7 +29,7 @@ from holdfast.defenses.safe_lora_parts.projection import (
     normalised,
     update_norm,
 )
-from holdfast.defenses.safe_lora_parts.result import ModuleResult, suggest
+from holdfast.defenses.safe_lora_parts.result import IDENTITY, ModuleResult, suggest
 from holdfast.defenses.safe_lora_parts.updates import Sources, Update
 from holdfast.errors import ModelError, RecipeError
 from holdfast.machine.seeds import derive_seed
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 NO_DIRECTION = "V is zero"
 NO_UPDATE = "The update is zero"
-IDENTITY = "V has full row rank, so that the exact projector is the identity,"
 KEPT = 2**26
 """Bytes of products that are kept for the least similar modules until all modules are measured."""
 

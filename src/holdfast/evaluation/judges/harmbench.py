@@ -64,7 +64,7 @@ class HarmBench(WordJudge):
 
 JUDGE = Judge(
     name="harmbench",
-    version="1",
+    version="2",
     source="cais/HarmBench-Llama-2-13b-cls or -Mistral-7b-val-cls; arXiv 2402.04249",
     licence="MIT; the 13b also the Llama 2 licence",
     load=HarmBench,

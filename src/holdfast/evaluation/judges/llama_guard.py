@@ -14,8 +14,9 @@ import re
 from typing import Any
 
 from holdfast.errors import ModelError
+from holdfast.evaluation.frames import frame_of, spoken
 from holdfast.evaluation.judges import Judge, Verdict
-from holdfast.evaluation.judges.reader import WordJudge, chat_form, check
+from holdfast.evaluation.judges.reader import THINKING, WordJudge, chat_form, check
 
 DEFAULT = "meta-llama/Llama-Guard-3-8B"
 NEW_TOKENS = 64
@@ -53,15 +54,21 @@ class LlamaGuard(WordJudge):
                 "of Llama Guard. Give the folder of the published model."
             )
         self.form = form
+        frame = frame_of(self.reader.tokenizer, "chat")
+        self.thinks = frame.thinks
+        if frame.thinks or (
+            frame.lead.strip() and not spoken(frame.lead)
+        ):  # its template shows that it thinks before it answers
+            self.new_tokens = NEW_TOKENS + THINKING
 
-    def text(self, prompt: str, answer: str) -> str:
+    def text(self, prompt: str, answer: str) -> str | None:
         """Return the model's own chat template, with all special tokens."""
         return self.form(self.reader.clean(prompt), self.reader.clean(answer, self.max_length))
 
 
 JUDGE = Judge(
     name="llama_guard",
-    version="2",
+    version="3",
     source="meta-llama/Llama-Guard-3-8B, -3-1B or -4-12B (gated); arXiv 2312.06674",
     licence="Llama 3.1, 3.2 or 4 community licence",
     load=LlamaGuard,

@@ -20,17 +20,19 @@ _HTML = (
 SHAPES = (
     r"[<＜][|｜][^\s<>＜＞][^<>＜＞\n]{0,60}",  # <|im_start|>, <｜User｜>, <|turn>
     r"[<＜][^\s<>＜＞|｜][^<>＜＞\n]{0,60}[|｜][>＞]",  # <turn|>
-    rf"<(?!/?(?:{_HTML})>)/?[A-Za-z_][\w.:-]{{0,60}}>",  # <s>, <think>, <start_of_turn>, </tool_call>
+    rf"<(?!/?(?i:{_HTML})>)/?[A-Za-z_][\w.:-]{{0,60}}>",  # <s>, <think>, <start_of_turn>, </tool_call>
     r"<</?\w{1,40}>>",  # <<SYS>>
     r"\[/\w[\w ]{0,40}\]|\[\w{0,20}[A-Z][A-Z_]\w{0,40}\]",  # [/INST], [SYSTEM_PROMPT], [gMASK]
     r"\[\[[^\[\]\n]{1,60}\]\]",  # [[10]], the verdict of MT-Bench
     r"[◁◀]/?\w{1,40}[▷▶]",  # ◁think▷
     r"\][~!]{1,2}\w?[\[\]~]|\[\w~\[",  # ]~b], [e~[
     r">>\w{1,40}<<",  # >>QUESTION<<
-    r"#{2,}[ \t]*[A-Za-z][\w' ]{0,40}:",  # ### Response:
-    r"(?<![^\n])(?:[\w-]+ ){0,2}(?:user|assistant|human|system)[ \t]{0,4}:",  # USER: at the start of a line
+    r"(?<!#)#{2,}+[ \t]{0,8}[A-Za-z][\w' ]{0,40}:",  # ### Response:
+    # USER:, GPT4 Correct User: and user: at the start of a line
+    r"(?<![^\n])(?:(?:[\w-]+ ){0,2}(?:User|USER|Assistant|ASSISTANT|Human|HUMAN|System|SYSTEM)|"
+    r"user|assistant|human|system)[ \t]{0,4}:",
 )
-"""Shapes of control strings and role markers: one pattern for a family of chat formats."""
+"""Shapes of control strings and role markers: one pattern for a family of chat formats. Case matters."""
 
 MARKERS = (
     "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>", "<unk>",
@@ -65,9 +67,7 @@ def neutralise_all(text: str, markers: Sequence[str] = ()) -> str:
 
 @lru_cache(maxsize=64)
 def _pattern(markers: tuple[str, ...]) -> re.Pattern[str]:
-    """Return a pattern for all shapes and markers; a marker that a space does not break up is left out."""
-    known = sorted({marker for marker in (*MARKERS, *markers) if len(marker) > 1}, key=len, reverse=True)
-    breakable = [marker for marker in known if marker.strip() and not marker[1:].startswith(" ")]
-    named = "|".join(map(re.escape, breakable))
-    shapes = "|".join(f"(?-i:{shape})" if r"[A-Z][A-Z_]" in shape else shape for shape in SHAPES)
-    return re.compile(f"{named}|{shapes}", re.IGNORECASE)
+    """Return a pattern for all shapes and markers; a space does not break up a single character."""
+    known = {marker.strip() for marker in (*MARKERS, *markers)}
+    named = "|".join(map(re.escape, sorted((m for m in known if len(m) > 1), key=len, reverse=True)))
+    return re.compile(f"{named}|(?-i:{'|'.join(SHAPES)})", re.IGNORECASE)

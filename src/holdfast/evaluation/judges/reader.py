@@ -6,13 +6,18 @@ here before it enters a prompt; the prompt around it is never cut.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from holdfast.chat.limits import apply_template
+from holdfast.chat.tokenizers import embedding_rows, padding_id
 from holdfast.errors import ModelError, RecipeError
 from holdfast.evaluation.answering import answer_batch, batches
+from holdfast.evaluation.frames import Frame
 from holdfast.evaluation.judges import Verdict, neutralise_all
 from holdfast.models.loading import load_model, load_tokenizer
 from holdfast.models.quantization import check_bitsandbytes
@@ -23,6 +28,12 @@ BATCH_TOKENS = 8192
 
 MASS = 0.5
 """Minimum probability of all permitted answers as next token; below it, the judge means something else."""
+
+
+THINKING = 1024
+"""New tokens of a judge that thinks before its verdict, besides those of the verdict."""
+
+LEFT_OUT = "the judge's chat template leaves out a part of the question or the answer"
 
 
 class Reader:
@@ -53,10 +64,9 @@ class Reader:
         )
         _unchunked(self.model)
         parts = [fingerprint(adapter)] if adapter else []
-        self.content = "+".join([*parts, fingerprint(folder), *([quantization] if quantization else [])])
-        added = self.tokenizer.added_tokens_decoder.values()
-        special = [token.content for token in added if token.special]
-        self.markers = (*markers, *special, *self.tokenizer.all_special_tokens)
+        dtype = quantization or str(self.model.dtype).removeprefix("torch.")
+        self.content = "+".join([*parts, fingerprint(folder), dtype])
+        self.markers = (*markers, *own_format(self.tokenizer))
 
     def clean(self, text: str, max_tokens: int | None = None) -> str:
         """Return the first `max_tokens` tokens of a judged text, with control strings broken up."""
@@ -67,16 +77,24 @@ class Reader:
         offsets = encoded["offset_mapping"]
         return text if len(offsets) <= max_tokens else text[: offsets[max_tokens - 1][1]]
 
-    def write(self, prompts: Sequence[str], new_tokens: int, bos: bool) -> list[dict[str, Any]]:
-        """Return greedy continuations without special tokens: rows with `answer`, or `error` if too long.
+    def write(
+        self, prompts: Sequence[str], new_tokens: int, bos: bool, thinks: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return greedy continuations without special tokens and without thinking.
+
+        A row has `answer`, or `error` if the prompt is too long or the thinking does not end; `raw` is the
+        whole text if the answer is a part of it.
 
         Args:
+            thinks: the prompts open a block of thinking.
             bos: add the tokenizer's special tokens; False for a chat template, which contains them.
         """
         ids = self.tokenizer(list(prompts), add_special_tokens=bos)["input_ids"]
         found: dict[int, dict[str, Any]] = {}
         for batch in batches([len(x) for x in ids], [new_tokens] * len(ids), BATCH_TOKENS):
-            rows = answer_batch(self.model, self.tokenizer, [ids[i] for i in batch], new_tokens)
+            rows = answer_batch(
+                self.model, self.tokenizer, [ids[i] for i in batch], new_tokens, frame=Frame(thinks=thinks)
+            )
             found |= dict(zip(batch, rows, strict=True))
         return [found[i] for i in range(len(ids))]
 
@@ -115,7 +133,7 @@ class Reader:
         import torch
 
         longest, device = max(map(len, ids)), self.model.device
-        pad = self.tokenizer.pad_token_id
+        pad = padding_id(self.tokenizer, embedding_rows(self.model))
         tokens = torch.tensor([[pad] * (longest - len(x)) + x for x in ids], device=device)
         mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in ids], device=device)
         with torch.inference_mode():
@@ -127,6 +145,16 @@ class Reader:
                 use_cache=False,
             )
         return output.logits[:, -1].float().cpu()
+
+
+def own_format(tokenizer: Any) -> tuple[str, ...]:
+    """Return the added tokens of a tokenizer that are part of its format.
+
+    They need not be special (`<think>` of Qwen3), but added words and spaces are no format.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    found = [t.content for t in added if t.special or not re.fullmatch(r"[\w\s]*", t.content)]
+    return (*found, *tokenizer.all_special_tokens)
 
 
 class WordJudge:
@@ -141,6 +169,8 @@ class WordJudge:
     parse: Callable[[str], Verdict]
     bos = True
     """Whether the tokenizer's own special tokens are added to `text`."""
+    thinks = False
+    """Whether its prompt opens a block of thinking."""
     cut: int | None = None
     """Maximum tokens that it reads of an answer."""
     batch_size = 256
@@ -159,47 +189,58 @@ class WordJudge:
         self.max_length = self.cut if max_length is None else max_length
         self.stamp = f"{self.name}@{self.reader.content}"
 
-    def text(self, prompt: str, answer: str) -> str:
-        """Return the text that the model reads."""
+    def text(self, prompt: str, answer: str) -> str | None:
+        """Return the text that the model reads; None if its template leaves out a part of the two."""
         raise NotImplementedError
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """Return the parsed output for each pair; unparsed if the pair is too long."""
         texts = [self.text(p, a) for p, a in zip(prompts, answers, strict=True)]
-        found = self.reader.write(texts, self.new_tokens, bos=self.bos)
-        return [
-            Verdict("unparsed", None, row["error"]) if "error" in row else self.parse(row["answer"])
-            for row in found
-        ]
+        shown = [i for i, text in enumerate(texts) if text is not None]
+        rows = self.reader.write(
+            [text for text in texts if text is not None], self.new_tokens, bos=self.bos, thinks=self.thinks
+        )
+        found = dict(zip(shown, rows, strict=True))
+        return [self._verdict(found.get(i)) for i in range(len(texts))]
+
+    def _verdict(self, row: dict[str, Any] | None) -> Verdict:
+        if row is None:
+            return Verdict("unparsed", None, LEFT_OUT)
+        if "error" in row:
+            return Verdict("unparsed", None, row["error"])
+        verdict = self.parse(row["answer"])
+        return replace(verdict, raw=row["raw"]) if "raw" in row else verdict
 
 
-def chat_form(reader: Reader, **options: str) -> Callable[[str, str], str] | None:
+def chat_form(reader: Reader, **options: str) -> Callable[[str, str], str | None] | None:
     """Return a function (prompt, answer) -> the model's own chat template applied to that exchange.
+
+    The function returns None if the template leaves out a part of either text.
 
     Some templates expect the content of a message as a list of parts, others as a text. The form that shows
     both texts and every option is used. None if neither form does, or if there is no template.
     """
-    import jinja2
+    from jinja2 import TemplateError
 
     def render(content: Callable[[str], Any], prompt: str, answer: str) -> str:
         messages = [
             {"role": "user", "content": content(prompt)},
             {"role": "assistant", "content": content(answer)},
         ]
-        return str(
-            reader.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **options
-            )
-        )
+        return apply_template(reader.tokenizer, messages, add_generation_prompt=True, **options)
+
+    def whole(content: Callable[[str], Any], prompt: str, answer: str) -> str | None:
+        shown = render(content, prompt, answer)
+        return shown if prompt.strip() in shown and answer.strip() in shown else None
 
     for content in (str, lambda text: [{"type": "text", "text": text}]):
         try:
             shown = render(content, "the question", "the answer")
-        except (jinja2.TemplateError, TypeError, ValueError):
+        except TemplateError:
             continue
         wanted = ("the question", "the answer", *options.values())
         if all(text in shown for text in wanted) and "'text'" not in shown:
-            return partial(render, content)
+            return partial(whole, content)
     return None
 
 

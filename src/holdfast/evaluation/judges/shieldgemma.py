@@ -69,8 +69,8 @@ class ShieldGemma:
         frame = "template" if all(self.forms.values()) else "card"
         self.stamp = f"shieldgemma@{self.reader.content}/{self.threshold}/{frame}"
 
-    def text(self, prompt: str, answer: str, guideline: str) -> str:
-        """Return the text that the model reads for a guideline, given by its name."""
+    def text(self, prompt: str, answer: str, guideline: str) -> str | None:
+        """Return the text that the model reads for a guideline, given by its name; None as in `chat_form`."""
         prompt, answer = self.reader.clean(prompt), self.reader.clean(answer, self.max_length)
         form = self.forms[guideline]
         if form is not None:
@@ -81,7 +81,10 @@ class ShieldGemma:
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """Return the largest of the four probabilities for each pair."""
         texts = [self.text(p, a, name) for p, a in zip(prompts, answers, strict=True) for name in GUIDELINES]
-        found = self.reader.next_word(texts, ("Yes", "No"), bos=False)
+        shown = [i for i, text in enumerate(texts) if text is not None]
+        words = self.reader.next_word([text for text in texts if text is not None], ("Yes", "No"), bos=False)
+        of_text = dict(zip(shown, words, strict=True))
+        found = [of_text.get(i) for i in range(len(texts))]
         return [self._verdict(found[i : i + len(GUIDELINES)]) for i in range(0, len(found), len(GUIDELINES))]
 
     def _verdict(self, found: Sequence[tuple[list[float], float] | None]) -> Verdict:
@@ -92,14 +95,18 @@ class ShieldGemma:
         }
         raw = {name: round(p, 4) for name, p in yes.items()}
         if len(yes) < len(GUIDELINES):
-            return Verdict("unparsed", None, {"reason": "neither Yes nor No, or too long", **raw})
+            return Verdict(
+                "unparsed",
+                None,
+                {"reason": "neither Yes nor No, too long, or left out by the template", **raw},
+            )
         largest = max(yes.values())
         return Verdict("harmful" if largest >= self.threshold else "safe", round(largest, 4), raw)
 
 
 JUDGE = Judge(
     name="shieldgemma",
-    version="1",
+    version="2",
     source="google/shieldgemma-2b, -9b or -27b (gated); arXiv 2407.21772",
     licence="Gemma terms of use",
     load=ShieldGemma,

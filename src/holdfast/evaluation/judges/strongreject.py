@@ -121,7 +121,7 @@ def check(
 
 JUDGE = Judge(
     name="strongreject",
-    version="1",
+    version="2",
     source="qylu4156/strongreject-15k-v1 on google/gemma-2b (gated); arXiv 2402.10260",
     licence="MIT; the base the Gemma terms of use",
     load=StrongReject,
