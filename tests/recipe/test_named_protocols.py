@@ -8,6 +8,7 @@ import pytest
 
 import tiny
 from holdfast import pipeline
+from holdfast.cli import console
 from holdfast.data.prompts import render
 from holdfast.errors import RecipeError
 from holdfast.measuring import protocol
@@ -207,6 +208,11 @@ def test_what_a_recipe_changes():
     assert Recipe.load("lisa-agnews", changed).changes() == {
         "model.path": "my/llama", "alignment.lora.r": 4, "user.rho": 3, "evaluation.prompts": 9,
     }  # fmt: skip
+    told = console.protocol_text("lisa-code", Recipe.load("lisa-agnews", ["user.rho=3"]).changes())
+    assert (told, console.protocol_text("x", {})) == (
+        "Protocol lisa-code, changed: user.rho=3",
+        "Protocol x, unchanged.",
+    )
     assert Recipe.load("lisa-gsm8k", ["user.training.num_train_epochs=50"]).changes() == {}
     assert Recipe.load("world").changes() == {}
 
