@@ -13,6 +13,7 @@ from holdfast.data.prompts import render
 from holdfast.errors import RecipeError
 from holdfast.measuring import protocol
 from holdfast.recipe import Recipe, packaged
+from holdfast.reporting.collect import collect
 from made_up_rows import beaver
 from runs import prepared, run
 
@@ -221,9 +222,9 @@ def test_the_stamp_names_the_protocol_and_the_changes(files):
     """And two results of one protocol stand in one report, whatever they changed in the training."""
     tiny.save_model(files / "model")
     few = [
-        "model.path=model", "model.dtype=float32", "alignment.training.max_steps=1", "user.training.max_steps=1",
-        "evaluation.judges=[keyword]", "evaluation.prompts=2", "evaluation.max_new_tokens=2", "data.size=2",
-        "evaluation.task_tokens=2", "evaluation.task_rows=1", "data.poison_ratio=0.5", "name=few",
+        "model.path=model", "model.dtype=float32", "alignment=none", "user=none", "evaluation.judges=[keyword]",
+        "evaluation.prompts=2", "evaluation.max_new_tokens=2", "evaluation.task_tokens=2", "evaluation.task_rows=1",
+        "data.size=2", "data.poison_ratio=0.5",
     ]  # fmt: skip
     stamps = []
     for seed in (1, 2):
@@ -231,12 +232,10 @@ def test_the_stamp_names_the_protocol_and_the_changes(files):
         stamps.append(results["protocol"])
     assert [stamp["protocol"] for stamp in stamps] == ["lisa-code"] * 2
     assert [stamp["changes"]["seed"] for stamp in stamps] == [1, 2]
-    assert stamps[0]["changes"]["user.training.max_steps"] == 1
+    assert stamps[0]["changes"]["evaluation.task_rows"] == 1
     assert "user.rho" not in stamps[0]["changes"]
     told = "harmful: the first in order, with duplicates; task: the first in order, with duplicates"
     assert (stamps[0]["test_rows"], stamps[0]["task_tokens"]) == (told, 2)
-    from holdfast.reporting.collect import collect
-
     assert len(collect([files / "1", files / "2"]).runs) == 2
 
 
