@@ -209,6 +209,10 @@ def test_what_a_recipe_changes():
     assert Recipe.load("lisa-agnews", changed).changes() == {
         "model.path": "my/llama", "alignment.lora.r": 4, "user.rho": 3, "evaluation.prompts": 9,
     }  # fmt: skip
+    repaired = ["post_hoc={defense: safe_lora, threshold: 0.2}", "user.training.num_train_epochs=3"]
+    assert Recipe.load("tvaccine-sst2", repaired).changes() == {"user.training.num_train_epochs": 3}
+    own = ["user=lisa", "data.alignment=safe.jsonl", "model.dtype=float32"]
+    assert Recipe.load("safe-lora-purebad", own).changes() == {"model.dtype": "float32"}
     told = console.protocol_text("lisa-code", Recipe.load("lisa-agnews", ["user.rho=3"]).changes())
     assert (told, console.protocol_text("x", {})) == (
         "Protocol lisa-code, changed: user.rho=3",

@@ -7,6 +7,7 @@ the fields of `TrainingArguments` are checked by name through the registry.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -228,8 +229,11 @@ class Recipe(Part):
         """
         if self.protocol is None:
             return {}
-        published = Recipe.load(named.reference(self.to_dict()))
-        return named.differences(self.to_dict(), published.to_dict())
+        mine = self.to_dict()
+        for made in named.references(mine):
+            with contextlib.suppress(RecipeError):
+                return named.differences(mine, Recipe.load(made).to_dict())
+        return {}
 
     def where(self, key: Sequence[str]) -> str:
         """Return the file and line that set a key, as in "my.yaml, line 7"; "" if no file does."""
