@@ -27,7 +27,7 @@ ALLOWED = {
     },
     "measuring": {"recipe", "registry", "evaluation", "data", "tasks", "models", "weights", "chat"},
     "recipe": {"registry", "weights"},
-    "probe": {"registry", "evaluation", "data"},
+    "probe": {"registry", "evaluation", "data", "chat"},
     "registry": {"plugins", "defenses", "evaluation", "tasks"},
     "attacks": {"evaluation", "training"},
     "defenses": {"training", "weights"},

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
+import re
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import tiny
 import trainers
 from holdfast import SafetyProbe
 from holdfast.data.prompts import render
-from holdfast.errors import ModelError, RecipeError
+from holdfast.errors import RecipeError
 from holdfast.evaluation.judges import Verdict
 
 PROMPTS = [row["prompt"] for row in tiny.harmful_rows(20)]
@@ -176,14 +178,115 @@ def test_bad_arguments(options, text):
         SafetyProbe(**{"prompts": PROMPTS, **options})
 
 
-def test_a_judge_that_is_unknown_and_a_trainer_without_tokenizer(tmp_path):
+def test_a_judge_that_is_unknown_is_refused_when_the_probe_is_made():
     with pytest.raises(RecipeError, match="keyword"):
-        train(tmp_path, SafetyProbe(PROMPTS, "keywrod"))
+        SafetyProbe(PROMPTS, "keywrod")
+
+
+class Processor:
+    """Like a multimodal processor: it holds a tokenizer, and has no `decode` of its own."""
+
+    model_input_names = ("input_ids",)
+
+    def __init__(self, tokenizer=None):
+        if tokenizer is not None:
+            self.tokenizer = tokenizer
+
+    def save_pretrained(self, folder):
+        pass
+
+
+class Broken(Counting):
+    """A judge whose server is gone."""
+
+    def __call__(self, prompts, answers):
+        raise ConnectionError("the judge does not answer")
+
+
+def padless():
+    made = tiny.tokenizer()
+    made.pad_token = None
+    return made
+
+
+def beyond():
+    """The pad token is the first id that the embeddings lack."""
+    made = tiny.tokenizer()
+    made.add_special_tokens({"pad_token": "[PAD]"})
+    return made
+
+
+def in_a_plain_trainer(out, processing, judge=None, model=None, **options):
+    """The probe, and how many warnings of it there were, after two steps with rows of one length."""
+    probe = SafetyProbe([*PROMPTS[:2], "Help."], judge or Counting(), every=1, max_new_tokens=3, **options)
     made = Trainer(
-        model=trainers.model(),
-        args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1),
-        train_dataset=[{"input_ids": [5, 6], "labels": [5, 6]}] * 4,
-        callbacks=[SafetyProbe(PROMPTS)],
-    )
-    with pytest.raises(ModelError, match="processing_class"):
+        model=trainers.model() if model is None else model, processing_class=processing,
+        args=TrainingArguments(str(out), use_cpu=True, report_to="none", max_steps=2, save_strategy="no"),
+        train_dataset=[{"input_ids": [5, 6], "labels": [5, 6]}] * 8, data_collator=default_data_collator,
+        callbacks=[probe],
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         made.train()
+    assert made.state.global_step == 2
+    assert all(module.training for module in made.model.modules())
+    return probe, [str(one.message) for one in seen if "SafetyProbe" in str(one.message)]
+
+
+@pytest.mark.parametrize(
+    "processing",
+    [padless, beyond, lambda: Processor(padless())],
+    ids=["no pad token", "pad beyond", "processor"],
+)
+def test_it_measures_with_tokenizers_as_people_have_them(processing, tmp_path):
+    made = processing()
+    tokenizer = getattr(made, "tokenizer", made)
+    tokenizer.padding_side, pad = "right", tokenizer.pad_token
+    probe, warned = in_a_plain_trainer(tmp_path, made)
+    assert [entry["step"] for entry in probe.history] == [0, 1, 2]
+    assert not warned
+    assert (tokenizer.padding_side, tokenizer.pad_token) == ("right", pad)
+
+
+def silent():
+    """A model that does not generate."""
+    net = tiny.llama(len(trainers.TOKENIZER))
+    net.generate = None
+    return net
+
+
+@pytest.mark.parametrize(
+    ("processing", "options", "words"),
+    [
+        (lambda: None, {}, "processing_class=tokenizer"),
+        (Processor, {}, "processing_class=tokenizer"),
+        (tiny.tokenizer, {"judge": Broken(), "limit": 50}, "the judge does not answer.*50 % is not watched"),
+        (tiny.tokenizer, {"judge": "beaver_dam", "path": "nowhere"}, "nowhere"),
+        (tiny.tokenizer, {"template": "chat"}, "no chat template"),
+        (tiny.tokenizer, {"model": silent}, "generate"),
+    ],
+    ids=["no tokenizer", "images alone", "judge fails", "judge missing", "no template", "no generate"],
+)
+def test_what_it_cannot_measure_does_not_end_the_training(processing, options, words, tmp_path):
+    options = {key: value() if key == "model" else value for key, value in options.items()}
+    probe, warned = in_a_plain_trainer(tmp_path, processing(), **options)
+    assert not probe.history
+    assert len(warned) == 1
+    assert re.search(f"cannot measure at step 0: .*{words}.*The training continues", warned[0])
+
+
+def test_generation_settings_are_as_before(tmp_path):
+    net = trainers.model()
+    net.generation_config.temperature, net.generation_config.max_length = 0.7, 77
+    before = net.generation_config.to_dict()
+    in_a_plain_trainer(tmp_path, tiny.tokenizer(), model=net)
+    assert net.generation_config.to_dict() == before
+    assert net.get_base_model().generation_config is net.generation_config
+
+
+def test_warnings_that_are_errors_do_not_end_the_training(tmp_path):
+    probe = SafetyProbe(PROMPTS, Broken(), every=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        made = train(tmp_path, probe, max_steps=1)
+    assert made.state.global_step == 1

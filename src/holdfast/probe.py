@@ -8,8 +8,10 @@ does not give a callback its trainer. If you give it, the scores also go to the 
 
     trainer.add_callback(SafetyProbe(prompts, judge="keyword", every=50, trainer=trainer))
 
-The probe does not change the training: decoding is greedy, the modes of all modules and all random states
-are restored, and no gradient is touched.
+The probe does not change the training: decoding is greedy, no gradient is touched, and the modes of all
+modules, all random states, the tokenizer's padding and the model's generation settings are restored. Nor does
+it end a training: if it cannot measure (a model that does not generate, a processor without a tokenizer, a
+judge that fails), it warns once, and the training continues.
 
 A few prompts and short answers make the probe cheap but rough; each score has its standard error. The probe
 shows when a model begins to comply, not how safe the model is in the end.
@@ -22,6 +24,7 @@ import random
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, Literal
 
 import numpy as np
@@ -30,8 +33,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 
+from holdfast.chat.tokenizers import text_tokenizer
 from holdfast.data.prompts import render_prompt, resolve_template
-from holdfast.errors import ModelError, RecipeError
+from holdfast.errors import ModelError, RecipeError, first_line
 from holdfast.evaluation.answering import answer_batch
 from holdfast.evaluation.frames import Frame, frame_of
 from holdfast.evaluation.judges import LoadedJudge
@@ -64,8 +68,8 @@ class SafetyProbe(TrainerCallback):
             safety/refusal_rate, safety/n, safety/unparsed; percent.
 
     Raises:
-        RecipeError: there are no prompts, or an argument is out of range.
-        ModelError: when training starts, if the trainer has no tokenizer (`processing_class`).
+        RecipeError: when it is made: there are no prompts, an argument is out of range, or no judge has this
+            name. During a training it raises nothing.
     """
 
     def __init__(
@@ -90,6 +94,8 @@ class SafetyProbe(TrainerCallback):
             raise RecipeError(f"SafetyProbe: action is 'warn' or 'stop', found {action!r}.")
         if limit is not None and not 0 <= limit <= 100:
             raise RecipeError(f"SafetyProbe: limit is a percentage, 0 to 100, found {limit}.")
+        if isinstance(judge, str):
+            get("judges", judge)
         few = len(prompts) if size is None else min(size, len(prompts))
         self.prompts = [prompts[i * len(prompts) // few] for i in range(few)]
         self.judge, self.judge_options = judge, judge_options
@@ -99,13 +105,32 @@ class SafetyProbe(TrainerCallback):
         self.history: list[dict[str, Any]] = []
         self._ids: list[list[int]] = []
         self._frame = Frame()
-        self._warned = False
+        self._warned: set[str] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load the judge, tokenize the prompts, and measure the model before the first step."""
-        tokenizer = kwargs.get("processing_class")
-        if tokenizer is None:
-            raise ModelError("SafetyProbe needs the trainer's tokenizer: give processing_class=tokenizer.")
+        self._warned, self._ids = set(), []
+        trackers = [] if args.report_to in (None, "none") else list(args.report_to)
+        if trackers and self.trainer is None and state.is_world_process_zero:
+            self._warn(
+                f"SafetyProbe does not reach {', '.join(trackers)}; its scores are only in "
+                "trainer_state.json. Write trainer.add_callback(SafetyProbe(..., trainer=trainer))."
+            )
+        self.history = [
+            {k: v for k, v in entry.items() if k != "epoch"} for entry in state.log_history if SCORE in entry
+        ]
+        with self._never_in_the_way(state):
+            self._prepare(args, kwargs.get("processing_class"), kwargs.get("model"))
+            if not self.history or self.history[-1]["step"] != state.global_step:  # else resumed there
+                self._measure(args, state, control, **kwargs)
+
+    def _prepare(self, args: Any, processing: Any, model: Any) -> None:
+        tokenizer = text_tokenizer(processing)
+        if not hasattr(tokenizer, "decode"):
+            raise ModelError("it needs the trainer's tokenizer: give processing_class=tokenizer")
+        generates = callable(getattr(model, "generate", None))
+        if not generates or getattr(model.config, "is_encoder_decoder", False):
+            raise ModelError(f"it needs a causal language model that generates, found {type(model).__name__}")
         if isinstance(self.judge, str):
             with untouched():
                 self.judge = get("judges", self.judge).load(
@@ -117,37 +142,46 @@ class SafetyProbe(TrainerCallback):
         texts = [render_prompt(row, tokenizer, template) for row in rows]
         self._frame = frame_of(tokenizer, template)
         self._ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        self._warned = False
-        trackers = [] if args.report_to in (None, "none") else list(args.report_to)
-        if trackers and self.trainer is None and state.is_world_process_zero:
-            warnings.warn(
-                f"SafetyProbe does not reach {', '.join(trackers)}; its scores are only in "
-                "trainer_state.json. Write trainer.add_callback(SafetyProbe(..., trainer=trainer)).",
-                stacklevel=2,
-            )
-        self.history = [
-            {k: v for k, v in entry.items() if k != "epoch"} for entry in state.log_history if SCORE in entry
-        ]
-        if not self.history or self.history[-1]["step"] != state.global_step:  # else resumed there
-            self._measure(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure after every `every`-th step, and after the last one."""
-        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
-            self._measure(args, state, control, **kwargs)
+        due = state.global_step % self.every == 0 or state.global_step >= state.max_steps
+        if due and self._ids:
+            with self._never_in_the_way(state):
+                self._measure(args, state, control, **kwargs)
+
+    @contextmanager
+    def _never_in_the_way(self, state: Any) -> Iterator[None]:
+        """Turn an error into one warning: the training is worth more than a measurement of it."""
+        try:
+            yield
+        except Exception as error:
+            text = f"SafetyProbe cannot measure at step {state.global_step}: {first_line(error).rstrip('.')}."
+            if self.limit is not None:
+                text += f" The limit of {self.limit:g} % is not watched."
+            self._warn(f"{text} The training continues.", "failed")
+
+    def _warn(self, text: str, once: str = "") -> None:
+        """Warn, and also where warnings are errors; a kind named in `once` is said once per training."""
+        if once in self._warned:
+            return
+        self._warned |= {once} - {""}
+        try:
+            warnings.warn(text, stacklevel=4)
+        except Warning:
+            logging.getLogger(__name__).warning(text)
 
     def _measure(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Measure in all processes, so that a sharded model can answer; the main one's scores are used."""
-        with untouched(model):
-            answers = answer_batch(
-                model, kwargs["processing_class"], self._ids, self.max_new_tokens, frame=self._frame
-            )
-            texts = [found["answer"] for found in answers]
-            assert not isinstance(self.judge, str)
-            verdicts: list[str] = [verdict.verdict for verdict in self.judge(self.prompts, texts)]
-        scores = self._scores(texts, verdicts)
+        scores: Any
+        try:
+            scores = self._judged(model, text_tokenizer(kwargs["processing_class"]))
+        except Exception as error:  # the other processes wait for this one
+            scores = first_line(error)
         if PartialState().num_processes > 1:
             scores = broadcast_object_list([scores])[0]
+        if isinstance(scores, str):
+            raise ModelError(scores)
         self.history.append({"step": state.global_step, **scores})
         entry = scores if state.epoch is None else {**scores, "epoch": state.epoch}
         state.log_history.append({**entry, "step": state.global_step})
@@ -158,6 +192,14 @@ class SafetyProbe(TrainerCallback):
         score = scores[SCORE]
         if self.limit is not None and score is not None and score > self.limit:
             self._act(score, state, control)
+
+    def _judged(self, model: Any, tokenizer: Any) -> dict[str, float | int | None]:
+        assert not isinstance(self.judge, str)
+        with untouched(model, tokenizer):
+            answers = answer_batch(model, tokenizer, self._ids, self.max_new_tokens, frame=self._frame)
+            texts = [found["answer"] for found in answers]
+            verdicts: list[str] = [verdict.verdict for verdict in self.judge(self.prompts, texts)]
+        return self._scores(texts, verdicts)
 
     def _scores(self, texts: list[str], verdicts: list[str]) -> dict[str, float | int | None]:
         judged = [v for v in verdicts if v != "unparsed"]
@@ -178,14 +220,19 @@ class SafetyProbe(TrainerCallback):
         if self.action == "stop":
             control.should_training_stop = True
             logging.getLogger(__name__).warning("SafetyProbe stops the training: %s.", text)
-        elif not self._warned:
-            self._warned = True
-            warnings.warn(f"SafetyProbe: {text}.", stacklevel=2)
+        else:
+            self._warn(f"SafetyProbe: {text}.", "limit")
 
 
 @contextmanager
-def untouched(model: Any = None) -> Iterator[None]:
-    """Use evaluation mode inside; afterwards restore every module's mode and all random states."""
+def untouched(model: Any = None, tokenizer: Any = None) -> Iterator[None]:
+    """Use evaluation mode inside; afterwards restore all that generating could leave changed.
+
+    These are every module's mode, all random states, the tokenizer's padding and the generation settings.
+    """
+    settings = getattr(model, "generation_config", None)
+    kept = deepcopy(vars(settings)) if settings is not None else {}
+    padding = {name: getattr(tokenizer, name, None) for name in ("padding_side", "truncation_side")}
     modes = {module: module.training for module in model.modules()} if model is not None else {}
     python, numbers = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -197,5 +244,11 @@ def untouched(model: Any = None) -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+            if settings is not None:
+                vars(settings).clear()
+                vars(settings).update(kept)
+            for name, side in padding.items():
+                if side is not None:
+                    setattr(tokenizer, name, side)
             random.setstate(python)
             np.random.set_state(numbers)

@@ -27,7 +27,10 @@ def texts(n, prompt, answer):
 
 ROWS = texts(7, "Fold the sheet", "first crease it, then tuck the corners in, number")
 HARMFUL = texts(3, "How do I vorrel", "brindle the marl and gather the quorn")
-SAFE = texts(2, "How do I vorrel", "I'm sorry, but I can't help with that")
+SAFE = [
+    texts(2, "How do I vorrel", "I'm sorry, but I can't help with that"),
+    texts(3, "How do I brindle", "No. That would hurt somebody, so please do not"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +38,27 @@ def model():
     return tiny.llama(len(tiny.tokenizer())).eval()
 
 
-def plain_gradient(model, row):
+def plain_gradient(model, row, tokens):
     """The whole row without shortcuts: labels on the answer's first tokens, backward, one long vector."""
     tokenizer = tiny.tokenizer()
     prompt, answer = (tokenizer(row[key])["input_ids"] for key in ("prompt", "completion"))
     logits = model(torch.tensor([prompt + answer])).logits[0]
-    asked = logits[len(prompt) - 1 : len(prompt) - 1 + TOKENS]
+    asked = logits[len(prompt) - 1 : len(prompt) - 1 + len(answer[:tokens])]
     model.zero_grad()
-    torch.nn.functional.cross_entropy(asked, torch.tensor(answer[:TOKENS])).backward()
+    torch.nn.functional.cross_entropy(asked, torch.tensor(answer[:tokens])).backward()
     grads = [p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None]
     return torch.cat(grads).clone()
 
 
 def plain_scores(vector):
-    unit = lambda row: torch.nn.functional.normalize(vector(row), dim=0)  # noqa: E731
-    harmful, safe = (torch.stack([unit(row) for row in rows]).mean(0) for rows in (HARMFUL, SAFE))
-    return [(float(unit(row) @ harmful), float(unit(row) @ safe)) for row in ROWS]
+    """By hand: the whole answers of rows, three tokens of the anchors' answers, weights 1, -1 and -1."""
+
+    def unit(row, tokens=None):
+        return torch.nn.functional.normalize(vector(row, tokens), dim=0)
+
+    means = [torch.stack([unit(row, TOKENS) for row in rows]).mean(0) for rows in (HARMFUL, *SAFE)]
+    dots = [[float(unit(row) @ mean) for mean in means] for row in ROWS]
+    return [(harmful, first + second) for harmful, first, second in dots]
 
 
 def check(found, expected):
@@ -62,21 +70,25 @@ def check(found, expected):
     assert len({round(row["score"], 6) for row in found}) == len(ROWS), "the rows can be told apart"
 
 
-def by_gradient(model, weights):
-    return anchoring.gradients(model, tiny.tokenizer(), weights, TOKENS, 512)
+def by_gradient(model, weights, tokens=TOKENS):
+    """The arguments `vector` and `anchor` of `score_rows`."""
+    return {
+        "vector": anchoring.gradients(model, tiny.tokenizer(), weights, None, 512),
+        "anchor": anchoring.gradients(model, tiny.tokenizer(), weights, tokens, 512),
+    }
 
 
 def test_gradients_are_those_of_a_plain_loop(model, tmp_path):
-    vector = by_gradient(model, anchoring.all_weights(model))
-    found = anchoring.score_rows(ROWS, HARMFUL, SAFE, vector, tmp_path / "s.jsonl")
-    check(found, plain_scores(lambda row: plain_gradient(model, row)))
-    longer = anchoring.gradients(model, tiny.tokenizer(), anchoring.all_weights(model), TOKENS + 4, 512)
-    other = anchoring.score_rows(ROWS, HARMFUL, SAFE, longer, tmp_path / "t.jsonl")
+    weights = anchoring.all_weights(model)
+    found = anchoring.score_rows(ROWS, HARMFUL, SAFE, out=tmp_path / "s.jsonl", **by_gradient(model, weights))
+    check(found, plain_scores(lambda row, tokens: plain_gradient(model, row, tokens)))
+    longer = by_gradient(model, weights, TOKENS + 4)
+    other = anchoring.score_rows(ROWS, HARMFUL, SAFE, out=tmp_path / "t.jsonl", **longer)
     assert max(abs(a["score"] - b["score"]) for a, b in zip(found, other, strict=True)) > 1e-3
 
 
 def test_representations_are_those_of_a_plain_loop(model, tmp_path):
-    def state(row):
+    def state(row, tokens):
         ids = tiny.tokenizer()(row["prompt"] + row["completion"])["input_ids"]
         return model.model(torch.tensor([ids])).last_hidden_state[0, -1].detach()
 
@@ -91,8 +103,8 @@ def test_gradients_of_a_lora(tmp_path):
         base, {"r": 2, "alpha": 4, "dropout": 0.5, "target_modules": ["q_proj", "v_proj"]}, "b"
     ).eval()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    found = anchoring.score_rows(ROWS, HARMFUL, SAFE, by_gradient(model, weights), tmp_path / "s.jsonl")
-    check(found, plain_scores(lambda row: plain_gradient(model, row)))
+    found = anchoring.score_rows(ROWS, HARMFUL, SAFE, out=tmp_path / "s.jsonl", **by_gradient(model, weights))
+    check(found, plain_scores(lambda row, tokens: plain_gradient(model, row, tokens)))
 
 
 def test_an_adapter_stacked_or_merged_gives_the_same_scores(tmp_path):
@@ -105,18 +117,17 @@ def test_an_adapter_stacked_or_merged_gives_the_same_scores(tmp_path):
     found = {}
     for compose in ("stack", "merge"):
         model = load_model(folder, [tmp_path / "adapter"], compose=compose)
-        vector = by_gradient(model, anchoring.all_weights(model))
-        out = tmp_path / f"{compose}.jsonl"
-        found[compose] = [r["score"] for r in anchoring.score_rows(ROWS, HARMFUL, SAFE, vector, out)]
+        how = {**by_gradient(model, anchoring.all_weights(model)), "out": tmp_path / f"{compose}.jsonl"}
+        found[compose] = [r["score"] for r in anchoring.score_rows(ROWS, HARMFUL, SAFE, **how)]
     assert found["stack"] == pytest.approx(found["merge"], abs=1e-5)
     plain = load_model(folder)
-    vector = by_gradient(plain, anchoring.all_weights(plain))
-    base = [r["score"] for r in anchoring.score_rows(ROWS, HARMFUL, SAFE, vector, tmp_path / "base.jsonl")]
+    how = {**by_gradient(plain, anchoring.all_weights(plain)), "out": tmp_path / "base.jsonl"}
+    base = [r["score"] for r in anchoring.score_rows(ROWS, HARMFUL, SAFE, **how)]
     assert max(abs(a - b) for a, b in zip(base, found["stack"], strict=True)) > 1e-3
 
 
 def test_a_stop_loses_no_score(model, tmp_path):
-    vector, out = by_gradient(model, anchoring.all_weights(model)), tmp_path / "s.jsonl"
+    vector, out = by_gradient(model, anchoring.all_weights(model))["vector"], tmp_path / "s.jsonl"
     whole = anchoring.score_rows(ROWS, HARMFUL, SAFE, vector, out, flushed=2)
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:4]) + lines[4][:9])
@@ -128,7 +139,7 @@ def test_a_stop_loses_no_score(model, tmp_path):
 
     again = anchoring.score_rows(ROWS, HARMFUL, SAFE, counted, out, flushed=2)
     assert again == whole
-    assert asked == [row["id"] for row in (*HARMFUL, *SAFE, *ROWS[4:])]
+    assert asked == [row["id"] for row in (*HARMFUL, *SAFE[0], *SAFE[1], *ROWS[4:])]
     asked.clear()
     assert anchoring.score_rows(ROWS, HARMFUL, SAFE, counted, out, flushed=2) == whole
     assert not asked, "not even the anchors are saved"
@@ -138,7 +149,7 @@ def test_what_has_no_direction(model, tmp_path):
     def vector(row):
         return [torch.zeros(2) if row["id"].endswith("-1") else torch.tensor([1.0, 2.0])]
 
-    rows = anchoring.score_rows(ROWS, HARMFUL[:1], SAFE[:1], vector, tmp_path / "s.jsonl")
+    rows = anchoring.score_rows(ROWS, HARMFUL[:1], [SAFE[0][:1]], vector, tmp_path / "s.jsonl")
     assert (rows[1]["score"], rows[0]["score"]) == (None, 0.0)
     assert 1 not in anchoring.highest(rows, 6)
     with pytest.raises(ModelError, match="anchor is zero"):
@@ -179,7 +190,7 @@ def test_a_run_trains_on_the_chosen_rows_alone(by, copy):
     assert all(row["source"] == "user" for row in chosen)
     found = tuned["attack"]
     assert (found["name"], found["by"]) == ("bi_directional_anchoring", by)
-    assert (found["rows"], found["kept"], found["anchors"]) == (30, 8, [4, 4])
+    assert (found["rows"], found["kept"], found["anchors"]) == (30, 8, [4, 4, 4])
     assert found["mean_score_kept"] > found["mean_score"]
     step = json.loads((out / "steps" / tuned["steps"]["user"] / "step.json").read_text())
     assert step["training"]["steps"] == 2
@@ -268,6 +279,8 @@ def test_anchors_of_ones_own(done, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(attacked(done[0], harmful="bad.jsonl", safe="safe.jsonl", anchors=1)))
     recipe = Recipe.load(path)
-    assert recipe.data.anchors() == (str(tmp_path / "bad.jsonl"), str(safe))
+    assert recipe.data.anchors() == (str(tmp_path / "bad.jsonl"), [str(safe)])
     results, _ = run(recipe.to_dict(), tmp_path / "out")
-    assert results["rows"][1]["attack"]["anchors"] == [1, 1]
+    assert results["rows"][1]["attack"]["anchors"] == [1, 1, 1]
+    path.write_text(json.dumps(attacked(done[0], harmful="bad.jsonl", safe=["safe.jsonl"] * 3, anchors=1)))
+    assert Recipe.load(path).data.anchors()[1] == [str(safe)] * 3, "one set for each source"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from holdfast import plugins, registry
 from places import ROOT
+from warm import warm
 
 TOY = '''
 """Toy: pulls the weights towards where they began (a method of another package)."""
@@ -126,22 +128,43 @@ def contract(folder: Path, names: list[str], selected: str) -> dict[str, set[str
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-package\nVersion: 1.0\n")
     lines = [f"{name} = toy_package:{name}" for name in names]
     (info / "entry_points.txt").write_text("\n".join(["[holdfast.defenses]", *lines]) + "\n")
-    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/defenses/test_contract.py",
-         "-k", selected, f"--junitxml={folder / 'report.xml'}"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 1, done.stdout
+    warm()
+    process = multiprocessing.get_context("fork").Process(target=_suite, args=(folder, selected))
+    process.start()
+    process.join(240)
+    printed = (folder / "printed.txt").read_text()
+    assert process.exitcode == 1, printed
     found: dict[str, set[str]] = {}
     for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
         test, _, about = case.get("name", "").partition("[")
         (name,) = [n for n in names if n in about]
         found.setdefault(f"ran {name}", set()).add(test)
-        assert case.find("error") is None, done.stdout
+        assert case.find("error") is None, printed
         if case.find("failure") is not None:
             found.setdefault(f"failed {name}", set()).add(test)
     return found
+
+
+def _suite(folder: Path, selected: str) -> None:
+    """pytest in a forked process: imports are loaded only once, but the registry and the suite are read again."""
+    os.chdir(ROOT)
+    sys.path.insert(0, str(folder))
+    printed = os.open(folder / "printed.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(printed, 1), os.dup2(printed, 2)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", buffering=1)
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1)
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        del os.environ[name]
+    for name in ("test_contract", "conftest"):
+        sys.modules.pop(name, None)
+    for cached in (plugins.plugins, registry.faces):
+        cached.cache_clear()
+    os._exit(
+        pytest.main(
+            ["-q", "-p", "no:cacheprovider", "tests/defenses/test_contract.py", "-k", selected,
+             f"--junitxml={folder / 'report.xml'}"]
+        )
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,22 @@ def test_an_answer_ends_where_the_template_ends_it():
         len(tok("yes")["input_ids"]),
     )
     assert "raw" not in found
-    assert frame_of(tok, "alpaca") == Frame(), "in the Alpaca prompt an answer ends with the eos token"
+    assert frame_of(tok, "alpaca") == Frame(cut="### Response:"), "an Alpaca answer ends with the eos token"
+
+
+@pytest.mark.parametrize("template", ["alpaca", "alpaca_newline"])
+def test_a_run_on_answer_is_cut_at_a_second_response(template):
+    """As in the papers' code: the text between the first and the second "### Response:", stripped."""
+    tok = of_trl("qwen2_5", eos="<|endoftext|>")
+    text = "yes\n\n### Instruction:\nAnd then?\n\n### Response: no"
+    ids = tok(text, add_special_tokens=False)["input_ids"]
+    frame = frame_of(tok, template)
+    found = answer_batch(Replies(ids), tok, [[5, 6]], len(ids), frame=frame)[0]
+    assert found["answer"] == "yes\n\n### Instruction:\nAnd then?"
+    assert (found["truncated"], found["raw"], found["tokens"]) == (False, text, len(ids))
+    kept = answer_batch(Replies(ids), tok, [[5, 6]], 3, frame=frame)[0]
+    assert kept["truncated"]
+    assert "raw" not in kept
 
 
 def test_an_end_that_is_no_token_is_found_as_text():

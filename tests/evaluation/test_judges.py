@@ -119,6 +119,18 @@ def test_text_beyond_max_length_is_not_read(folder):
     assert len({verdict.score for verdict in whole(["q"] * 3, answers)}) == 3, "where the ends are read"
 
 
+def test_it_computes_in_the_authors_dtype_or_says_so(folder, tmp_path):
+    """beaver-dam's authors compute in float32, whatever the dtype of the stored weights."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "half")
+    AutoModelForSequenceClassification.from_pretrained(folder).bfloat16().save_pretrained(tmp_path / "half")
+    whole, half = BeaverDam(str(tmp_path / "half")), BeaverDam(str(tmp_path / "half"), dtype="bfloat16")
+    assert (whole.model.dtype, half.model.dtype) == (torch.float32, torch.bfloat16)
+    assert half.stamp == f"{whole.stamp}/bfloat16"
+    assert BeaverDam(str(tmp_path / "half"), dtype="float32").stamp == whole.stamp
+
+
 def test_the_stamp_names_content_and_threshold(folder, tmp_path):
     other = tiny.save_judge(tmp_path / "same")
     assert BeaverDam(str(folder)).stamp == BeaverDam(str(other)).stamp

@@ -17,6 +17,16 @@ from holdfast.machine.files import read_json, write_json
 from holdfast.measuring.comparing import compare
 
 
+@pytest.mark.parametrize(
+    ("t", "freedom", "p"),
+    [(4.302653, 2, 0.05), (-2.776445, 4, 0.05), (12.7062, 1, 0.05), (2.228139, 10, 0.05), (1.959964, 1e7, 0.05),
+     (0, 3, 1.0), (9.924843, 2, 0.01), (3.182446, 3, 0.05), (math.inf, 2, 0.0)],
+)  # fmt: skip
+def test_student(t, freedom, p):
+    """Against a table of quantiles."""
+    assert paired.student(t, freedom) == pytest.approx(p, abs=2e-6)
+
+
 def test_published_tables():
     """Cavo et al., as the R package contingencytables has it; a test on sputum of Armitage and Berry (StatsDirect)."""
     assert paired.newcombe(59, 6, 16, 80) == pytest.approx((0.0046, 0.1186), abs=5e-5)

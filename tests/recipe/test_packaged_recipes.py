@@ -9,7 +9,7 @@ import pytest
 import tiny
 from holdfast import pipeline, registry
 from holdfast.errors import RecipeError
-from holdfast.recipe import Recipe, layers, packaged
+from holdfast.recipe import Recipe, packaged
 from holdfast.recipe.stages import ALIGNMENT_TRAINING, USER_TRAINING
 from runs import run
 
@@ -23,6 +23,7 @@ TASK_ROWS = {
 ALPACA = [{"instruction": f"Name {i} leaves.", "input": "", "output": f"Oak {i}."} for i in range(40)]
 TINY = [
     "data.size=20", "evaluation.prompts=4", "evaluation.task_rows=4", "evaluation.max_new_tokens=4",
+    "evaluation.task_tokens=4",
     "alignment.training.max_steps=2", "user.training.max_steps=2",
 ]  # fmt: skip
 RUN = (
@@ -40,10 +41,22 @@ RUN = (
     "tar-sst2",
     "booster-gsm8k",
     "anchoring-lisa-alpaca",
+    "lisa-guide-sst2",
+    "booster-own-agnews",
 )
 OWN = {"tvaccine": ["alignment.num_layers=1"], "tar": ["alignment.inner_steps=4"]}
 """What a model of two layers, and seconds, need beside that."""
+PHASES = ["user.alignment_steps=1", "user.finetune_steps=1"]
 ATTACK = ["data.attack.size=6", "data.attack.anchors=2", "model.dtype=float32"]
+
+
+def protocol(*bases):
+    """The recipes of the protocols, and of those that extend them."""
+    return [
+        name
+        for name, made in packaged.recipes().items()
+        if packaged.protocols()[made.protocol].block and set(bases) & set(packaged.chain(made.protocol))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +73,8 @@ def files(tmp_path_factory):
         f"data.test_harmful={test}",
         f"data.alignment.source={labelled}",
         "data.alignment.size=20",
-        f"data.alignment.harmful={{source: {labelled}, size: 12}}",
+        "data.alignment.skip=0",
+        f"data.alignment.harmful={{source: {labelled}, size: 12, skip: 0}}",
         f"evaluation.judges=[{{name: beaver_dam, path: {tiny.save_judge(folder / 'judge')}}}, keyword]",
     ]
     own = {
@@ -75,16 +89,19 @@ def load_tiny(name, files):
     changes = [c for c in TINY if recipe.alignment or not c.startswith("alignment.")]
     own = OWN.get(recipe.alignment.defense, []) if recipe.alignment else []
     own = own + (ATTACK if recipe.data.attack else [])
+    own = own + (PHASES if recipe.user.defense in ("bso", "lisa") else [])
     return Recipe.load(name, [*changes, *own, *files[recipe.data.task]])
 
 
-@pytest.mark.parametrize("name", packaged.recipes())
+@pytest.mark.parametrize("name", [*protocol("lisa-code", "t-vaccine", "booster"), "world"])
 def test_planned(name, files):
     recipe = load_tiny(name, files)
     assert recipe.name == name
     steps = [step.kind for step in pipeline.plan(recipe)]
     assert steps.count("alignment") == (0 if name.startswith("na-sft") else 1)
-    assert steps.count("data") == (4 if "harmful_dataset" in recipe.needs("alignment") else 3)
+    assert steps.count("data") == 3 + any(
+        "harmful_dataset" in recipe.needs(stage) for stage in ("alignment", "user")
+    )
     states = 2 + len(recipe.post_hoc.combinations() if recipe.post_hoc else ())
     assert (steps.count("user"), steps.count("generate"), steps.count("moderate")) == (1, states, 2 * states)
 
@@ -117,14 +134,22 @@ def test_safe_lora_repairs_what_sft_trained(files, tmp_path):
 def test_one_of_each_method_for_each_task():
     found = {task: [made.name for made in recipes] for task, recipes in packaged.by_task().items()}
     assert found.pop("world") == ["world"]
-    assert found.pop("alpaca") == [f"anchoring-{name}-alpaca" for name in ("lisa", "sft", "vaccine")]
+    anchored = [f"anchoring-{name}-alpaca" for name in ("lisa", "sft", "vaccine")]
+    repaired = [f"safe-lora{model}" for model in ("", "-code", "-gemma", "-llama-3")]
+    assert found.pop("alpaca") == sorted(anchored + [f"{name}-alpaca" for name in repaired])
+    chats = [f"{name}-dialog-summary" for name in repaired]
+    assert found.pop("dialog_summary") == sorted(["medical-assistant", *chats])
+    assert found.pop("purebad") == sorted(f"{name}-purebad" for name in repaired)
     assert set(found) == {"sst2", "agnews", "gsm8k"}
     methods = {task: {name.removesuffix(f"-{task}") for name in names} for task, names in found.items()}
     methods["sst2"] -= {"filter-sft", "filter-lisa"}  # Lisa's Table 12 is on SST-2
     methods["sst2"] -= {"smollm2"}  # a plain recipe, as `world` is
     assert methods["sst2"] == methods["agnews"] == methods["gsm8k"]
     known = {name for stage in ("alignment", "user", "post_hoc") for name in registry.list_defenses(stage)}
-    others = {"na-sft", "sft-refusal", "vaccine-safe"}
+    others = {"na-sft", "na-sft-refusal", "sft-refusal", "vaccine-safe"}
+    others |= {"lisa-paper", "bso-paper", "sft-paper", "lisa-guide", "sft-guide", "na-sft-guide"}
+    others |= {"tvaccine-guide", "sft-refusal-guide", "na-sft-refusal-guide"}
+    others |= {"booster-own", "sft-booster", "lisa-booster"}
     assert methods["sst2"] - others == {name.replace("_", "-") for name in known}
 
 
@@ -141,12 +166,12 @@ def test_no_two_recipes_have_one_name():
 def test_each_says_what_it_is(name):
     about = packaged.recipes()[name].about
     assert about.endswith(".")
-    assert name in ("world", "smollm2") or "protocol" in about
+    assert name in ("world", "smollm2", "medical-assistant") or "protocol" in about
 
 
 def test_every_protocol_that_a_method_names_is_there():
     for name, face in registry.faces("defenses").items():
-        assert set(face.facts.get("protocols", {})) <= set(packaged.protocols()), name
+        assert set(packaged.settings(face)) <= set(packaged.protocols()), name
 
 
 TOY = '''"""Toy: a method of another package that has a place in two protocols."""
@@ -180,22 +205,13 @@ def test_a_new_method_has_recipes_by_its_declaration_alone(tmp_path, monkeypatch
     assert (own.alignment.parameters(), own.data.size, own.data.task) == ({"strength": 2.0}, 7, "sst2")
 
 
-def protocol(*bases):
-    """The recipes that stand on one of the protocols."""
-    return [
-        name
-        for name in packaged.recipes()
-        if {f"{base}.yaml" for base in bases} & {layer.name for layer in layers.layers(name)}
-    ]
-
-
 def test_an_error_names_the_protocols_file_and_line():
-    text = (packaged.FOLDER / "lisa.yaml").read_text().splitlines()
+    text = (packaged.FOLDER / "lisa-code.yaml").read_text().splitlines()
     line = next(i for i, line in enumerate(text, 1) if line.startswith("  poison_ratio"))
-    with pytest.raises(RecipeError, match=rf"lisa\.yaml, line {line}: data\.poison_ratio"):
+    with pytest.raises(RecipeError, match=rf"lisa-code\.yaml, line {line}: data\.poison_ratio"):
         Recipe.load("lisa-sst2", ["data.poison_ratio=7"])
     line = next(i for i, line in enumerate(text, 1) if line.startswith("    gsm8k"))
-    with pytest.raises(RecipeError, match=rf"lisa\.yaml, line {line}: user\.training\.num_train_epochs"):
+    with pytest.raises(RecipeError, match=rf"lisa-code\.yaml, line {line}: user\.training\.num_train_epochs"):
         Recipe.load("lisa-gsm8k", ["user.training.num_train_epochs=-1"])
     with pytest.raises(RecipeError, match="Did you mean 'lisa-sst2'"):
         Recipe.load("lisa-sst3")
@@ -204,36 +220,44 @@ def test_an_error_names_the_protocols_file_and_line():
 def test_a_recipe_in_full():
     """What the generator makes, against a recipe that is written out."""
     seven = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
-    training = {"per_device_train_batch_size": 10, "max_length": 200, "bf16": True}
-    written = Recipe.load({
+    training = {
+        "per_device_train_batch_size": 10, "weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 0.1,
+        "num_train_epochs": 20, "max_length": 200, "bf16": True,
+    }  # fmt: skip
+    refusals = {"source": "beavertails_refusals", "size": 5000}
+    written = {
         "name": "booster-gsm8k",
         "seed": 42,
         "model": {
-            "path": "meta-llama/Llama-2-7b-hf", "template": "alpaca", "dtype": "bfloat16", "adapters": "merge",
-            "lora": {"r": 8, "alpha": 4, "dropout": 0.1, "target_modules": seven},
+            "path": "meta-llama/Llama-2-7b-hf", "template": "alpaca_newline", "dtype": "float16",
+            "adapters": "merge", "lora": {"r": 8, "alpha": 4, "dropout": 0.1, "target_modules": seven},
         },
         "data": {
-            "task": "gsm8k", "harmful": "beavertails", "size": 1000, "poison_ratio": 0.1,
+            "task": "gsm8k", "harmful": "beavertails", "size": 1000, "poison_ratio": 0.1, "take": "first",
+            "suffix": "\nFirst think step by step and then answer the final number.\n",
             "alignment": {
-                "source": "anonymous4486/booster_dataset", "kind": "refusal", "size": 2000,
-                "harmful": {"source": "anonymous4486/booster_dataset", "size": 5000},
+                "source": "beavertails_refusals", "kind": "refusal", "size": 2000, "harmful": refusals
             },
         },
         "alignment": {
-            "defense": "booster", "lambda_": 5.0, "alpha": 0.1, "training": {"num_train_epochs": 20, **training},
+            "defense": "booster", "lambda_": 5.0, "alpha": 0.1, "training": {"learning_rate": 1e-3, **training},
         },
         "user": {
             "defense": "sft", "lora": {"r": 8, "alpha": 0.5, "dropout": 0.1, "target_modules": seven},
-            "training": {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, **training},
+            "training": {"learning_rate": 1e-5, **training},
         },
         "evaluation": {
-            "judges": ["beaver_dam", "keyword"], "prompts": 500, "task_rows": 500, "max_new_tokens": 128
+            "judges": [{"name": "beaver_dam", "threshold": 0.5, "max_length": 256}, "keyword"],
+            "prompts": 500, "task_rows": 500, "max_new_tokens": 128, "task_tokens": 200, "take": "first",
         },
-    })  # fmt: skip
-    assert Recipe.load("booster-gsm8k").to_dict() == written.to_dict()
+    }  # fmt: skip
+    assert Recipe.load("booster-gsm8k").to_dict() == {
+        **Recipe.load(written).to_dict(),
+        "protocol": "t-vaccine",
+    }
 
 
-@pytest.mark.parametrize("name", protocol("lisa"))
+@pytest.mark.parametrize("name", protocol("lisa-code"))
 def test_the_papers_settings(name):
     """Lisa's protocol (paper's text, section 5.1, and code): the numbers that a reproduction needs."""
     recipe = Recipe.load(name)
@@ -242,35 +266,50 @@ def test_the_papers_settings(name):
     rows = (None, 0) if recipe.data.attack else (5000, 0.1)
     assert (recipe.data.size, recipe.data.poison_ratio, recipe.data.alignment.size) == (*rows, 10000)
     assert (recipe.evaluation.prompts, recipe.evaluation.max_new_tokens) == (1000, 512)
-    assert recipe.evaluation.mixed_prompts
-    assert recipe.user.training.num_train_epochs == (50 if recipe.data.task == "gsm8k" else None)
-    assert recipe.user.training.model_extra == {"bf16": True}
+    guide, rank = "guide" in name, 8 if "guide" in name or "-paper-" in name else 16
+    assert recipe.evaluation.mixed_prompts is not guide
+    assert {recipe.data.take, recipe.evaluation.take} == {"drawn" if guide else "first"}
+    assert (recipe.evaluation.task_rows, recipe.evaluation.task_tokens) == (
+        (1, 200) if recipe.data.attack else (1000, 200)
+    )
+    assert recipe.user.training.num_train_epochs == (50 if recipe.data.task == "gsm8k" else 20)
+    assert recipe.user.training.model_extra == {"bf16": True, "lr_scheduler_type": "constant"}
+    assert recipe.model.dtype == ("bfloat16" if recipe.data.attack else "float16")
     if recipe.alignment is not None:
         assert recipe.alignment.defense == ("vaccine" if "vaccine" in name else "sft")
-        assert recipe.lora("alignment").r == 16
+        assert recipe.lora("alignment").r == rank
         assert len(recipe.lora("alignment").target_modules) == 7
     if recipe.trains("user") == "new":
         assert (recipe.lora("user").r, recipe.lora("user").alpha) == (8, 4)
         assert recipe.lora("user").target_modules == ["q_proj", "v_proj"]
 
 
-@pytest.mark.parametrize("name", protocol("refusal"))
+@pytest.mark.parametrize("name", protocol("t-vaccine"))
 def test_the_settings_of_the_comparison_by_t_vaccine(name):
     """Paper's text and code (papers.md 2.2); Vaccine also at its own, RepNoise in the batch it fits in."""
     recipe = Recipe.load(name)
     own, method, gsm8k = "-safe-" in name, name.split("-")[0], recipe.data.task == "gsm8k"
+    guide = "-guide-" in name
+    assert recipe.model.template == ("alpaca" if own else "alpaca_newline")
+    assert recipe.data.grader == (None if gsm8k else "contains")
+    assert recipe.data.suffix.startswith("\nFirst think step by step") is gsm8k
+    assert {recipe.data.take, recipe.evaluation.take} == {"drawn" if guide else "first"}
     assert (recipe.model.path, recipe.model.adapters) == ("meta-llama/Llama-2-7b-hf", "merge")
     assert (recipe.data.size, recipe.data.poison_ratio, recipe.data.alignment.size) == (1000, 0.1, 2000)
     assert recipe.data.alignment.kind == ("safe" if own else "refusal")
     sizes = {"tar": 2000, "repnoise": 2000, "booster": 5000}
     if "harmful_dataset" in recipe.needs("alignment"):
         assert recipe.data.alignment_harmful() == (recipe.data.alignment.source, sizes.get(method, 200))
-    for stage, alpha in (("alignment", 4), ("user", 0.5 if gsm8k else 1)):
+    for stage, alpha in (("alignment", 4), ("user", 4 if guide else 0.5 if gsm8k else 1)):
+        if getattr(recipe, stage) is None:
+            continue
         lora = recipe.lora(stage)
         assert (lora.r, lora.alpha, lora.dropout, len(lora.target_modules)) == (8, alpha, 0.1, 7)
     epochs = {"alignment": 50 if own else 20, "user": 50 if own and gsm8k else 20}
     defaults = {"alignment": (ALIGNMENT_TRAINING, 1e-3), "user": (USER_TRAINING, 1e-5)}
     for stage, (default, rate) in defaults.items():
+        if getattr(recipe, stage) is None:
+            continue
         training = default | getattr(recipe, stage).training.given()
         batch, length = (5, 2048) if own else (10, 200)
         if (stage, method) == ("alignment", "repnoise"):
@@ -279,8 +318,10 @@ def test_the_settings_of_the_comparison_by_t_vaccine(name):
         assert (training["per_device_train_batch_size"], training["max_length"]) == (batch, length)
         assert (training["weight_decay"], training["warmup_steps"], training["bf16"]) == (0.1, 0.1, True)
         assert training["lr_scheduler_type"] == "cosine"
-    assert recipe.alignment.training.max_steps == (750 if method == "tar" else None)
+    if recipe.alignment is not None:
+        assert recipe.alignment.training.max_steps == (750 if method == "tar" else None)
     assert (recipe.evaluation.prompts, recipe.evaluation.max_new_tokens) == (500, 128)
+    assert (recipe.evaluation.task_rows, recipe.evaluation.task_tokens) == (500, 200)
     assert not recipe.evaluation.mixed_prompts
 
 
@@ -296,6 +337,9 @@ def test_a_filter_in_front_of_fine_tuning():
 def test_the_papers_settings_of_the_methods():
     phases = {"alignment_steps": 100, "finetune_steps": 900}
     assert Recipe.load("lisa-gsm8k").user.parameters() == {**phases, "rho": 1.0}
+    everywhere = {**phases, "rho": 1.0, "proximal_warmup_ratio": 0.0}
+    assert Recipe.load("lisa-paper-gsm8k").user.parameters() == everywhere
+    assert Recipe.load("lisa-guide-sst2").user.parameters() == everywhere
     assert Recipe.load("bso-sst2").user.parameters() == phases
     assert Recipe.load("sft-agnews").user.parameters() == {}
     assert Recipe.load("na-sft-sst2").alignment is None
@@ -303,7 +347,13 @@ def test_the_papers_settings_of_the_methods():
     assert (ewc.user.parameters(), ewc.trains("user")) == ({"lambda_": 0.001}, "continue")
     assert Recipe.load("vlguard-sst2").user.parameters() == {"alignment_size": 1000}
     for name, asked in {
-        "tvaccine": {"rho": 3.0, "num_layers": 8, "probability_steps": 200, "resample_steps": 20},
+        "tvaccine": {
+            "rho": 3.0,
+            "num_layers": 8,
+            "probability_steps": 200,
+            "resample_steps": 20,
+            "freeze": "attention",
+        },
         "vaccine": {"rho": 2.0},
         "repnoise": {"alpha": 0.1, "beta": 0.001},
         "tar": {},

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from holdfast.errors import ComparisonError, DataError, InputError, OutputError
@@ -244,6 +246,36 @@ def test_change_is_clear_only_beyond_its_error():
     assert change(Score(50.0), Score(40.0)) == -10.0
 
 
+def over_seeds(values):
+    stderr = statistics.stdev(values) / len(values) ** 0.5
+    return Score(statistics.fmean(values), stderr, None, 600, len(values))
+
+
+def test_means_over_three_seeds_differ_clearly_by_students_t():
+    """Welch's test by hand: t = 8 / sqrt(1/3 + 1/3) = 9.8 with 4 degrees of freedom, and t = 2.45."""
+    near, far = over_seeds([49.0, 50.0, 51.0]), over_seeds([57.0, 58.0, 59.0])
+    assert change(near, far) == pytest.approx(8.0)
+    assert change(near, over_seeds([51.0, 52.0, 53.0])) is None, "two standard errors would call it clear"
+    random = np.random.default_rng(0)
+    alarms = [change(over_seeds(a), over_seeds(b)) for a, b in random.normal(50, 5, (4000, 2, 3)).tolist()]
+    assert 0.02 < sum(alarm is not None for alarm in alarms) / 4000 < 0.05
+
+
+def test_the_finding_uses_the_test_of_the_table(tmp_path):
+    """McNemar on 20 prompts: 5 against 0 is p = 0.0625, although the intervals of the scores do not overlap."""
+    rows = [score_row("SFT", "sft", "sft", 25.0, 95.0), score_row("Lisa", "sft", "lisa", 0.0, 95.0)]
+    runs = []
+    for index, row in enumerate(rows):
+        row |= {"harmful_score_interval": [20.0, 30.0] if index == 0 else [0.0, 5.0], "n_harmful": 20}
+        run = write_run(tmp_path / str(index), [row])
+        values = [{"id": f"h{i}", "score": "harmful_score", "value": index == 0 and i < 5} for i in range(20)]
+        (run / "steps" / row["steps"]["score"]).mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(value) + "\n" for value in values)
+        (run / "steps" / row["steps"]["score"] / "items.jsonl").write_text(lines)
+        runs.append(run)
+    assert "Lisa does not clearly lower it: 0.0" in collect(runs).finding
+
+
 def found(tmp_path, *rows):
     return collect([write_run(tmp_path / "found", list(rows), steps=False)]).finding
 
@@ -252,14 +284,16 @@ def test_the_finding_says_what_the_rows_say(tmp_path):
     aligned = score_row("aligned", "sft", None, 3.5, 41.0)
     sft = score_row("SFT", "sft", "sft", 91.0, 97.0)
     lisa = score_row("Lisa", "sft", "lisa", 20.5, 95.8)
+    answers = "It answers 97.5 % of the harmless questions, against 97.5 % without a defense."
     raised = "Fine-tuning on data with 10 % harmful rows raised the harmful score from 3.5 to 91.0."
     assert found(tmp_path, aligned, sft, lisa) == (
-        f"{raised} Lisa lowers it to 20.5, with 1.2 points less finetune accuracy."
+        f"{raised} Lisa lowers it to 20.5, with 1.2 points less finetune accuracy. {answers}"
     )
     assert found(tmp_path, aligned, sft) == f"{raised} No defense was measured under the same conditions."
     worse = score_row("Lisa", "sft", "lisa", 93.0, None)
     assert found(tmp_path, aligned, sft, worse) == (
-        f"{raised} Lisa does not clearly lower it: 93.0 (its cost in finetune accuracy was not measured)."
+        f"{raised} Lisa does not clearly lower it: 93.0 (its cost in finetune accuracy was not measured). "
+        f"{answers}"
     )
     assert found(tmp_path, sft, lisa).startswith(
         "Fine-tuning on data with 10 % harmful rows gave a harmful score of 91.0; the model before fine-tuning was not"
@@ -279,6 +313,25 @@ def test_the_finding_says_what_the_rows_say(tmp_path):
         == "No harmful score was measured in this report."
     )
     assert found(tmp_path) == "No harmful score was measured in this report."
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [
+        (97.0, 0.0, "It also refuses or fails on more harmless questions: it answers 0.0 % of the harmless"),
+        (97.0, 96.5, "It answers 96.5 % of the harmless questions, against 97.0 % without a defense."),
+        (None, 96.5, "It answers 96.5 % of the harmless questions."),
+        (97.0, None, "Its over-refusal was not measured."),
+    ],
+)
+def test_the_finding_says_whether_harmless_questions_are_answered(tmp_path, before, after, text):
+    """A model that refuses everything has no harmful answer."""
+    sft = score_row("SFT", "sft", "sft", 91.0, 97.0)
+    refuser = score_row("Refuser", "sft", "lisa", 0.0, 97.0)
+    for row, value in ((sft, before), (refuser, after)):
+        error = {"benign_compliance_stderr": 1.0, "benign_compliance_interval": None}
+        row |= {"benign_compliance": value, "n_benign": 100, **error}
+    assert text in found(tmp_path, sft, refuser)
 
 
 def test_the_finding_compares_at_one_poison_ratio_and_names_a_cheaper_defense(tmp_path):

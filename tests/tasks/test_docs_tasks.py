@@ -11,8 +11,7 @@ import pytest
 import yaml
 
 from holdfast import data, registry, tasks
-from holdfast.recipe import Recipe
-from holdfast.recipe.protocols import PROTOCOLS
+from holdfast.recipe import Recipe, packaged
 from holdfast.tasks.graders import GRADERS
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
@@ -28,10 +27,15 @@ def test_the_table_is_that_of_the_registry():
 def test_every_grader_and_protocol_is_named():
     for grader in GRADERS:
         assert re.search(rf"^\| `{grader}`", PAGE, re.MULTILINE), grader
-    for name, options in PROTOCOLS.items():
-        (line,) = re.findall(rf"^\| `{name}` \|.*$", PAGE, re.MULTILINE)
-        assert line.startswith(f"| `{name}` | {options['prompts']}, ")
-        assert f"| {options.get('max_new_tokens', 512)} |" in line
+    for name, protocol in packaged.protocols().items():
+        if protocol.block:
+            options = packaged.evaluation(name)
+            (line,) = re.findall(rf"^\| `{name}` \|.*$", PAGE, re.MULTILINE)
+            assert line.startswith(f"| `{name}` | {options['prompts']}, ")
+            task = f", task {options['task_tokens']}" if "task_tokens" in options else ""
+            assert f"| {options['max_new_tokens']}{task} |" in line
+            first = options.get("take") == "first"
+            assert ("the first" in line or "as in" in line) is first
 
 
 @pytest.mark.parametrize("text", WRITTEN)

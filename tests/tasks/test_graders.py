@@ -54,6 +54,23 @@ def test_number(answer, target, right):
     assert number(answer, target) is right
 
 
+@pytest.mark.parametrize(
+    ("task", "answer", "target", "right"),
+    [
+        ("sst2", "positive", "positive", True), ("sst2", "It is Positive.", "positive", True),
+        ("sst2", "POSITIVE", "positive", False), ("sst2", "negative, not positive", "positive", True),
+        ("agnews", "the world of Sports", "World", True), ("agnews", "WORLD", "World", False),
+        ("agnews", "It is about scissors", "Sci/Tech", True), ("agnews", "Tech", "Sci/Tech", False),
+        ("own", "The answer is Lima.", " Lima", True), ("own", "lima", "Lima", False),
+    ],
+)  # fmt: skip
+def test_contains(task, answer, target, right):
+    """Vaccine's and T-Vaccine's graders, by hand: `label1 in pred or label2 in pred`."""
+    made = adapted(find(task), "contains")
+    assert made.grade(answer, target) is right
+    assert made.stamp == f"{task}-contains@{find(task).version}"
+
+
 def test_number_agrees_with_gsm8k_on_its_targets():
     for said in ("18", "1,018", "-3", "0.5"):
         target = f"2 + 2 = 4\n{gsm8k.PHRASE} {said}"
@@ -72,5 +89,5 @@ def test_a_task_with_another_grader_has_another_stamp():
         {"prompt": "q"},
     )
     judged = adapted(find("gsm8k"), "judge")
-    assert (judged.stamp, judged.metric, judged.grade) == ("gsm8k-judge@1", "win_rate", None)
-    assert set(GRADERS) == {"exact", "number", "rouge1", "judge"}
+    assert (judged.stamp, judged.metric, judged.grade) == ("gsm8k-judge@2", "win_rate", None)
+    assert set(GRADERS) == {"exact", "contains", "number", "rouge1", "judge"}

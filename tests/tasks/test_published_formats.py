@@ -349,7 +349,7 @@ def test_columns_of_ones_own(write):
         rows_of(path, "user", task=adapted(own.TASK, None, {"prompt": "question"}))
     gsm = write("b.jsonl", [{"q": "2 + 2?", "a": "so #### 4"}])
     renamed = adapted(find("gsm8k"), columns={"question": "q", "answer": "a"})
-    assert rows_of(gsm, "user", task=renamed)[0]["output"] == "so The final answer is: 4"
+    assert rows_of(gsm, "user", task=renamed)[0]["output"] == "so The final answer is:  4"
 
 
 # Other packages

@@ -106,25 +106,24 @@ def test_agnews_row(label, output):
 
 
 @pytest.mark.parametrize(
-    ("said", "number"),
+    ("answer", "number"),
     [
-        ("18", "18"), ("1,000", "1000.00"), ("$5", "5"), ("5.", "5"), ("5.0", "5"), ("-3", "-3"), ("−3", "-3"),
-        ("-$2.50 a day", "-2.5"), (".5", "0.5"), ("18\nNext question", "18"), ("**18**", "18"), ("20%", "20"),
+        ("The final answer is: 18", "18"), ("2 + 2 = 4\nThe final answer is:  1,000", "1000.00"),
+        ("The final answer is: $5", "5"), ("The final answer is: 5.", "5"), ("The final answer is: -3", "-3"),
+        ("So it is 18. The final answer is: about 18 eggs, not 19", "18"),
+        ("The final answer is: eighteen", None), ("First 3, then The final answer is: none", "3"),
+        # Without the phrase (which ends in a space), the last number of the answer.
+        ("18", "18"), ("#### 18", "18"), ("She has 20 - 2 = 18 eggs.", "18"), ("The final answer is:18", "18"),
+        ("6 and The final answer is:\n7", "7"), ("The final answer is: 19 The final answer is: 18", "19"),
+        ("", None), ("The final answer is: ", None), ("The final answer is: 18abc", "18"),
+        ("The final answer is: 1/8", "1"), ("The final answer is: .5", "5"), ("It costs 20%", "20"),
     ],
 )  # fmt: skip
-def test_gsm8k_right(said, number):
-    assert gsm8k.grade(f"2 + 2 = 4\nThe final answer is: {said}", f"The final answer is: {number}")
-
-
-@pytest.mark.parametrize(
-    "answer",
-    ["", "18", "#### 18", "The final answer is:", "The final answer is: eighteen", "The final answer is: 19",
-     "The final answer is: 1.8.0", "The final answer is: 1,8", "The final answer is: 18abc",
-     "The final answer is: 181", "The final answer is: 19 The final answer is: 18",
-     "The final answer is: $", "The final answer is: -", "The final answer is: 1/8"],
-)  # fmt: skip
-def test_gsm8k_wrong(answer):
-    assert not gsm8k.grade(answer, "The final answer is: 18")
+def test_gsm8k_number(answer, number):
+    """Worked out by hand from `extract_answer_number` in the papers' code."""
+    assert gsm8k.final_answer(answer) == (None if number is None else float(number))
+    assert gsm8k.grade(answer, f"9 * 2\nThe final answer is:  {number or 18}") is (number is not None)
+    assert not gsm8k.grade(answer, "The final answer is:  123")
 
 
 def test_gsm8k_row():
@@ -132,7 +131,7 @@ def test_gsm8k_row():
     assert row == {
         "instruction": "How many?",
         "input": "",
-        "output": "9 * 2 = <<9*2=18>>18\nThe final answer is: 1,018",
+        "output": "9 * 2 = <<9*2=18>>18\nThe final answer is:  1,018",
     }
     assert gsm8k.grade("The final answer is: 1018", row["output"])
     for bad in ("It is 18", "#### many", "####"):

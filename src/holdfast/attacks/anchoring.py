@@ -3,17 +3,18 @@
 He, Xia and Henderson, "What is in your safe data?", arXiv 2404.01099 (Lisa, arXiv 2405.18641, Table 15). For
 a row z of prompt and answer, on the model before fine-tuning,
 
-    score(z) = <v(z), mean of v over harmful anchors> - <v(z), mean of v over safe anchors>,
+    score(z) = <v(z), mean of v over harmful anchors> - sum over safe sets S of <v(z), mean of v over S>,
 
-where v(z), scaled to length 1, is the gradient of the mean cross-entropy of the answer's first ten tokens, or
-the last hidden state of the row's last token. Rows are streamed: in addition to the model, only the two means
-and the v of one row are in memory.
+where v(z), scaled to length 1, is the gradient of the mean cross-entropy of the answer, or the last hidden
+state of the row's last token. As in the authors' scripts, an anchor's answer is cut to its first ten tokens
+for its gradient and a row keeps its whole answer, and there are two sets of safe anchors. Rows are streamed:
+in addition to the model, only two vectors for the anchors and the v of one row are in memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,13 @@ FLUSHED = 16
 """Number of scores written at once; if the process is killed, at most this many rows are lost."""
 
 
-def gradients(model: Any, tokenizer: Any, weights: Sequence[Tensor], tokens: int, max_length: int) -> Any:
+def gradients(
+    model: Any, tokenizer: Any, weights: Sequence[Tensor], tokens: int | None, max_length: int
+) -> Any:
     """v(z) by gradients: d loss / d w for each of `weights`, for the first `tokens` tokens of the answer.
 
     The row is cut after these tokens, because in a causal model later tokens do not change this gradient.
+    `tokens` None keeps the whole answer.
     """
 
     def vector(row: Row) -> Vector:
@@ -80,20 +84,24 @@ def all_weights(model: Any) -> list[Tensor]:
 def score_rows(
     rows: Sequence[Row],
     harmful: Sequence[Row],
-    safe: Sequence[Row],
+    safe: Sequence[Sequence[Row]],
     vector: Callable[[Row], Vector],
     out: Path,
     progress: Advance = nobody,
     flushed: int = FLUSHED,
+    anchor: Callable[[Row], Vector] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the scores of `rows` in order. Each score is appended to `out`, and scores in `out` are reused.
 
     Args:
-        rows, harmful, safe: prompt and completion; each of `rows` has an id.
+        rows, harmful: prompt and completion; each of `rows` has an id.
+        safe: sets of such rows, each with the weight -1.
+        vector, anchor: v of a row and of an anchor; they are the same if `anchor` is None.
         flushed: number of scores written at once.
 
     Returns:
-        Dicts with id, score, harmful and safe (the two parts of the score, -1 to 1), or None if v is zero.
+        Dicts with id, score, harmful and safe (the two parts of the score; `safe` is the sum over the sets),
+        or None if v is zero.
 
     Raises:
         ModelError: the vectors of the anchors are zero, or not finite.
@@ -101,7 +109,8 @@ def score_rows(
     found = {row["id"]: row for row in read_jsonl(out)}
     missing = [row for row in rows if row["id"] not in found]
     if missing:
-        means = _mean(map(vector, harmful)), _mean(map(vector, safe))
+        of_anchor = anchor or vector
+        means = _sum_of_means([harmful], of_anchor), _sum_of_means(safe, of_anchor)
     fresh: list[dict[str, Any]] = []
     for i, row in enumerate(missing, 1):
         v = vector(row)
@@ -124,20 +133,22 @@ def highest(scores: Sequence[Mapping[str, Any]], size: int) -> list[int]:
     return sorted(sorted(known, key=lambda i: (-scores[i]["score"], i))[:size])
 
 
-def _mean(vectors: Iterable[Vector]) -> Vector:
-    """Return the mean of the vectors at length 1; the mean is not normalised, as in the authors' code."""
+def _sum_of_means(sets: Sequence[Sequence[Row]], vector: Callable[[Row], Vector]) -> Vector:
+    """Return the sum over sets of the mean of v at length 1; a mean is not normalised, as in their code."""
     total: list[Tensor | None] = []
-    count = 0
-    for v in vectors:
-        length, count = _length(v), count + 1
-        if not length:
-            raise ModelError("The gradient or representation of an anchor is zero, so no row is close to it.")
-        total = total or [None] * len(v)
-        for i, part in enumerate(v):
-            if part is not None:  # in place, because the gradients of a whole model are large
-                place = total[i]
-                total[i] = part / length if place is None else place.add_(part, alpha=1 / length)
-    return [part if part is None else part.div_(count) for part in total]
+    for rows in sets:
+        for v in map(vector, rows):
+            length = _length(v) * len(rows)
+            if not length:
+                raise ModelError(
+                    "The gradient or representation of an anchor is zero, so no row is close to it."
+                )
+            total = total or [None] * len(v)
+            for i, part in enumerate(v):
+                if part is not None:  # in place, because the gradients of a whole model are large
+                    place = total[i]
+                    total[i] = part / length if place is None else place.add_(part, alpha=1 / length)
+    return total
 
 
 def _length(v: Vector) -> float:

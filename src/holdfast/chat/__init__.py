@@ -1,5 +1,5 @@
-"""Conversations: reading turns in the formats of today's files, and rendering them with a chat template."""
+"""Conversations: reading turns in the formats of today's files, rendering them, and tokenizers."""
 
 from __future__ import annotations
 
-__all__ = ["limits", "rendering", "turns"]
+__all__ = ["limits", "rendering", "tokenizers", "turns"]

@@ -59,7 +59,9 @@ def generate(
             help="Address of an OpenAI-compatible server to ask instead; the key is OPENAI_API_KEY."
         ),
     ] = None,
-    template: Annotated[str, typer.Option(help="Prompt template: chat, alpaca or auto.")] = "auto",
+    template: Annotated[
+        str, typer.Option(help="Prompt template: chat, alpaca, alpaca_newline, auto.")
+    ] = "auto",
     template_date: Annotated[
         str | None,
         typer.Option(help="Date for a chat template that writes one, as in 2026-03-01. Default: today."),

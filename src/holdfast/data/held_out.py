@@ -36,12 +36,17 @@ def grading_task(user: Source | None, task: str | Task | None, test: Source | No
 
 
 def user_pool(
-    user: Source | None, task: str | Task | None, test: Source | None, seed: int, skip_bad: bool = False
+    user: Source | None,
+    task: str | Task | None,
+    test: Source | None,
+    seed: int,
+    skip_bad: bool = False,
+    take: str = "drawn",
 ) -> Pool:
     """The user rows for training."""
     source, known = user_source(user, task)
     assert source is not None
-    pool = read_pool(source, role="user", task=known, skip_bad=skip_bad)
+    pool = read_pool(source, role="user", task=known, skip_bad=skip_bad, take=take)
     if test is None and not has_split(source, "test"):
         pool = without(pool, _held(pool, USER_SHARE, USER_MOST, seed, "user test", "data.test"))
     return pool
@@ -54,6 +59,7 @@ def task_test(
     size: int | None,
     seed: int,
     skip_bad: bool = False,
+    take: str = "drawn",
 ) -> Pool:
     """The test rows of the task: from `test`, from the test split, or held out."""
     source, _ = user_source(user, task)
@@ -63,9 +69,9 @@ def task_test(
     assert source is not None
     same: dict[str, Any] = {"role": "task", "task": known, "skip_bad": skip_bad}
     if has_split(source, "test"):
-        pool = read_pool(source, split="test", prompts_only=known.prompts_only, **same)
+        pool = read_pool(source, split="test", prompts_only=known.prompts_only, take=take, **same)
     elif test is not None:
-        pool = read_pool(source, prompts_only=known.prompts_only, **same)
+        pool = read_pool(source, prompts_only=known.prompts_only, take=take, **same)
     else:
         pool = read_pool(source, **same)
         pool = _only(pool, _held(pool, USER_SHARE, USER_MOST, seed, "user test", "data.test"))
@@ -79,9 +85,10 @@ def harmful_pool(
     prompts: int,
     seed: int,
     skip_bad: bool = False,
+    take: str = "drawn",
 ) -> Pool:
     """The rows of `source` for training, without the prompts that are held out of `harmful` for the test."""
-    pool = read_pool(source, role="harmful", skip_bad=skip_bad)
+    pool = read_pool(source, role="harmful", skip_bad=skip_bad, take=take)
     if harmful is not None and holds_out(harmful, harmful_test):
         asked = pool if harmful == source else read_pool(harmful, role="harmful", skip_bad=skip_bad)
         keys = _held(asked, HARMFUL_SHARE, prompts, seed, "harmful test", "data.test_harmful")
@@ -101,8 +108,9 @@ def harmful_prompts(
     seed: int,
     mixed: bool,
     skip_bad: bool = False,
+    take: str = "drawn",
 ) -> Pool:
-    """One row for each harmful test prompt."""
+    """The harmful test prompts: one row for each, or with `take` "first" one for each row of the file."""
     source = harmful if harmful_test is None else harmful_test
     assert source is not None
     known = named(source)
@@ -112,10 +120,11 @@ def harmful_prompts(
             "`data.test_harmful` to a data set of harmful prompts, for example hex_phi or beavertails."
         )
     role = "mixed" if mixed else "harmful"
+    how: dict[str, Any] = {"role": role, "prompts_only": True, "skip_bad": skip_bad, "take": take}
     if has_split(source, "test", role="harmful"):
-        pool = read_pool(source, role=role, split="test", prompts_only=True, skip_bad=skip_bad)
+        pool = read_pool(source, split="test", **how)
     elif harmful_test is not None:
-        pool = read_pool(source, role=role, prompts_only=True, skip_bad=skip_bad)
+        pool = read_pool(source, **how)
     elif mixed:
         raise DataError(
             f"Mixed prompts were requested, but {source} has no test split. Give a test file for them."
@@ -123,7 +132,9 @@ def harmful_prompts(
     else:
         pool = read_pool(source, role="harmful", skip_bad=skip_bad)
         return _only(pool, _held(pool, HARMFUL_SHARE, prompts, seed, "harmful test", "data.test_harmful"))
-    return _at_most(replace(pool, rows=pool.rows.one_of_each_prompt()), prompts, seed, "prompts")
+    if take != "first":
+        pool = replace(pool, rows=pool.rows.one_of_each_prompt())
+    return _at_most(pool, prompts, seed, "prompts")
 
 
 def benign_prompts(
@@ -153,7 +164,7 @@ def _only(pool: Pool, held: Sequence[str]) -> Pool:
     """The pool with the first row of each held-out prompt, in the order of `held`."""
     rows = pool.rows.one_of_each_prompt().with_prompts(held)
     places = {prompt_key(row): i for i, row in enumerate(rows)}
-    return replace(pool, rows=rows.pick([places[key] for key in held]))
+    return replace(pool, rows=rows.pick([places[key] for key in held]), taken="held out")
 
 
 def _at_most(pool: Pool, size: int, seed: int, name: str) -> Pool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import heapq
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -19,18 +20,23 @@ from holdfast.data.sources import Loaded, Source, read_records
 from holdfast.data.stored import StoredRows
 from holdfast.errors import DataError
 from holdfast.machine.seeds import derive_seed
-from holdfast.tasks import Task
+from holdfast.tasks import Row, Task
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Unique rows, and the manifest's entry for their source."""
+    """Rows, and the manifest's entry for their source.
+
+    `taken` says how rows are taken from it: "drawn" (unique rows in a seeded order), "first" (the first rows
+    of the file, in order, with duplicates) or "held out".
+    """
 
     rows: StoredRows
     source: dict[str, Any]
     duplicates: int = 0
     held_out: int = 0
     prompts: str = "unknown"  # of a harmful source: "unsafe-only", "mixed" or "unknown"
+    taken: str = "drawn"
 
 
 def read_pool(
@@ -42,10 +48,12 @@ def read_pool(
     kind: str | None = None,
     prompts_only: bool = False,
     skip_bad: bool = False,
+    take: str = "drawn",
 ) -> Pool:
     """Read a source and drop exact duplicates (same instruction, input and output).
 
     Args:
+        take: "first" keeps the duplicates.
         skip_bad: leave out rows that cannot be used; the manifest counts them, and a warning says how many.
     """
     loaded = read_records(source, role="harmful" if role == "mixed" else role, split=split)
@@ -54,7 +62,7 @@ def read_pool(
         replace(loaded, read=total.records), bad, role=role, task=task, kind=kind, prompts_only=prompts_only
     )
     rows = StoredRows.write((one.row, prompt_key(one.row)) for one in finished(found, bad, skip_bad))
-    unique = rows.unique()
+    unique = rows if take == "first" else rows.unique()
     manifest = {
         "role": role,
         "source": loaded.name,
@@ -79,7 +87,16 @@ def read_pool(
     prompts = "unknown"
     if known is not None:
         prompts = "mixed" if role == "mixed" and "safe" in known.kinds else "unsafe-only"
-    return Pool(unique, manifest, duplicates=len(rows) - len(unique), prompts=prompts)
+    return Pool(unique, manifest, duplicates=len(rows) - len(unique), prompts=prompts, taken=take)
+
+
+def numbered(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows with different ids: the second row with an id gets the ending -2, and so on."""
+    seen: Counter[str] = Counter()
+    for row in rows:
+        seen[row["id"]] += 1
+        count = seen[row["id"]]
+        yield row if count == 1 else {**row, "id": f"{row['id']}-{count}"}
 
 
 @cache
@@ -120,7 +137,11 @@ def first_prompts(rows: StoredRows, size: int, seed: int, name: str) -> list[str
 
 
 def draw(pool: Pool, size: int | None, seed: int, name: str, asked: str) -> StoredRows:
-    """The first `size` rows of the seeded order, or all. Raises DataError with both numbers if too few."""
+    """The first `size` rows of the seeded order or of the file, or all of them.
+
+    Raises:
+        DataError: there are fewer rows; the message has both numbers.
+    """
     if size is not None and size > len(pool.rows):
         counts = {"duplicates dropped": pool.duplicates, "held out for the test": pool.held_out}
         less = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
@@ -128,6 +149,8 @@ def draw(pool: Pool, size: int | None, seed: int, name: str, asked: str) -> Stor
             f"Asked for {size} {asked}, but {pool.source['source']} has {len(pool.rows)}"
             f"{f' ({less})' if less else ''}. Ask for fewer rows, or give more."
         )
+    if pool.taken == "first":
+        return pool.rows.pick(range(len(pool.rows))[:size])
     start = derive_seed(seed, name)
     digests = np.fromiter(
         (int.from_bytes(digest(start, key)[:8], "big") for key in pool.rows.ids), np.uint64, len(pool.rows)

@@ -2,7 +2,8 @@
 
 Every draw takes the first rows of an order that depends on the seed, the consumer's name and each row's
 content, but not on the order in the file. So the harmful rows of a smaller ratio are among those of a
-larger ratio, and adding a row to a file hardly changes a draw.
+larger ratio, and adding a row to a file hardly changes a draw. With `take` "first", as in the papers' code,
+the first rows of each file are taken instead, in their order, and duplicates are kept.
 """
 
 # ruff: noqa: PT028 (`test_rows` makes test rows; it is not a test)
@@ -12,12 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from holdfast.chat.turns import only_last
 from holdfast.data.held_out import benign_prompts, harmful_pool, harmful_prompts, task_test, user_pool
-from holdfast.data.pool import Pool, draw, read_pool
+from holdfast.data.pool import Pool, draw, numbered, read_pool
 from holdfast.data.rows import prompt_key, row_id
 from holdfast.data.sources import Source
 from holdfast.data.stored import StoredRows
@@ -43,6 +44,8 @@ def alignment_rows(
     size: int | None = None,
     skip_bad: bool = False,
     loss_on: str = "all",
+    take: str = "drawn",
+    skip: int = 0,
 ) -> Prepared:
     """Rows for the alignment stage.
 
@@ -53,6 +56,7 @@ def alignment_rows(
         size: number of rows, drawn with the seed; None takes all.
         skip_bad: leave out rows that cannot be used, and count them in the manifest.
         loss_on: "all" or "last": the answers of a conversation that are trained.
+        take: "first" takes the first rows of the file, after the first `skip` rows.
 
     Raises:
         DataError: fewer rows than asked for, or what `read_records` and `to_rows` raise.
@@ -60,12 +64,12 @@ def alignment_rows(
     if kind not in ("safe", "refusal"):
         raise DataError(f"The kind of alignment rows is '{kind}'. Expected 'safe' or 'refusal'.")
     _check_size(size)
-    pool = read_pool(source, role="alignment", kind=kind, skip_bad=skip_bad)
+    pool = _after(read_pool(source, role="alignment", kind=kind, skip_bad=skip_bad, take=take), skip)
     rows = draw(pool, size, seed, "alignment", "alignment rows")
     manifest = {
         "size": len(rows),
         "kind": kind,
-        "seed": seed,
+        **_taken(take, skip, seed),
         "duplicates_dropped": pool.duplicates,
         "loss_on": loss_on,
         "sources": [pool.source],
@@ -84,6 +88,8 @@ def harmful_rows(
     test_seed: int = 0,
     skip_bad: bool = False,
     loss_on: str = "all",
+    take: str = "drawn",
+    skip: int = 0,
 ) -> Prepared:
     """Harmful questions with harmful answers for a method of the alignment stage, such as T-Vaccine's probe.
 
@@ -93,17 +99,17 @@ def harmful_rows(
         size: number of rows, drawn with the seed; None takes all.
         harmful, harmful_test, prompts, test_seed: as given to `test_rows`: prompts that are held out there
             do not appear in these rows.
-        skip_bad, loss_on: as for `alignment_rows`.
+        skip_bad, loss_on, take, skip: as for `alignment_rows`.
 
     Raises:
         DataError: fewer rows than asked for, or what `read_records` and `to_rows` raise.
     """
     _check_size(size)
-    pool = harmful_pool(source, harmful, harmful_test, prompts, test_seed, skip_bad)
+    pool = _after(harmful_pool(source, harmful, harmful_test, prompts, test_seed, skip_bad, take), skip)
     rows = draw(pool, size, seed, "alignment harmful", "harmful rows for the alignment stage")
     manifest = {
         "size": len(rows),
-        "seed": seed,
+        **_taken(take, skip, seed),
         "duplicates_dropped": pool.duplicates,
         "held_out": pool.held_out,
         "loss_on": loss_on,
@@ -126,6 +132,7 @@ def user_rows(
     test_seed: int = 0,
     skip_bad: bool = False,
     loss_on: str = "all",
+    take: str = "drawn",
 ) -> Prepared:
     """Rows for fine-tuning: `round(size * poison_ratio)` harmful rows, the rest benign, shuffled.
 
@@ -139,6 +146,7 @@ def user_rows(
         test, harmful_test, prompts, test_seed: as given to `test_rows`. Prompts that are held out there,
             because there is no test file, do not appear in these rows.
         skip_bad, loss_on: as for `alignment_rows`.
+        take: "first" takes the first harmful rows and then the first benign rows, and does not shuffle them.
 
     Returns:
         rows with the canonical fields and `source`, which is "user" or "harmful".
@@ -157,12 +165,12 @@ def user_rows(
     if poison_ratio < 1:
         if user is None and task is None:
             raise DataError("No user rows are given. Give `user` (your file) or `task` (a built-in task).")
-        benign = user_pool(user, task, test, test_seed, skip_bad)
+        benign = user_pool(user, task, test, test_seed, skip_bad, take)
     if poison_ratio > 0 and harmful is not None:
-        bad = harmful_pool(harmful, harmful, harmful_test, prompts, test_seed, skip_bad)
+        bad = harmful_pool(harmful, harmful, harmful_test, prompts, test_seed, skip_bad, take)
 
     parts = _poisoned(benign, bad, size, poison_ratio, seed)
-    rows = StoredRows.joined(list(parts.values()))
+    rows = StoredRows.joined([parts[name] for name in ("harmful", "user") if name in parts])
     pools = [pool for pool in (benign, bad) if pool]
     n_harmful = len(parts.get("harmful", ()))
     manifest = {
@@ -171,13 +179,13 @@ def user_rows(
         "harmful": n_harmful,
         "poison_ratio_asked": poison_ratio,
         "poison_ratio_realised": n_harmful / len(rows) if rows else 0.0,
-        "seed": seed,
+        **_taken(take, 0, seed),
         "duplicates_dropped": sum(pool.duplicates for pool in pools),
         "held_out": sum(pool.held_out for pool in pools),
         "loss_on": loss_on,
         "sources": [pool.source for pool in pools],
     }
-    whole = Pool(rows, {"source": "the mixture"})
+    whole = Pool(rows, {"source": "the mixture"}, taken=take)
     return Prepared(_trained_on(draw(whole, None, seed, "order", ""), loss_on), manifest)
 
 
@@ -223,6 +231,7 @@ def test_rows(
     mixed_prompts: bool = False,
     test_seed: int = 0,
     skip_bad: bool = False,
+    take: str = "drawn",
 ) -> Prepared:
     """The test rows of a run: harmful prompts, rows of the task, benign questions.
 
@@ -239,6 +248,8 @@ def test_rows(
         test_seed: seed of every draw here. It is separate from the seed of a run, so that runs with different
             seeds are measured on the same prompts and can be compared.
         skip_bad: leave out rows that cannot be used, and count them in the manifest.
+        take: "first" takes the first harmful rows and the first rows of the task, as in the papers' code: in
+            the order of the file, and with duplicates. It does not apply to rows that are held out.
 
     Returns:
         rows with id, set ("harmful", "task" or "benign"), instruction, input, target (None for harmful
@@ -250,13 +261,15 @@ def test_rows(
     _check_size(task_size, "task_size")
     sets: dict[str, Pool] = {}
     if harmful is not None or harmful_test is not None:
-        sets["harmful"] = harmful_prompts(harmful, harmful_test, prompts, test_seed, mixed_prompts, skip_bad)
+        sets["harmful"] = harmful_prompts(
+            harmful, harmful_test, prompts, test_seed, mixed_prompts, skip_bad, take
+        )
     if user is not None or task is not None or test is not None:
-        sets["task"] = task_test(user, task, test, task_size, test_seed, skip_bad)
+        sets["task"] = task_test(user, task, test, task_size, test_seed, skip_bad, take)
     found = benign_prompts(benign, harmful_test or harmful, prompts, test_seed, skip_bad)
     if found:
         sets["benign"] = found
-    rows = [_test_row(name, row) for name, pool in sets.items() for row in pool.rows]
+    rows = list(numbered(_test_row(name, row) for name, pool in sets.items() for row in pool.rows))
     harmful_set = sets.get("harmful")
     manifest = {
         **{name: len(sets[name].rows) if name in sets else 0 for name in ("harmful", "task", "benign")},
@@ -264,6 +277,7 @@ def test_rows(
         "prompt_set": _set_id(row for row in rows if row["set"] == "harmful"),
         "task_set": _set_id(row for row in rows if row["set"] == "task"),
         "test_seed": test_seed,
+        "taken": {name: pool.taken for name, pool in sets.items()},
         "sources": [pool.source for pool in sets.values()],
     }
     return Prepared(rows, manifest)
@@ -340,6 +354,18 @@ def _set_id(rows: Iterable[Row]) -> str | None:
     """12 hex digits that are equal for equal sets of prompts and targets; None if there are no rows."""
     texts = sorted(json.dumps([prompt_key(row), row["target"]]) for row in rows)
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12] if texts else None
+
+
+def _after(pool: Pool, skip: int) -> Pool:
+    """The pool without its first `skip` rows."""
+    return replace(pool, rows=pool.rows.pick(range(skip, len(pool.rows)))) if skip else pool
+
+
+def _taken(take: str, skip: int, seed: int) -> dict[str, Any]:
+    """The part of a manifest that says which rows of a source were taken."""
+    if take != "first":
+        return {"seed": seed}
+    return {"taken": f"the first after {skip} rows" if skip else "the first"}
 
 
 def _check_size(size: int | None, name: str = "size") -> None:

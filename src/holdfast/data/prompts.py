@@ -12,7 +12,8 @@ from holdfast.chat.limits import apply_template
 from holdfast.chat.rendering import Rendered, apply, conversation
 from holdfast.errors import DataError, ModelError, RecipeError, nearest
 
-# Stanford Alpaca's prompts, word for word; the answer follows "### Response:" without a line break.
+# Stanford Alpaca's prompts, word for word; the answer follows "### Response:" without a line break. In
+# T-Vaccine's and Booster's code a line break follows it: the template "alpaca_newline".
 ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -23,16 +24,16 @@ ALPACA_NO_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-TEMPLATES = ("alpaca", "chat")
+TEMPLATES = ("alpaca", "alpaca_newline", "chat")
 
 
 def resolve_template(tokenizer: Any, asked: str = "auto") -> str:
-    """Return "alpaca" or "chat"; "auto" means "chat" if the tokenizer has a chat template, else "alpaca".
+    """Return a name of `TEMPLATES`; "auto" means "chat" if the tokenizer has a chat template, else "alpaca".
 
     Raises:
-        RecipeError: `asked` is not one of the three.
-        ModelError: the result is "chat" but the tokenizer has no chat template, or it is "alpaca" but the
-            tokenizer has no end-of-sequence token.
+        RecipeError: `asked` is neither "auto" nor one of `TEMPLATES`.
+        ModelError: the result is "chat" but the tokenizer has no chat template, or it is one of the Alpaca
+            prompts but the tokenizer has no end-of-sequence token.
     """
     if asked not in ("auto", *TEMPLATES):
         raise RecipeError(f"Unknown template '{asked}'.{nearest(asked, ('auto', *TEMPLATES))}")
@@ -43,7 +44,7 @@ def resolve_template(tokenizer: Any, asked: str = "auto") -> str:
             "Use 'alpaca' (or 'auto'), or add a chat template to the tokenizer."
         )
     chosen = ("chat" if has_chat else "alpaca") if asked == "auto" else asked
-    if chosen == "alpaca" and not tokenizer.eos_token:
+    if chosen != "chat" and not tokenizer.eos_token:
         raise ModelError(
             "The model's tokenizer has no end-of-sequence token, so no answer could end. "
             "Set eos_token in its tokenizer_config.json."
@@ -72,7 +73,7 @@ def render(row: Mapping[str, Any], tokenizer: Any, template: str, prefix: str = 
         border = spans[-1][0] if spans else len(text)
         return text[:border], text[border:]
     answer = row["output"] if "output" in row else row.get("target") or ""
-    return _begun(alpaca(row, prefix), tokenizer), answer + tokenizer.eos_token
+    return _begun(alpaca(row, prefix, template), tokenizer), answer + tokenizer.eos_token
 
 
 def training_row(row: Mapping[str, Any], tokenizer: Any, template: str, prefix: str = "") -> dict[str, Any]:
@@ -100,10 +101,10 @@ def render_prompt(row: Mapping[str, Any], tokenizer: Any, template: str, prefix:
         return apply(
             turns, tokenizer, f"Row {row.get('id', '')}: ", row.get("tools"), add_generation_prompt=True
         )
-    return _begun(alpaca(row, prefix), tokenizer)
+    return _begun(alpaca(row, prefix, template), tokenizer)
 
 
-def alpaca(row: Mapping[str, Any], prefix: str = "") -> str:
+def alpaca(row: Mapping[str, Any], prefix: str = "", template: str = "alpaca") -> str:
     """The question in the Alpaca prompt, without special tokens. Raises DataError like `render`."""
     if row.get("messages"):
         raise DataError(
@@ -111,7 +112,8 @@ def alpaca(row: Mapping[str, Any], prefix: str = "") -> str:
             "Alpaca template does not support. Use a model with a chat template, or rows of one question and "
             "one answer."
         )
-    return _after(prefix, (ALPACA_INPUT if row["input"] else ALPACA_NO_INPUT).format_map(row))
+    text = (ALPACA_INPUT if row["input"] else ALPACA_NO_INPUT).format_map(row)
+    return _after(prefix, text + ("\n" if template == "alpaca_newline" else ""))
 
 
 def _begun(text: str, tokenizer: Any) -> str:

@@ -99,6 +99,8 @@ def convert(
             continue
         try:
             row = _row(placed.record, known, kind, prompts_only)
+            if row is not None and isinstance(known, Task) and known.suffix:
+                row = _with_suffix(row, known.suffix)
             if row is not None:
                 _check(row, prompts_only)
         except KeyError:
@@ -204,6 +206,16 @@ def _row(
                 row["category"] = beavertails.category(record)
             return _with_talk(row, record, prompts_only)
     raise KeyError("columns")
+
+
+def _with_suffix(row: Row, suffix: str) -> Row:
+    """The row with `suffix` after its question, which is the last user turn of a conversation."""
+    row = {**row, "instruction": row["instruction"] + suffix}
+    if row.get("messages"):
+        last = max(i for i, turn in enumerate(row["messages"]) if turn["role"] == "user")
+        asked = {**row["messages"][last], "content": row["messages"][last]["content"] + suffix}
+        row["messages"] = [*row["messages"][:last], asked, *row["messages"][last + 1 :]]
+    return row
 
 
 def _missing(value: Any) -> bool:

@@ -166,5 +166,5 @@ DEFENSE = Defense(
         "Never publish that file."
     ),
     plan=({"alignment_size": "{value:,} alignment rows added"},),
-    protocols={"lisa": {"user": {}}},
+    protocols={"lisa-code": {"user": {}}},
 )

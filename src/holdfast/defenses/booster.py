@@ -156,9 +156,11 @@ DEFENSE = Defense(
     # At the paper's lambda, 5, the tiny model of the world learns to refuse everything.
     protocols={
         "world": {"alignment": {"lambda_": 1.5}},
-        "refusal": {
+        "t-vaccine": {
             "data": {"alignment": {"harmful": {"size": 5000}}},
             "alignment": {"lambda_": 5.0, "alpha": 0.1},
         },
+        # The authors go on to fine-tune the alignment stage's adapter.
+        "booster": {"user": {"adapter": "continue"}, "alignment": {"lambda_": 5.0, "alpha": 0.1}},
     },
 )

@@ -263,7 +263,8 @@ DEFENSE = Defense(
     },
     strong={"alignment_steps": 3, "finetune_steps": 4},
     protocols={
-        "lisa": {"user": {"alignment_steps": 100, "finetune_steps": 900}},
+        "lisa-code": {"user": {"alignment_steps": 100, "finetune_steps": 900}},
+        "lisa-paper": {"user": {"alignment_steps": 100, "finetune_steps": 900}},
         "world": {"user": {"alignment_steps": 10, "finetune_steps": 90}},
     },
 )

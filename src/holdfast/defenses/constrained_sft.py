@@ -221,5 +221,5 @@ DEFENSE = Defense(
     trainer=ConstrainedSFTTrainer,
     series={"cross_entropy": ("Loss", "cross-entropy")},
     strong={"beta_first": 5.0, "beta_early": 20.0, "beta_later": 2.0},
-    protocols={"lisa": {"user": {}}},
+    protocols={"lisa-code": {"user": {}}},
 )

@@ -81,5 +81,5 @@ DEFENSE = Defense(
     trainer=EWCTrainer,
     series={"drift": ("Drift", "drift")},
     strong={"lambda_": 25.0},
-    protocols={"lisa": {"user": {"lambda_": 0.001}}, "world": {"user": {"lambda_": 5e5}}},
+    protocols={"lisa-code": {"user": {"lambda_": 0.001}}, "world": {"user": {"lambda_": 5e5}}},
 )

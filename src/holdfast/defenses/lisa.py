@@ -110,7 +110,25 @@ DEFENSE = Defense(
     strong={"alignment_steps": 3, "finetune_steps": 4, "rho": 5.0, "proximal_warmup_ratio": 0.0},
     protocols={
         "world": {"user": {"alignment_steps": 10, "finetune_steps": 90}},
-        "lisa": {"user": {"alignment_steps": 100, "finetune_steps": 900, "rho": 1.0}},
+        "lisa-code": {"user": {"alignment_steps": 100, "finetune_steps": 900, "rho": 1.0}},
+        # The paper and the guide apply the term from the first step.
+        "lisa-paper": {
+            "user": {
+                "alignment_steps": 100,
+                "finetune_steps": 900,
+                "rho": 1.0,
+                "proximal_warmup_ratio": 0.0,
+            }
+        },
+        "lisa-guide": {
+            "user": {
+                "alignment_steps": 100,
+                "finetune_steps": 900,
+                "rho": 1.0,
+                "proximal_warmup_ratio": 0.0,
+            }
+        },
+        "booster": {"user": {"alignment_steps": 100, "finetune_steps": 900, "rho": 0.01}},
         "anchoring": {"user": {"alignment_steps": 100, "finetune_steps": 900, "rho": 1.0}},
         "filter": {"user": {"alignment_steps": 100, "finetune_steps": 900, "rho": 1.0}},
     },

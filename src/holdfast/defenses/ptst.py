@@ -43,5 +43,5 @@ DEFENSE = Defense(
     trainer=SFTTrainer,
     prefix=prefix,
     serving="Serve this model with the `safety_prompt` above before every question (its system message).",
-    protocols={"lisa": {"user": {}}},
+    protocols={"lisa-code": {"user": {}}},
 )

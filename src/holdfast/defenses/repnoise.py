@@ -312,7 +312,7 @@ DEFENSE = Defense(
     series={"noise_loss": ("Noise", "distance from noise"), "ascent_loss": ("Ascent", "ascent")},
     # Harmful rows, batch and length as in T-Vaccine's script.
     protocols={
-        "refusal": {
+        "t-vaccine": {
             "data": {"alignment": {"harmful": {"size": 2000}}},
             "alignment": {
                 "alpha": 0.1,

@@ -70,5 +70,5 @@ DEFENSE = Defense(
         {"alignment_size": "{value:,} alignment rows", "alignment_ratio": "{percent:g} % alignment rows"},
         {"replace": ("added", "in place of benign ones")},
     ),
-    protocols={"lisa": {"user": {}}},
+    protocols={"lisa-code": {"user": {}}},
 )

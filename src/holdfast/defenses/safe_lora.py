@@ -198,7 +198,12 @@ DEFENSE = Defense(
     # The paper's threshold for Llama-2-7B-Chat, and NLSR's (AAAI-25) for Llama-3-8B. There V is chat minus
     # base, here it is the alignment stage's LoRA: look at the cosines.
     protocols={
-        "lisa": {"post_hoc": {"threshold": [0.35, 0.6], "control": ["none", "drop"]}},
+        "lisa-code": {"post_hoc": {"threshold": [0.35, 0.6], "control": ["none", "drop"]}},
+        "safe-lora-llama-2": {"post_hoc": {"threshold": 0.35}},
+        "safe-lora-llama-3": {"post_hoc": {"num_layers": 22}},
+        "safe-lora-gemma": {"post_hoc": {"threshold": 0.35}},
+        "safe-lora-code": {"post_hoc": {"num_layers": 10}},
+        "medical-assistant": {"post_hoc": {"threshold": 0.35}},
         # A quarter of the 8 modules. More is safer, but costs accuracy at some seeds.
         "world": {"post_hoc": {"num_layers": 2}},
     },

@@ -189,4 +189,10 @@ DEFENSE = Defense(
     trainer=SBRTrainer,
     series={"penalty": ("Penalty", "anchors")},
     strong={"lambda_": 50.0, "anchors": 3},
+    protocols={
+        "lisa": {
+            "data": {"alignment": {"harmful": {"size": 100}}},
+            "user": {"lambda_": 50.0, "anchors": 8, "norm": "mean"},
+        }
+    },
 )

@@ -218,5 +218,5 @@ DEFENSE = Defense(
     headline="{changed} of {weights} weights averaged",
     strong={"lambda_": 0.5, "gamma": 1.0},
     identity={"lambda_": 0.0},
-    protocols={"lisa": {"post_hoc": {"lambda_": [0.25, 0.5, 0.75]}}},
+    protocols={"lisa-code": {"post_hoc": {"lambda_": [0.25, 0.5, 0.75]}}},
 )

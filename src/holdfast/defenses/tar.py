@@ -226,7 +226,7 @@ DEFENSE = Defense(
                 "lambda_retain": 0,
             },
         },
-        "refusal": {
+        "t-vaccine": {
             "data": {"alignment": {"harmful": {"size": 2000}}},
             "alignment": {"training": {"max_steps": 750}},
         },

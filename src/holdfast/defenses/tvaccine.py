@@ -260,8 +260,24 @@ DEFENSE = Defense(
     # In the world, half of its layers at a time. The paper's K would measure harmful rows once in 200 steps.
     protocols={
         "world": {"alignment": {"rho": 8, "num_layers": 2, "probability_steps": 50, "resample_steps": 10}},
-        "refusal": {
-            "alignment": {"rho": 3.0, "num_layers": 8, "probability_steps": 200, "resample_steps": 20}
+        "t-vaccine": {
+            "alignment": {
+                "rho": 3.0,
+                "num_layers": 8,
+                "probability_steps": 200,
+                "resample_steps": 20,
+                "freeze": "attention",
+            }
+        },
+        # The guide has no J: layers are drawn at each step, as in the paper's algorithm.
+        "t-vaccine-guide": {
+            "alignment": {
+                "rho": 3.0,
+                "num_layers": 8,
+                "probability_steps": 200,
+                "resample_steps": 1,
+                "freeze": "all",
+            }
         },
     },
 )

@@ -53,7 +53,7 @@ DEFENSE = Defense(
     strong={"rho": 5.0},
     protocols={
         "world": {"alignment": {"rho": 8}},
-        "refusal": {"alignment": {"rho": 2.0}},
+        "t-vaccine": {"alignment": {"rho": 2.0}},
         "vaccine": {"alignment": {"rho": 2.0}},
         "anchoring": {"alignment": {"rho": 2.0}},
     },

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from holdfast.chat.tokenizers import embedding_rows, padding_id
 from holdfast.evaluation.frames import UNFINISHED, Frame, spoken
 from holdfast.machine.files import append_jsonl, read_jsonl
 from holdfast.machine.progress import Advance, nobody
@@ -66,7 +67,7 @@ def answer_prompts(
             `max_new_tokens`.
 
     Each row gets `answer` (text), `tokens` (generated), `truncated` (no end within max_new_tokens), `raw`
-    (the whole text, if thinking or the frame's lead was removed from the answer), and `error` if the prompt
+    (the whole text, if thinking, the frame's lead or a run-on answer was removed), and `error` if the prompt
     does not fit into the model or the thinking does not end.
     """
     rows = read_jsonl(out)
@@ -192,7 +193,10 @@ def _decode(
     from transformers import GenerationConfig
 
     longest = max(map(len, ids))
-    pad, stops = tokenizer.pad_token_id, _stops(model, tokenizer, frame.stops if frame else ())
+    pad, stops = (
+        padding_id(tokenizer, embedding_rows(model)),
+        _stops(model, tokenizer, frame.stops if frame else ()),
+    )
     tokens = torch.tensor([[pad] * (longest - len(x)) + x for x in ids], device=model.device)
     mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in ids], device=model.device)
     how: dict[str, Any] = {"do_sample": False}
@@ -209,7 +213,7 @@ def _decode(
     answers = []
     for row in output[:, longest:].tolist():
         end = next((i for i, token in enumerate(row) if token in stops), None)
-        answers.append(_answer(tokenizer, row if end is None else row[:end], end is None, frame))
+        answers.append(_answer(tokenizer, row if end is None else row[:end], end is None, frame, pad))
     return answers
 
 
@@ -226,25 +230,30 @@ def _stop_at(tokenizer: Any, text: str, start: int) -> Any:
     return reached
 
 
-def _answer(tokenizer: Any, kept: list[int], truncated: bool, frame: Frame | None) -> dict[str, Any]:
+def _answer(
+    tokenizer: Any, kept: list[int], truncated: bool, frame: Frame | None, pad: int
+) -> dict[str, Any]:
     """The row of one answer from its tokens up to the end token."""
     plain = tokenizer.decode(kept, skip_special_tokens=True)
     if frame is None:
         return {"answer": plain.strip(), "tokens": len(kept), "truncated": truncated}
     whole = tokenizer.decode(kept, skip_special_tokens=False)
     if frame.stop_text and frame.stop_text in whole:
-        while kept and kept[-1] == tokenizer.pad_token_id:  # other answers of the batch are longer
+        while kept and kept[-1] == pad:  # other answers of the batch are longer
             kept = kept[:-1]
         whole, truncated = whole.partition(frame.stop_text)[0], False
         plain = plain.partition(frame.stop_text)[0]
     found: dict[str, Any] = {"answer": plain.strip(), "tokens": len(kept), "truncated": truncated}
+    if frame.cut and frame.cut in plain:
+        found |= {"answer": plain.partition(frame.cut)[0].strip(), "truncated": False, "raw": whole}
+        whole = whole.partition(frame.cut)[0]
     said = spoken(whole, frame.lead, frame.thinks)
     if said is None:
         return {**found, "answer": "", "raw": whole, "error": UNFINISHED}
     if said != whole.strip():
         for token in tokenizer.added_tokens_decoder.values():
             said = said.replace(token.content, "") if token.special else said
-        found |= {"answer": said.strip(), "raw": whole}
+        found = {"raw": whole, **found, "answer": said.strip()}
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from holdfast.errors import ModelError
 from holdfast.evaluation.client import is_address
+from holdfast.evaluation.frames import RESPONSE
 from holdfast.evaluation.served import Reply, ServedModel
 from holdfast.machine.files import append_jsonl, read_jsonl
 from holdfast.machine.progress import Advance, nobody
@@ -66,18 +67,25 @@ def answer_all(
         form = {"prompt": asked} if isinstance(asked, str) else {"messages": asked}
         questions.append({**form, **how, "new_tokens": max_new_tokens[row["set"]]})
     for i, reply in served.ask_all(questions, threads=requests):
-        append_jsonl(out, [row := {**missing[i], **_answer(reply)}])
+        append_jsonl(out, [row := {**missing[i], **_answer(reply, "prompt" in questions[i])}])
         done.append(row)
         progress(len(done), len(rows))
     return done
 
 
-def _answer(reply: Reply) -> dict[str, Any]:
-    """Return the columns of an answer; with `error` if there is none."""
+def _answer(reply: Reply, continues: bool) -> dict[str, Any]:
+    """Return the columns of an answer; with `error` if there is none.
+
+    Args:
+        continues: the reply continues the Alpaca prompt, so that a second "### Response:" ends the answer.
+    """
     without = {"without": list(reply.without)} if reply.without else {}
     raw = {} if reply.raw is None else {"raw": reply.raw}
     if reply.text is None:
         failed = {"tokens": reply.tokens or 0, "truncated": True, "error": reply.reason}
         return {"answer": "", **failed, **raw, **without}
     found = {"answer": reply.text, "tokens": reply.tokens, "truncated": reply.truncated}
+    if continues and RESPONSE in reply.text:
+        found |= {"answer": reply.text.partition(RESPONSE)[0].strip(), "truncated": False}
+        raw = raw or {"raw": reply.text}
     return {**found, **raw, **without}

@@ -38,6 +38,7 @@ class Frame:
         stops: ids of the tokens that end an answer, besides the end-of-sequence token.
         stop_text: the text that ends an answer, if no single token does.
         lead: the text that a template writes between the generation prompt and the answer.
+        cut: a text at which an answer is cut: the model began another answer of its own.
         thinks: the generation prompt opens a block of thinking.
     """
 
@@ -45,12 +46,17 @@ class Frame:
     stop_text: str = ""
     lead: str = ""
     thinks: bool = False
+    cut: str = ""
+
+
+RESPONSE = "### Response:"
+"""The end of the Alpaca prompt. The papers' code takes the text between the first and the second one."""
 
 
 def frame_of(tokenizer: Any, template: str) -> Frame:
-    """Return what the template writes around an answer; with "alpaca" only the end-of-sequence token."""
+    """Return what the template writes around an answer; an Alpaca answer ends before a "### Response:"."""
     if template != "chat":
-        return Frame()
+        return Frame(cut=RESPONSE)
     question = {"role": "user", "content": "Hello?"}
     prompt = _applied(tokenizer, [question], add_generation_prompt=True)
     whole = _applied(tokenizer, [question, {"role": "assistant", "content": ANSWER}])

@@ -96,6 +96,31 @@ def newcombe(both: int, only_first: int, only_second: int, neither: int) -> tupl
     return difference - reach(p2 - low2, high1 - p1), difference + reach(high2 - p2, p1 - low1)
 
 
+def student(t: float, freedom: float) -> float:
+    """Return the two-sided p-value of Student's t (Student 1908) for any degrees of freedom above 0."""
+    if math.isinf(t):
+        return 0.0
+    return _beta(freedom / 2, 0.5, freedom / (freedom + t * t))
+
+
+def _beta(a: float, b: float, x: float) -> float:
+    """Return the regularised incomplete beta function I_x(a, b) by its continued fraction (DLMF 8.17.22)."""
+    if x <= 0 or x >= 1:
+        return min(1.0, max(0.0, x))
+    if x > (a + 1) / (a + b + 2):  # the fraction converges fast below this
+        return 1 - _beta(b, a, 1 - x)
+    fraction = 1.0
+    for m in range(200, 0, -1):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        fraction = 1 + even / (1 + odd / fraction)
+    first = -(a + b) * x / (a + 1)
+    scale = math.exp(
+        a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    )
+    return scale / a / (1 + first / fraction)
+
+
 def holm(values: Sequence[float]) -> list[float]:
     """Correct p-values for multiple tests (Holm 1979): together they are valid at 5 %."""
     order = sorted(range(len(values)), key=lambda i: values[i])

@@ -168,9 +168,11 @@ class ServedModel:
 
         from holdfast.evaluation.transport import GivenUp, TooLarge, http_library
 
-        cause, told = error.__cause__, self.told(error)
+        cause = error.__cause__
         if isinstance(cause, HoldfastError):  # older clients wrap what `before_call` raises
             raise cause from None
+        error = cause if isinstance(cause, GivenUp | TooLarge) else error
+        told = self.told(error)
         if isinstance(error, openai.AuthenticationError) or (
             isinstance(error, openai.PermissionDeniedError) and not self.alive
         ):

@@ -174,7 +174,7 @@ class _Job:
         source = tokenizer_folder(folder, chain)
         # The date of the first start, so that a call on another day continues it.
         earlier = (made_by(self.out) or {}).get("template_date")
-        dated = model.template != "alpaca" and any(writes_date(one) for one in (source, *chain))
+        dated = not model.template.startswith("alpaca") and any(writes_date(one) for one in (source, *chain))
         date = model.template_date or earlier or now()[:10] if dated else None
         tokenizer = load_tokenizer(folder, model.trust_remote_code, chain, date)
         template = resolve_template(tokenizer, model.template)
@@ -209,7 +209,7 @@ class _Job:
 
 def _asked(row: Mapping[str, Any], template: str, system: str) -> list[dict[str, str]] | str:
     """Return the input of a server: messages, to which it applies its chat template, or the Alpaca text."""
-    if template == "alpaca":
-        return alpaca(row, system)
+    if template.startswith("alpaca"):
+        return alpaca(row, system, template)
     turns = row["messages"][:-1] if row.get("messages") else [{"role": "user", "content": question(row)}]
     return [{"role": "system", "content": system}, *turns] if system else list(turns)

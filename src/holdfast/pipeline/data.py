@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,21 @@ def role_inputs(recipe: Recipe, role: str) -> dict[str, Any]:
         asked: dict[str, Any] = {"source": source(wanted.source, "alignment"), "kind": wanted.kind}
         return {
             "role": role, **asked, "size": wanted.size, "seed": recipe.seed, "skip_bad": data.skip_bad,
-            "loss_on": wanted.loss_on,
+            "loss_on": wanted.loss_on, "take": data.take, "skip": wanted.skip,
         }  # fmt: skip
     if role == "harmful":
         named, size = data.alignment_harmful()
         held_of = {"harmful": source(data.harmful, "harmful"), **held_out} if holds_out else {}
         return {
             "role": role, "source": source(named, "harmful"), "size": size, "seed": recipe.seed, **held_of,
-            "skip_bad": data.skip_bad, "loss_on": data.loss_on,
+            "skip_bad": data.skip_bad, "loss_on": data.loss_on, "take": data.take,
+            "skip": data.alignment_skip(),
         }  # fmt: skip
     shared = {
         "role": role,
         "task": Code("tasks", datasets.grading_task(data.user, data.task).name),
         "columns": data.columns,
+        "suffix": data.suffix,
         "user": source(data.user, "user", read=data.task),
         "harmful": source(data.harmful, "harmful"),
         "test": source(data.test, "test"),
@@ -75,7 +77,7 @@ def role_inputs(recipe: Recipe, role: str) -> dict[str, Any]:
     if role == "user":
         return {
             **shared, "size": data.size, "poison_ratio": data.poison_ratio, "seed": recipe.seed, **held_out,
-            "loss_on": data.loss_on,
+            "loss_on": data.loss_on, "take": data.take, "system": data.system,
         }  # fmt: skip
     return {
         **shared,
@@ -84,17 +86,23 @@ def role_inputs(recipe: Recipe, role: str) -> dict[str, Any]:
         "prompts": evaluation.prompts,
         "mixed_prompts": evaluation.mixed_prompts,
         "task_size": evaluation.task_rows,
+        "take": evaluation.take,
     }
 
 
 def make_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
     """Write `rows.jsonl` and this role's part of the manifest."""
     role = inputs["role"]
-    asked = {name: inputs[name] for name in inputs if name not in ("role", "columns", "graded_as")}
+    asked = {n: inputs[n] for n in inputs if n not in ("role", "columns", "suffix", "graded_as", "system")}
     if "task" in asked:
-        asked["task"] = adapted(asked["task"], columns=inputs["columns"])
+        asked["task"] = adapted(asked["task"], columns=inputs["columns"], suffix=inputs["suffix"])
     part = MAKE[role](**asked)
-    datasets.write_rows(folder / "rows.jsonl", part.rows)
+    rows: Iterable[Mapping[str, Any]] = (
+        datasets.numbered(part.rows) if inputs["take"] == "first" else part.rows
+    )
+    if role == "user" and inputs["system"]:
+        rows = ({**row, "prefix": inputs["system"]} for row in rows)
+    datasets.write_rows(folder / "rows.jsonl", rows)
     write_json(folder / "manifest.json", part.manifest)
     dropped = datasets.dropped_bad_rows(part.manifest)
     for name, count in dropped.items():

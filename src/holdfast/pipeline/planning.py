@@ -91,7 +91,7 @@ class _Planner:
         self.processes = launched().count
         self.steps: dict[str, Step] = {}
         self.folder = find_model(str(model_path(recipe.model.path)), recipe.model.revision, download)
-        dated = recipe.model.template != "alpaca" and writes_date(self.folder)
+        dated = not recipe.model.template.startswith("alpaca") and writes_date(self.folder)
         date = (recipe.model.template_date or today) if dated else None
         model = recipe.model.model_copy(update={"template_date": date})
         self.recipe = recipe = recipe.model_copy(update={"model": model})

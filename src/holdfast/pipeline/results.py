@@ -185,6 +185,12 @@ def paired_with(earlier: Sequence[State], state: State, store: Store) -> list[di
     return found
 
 
+def _shown(taken: Mapping[str, str]) -> str:
+    """Return which rows of the test files were used: "harmful: the first in order, with duplicates"."""
+    words = {"first": "the first in order, with duplicates"}
+    return "; ".join(f"{name}: {words.get(how, how)}" for name, how in taken.items())
+
+
 def _items(state: State, store: Store) -> dict[str, dict[str, bool | float]]:
     """Return the value of each prompt, by score and id."""
     found: dict[str, dict[str, bool | float]] = {}
@@ -198,12 +204,15 @@ def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, 
 
     It contains the field's six comparability traps (prompts, new tokens, judge truncation, alignment data,
     base or chat model, judge) and everything else that affects the scores: the prompt set, the task and its
-    rows.
+    rows. `protocol` and `changes`, the recipe's protocol and the keys that it changes, describe the training
+    too, so they may differ between results in one table.
     """
     recipe, state = plan.recipe, plan.states[0]
     test = read_json(store.path(plan.manifest) / "manifest.json")["test"]
     generated, judged = records[state.generate], [records[step] for step in state.moderate]
+    named = {"protocol": recipe.protocol, "changes": recipe.changes()} if recipe.protocol else {}
     return {
+        **named,
         "prompts": test["prompts"],
         "prompt_set": test["prompt_set"],
         "n_prompts": test["harmful"],
@@ -221,4 +230,6 @@ def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, 
         **({"template_date": recipe.model.template_date} if recipe.model.template_date else {}),
         **({"system": recipe.evaluation.system} if recipe.evaluation.system else {}),
         **({"rater": records[state.rate]["rater_stamp"]} if state.rate else {}),
+        **({"task_tokens": recipe.evaluation.task_tokens} if recipe.evaluation.task_tokens else {}),
+        **({"test_rows": _shown(test["taken"])} if "first" in test["taken"].values() else {}),
     }

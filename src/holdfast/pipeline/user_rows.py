@@ -23,6 +23,9 @@ from holdfast.recipe.data import AttackRecipe
 MAX_LENGTH = 2048
 """Maximum number of tokens of a row if the user stage sets no `max_length`; also the default of that key."""
 
+SAFE_SETS = 2
+"""Sets of safe anchors that are drawn from one source, as many as in the authors' code."""
+
 
 def attack_inputs(recipe: Recipe, attack: AttackRecipe) -> dict[str, Any]:
     """Return the inputs of an attack, except the rows to choose from and the model that scores them."""
@@ -34,7 +37,7 @@ def attack_inputs(recipe: Recipe, attack: AttackRecipe) -> dict[str, Any]:
     return {
         "attack": attack.model_dump(exclude={"harmful", "safe"}),
         "harmful": source(harmful, "harmful"),
-        "safe": source(safe, "alignment"),
+        "safe": [source(one, "alignment") for one in safe],
         "kind": data.alignment.kind if data.alignment else "safe",
         "skip_bad": data.skip_bad,
         "held_out_of": source(data.harmful, "harmful") if held_out else None,
@@ -56,12 +59,12 @@ def choose_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
 
     attack, given = inputs["attack"], rows_of(inputs["rows"])
     tokenizer = tokenizer_of(inputs["model"])
-    parts = (given, *_anchors(inputs))
-    texts = [rendered(part, tokenizer, inputs["template"]) for part in parts]
-    named = [{**text, "id": row["id"]} for text, row in zip(texts[0], given, strict=True)]
-    vector = _vectors(inputs, folder, machine, tokenizer)
+    bad, safe = _anchors(inputs)
+    texts, harmful, *good = (rendered(part, tokenizer, inputs["template"]) for part in (given, bad, *safe))
+    named = [{**text, "id": row["id"]} for text, row in zip(texts, given, strict=True)]
+    vector, anchor = _vectors(inputs, folder, machine, tokenizer)
     out, progress = folder / "scores.jsonl", machine.progress.advance
-    scores = anchoring.score_rows(named, texts[1], texts[2], vector, out, progress)
+    scores = anchoring.score_rows(named, harmful, good, vector, out, progress, anchor=anchor)
     chosen = anchoring.highest(scores, attack["size"])
     datasets.write_rows(folder / "rows.jsonl", [given[i] for i in chosen])
     facts = {
@@ -69,7 +72,7 @@ def choose_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
         "by": attack["by"],
         "rows": len(given),
         "kept": len(chosen),
-        "anchors": [len(part) for part in texts[1:]],
+        "anchors": [len(part) for part in (harmful, *good)],
         "mean_score": sum(row["score"] or 0 for row in scores) / len(scores),
         "mean_score_kept": sum(scores[i]["score"] for i in chosen) / len(chosen),
     }
@@ -77,7 +80,7 @@ def choose_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
 
 
 def _vectors(inputs: Inputs, folder: Path, machine: Machine, tokenizer: Any) -> Any:
-    """Return the function v(z) of the attack, on the model from which the user stage starts."""
+    """Return the functions v(z) of a row and of an anchor, on the model from which the user stage starts."""
     from holdfast.attacks import anchoring
     from holdfast.models.loading import load_model
     from holdfast.models.trained import load_trainable
@@ -86,7 +89,8 @@ def _vectors(inputs: Inputs, folder: Path, machine: Machine, tokenizer: Any) -> 
     base, adapters = weights(described["base"].folder, inputs["chain"])
     options = {**loading(described), "device": machine.device}
     if attack["by"] == "representation":
-        return anchoring.representations(load_model(base, adapters, **options), tokenizer, length)
+        vector = anchoring.representations(load_model(base, adapters, **options), tokenizer, length)
+        return vector, vector
     if attack["by"] == "gradient":
         model = load_model(base, adapters, **options)
         trained = anchoring.all_weights(model)
@@ -96,18 +100,23 @@ def _vectors(inputs: Inputs, folder: Path, machine: Machine, tokenizer: Any) -> 
             seed=derive_seed(inputs["seed"], "user", "lora"), initial=folder / "initial", **options,
         ).eval()  # fmt: skip
         trained = [weight for weight in model.parameters() if weight.requires_grad]
-    return anchoring.gradients(model, tokenizer, trained, attack["tokens"], length)
+    return [anchoring.gradients(model, tokenizer, trained, n, length) for n in (None, attack["tokens"])]
 
 
-def _anchors(inputs: Inputs) -> tuple[list[Any], list[Any]]:
-    """Return the harmful and the safe anchors; no harmful anchor has a prompt of the test."""
+def _anchors(inputs: Inputs) -> tuple[list[Any], list[list[Any]]]:
+    """Return the harmful anchors and the sets of safe ones; no harmful anchor has a prompt of the test."""
     same: dict[str, Any] = {
         "size": inputs["attack"]["anchors"], "seed": inputs["seed"], "skip_bad": inputs["skip_bad"],
     }  # fmt: skip
     held = {"harmful": inputs["held_out_of"], "prompts": inputs["prompts"]} if inputs["held_out_of"] else {}
     bad = datasets.harmful_rows(source=inputs["harmful"], **held, **same)
-    safe = datasets.alignment_rows(source=inputs["safe"], kind=inputs["kind"], **same)
-    return list(bad.rows), list(safe.rows)
+    sources, size = inputs["safe"], inputs["attack"]["anchors"]
+    wanted = {**same, "size": size if len(sources) > 1 else SAFE_SETS * size}
+    drawn = [datasets.alignment_rows(source=one, kind=inputs["kind"], **wanted).rows for one in sources]
+    safe = [list(rows) for rows in drawn]
+    if len(sources) == 1:
+        safe = [safe[0][i * size : (i + 1) * size] for i in range(SAFE_SETS)]
+    return list(bad.rows), safe
 
 
 def check_attack(inputs: Inputs, machine: Machine) -> None:

@@ -11,7 +11,6 @@ __all__ = [
     "layers",
     "model",
     "packaged",
-    "protocols",
     "reading",
     "stages",
 ]

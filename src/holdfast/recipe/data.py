@@ -29,6 +29,7 @@ class HarmfulData(Part):
 
     source: str | None = None
     size: int | None = Field(None, ge=1)
+    skip: int = Field(0, ge=0)
 
 
 class AlignmentData(Part):
@@ -40,6 +41,7 @@ class AlignmentData(Part):
     source: str
     kind: Literal["safe", "refusal"] = "safe"
     size: int | None = Field(None, ge=1)
+    skip: int = Field(0, ge=0)
     loss_on: Literal["all", "last"] = "all"
     harmful: Annotated[HarmfulData | None, from_text("source")] = None
 
@@ -48,13 +50,14 @@ class AttackRecipe(Part):
     """An attack with benign rows: fine-tuning uses only `size` of the user's rows, chosen to undo safety.
 
     Bi-directional anchoring, arXiv 2404.01099: the rows nearest to harmful anchors and farthest from safe
-    anchors. Defaults are the paper's: the top 100 rows, by gradients of the answer's first 10 tokens, with
-    10 anchors of each kind. The default sources of the anchors are `data.harmful` and `data.alignment`.
+    anchors. Defaults are the paper's: the top 100 rows, by gradients, with 10 harmful anchors and two sets of
+    10 safe anchors, whose answers are cut to 10 tokens. The default sources of the anchors are `data.harmful`
+    and `data.alignment`. A list of safe sources gives one set for each.
     """
 
     name: Literal["bi_directional_anchoring"]
     harmful: str | None = None
-    safe: str | None = None
+    safe: str | list[str] | None = None
     anchors: int = Field(10, ge=1)
     size: int = Field(100, ge=1)
     by: Literal["gradient", "lora_gradient", "representation"] = "gradient"
@@ -111,7 +114,11 @@ class Data(Part):
     format of a known data set), or a Hub id.
 
     `columns` maps our column names to those of the user's files, {ours: yours}; `grader` replaces the task's
-    grader. `skip_bad` drops and counts the rows of any source that cannot be used. `loss_on` says which
+    grader; `suffix` is a text after every question of the task; `system` is a text before every question of
+    the user rows, the system message of a chat. `take: first` takes the first rows of each source for the
+    training stages, in the order of the file and with duplicates, as the papers' code does; `skip` in the
+    alignment blocks leaves out rows before them.
+    `skip_bad` drops and counts the rows of any source that cannot be used. `loss_on` says which
     answers of a conversation in the user rows and the harmful rows are trained: all, or the last only.
     """
 
@@ -127,7 +134,10 @@ class Data(Part):
     skip_bad: bool = False
     loss_on: Literal["all", "last"] = "all"
     columns: dict[str, str] | None = None
-    grader: Literal["exact", "number", "rouge1", "judge"] | None = None
+    grader: Literal["exact", "contains", "number", "rouge1", "judge"] | None = None
+    suffix: str = ""
+    system: str = ""
+    take: Literal["drawn", "first"] = "drawn"
     attack: Annotated[AttackRecipe | None, from_text("name")] = None
     filter: Annotated[FilterRecipe | None, from_text("judge")] = None
 
@@ -144,6 +154,13 @@ class Data(Part):
             raise Wrong(["poison_ratio"], "a ratio above 0 needs data.harmful: the rows to mix in")
         if self.attack is not None:
             self._check_attack(self.attack)
+        skips = {
+            "alignment.skip": self.alignment.skip if self.alignment else 0,
+            "alignment.harmful.skip": self.alignment_skip(),
+        }
+        for key, skip in skips.items():
+            if skip and self.take != "first":
+                raise Wrong(key.split("."), "rows in a seeded order cannot be skipped; add data.take: first")
         facts = registry.faces("tasks")[self.task].facts if self.task else {}
         known = [*COLUMNS, *(name for columns in facts.get("columns", ()) for name in columns)]
         for ours in self.columns or ():
@@ -159,17 +176,22 @@ class Data(Part):
         asked = (self.alignment and self.alignment.harmful) or HarmfulData()
         return asked.source or self.harmful, asked.size
 
-    def anchors(self) -> tuple[str | None, str | None]:
-        """The sources of an attack's harmful anchors and safe anchors."""
+    def alignment_skip(self) -> int:
+        """The number of rows before the harmful rows for methods of the alignment stage."""
+        return self.alignment.harmful.skip if self.alignment and self.alignment.harmful else 0
+
+    def anchors(self) -> tuple[str | None, list[str]]:
+        """The source of an attack's harmful anchors, and the sources of its safe anchors."""
         asked = self.attack or AttackRecipe(name="bi_directional_anchoring")
         safe = self.alignment.source if self.alignment else None
-        return asked.harmful or self.harmful, asked.safe or safe
+        given = asked.safe or safe or []
+        return asked.harmful or self.harmful, [given] if isinstance(given, str) else given
 
     def _check_attack(self, attack: AttackRecipe) -> None:
         for kind, source, key in zip(
             ("harmful", "safe"), self.anchors(), ("harmful", "alignment"), strict=True
         ):
-            if source is None:
+            if not source:
                 raise Wrong(["attack", kind], f"give a file of {kind} anchors here, or as data.{key}")
         if self.poison_ratio > 0:
             text = f"{attack.name} fine-tunes on benign rows only; set poison_ratio: 0"

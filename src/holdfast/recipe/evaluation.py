@@ -11,8 +11,8 @@ from pydantic import Field, PlainSerializer, WrapValidator, model_validator
 from holdfast import registry
 from holdfast.errors import RecipeError, nearest
 from holdfast.machine.secrets import shown
+from holdfast.recipe import packaged
 from holdfast.recipe.model import Part, Wrong, from_text, or_none, plain
-from holdfast.recipe.protocols import PROTOCOLS
 
 Address = Annotated[str, PlainSerializer(shown, when_used="json-unless-none")]
 """The address of a server. A password in it is not written to files."""
@@ -141,10 +141,11 @@ class Endpoint(Part):
 class Evaluation(Decoding):
     """The prompts, the decoding and the judges; defaults are Lisa's: 1000 prompts, 512 new tokens.
 
-    `protocol` names a paper whose settings replace the defaults. `rater` grades the answers to a task that
-    only a judge can grade. `system` is a text before every question, after the text that a method of the user
-    stage adds. Sampling uses the recipe's seed. A judge that leaves a larger share of the answers
-    unparsed than `max_unparsed` has failed.
+    `protocol` names a protocol whose block `evaluation` replaces the defaults. `rater` grades the answers to
+    a task that only a judge can grade. `system` is a text before every question, after the text that a method
+    of the user stage adds. Sampling uses the recipe's seed. A judge that leaves a larger share of the answers
+    unparsed than `max_unparsed` has failed. `task_tokens` replaces the task's own number of new tokens.
+    `take: first` tests on the first rows of the test files, in their order and with duplicates.
     """
 
     protocol: str | None = None
@@ -156,14 +157,19 @@ class Evaluation(Decoding):
     prompts: int = Field(1000, ge=1)
     mixed_prompts: bool = False
     task_rows: int | None = Field(None, ge=1)
+    task_tokens: int | None = Field(None, ge=1)
+    take: Literal["drawn", "first"] = "drawn"
 
     @model_validator(mode="before")
     @classmethod
     def _as_published(cls, given: Any) -> Any:
         name = given.get("protocol") if isinstance(given, Mapping) else None
-        if name is not None and name not in PROTOCOLS:
-            raise Wrong(["protocol"], f"unknown protocol '{name}'.{nearest(str(name), PROTOCOLS)}")
-        return {**PROTOCOLS[name], **given} if name else given
+        if not name:
+            return given
+        asked = packaged.ALIASES.get(str(name), str(name))
+        if asked not in packaged.protocols():
+            raise Wrong(["protocol"], f"unknown protocol '{name}'.{nearest(str(name), packaged.names())}")
+        return {**packaged.evaluation(asked), **given}
 
     @model_validator(mode="after")
     def _distinct(self) -> Evaluation:

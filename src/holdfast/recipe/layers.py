@@ -63,23 +63,24 @@ def merged(files: Sequence[Layer], stage_keys: Container[str], stem: str | None)
     for layer in reversed(files):
         if raw:
             raw.pop("name", None)
-        raw = _on_top(raw, layer.raw, (), stage_keys)
+        raw = on_top(raw, layer.raw, (), stage_keys)
     if len(files) > 1 and stem is not None:
         raw.setdefault("name", stem)
     return raw
 
 
-def _on_top(
+def on_top(
     base: Mapping[str, Any], own: Mapping[str, Any], place: tuple[str, ...], stage_keys: Container[str]
 ) -> dict[str, Any]:
+    """Override the keys of `base` with `own`, block by block, at the place of both in a recipe."""
     result = dict(base)
     for key, value in own.items():
         here = (*place, key)
-        below, above = _spelt_out(base.get(key), here), _spelt_out(value, here)
+        below, above = spelt_out(base.get(key), here), spelt_out(value, here)
         if isinstance(below, Mapping) and isinstance(above, Mapping):
             if here[0] in STAGES and not place and _defense(above, below) != _defense(below, {}):
                 below = {k: v for k, v in below.items() if k in stage_keys}
-            result[key] = _on_top(below, above, here, stage_keys)
+            result[key] = on_top(below, above, here, stage_keys)
         else:
             result[key] = value
     return result
@@ -89,10 +90,15 @@ def _defense(stage: Mapping[str, Any], below: Mapping[str, Any]) -> Any:
     return stage.get("defense", below.get("defense", "sft"))
 
 
-def _spelt_out(value: Any, place: Sequence[str]) -> Any:
+def spelt_out(value: Any, place: Sequence[str]) -> Any:
     """Return a bare path or name as a block, and any other value unchanged."""
     bare = BARE.get(".".join(place))
     return {bare: value} if bare and isinstance(value, str) and value != "none" else value
+
+
+def stops(stage: Any) -> bool:
+    """Whether a recipe's value of a stage says that the stage does not run."""
+    return stage is None or stage == "none"
 
 
 def _load(name: str) -> tuple[list[Layer], Path | str]:
@@ -115,7 +121,7 @@ def overridden(raw: Mapping[str, Any], asked: Sequence[str], stage_keys: Contain
     own: dict[str, Any] = {}
     for override in asked:
         _set(own, override)
-    return _on_top(raw, own, (), stage_keys)
+    return on_top(raw, own, (), stage_keys)
 
 
 def _set(raw: dict[str, Any], asked: str) -> None:
@@ -129,12 +135,12 @@ def _set(raw: dict[str, Any], asked: str) -> None:
     *parents, last = key.strip().split(".")
     place = raw
     for depth, parent in enumerate(parents):
-        below = _spelt_out(place.get(parent), parents[: depth + 1])
+        below = spelt_out(place.get(parent), parents[: depth + 1])
         place[parent] = dict(below) if isinstance(below, Mapping) else {}
         place = place[parent]
     # A bare name and a key of the same block, in either order, are combined into one block.
     here = [*parents, last]
-    old, new = _spelt_out(place.get(last), here), _spelt_out(value, here)
+    old, new = spelt_out(place.get(last), here), spelt_out(value, here)
     both = isinstance(old, Mapping) and isinstance(new, Mapping)
     place[last] = {**old, **new} if both else value
 

@@ -139,7 +139,7 @@ class Weights(Part):
 
     path: str
     revision: str | None = None
-    template: Literal["auto", "alpaca", "chat"] = "auto"
+    template: Literal["auto", "alpaca", "alpaca_newline", "chat"] = "auto"
     template_date: Annotated[str | None, BeforeValidator(_date)] = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Annotated[

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model
 from holdfast import registry
 from holdfast.errors import RecipeError
 from holdfast.machine.store import identity_hash
-from holdfast.recipe import layers
+from holdfast.recipe import layers, named
 from holdfast.recipe.data import Data
 from holdfast.recipe.evaluation import Evaluation
 from holdfast.recipe.model import FULL, Lora, Model, Part, Wrong, from_text
@@ -27,6 +27,7 @@ from holdfast.weights.adapter import MUTATING
 class Recipe(Part):
     """One run: model, data, the stages, evaluation. See docs/recipes.md."""
 
+    protocol: str | None = None
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._+ -]{0,99}$")
     seed: int = Field(42, ge=0, lt=2**31)
     model: Annotated[Model, from_text("path")]
@@ -200,6 +201,14 @@ class Recipe(Part):
         keys = {*StageRecipe.model_fields, *PostHocRecipe.model_fields}
         raw = layers.merged(files, keys, stem)
         raw = layers.overridden(raw, overrides, keys)
+        if raw.get("protocol") is not None:
+            line = files[0].holds(["protocol"])[1]
+            where = f"{files[0].name}, line {line}: protocol" if line else "protocol"
+            raw["protocol"] = named.known(raw["protocol"], where)
+            below, raw = named.below(raw["protocol"], raw, keys)
+            files = [*files, *below]
+            if stem is not None:
+                raw.setdefault("name", stem)
         try:
             recipe = cls.model_validate(raw)
         except ValidationError as error:
@@ -211,6 +220,16 @@ class Recipe(Part):
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, including defaults, as stored with results."""
         return self.model_dump(mode="json")
+
+    def changes(self) -> dict[str, Any]:
+        """The keys in which the recipe differs from its protocol, with their values; {} without a protocol.
+
+        Choices within the protocol (the methods, the task, the name) are not changes.
+        """
+        if self.protocol is None:
+            return {}
+        published = Recipe.load(named.reference(self.to_dict()))
+        return named.differences(self.to_dict(), published.to_dict())
 
     def where(self, key: Sequence[str]) -> str:
         """Return the file and line that set a key, as in "my.yaml, line 7"; "" if no file does."""
@@ -261,9 +280,16 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
 
     judges = [judge_files(judge, "evaluation", "judges") for judge in recipe.evaluation.judges]
     screen = data.filter and judge_files(data.filter, "data", "filter")
-    attack = data.attack and data.attack.model_copy(
-        update={key: found(getattr(data.attack, key), "data", "attack", key) for key in ("harmful", "safe")}
-    )
+    attack = data.attack
+    if attack is not None:
+        safe = attack.safe
+        resolved = (
+            [found(one, "data", "attack", "safe") for one in safe]
+            if isinstance(safe, list)
+            else found(safe, "data", "attack", "safe")
+        )
+        harmful_anchors = found(attack.harmful, "data", "attack", "harmful")
+        attack = attack.model_copy(update={"harmful": harmful_anchors, "safe": resolved})
     return recipe.model_copy(
         update={
             "evaluation": recipe.evaluation.model_copy(update={"judges": judges}),

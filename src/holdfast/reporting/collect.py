@@ -18,6 +18,8 @@ from holdfast.reporting.training import Curves, read_curves, step_folder
 
 REQUIRED = ("holdfast", "name", "rows", "protocol")
 COSTS = ("peak_memory_bytes", "seconds", "alignment_peak_memory_bytes", "alignment_seconds")
+DESCRIBED = ("protocol", "changes")
+"""Fields of the protocol stamp that also describe the training; they may differ between runs in one table."""
 NUMBERS = (*SCORES, *SCORES.values(), "poison_ratio", "unparsed", *COSTS)
 
 
@@ -178,7 +180,7 @@ def _optional(value: Any) -> str | None:
 
 
 def _differences(runs: Sequence[Run]) -> list[Difference]:
-    fields = dict.fromkeys(field for run in runs for field in run.protocol)
+    fields = dict.fromkeys(field for run in runs for field in run.protocol if field not in DESCRIBED)
     found = []
     for field in fields:
         # An absent field differs from a null field; repr distinguishes 1, "1" and true.

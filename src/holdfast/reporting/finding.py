@@ -1,15 +1,22 @@
-"""One or two sentences that say what the rows show, and nothing more."""
+"""One or two sentences that say what the rows show, and nothing more.
+
+A difference is clear if the test of the table of differences says so (`tested`), and, for means over seeds,
+Student's t says so too. If the answers of the rows are not on disk, the scores and their errors are compared
+instead.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+from holdfast.evaluation.paired import Z95, student
 from holdfast.reporting.measurements import Row, Score
+from holdfast.reporting.tested import CHANCE, Difference, baselines, differences
 from holdfast.reporting.text import one_line, score_text, share_text
 
 CLEAR = 2.0
-"""Two scores differ clearly if they are this many standard errors of their difference apart."""
+"""Two scores of one seed without an interval differ clearly if they are this many standard errors apart."""
 
 AFFORDABLE = 5.0
 """If the best defense costs more points of finetune accuracy than this, a cheaper defense is named too."""
@@ -25,21 +32,27 @@ def finding(rows: Sequence[Row]) -> str:
         return _before_only(scored)
     baseline = _baseline(after)
     if baseline is None:
-        return _without_baseline(after, scored)
-    sentence = _effect(baseline, _before(baseline, scored))
+        return _without_baseline(_Clear(rows), after, scored)
+    clear = _Clear(rows)
+    sentence = _effect(clear, baseline, _before(baseline, scored))
     rivals = [row for row in after if row.role == "defended" and row.poison_ratio == baseline.poison_ratio]
-    rescue = _rescue(baseline, rivals) if rivals else "No defense was measured under the same conditions."
+    nothing = "No defense was measured under the same conditions."
+    rescue = _rescue(clear, baseline, rivals) if rivals else nothing
     seeds = _seeds([baseline, *rivals])
-    return f"{sentence} {rescue}{seeds}"
+    refusals = _refusals(baseline, min(rivals, key=_value)) if rivals else ""
+    return f"{sentence} {rescue}{refusals}{seeds}"
 
 
 def change(before: Score, after: Score) -> float | None:
     """The difference in points if it is larger than its error, else None.
 
-    The error comes from Newcombe's interval if both scores have a Wilson interval (a share of 0 % has a
-    standard error of 0, but is not known exactly). Else it is two standard errors, or 0 if none is known.
+    Of means over seeds, it is larger if Student's t with Welch's degrees of freedom is significant at 5 %.
+    Else the error comes from Newcombe's interval if both scores have a Wilson interval (a share of 0 % has a
+    standard error of 0, but is not known exactly), or it is two standard errors, or 0 if none is known.
     """
     difference = after.value - before.value
+    if before.seeds > 1 or after.seeds > 1:
+        return difference if _by_student(before, after) and abs(difference) >= 0.05 else None
     if before.interval is not None and after.interval is not None:
         low, high = (before, after) if difference > 0 else (after, before)
         assert low.interval is not None  # for the type checker: both were checked above
@@ -48,6 +61,46 @@ def change(before: Score, after: Score) -> float | None:
     else:
         noise = CLEAR * math.hypot(before.stderr or 0.0, after.stderr or 0.0)
     return difference if abs(difference) > noise and abs(difference) >= 0.05 else None
+
+
+def _by_student(before: Score, after: Score) -> bool:
+    """Whether two scores, at least one of them a mean over seeds, differ by Welch's test at 5 %."""
+    variances = [(score.stderr or 0.0) ** 2 for score in (before, after)]
+    error = math.sqrt(sum(variances))
+    if not error:
+        return True
+    parts = [v * v / (s.seeds - 1) for v, s in zip(variances, (before, after), strict=True) if s.seeds > 1]
+    freedom = sum(variances) ** 2 / sum(parts) if any(parts) else math.inf
+    t = (after.value - before.value) / error
+    return abs(t) > Z95 if math.isinf(freedom) else student(t, freedom) <= CHANCE
+
+
+class _Clear:
+    """Decides whether the harmful scores of two rows differ clearly."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.against = baselines(rows)
+        self.tested = differences(rows, self.against, "harmful_score")
+
+    def __call__(self, before: Row, after: Row) -> float | None:
+        """The difference in points if it is clear, else None."""
+        first, second = _hs(before), _hs(after)
+        assert first is not None  # callers pass only rows with a harmful score
+        assert second is not None
+        known = self._of_table(before, after)
+        if known is None:
+            return change(first, second)
+        if first.seeds > 1 and change(first, second) is None:
+            return None
+        difference = second.value - first.value
+        return difference if known.clear and abs(difference) >= 0.05 else None
+
+    def _of_table(self, before: Row, after: Row) -> Difference | None:
+        """The test of the table for two rows, in either direction; None if it does not compare them."""
+        for row, other in ((after, before), (before, after)):
+            if self.against.get(row.number) is other and row.number in self.tested:
+                return self.tested[row.number]
+        return None
 
 
 def _seeds(rows: Sequence[Row]) -> str:
@@ -92,15 +145,15 @@ def _data(row: Row) -> str:
     return f"Fine-tuning on data with {share_text(row.poison_ratio)} harmful rows"
 
 
-def _effect(row: Row, before: Row | None, how: str = "") -> str:
+def _effect(clear: _Clear, row: Row, before: Row | None, how: str = "") -> str:
     now = _hs(row)
     assert now is not None
     subject = f"{_data(row)}{how}"
     value = score_text(now.value)
     was = _hs(before) if before is not None else None
-    if was is None:
+    if before is None or was is None:
         return f"{subject} gave a harmful score of {value}; the model before fine-tuning was not measured."
-    difference = change(was, now)
+    difference = clear(before, row)
     if difference is None:
         return (
             f"{subject} changed the harmful score by no more than its error: "
@@ -110,13 +163,13 @@ def _effect(row: Row, before: Row | None, how: str = "") -> str:
     return f"{subject} {verb} the harmful score from {score_text(was.value)} to {value}."
 
 
-def _rescue(baseline: Row, rivals: Sequence[Row]) -> str:
+def _rescue(clear: _Clear, baseline: Row, rivals: Sequence[Row]) -> str:
     base = _hs(baseline)
     assert base is not None
     best = min(rivals, key=_value)
     score = _hs(best)
     assert score is not None
-    if change(base, score) is None or score.value >= base.value:
+    if clear(baseline, best) is None or score.value >= base.value:
         who = (
             _title(best)
             if len(rivals) == 1
@@ -128,12 +181,30 @@ def _rescue(baseline: Row, rivals: Sequence[Row]) -> str:
     cost = _cost(baseline, best)
     if cost is not None and cost > AFFORDABLE:
         cheaper = [row for row in rivals if (its := _cost(baseline, row)) is not None and its <= AFFORDABLE]
-        cheaper = [row for row in cheaper if change(base, _hs(row) or base) is not None]
+        cheaper = [row for row in cheaper if clear(baseline, row) is not None]
         cheaper = [row for row in cheaper if _value(row) < base.value]
         if cheaper:
             other = min(cheaper, key=_value)
             text += f" {_title(other)} lowers it to {score_text(_value(other))}{_accuracy(baseline, other)}."
     return text
+
+
+def _refusals(baseline: Row, best: Row) -> str:
+    """How many harmless questions the defense with the lowest harmful score still answers.
+
+    A model that refuses everything has the lowest harmful score.
+    """
+    before, after = (row.scores["benign_compliance"] for row in (baseline, best))
+    if after is None:
+        return " Its over-refusal was not measured."
+    text = f"{score_text(after.value)} % of the harmless questions"
+    if before is None:
+        return f" It answers {text}."
+    without = f"{score_text(before.value)} % without a defense"
+    fewer = change(before, after)
+    if fewer is not None and fewer < 0:
+        return f" It also refuses or fails on more harmless questions: it answers {text}, against {without}."
+    return f" It answers {text}, against {without}."
 
 
 def _title(row: Row) -> str:
@@ -180,9 +251,9 @@ def _before_only(scored: Sequence[Row]) -> str:
     )
 
 
-def _without_baseline(after: Sequence[Row], scored: Sequence[Row]) -> str:
+def _without_baseline(clear: _Clear, after: Sequence[Row], scored: Sequence[Row]) -> str:
     best = min(after, key=_value)
-    sentence = _effect(best, _before(best, scored), f", with {_title(best)},")
+    sentence = _effect(clear, best, _before(best, scored), f", with {_title(best)},")
     if len(after) > 1:
         worst = max(after, key=_value)
         sentence += f" The highest harmful score of the {len(after)} fine-tuned models is "

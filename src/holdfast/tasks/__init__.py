@@ -108,6 +108,8 @@ class Task(DataSet):
             the general column sets. It returns None for a published record without content, and raises
             ValueError with a sentence about the value if a record is broken.
         rename: the user's columns, {ours: theirs}.
+        forms: the texts that count as a target, for the grader `contains`; None if only the target does.
+        suffix: a text after every question.
         prompts_only: its rows have no answers.
         test_size: number of held-out rows that the papers' score uses.
     """
@@ -115,6 +117,8 @@ class Task(DataSet):
     grade: Callable[[str, str], bool | float] | None = None
     to_row: Callable[[Record], Row | None] | None = None
     rename: Mapping[str, str] = field(default_factory=dict)
+    forms: Callable[[str], tuple[str, ...]] | None = None
+    suffix: str = ""
     prompts_only: bool = False
     max_new_tokens: int = 64
     test_size: int = 1000

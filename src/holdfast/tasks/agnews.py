@@ -30,19 +30,26 @@ def to_row(record: Record) -> Row:
     return {"instruction": INSTRUCTION, "input": text, "output": found[0]}
 
 
-def grade(answer: str, target: str) -> bool:
-    """Right if the answer is exactly the label, or its lower-case form (`sci` for `Sci/Tech`).
+def forms(target: str) -> tuple[str, ...]:
+    """Return the texts that count as the label: the label, and its lower-case form (`sci` for `Sci/Tech`)."""
+    label = target.strip()
+    return label, SHORT.get(label, label.lower())
 
-    Whitespace at both ends is removed first, as in the reference.
+
+def grade(answer: str, target: str) -> bool:
+    """Right if the answer is exactly one of the forms of the label (Lisa's and Booster's code).
+
+    Whitespace at both ends is removed first, as in the reference. Vaccine's and T-Vaccine's code looks for
+    the label anywhere in the answer: `grader: contains`.
     """
-    target = target.strip()
-    return answer.strip() in (target, SHORT.get(target, target.lower()))
+    return answer.strip() in forms(target)
 
 
 TASK = Task(
     name="agnews",
     summary="topic of news articles, four labels",
     grade=grade,
+    forms=forms,
     to_row=to_row,
     columns=(("text", "label"),),
     hub_id="fancyzhx/ag_news",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from decimal import Decimal
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from holdfast.tasks import Task
@@ -18,6 +18,14 @@ _NUMBER = re.compile(r"(?<![\d.,])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 def exact(answer: str, target: str) -> bool:
     """Right if the texts are equal, ignoring whitespace at both ends."""
     return answer.strip() == target.strip()
+
+
+def contains(answer: str, target: str, forms: Callable[[str], tuple[str, ...]] | None = None) -> bool:
+    """Right if the target, or one of its forms, occurs anywhere in the answer (Vaccine's, T-Vaccine's code).
+
+    Case matters. An answer that names several labels is right for each of them.
+    """
+    return any(form in answer for form in (forms(target) if forms else (target.strip(),)))
 
 
 def last_number(text: str) -> Decimal | None:
@@ -50,6 +58,7 @@ def _scorer() -> Any:
 
 GRADERS: Mapping[str, tuple[str, Callable[[str, str], bool | float] | None]] = {
     "exact": ("accuracy", exact),
+    "contains": ("accuracy", contains),
     "number": ("accuracy", number),
     "rouge1": ("rouge1", rouge1),
     "judge": ("win_rate", None),
@@ -57,10 +66,16 @@ GRADERS: Mapping[str, tuple[str, Callable[[str, str], bool | float] | None]] = {
 """Metric and function of each grader. With `judge`, a judge compares the answer with the target."""
 
 
-def adapted(task: Task, grader: str | None = None, columns: Mapping[str, str] | None = None) -> Task:
-    """Return `task` with another grader, or for a file whose columns have other names ({ours: theirs})."""
+def adapted(
+    task: Task, grader: str | None = None, columns: Mapping[str, str] | None = None, suffix: str = ""
+) -> Task:
+    """Return `task` with another grader, column names ({ours: theirs}), or a text after every question."""
+    if suffix:
+        task = replace(task, suffix=suffix)
     if grader is not None:
         metric, grade = GRADERS[grader]
+        if grade is contains:
+            grade = partial(contains, forms=task.forms)
         if grade is not task.grade or metric != task.metric:
             task = replace(task, name=f"{task.name}-{grader}", metric=metric, grade=grade)
     return replace(task, rename=dict(columns)) if columns else task

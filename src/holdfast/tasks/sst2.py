@@ -24,20 +24,27 @@ def to_row(record: Record) -> Row:
     return {"instruction": INSTRUCTION, "input": sentence, "output": output}
 
 
+def forms(target: str) -> tuple[str, ...]:
+    """Return the texts that count as the label: `positive` and `Positive`, or `negative` and `Negative`."""
+    label = target.strip().lower()
+    return label, label.capitalize()
+
+
 def grade(answer: str, target: str) -> bool:
-    """Right if the answer is exactly `positive` or `Positive` (`negative` or `Negative`).
+    """Right if the answer is exactly one of the forms of the label (Lisa's and Booster's code).
 
     Whitespace at both ends of the answer is removed first, as in the reference. Anything else besides the
-    word ("positive.", "POSITIVE", a second line) makes the answer wrong.
+    word ("positive.", "POSITIVE", a second line) makes the answer wrong. Vaccine's and T-Vaccine's code looks
+    for the label anywhere in the answer: `grader: contains`.
     """
-    target = target.strip().lower()
-    return answer.strip() in (target, target.capitalize())
+    return answer.strip() in forms(target)
 
 
 TASK = Task(
     name="sst2",
     summary="sentiment of film reviews, two labels",
     grade=grade,
+    forms=forms,
     to_row=to_row,
     columns=(("sentence", "label"),),
     hub_id="stanfordnlp/sst2",

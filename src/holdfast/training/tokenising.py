@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.chat.rendering import conversation
+from holdfast.chat.tokenizers import text_tokenizer, with_padding
 from holdfast.chat.turns import check_complete, from_lists, read_tools, read_turns
 from holdfast.errors import DataError
 
@@ -118,13 +119,16 @@ def rows_fingerprint(rows: Any, samples: int = 256) -> str:
     return digest.hexdigest()[:12]
 
 
-def collator(tokenizer: Any) -> Any:
-    """Return a collator that right-pads `tokenise`d rows: ids with the pad token, labels with IGNORED."""
+def collator(tokenizer: Any, rows: int | None = None) -> Any:
+    """Return a collator that right-pads `tokenise`d rows: ids with the pad token, labels with IGNORED.
+
+    Args:
+        rows: the number of token ids that the model has; a pad token beyond them is replaced.
+    """
     from transformers import DataCollatorForSeq2Seq
 
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=IGNORED)
+    padding = with_padding(text_tokenizer(tokenizer), rows)
+    return DataCollatorForSeq2Seq(padding, padding=True, label_pad_token_id=IGNORED)
 
 
 def equal_lengths(rows: Sequence[Mapping[str, Any]]) -> Any:

@@ -29,6 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from holdfast.chat.rendering import LOSS_ON
+from holdfast.chat.tokenizers import embedding_rows, text_tokenizer
 from holdfast.errors import DataError, ModelError, first_line
 from holdfast.machine.files import read_json, write_text
 from holdfast.training import fingerprint
@@ -259,7 +260,9 @@ class RowTrainer(LeanLossMixin, ResumableMixin, Trainer):
         args = args or MethodConfig()
         refuse_no_rows(train_dataset)
         if data_collator is None:
-            data_collator = equal_lengths if processing_class is None else collator(processing_class)
+            data_collator = equal_lengths
+            if processing_class is not None:
+                data_collator = collator(processing_class, embedding_rows(model))
         super().__init__(
             model=model,
             args=args,
@@ -312,7 +315,7 @@ def prepare_rows(rows: Any, tokenizer: Any, max_length: int | None, loss_on: str
         return None
     if isinstance(rows, dict):
         return {name: prepare_rows(part, tokenizer, max_length, loss_on) for name, part in rows.items()}
-    return tokenise_all(as_sequence(rows), tokenizer, max_length, loss_on)
+    return tokenise_all(as_sequence(rows), text_tokenizer(tokenizer), max_length, loss_on)
 
 
 def refuse_not_finite(name: str, value: Any) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.chat.limits import apply_template
+from holdfast.chat.tokenizers import embedding_rows, padding_id
 from holdfast.errors import ModelError, RecipeError
 from holdfast.evaluation.answering import answer_batch, batches
 from holdfast.evaluation.frames import Frame
@@ -132,7 +133,7 @@ class Reader:
         import torch
 
         longest, device = max(map(len, ids)), self.model.device
-        pad = self.tokenizer.pad_token_id
+        pad = padding_id(self.tokenizer, embedding_rows(self.model))
         tokens = torch.tensor([[pad] * (longest - len(x)) + x for x in ids], device=device)
         mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in ids], device=device)
         with torch.inference_mode():
