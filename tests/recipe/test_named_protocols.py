@@ -217,7 +217,7 @@ def test_the_stamp_names_the_protocol_and_the_changes(files):
     few = [
         "model.path=model", "model.dtype=float32", "alignment.training.max_steps=1", "user.training.max_steps=1",
         "evaluation.judges=[keyword]", "evaluation.prompts=2", "evaluation.max_new_tokens=2", "data.size=2",
-        "evaluation.task_tokens=2", "evaluation.task_rows=1", "data.poison_ratio=0.5", "name=few",
+        "evaluation.task_new_tokens=2", "evaluation.task_rows=1", "data.poison_ratio=0.5", "name=few",
     ]  # fmt: skip
     stamps = []
     for seed in (1, 2):
@@ -228,7 +228,7 @@ def test_the_stamp_names_the_protocol_and_the_changes(files):
     assert stamps[0]["changes"]["user.training.max_steps"] == 1
     assert "user.rho" not in stamps[0]["changes"]
     told = "harmful: the first in order, with duplicates; task: the first in order, with duplicates"
-    assert (stamps[0]["test_rows"], stamps[0]["task_tokens"]) == (told, 2)
+    assert (stamps[0]["test_rows"], stamps[0]["task_new_tokens"]) == (told, 2)
     from holdfast.reporting.collect import collect
 
     assert len(collect([files / "1", files / "2"]).runs) == 2
@@ -238,7 +238,7 @@ def test_evaluation_takes_the_block_of_a_protocol():
     blocks = {name: Recipe.load({"model": "m", "data": {"user": "u"}, "alignment": "none", "evaluation": name})
               for name in ("safe_lora", "vaccine", "booster")}  # fmt: skip
     assert [judge.name for judge in blocks["safe_lora"].evaluation.judges] == ["keyword_published"]
-    assert (blocks["vaccine"].evaluation.prompts, blocks["vaccine"].evaluation.task_tokens) == (500, 200)
+    assert (blocks["vaccine"].evaluation.prompts, blocks["vaccine"].evaluation.task_new_tokens) == (500, 200)
     assert (blocks["booster"].evaluation.take, blocks["booster"].evaluation.mixed_prompts) == ("first", False)
 
 
