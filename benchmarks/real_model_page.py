@@ -172,13 +172,15 @@ def draw(found: dict[str, Any]) -> None:
             [i + shift for i in range(len(order))], [c[0] for c in cells], 0.38,
             xerr=[c[1] for c in cells], color=colour, label=label, error_kw={"lw": 0.8},
         )  # fmt: skip
+        for i, (score, error) in enumerate(cells):
+            left.text(score + error + 1, i + shift, f"{score:.0f}", va="center", fontsize=7, color="#555555")
     accuracy = [cell(shown[name], "finetune_accuracy", None) or (0.0, 0.0) for name in order]
     right.barh(
         range(len(order)), [c[0] for c in accuracy], 0.6, xerr=[c[1] for c in accuracy], color="#4a6b8a",
         error_kw={"lw": 0.8},
     )  # fmt: skip
-    left.set_yticks(range(len(order)), order)
-    left.set(xlim=(0, 105), xlabel="harmful score, % (lower is better)")
+    left.set_yticks(range(len(order)), [_label(name) for name in order])
+    left.set(xlim=(0, 109), xlabel="harmful score, % (lower is better)")
     right.set(xlim=(0, 105), xlabel="finetune accuracy, %")
     figure.legend(loc="lower left", fontsize=8, frameon=False)
     for axis in (left, right):
@@ -188,6 +190,20 @@ def draw(found: dict[str, Any]) -> None:
     figure.savefig(PICTURE, dpi=130)
     if found.get("curves"):
         _draw_curves(found["curves"], pyplot)
+
+
+def _label(method: str) -> str:
+    """A short name of a row for the picture."""
+    for long, short in (
+        (", num_layers=30, control=drop", " (the same dropped)"),
+        (", num_layers=30, control=random", " (30 at random)"),
+        (", num_layers=30", " (30 of 60 modules)"),
+        ("aligned, SFT", "aligned, before the attack"),
+        ("SFT", "SFT (no defense)") if method == "SFT" else ("NA-SFT", "NA-SFT (never aligned)"),
+    ):
+        if long in method:
+            return method.replace(long, short)
+    return method
 
 
 def _pictured(method: str) -> bool:
