@@ -6,6 +6,7 @@ differs: PEFT loads more kinds of LoRA than can be read as scaling * B A (see `a
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -176,6 +177,15 @@ def _settings(folder: Path) -> dict[str, Any]:
             _check_number(path, f"{key}[{pattern[:80]!r}]", value)
     for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
         _check_names(path, key, config.get(key))
+    for key in ("base_model_name_or_path", "revision", "task_type", "peft_version"):
+        if not isinstance(config.get(key), str | None):
+            raise ModelError(f"{path}: expected text for {key}, found {str(config[key])[:80]!r}.")
+    try:
+        json.dumps(config, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:  # a combined adapter could not be written
+        raise ModelError(
+            f"{path} holds values that cannot be written as JSON ({str(error)[:80]}). Save the adapter again."
+        ) from None
     return config
 
 
