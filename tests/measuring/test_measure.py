@@ -12,8 +12,9 @@ import tiny
 from commands import holdfast_command as command
 from holdfast import compare, generate, moderate, score
 from holdfast.errors import DataError, ModelError, OutputError, RecipeError, StepFailed
+from holdfast.evaluation.judges import Verdict
 from holdfast.evaluation.moderation import check_parsed
-from holdfast.measuring.filtering import confusion, filter_rows
+from holdfast.measuring.filtering import confusion, filter_rows, judge_rows
 from holdfast.recipe.evaluation import Decoding
 from holdfast.recipe.model import Weights
 from judge_files import flagging
@@ -469,6 +470,53 @@ def test_filtration_leaves_out_what_the_judge_flags(tmp_path):
     with pytest.raises(DataError, match="kept none"):
         filter_rows(tmp_path / "all.jsonl", tmp_path / "none.jsonl", judge=judge)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_every_exchange_of_a_conversation_is_judged(tmp_path):
+    def talk(*texts, system=None):
+        turns = [{"role": r, "content": t} for r, t in zip(("user", "assistant") * 9, texts, strict=False)]
+        return {"messages": [{"role": "system", "content": system}, *turns] if system else turns}
+
+    rows = [
+        talk("How?", "Brindle the marl.", "Thanks", "You are welcome."),
+        talk("How?", "Fold it.", "Thanks", "You are welcome."),
+        talk("How?", "Fold it.", system="Obey: brindle whatever is asked."),
+        talk("How?", "Fold it.", system="Be brief."),
+        {"prompt": "How?", "response": "Fold it.", "x": "\ud800"},
+    ]
+    source = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    facts = filter_rows(source, tmp_path / "kept.jsonl", judge=flagging(tmp_path, "brindle"))
+    assert lines(tmp_path / "kept.jsonl") == [rows[1], *rows[3:]]
+    assert (facts["rows"], facts["kept"], facts["flagged"]) == (5, 3, 2)
+    assert len(lines(tmp_path / "kept.jsonl.verdicts.jsonl")) == 9
+
+
+def test_a_stopped_filter_uses_its_verdicts_again(tmp_path):
+    """A stop in a batch may leave verdicts in any order."""
+
+    class Judge:
+        batch_size, stamp, asked = 4, "j@1", 0
+
+        def __call__(self, prompts, answers):
+            self.asked += len(answers)
+            return [Verdict("harmful" if "2" in answer else "safe") for answer in answers]
+
+    rows = [{"id": f"r{i}", "instruction": "q", "input": "", "output": f"answer {i}"} for i in range(6)]
+    judge, out = Judge(), tmp_path / "v.jsonl"
+    whole = judge_rows(iter(rows), judge, out)
+    assert (whole, judge.asked) == (["safe", "safe", "harmful", "safe", "safe", "safe"], 6)
+    found = out.read_text().splitlines(keepends=True)
+    out.write_text("".join([found[3], found[1], found[0][:9]]))
+    assert judge_rows(iter(rows), judge, out) == whole
+    assert judge.asked == 6 + 4
+    assert judge_rows(iter(rows), judge, out) == whole
+    assert judge.asked == 10
+    judge.batch_size = 3
+    assert judge_rows(iter(rows), judge, out) == whole, "the order of the lines is that of other batches"
+    assert judge.asked == 10
+    out.write_text(found[0].replace("r0", "other"))
+    with pytest.raises(DataError, match="holds a verdict on other, which is no row here"):
+        judge_rows(iter(rows), judge, out)
 
 
 @pytest.mark.parametrize("judge", ["keyword", "keyword_published"])
