@@ -62,7 +62,8 @@ def find_adapter(path: str, revision: str | None = None) -> tuple[Path, list[str
     subfolder has, that subfolder is returned.
 
     Raises:
-        ModelError: there is no adapter, or there are several and the path names none of them.
+        ModelError: there is no adapter, there are several and the path names none of them, or a file in the
+            folder is a pipe, a socket or a device.
     """
     folder = Path(path)
     if not folder.exists():
@@ -74,8 +75,10 @@ def find_adapter(path: str, revision: str | None = None) -> tuple[Path, list[str
     places = {p.parent for depth in ("*", "*/*") for p in folder.glob(f"{depth}/{CONFIG}")}
     inner = sorted((place.relative_to(folder).as_posix() for place in places), key=_by_number)
     if (folder / CONFIG).exists() or (folder / CONFIG).is_symlink():
+        check_regular(folder, NAMED_BY)
         return folder, inner
     if len(inner) == 1:
+        check_regular(folder / inner[0], NAMED_BY)
         return folder / inner[0], []
     if inner:
         shown = ", ".join(inner[:10]) + (", ..." if len(inner) > 10 else "")
