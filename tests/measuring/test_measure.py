@@ -56,6 +56,48 @@ def test_from_prompts_to_scores(place, tmp_path):
     assert alone["finetune_accuracy"] == scores["finetune_accuracy"]
 
 
+@pytest.fixture(scope="module")
+def adapter(place):
+    """An adapter that was trained with ChatML, with its own tokenizer."""
+    from peft import LoraConfig, get_peft_model
+
+    words = tiny.tokenizer(chat=True)
+    made = get_peft_model(
+        tiny.llama(len(words)), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    )
+    made.save_pretrained(place / "adapter")
+    words.save_pretrained(place / "adapter")
+    return place / "adapter"
+
+
+def test_an_adapters_own_tokenizer_and_template_are_used_and_recorded(place, adapter, tmp_path):
+    def made(out, **options):
+        asked(place, tmp_path / out, task_rows=None, **options)
+        return json.loads((tmp_path / f"{out}.json").read_text())["made"]
+
+    bare, chat = made("bare"), made("chat", adapters=[adapter])
+    assert (bare["template"], chat["template"]) == ("alpaca", "chat")
+    assert "tokenizer" not in bare
+    assert chat["tokenizer"] == chat["adapters"][0]
+    with pytest.raises(ModelError, match="no chat template"):
+        made("bare chat", template="chat")
+    (adapter / "chat_template.jinja").write_text(tiny.CHAT + "{# another #}")
+    with pytest.raises(OutputError, match="adapters: was"):
+        made("chat", adapters=[adapter])
+
+
+def test_an_adapter_that_is_refused_does_not_keep_the_file(place, adapter, tmp_path):
+    """The next call, with the right adapter, would be refused because of other settings."""
+    import shutil
+
+    torn = shutil.copytree(adapter, tmp_path / "torn")
+    (torn / "adapter_model.safetensors").write_bytes(b"\xff" * 40)
+    with pytest.raises(ModelError, match="damaged"):
+        asked(place, tmp_path / "a.jsonl", adapters=[torn])
+    assert [path.name for path in tmp_path.iterdir()] == ["torn"]
+    assert len(asked(place, tmp_path / "a.jsonl", task_rows=None, adapters=[adapter])) == 7
+
+
 def test_what_was_stopped_goes_on(place, tmp_path):
     whole = asked(place, tmp_path / "whole.jsonl", batch_tokens=200)
     asked(place, tmp_path / "cut.jsonl", batch_tokens=200)
@@ -585,3 +627,9 @@ def test_the_commands(place, tmp_path):
     assert kept.returncode == 2
     assert "kept none of the 6 rows" in kept.stderr
     assert "Traceback" not in kept.stderr
+
+
+def test_adapters_are_not_left_out_in_front_of_a_server(place, adapter, tmp_path):
+    with pytest.raises(RecipeError, match="would answer without them"):
+        asked(place, tmp_path / "a.jsonl", adapters=[adapter], endpoint="http://localhost:1/v1")
+    assert not list(tmp_path.iterdir())

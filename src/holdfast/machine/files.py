@@ -27,12 +27,19 @@ def beside(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)
+        temporary.chmod(mode(0o666))
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def mode(asked: int) -> int:
+    """Return the permissions of a new file (0o666) or folder (0o777) under the umask of this process."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return asked & ~umask
 
 
 def write_text(path: Path, text: str) -> None:

@@ -100,7 +100,7 @@ def filter_rows(
         **counts(verdicts, dropped),
         **({"bad_rows_dropped": bad.count, "first_bad_rows": bad.places()} if bad.count else {}),
         "confusion": confusion(labels, verdicts),
-        "judge_stamp": ready.stamp,
+        "judge_stamp": stamp_of(ready, verdicts_file),
         "source": loaded.name,
         "sha256": loaded.sha256,
     }
@@ -234,6 +234,11 @@ def check_share(verdicts: Sequence[str], max_unparsed: float, judge: str, out: P
             f"permitted share of {max_unparsed:g}. Its replies are in {out}. Use another judge or model, or "
             "set max_unparsed."
         )
+
+
+def stamp_of(judge: Any, out: Path) -> str:
+    """Return the stamp of the judge that wrote `out`; judges that may be on a server say what it refused."""
+    return engine.stamped(judge.stamp, each_jsonl(out)) if hasattr(judge, "each") else str(judge.stamp)
 
 
 def drops(verdicts: Sequence[str], unparsed: str = "drop") -> list[bool]:

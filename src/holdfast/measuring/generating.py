@@ -85,6 +85,11 @@ def generate(
     rows = _test_rows(prompts, task, task_rows, harmful=harmful, benign=benign)
     job = _Job(rows, Path(out), task, how, seed, progress)
     if endpoint is not None:
+        if adapters:
+            raise RecipeError(
+                "Adapters are put on weights that are loaded here, but an endpoint is given, which would "
+                "answer without them. Load them in the server, and leave them out here."
+            )
         return job.ask_server(block(Endpoint, endpoint, "endpoint", "base_url"), weights)
     return job.ask_weights(weights, adapters, device)
 
@@ -117,7 +122,8 @@ class _Job:
     @property
     def most(self) -> dict[str, int]:
         """New tokens of an answer, by the set of its row."""
-        of_task = getattr(tasks.find(self.task or "own"), "max_new_tokens", 64)
+        known: int = getattr(tasks.find(self.task or "own"), "max_new_tokens", 64)
+        of_task = self.how.task_new_tokens or known
         return {"harmful": self.how.max_new_tokens, "task": of_task, "benign": self.how.max_new_tokens}
 
     @property

@@ -34,7 +34,7 @@ def claim(out: Path, store: Path) -> None:
 
 def keep_recipe(out: Path, recipe: Recipe) -> None:
     """Write `recipe.yaml`: the whole recipe, with the values that its run uses."""
-    write_text(out / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+    write_text(out / "recipe.yaml", yaml.safe_dump(recipe.whole(), sort_keys=False, allow_unicode=True))
 
 
 def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, Any]:
@@ -99,7 +99,8 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
     trainings = [step for step in state.chain if step != stages.get("post_hoc")]
     trained = records[trainings[-1]] if trainings else {}
     aligned = records[stages["alignment"]] if state.alignment else {}
-    methods = registry.faces("defenses")
+    known = {state.alignment, state.user, state.post_hoc} - {None}
+    methods = {name: registry.face("defenses", str(name)) for name in known}
     headline = methods[state.post_hoc].facts.get("headline") if state.post_hoc else None
     return {
         "name": state.name,
@@ -156,7 +157,8 @@ def role(state: State) -> str:
     "reference": before fine-tuning; "undefended": plain training at every stage; "control": a control instead
     of the repair, which shows how much the repair itself contributes; "defended": any other.
     """
-    facts = {name: face.facts for name, face in registry.faces("defenses").items()}
+    known = {state.alignment, state.user, state.post_hoc} - {None}
+    facts = {name: registry.face("defenses", str(name)).facts for name in known}
     if state.user is None and state.post_hoc is None:
         return "reference"
     given = state.post_hoc_parameters or {}
@@ -230,6 +232,10 @@ def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, 
         **({"template_date": recipe.model.template_date} if recipe.model.template_date else {}),
         **({"system": recipe.evaluation.system} if recipe.evaluation.system else {}),
         **({"rater": records[state.rate]["rater_stamp"]} if state.rate else {}),
-        **({"task_tokens": recipe.evaluation.task_tokens} if recipe.evaluation.task_tokens else {}),
+        **(
+            {"task_new_tokens": recipe.evaluation.task_new_tokens}
+            if recipe.evaluation.task_new_tokens
+            else {}
+        ),
         **({"test_rows": _shown(test["taken"])} if "first" in test["taken"].values() else {}),
     }

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.errors import OutputError
-from holdfast.machine.files import read_json, replace_folder
+from holdfast.machine.files import mode, read_json, replace_folder
 from holdfast.weights.files import safe_path
 from holdfast.weights.reader import Tensor, row_blocks
 
@@ -85,7 +85,7 @@ def new_folder(out: Path, sources: Iterable[Path], record: str | None = None) ->
         place.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
         yield scratch
-        scratch.chmod(0o755)
+        scratch.chmod(mode(0o777))
         replace_folder(scratch, place)
     except OSError as error:
         raise OutputError(f"Cannot write {out}: {error.strerror or error}. Nothing was written.") from None
