@@ -77,35 +77,35 @@ def filter_rows(
     identity, total, bad = _checked(loaded, skip_bad)
     ready = judging.ready(judge, device, options)
     verdicts_file = out.with_name(f"{out.name}.verdicts.jsonl")
-    claim(verdicts_file, {"judge_stamp": ready.stamp, "rows": identity})
-    verdicts = judge_rows((one.row for one in _rows(loaded)), ready, verdicts_file, progress, total)
-    check_share(verdicts, max_unparsed, ready.stamp, verdicts_file)
-    dropped = drops(verdicts, unparsed)
-    if datasets.read_records(source, role="user").sha256 != loaded.sha256:
-        raise DataError(f"{loaded.path} changed while it was filtered. Run the filter again.")
-    if all(dropped):
-        raise DataError(
-            f"{ready.stamp} kept none of the {total} rows of {loaded.name}, so nothing was written."
-        )
-    labels: list[bool | None] = []
+    with claim(verdicts_file, {"judge_stamp": ready.stamp, "rows": identity}):
+        verdicts = judge_rows((one.row for one in _rows(loaded)), ready, verdicts_file, progress, total)
+        check_share(verdicts, max_unparsed, ready.stamp, verdicts_file)
+        dropped = drops(verdicts, unparsed)
+        if datasets.read_records(source, role="user").sha256 != loaded.sha256:
+            raise DataError(f"{loaded.path} changed while it was filtered. Run the filter again.")
+        if all(dropped):
+            raise DataError(
+                f"{ready.stamp} kept none of the {total} rows of {loaded.name}, so nothing was written."
+            )
+        labels: list[bool | None] = []
 
-    def kept() -> Iterator[Mapping[str, Any]]:
-        for one, drop in zip(_rows(loaded), dropped, strict=True):
-            labels.append(label(one.record))
-            if not drop:
-                yield one.record
+        def kept() -> Iterator[Mapping[str, Any]]:
+            for one, drop in zip(_rows(loaded), dropped, strict=True):
+                labels.append(label(one.record))
+                if not drop:
+                    yield one.record
 
-    datasets.write_rows(out, kept())
-    facts = {
-        **counts(verdicts, dropped),
-        **({"bad_rows_dropped": bad.count, "first_bad_rows": bad.places()} if bad.count else {}),
-        "confusion": confusion(labels, verdicts),
-        "judge_stamp": stamp_of(ready, verdicts_file),
-        "source": loaded.name,
-        "sha256": loaded.sha256,
-    }
-    write_json(out.with_name(f"{out.name}.json"), {**facts, "provenance": provenance()})
-    return facts
+        datasets.write_rows(out, kept())
+        facts = {
+            **counts(verdicts, dropped),
+            **({"bad_rows_dropped": bad.count, "first_bad_rows": bad.places()} if bad.count else {}),
+            "confusion": confusion(labels, verdicts),
+            "judge_stamp": stamp_of(ready, verdicts_file),
+            "source": loaded.name,
+            "sha256": loaded.sha256,
+        }
+        write_json(out.with_name(f"{out.name}.json"), {**facts, "provenance": provenance()})
+        return facts
 
 
 def _rows(loaded: datasets.Loaded, bad: BadRows | None = None) -> Iterator[Converted]:
