@@ -271,6 +271,7 @@ DEFENSE = Defense(
                 "num_layers": 8,
                 "probability_steps": 200,
                 "resample_steps": 20,
+                "probe_rows": 1,
                 "freeze": "attention",
             }
         },
@@ -281,6 +282,7 @@ DEFENSE = Defense(
                 "num_layers": 8,
                 "probability_steps": 200,
                 "resample_steps": 1,
+                "probe_rows": 200,
                 "freeze": "all",
             }
         },

@@ -141,11 +141,14 @@ class ResumableMixin(CheckpointSlots):
 
         Raises:
             DataError: on `trl.SFTTrainer`, rows of another kind than `train_dataset` (training would silently
-                include their prompts), or rows without any completion within max_length.
+                include their prompts), rows without any completion within max_length, or `loss_on`, which has
+                no effect there.
         """
         if rows is None or not is_sft(self):
             return prepare_rows(rows, self.processing_class, self.args.max_length, self.args.loss_on)
         args = self.args
+        if getattr(args, "loss_on", "all") != "all":
+            raise DataError("loss_on has no effect on trl.SFTTrainer. Set assistant_only_loss instead.")
         rows = rows if hasattr(rows, "column_names") else Dataset.from_list(list(as_sequence(rows)))
         told = args.completion_only_loss is not None or "input_ids" in rows.column_names
         if not told and self.completion_only_loss != ("completion" in rows.column_names):
