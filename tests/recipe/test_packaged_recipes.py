@@ -352,6 +352,7 @@ def test_the_papers_settings_of_the_methods():
             "num_layers": 8,
             "probability_steps": 200,
             "resample_steps": 20,
+            "probe_rows": 1,
             "freeze": "attention",
         },
         "vaccine": {"rho": 2.0},

@@ -178,6 +178,9 @@ def plan(
     cached = {step.id for step in planned if steps.record(step.id) is not None}
     begun = {step.id for step in planned if steps.begun(step.id)}
     console.out.print(console.steps_table(planned, cached, begun))
+    if loaded.protocol:
+        told = console.protocol_text(loaded.protocol, loaded.changes())
+        console.out.print(told, highlight=False, markup=False)
     console.out.print(f"{len(planned) - len(cached)} of {len(planned)} steps would run.", highlight=False)
     for text in whole.elsewhere:
         console.out.print(f"Not on this machine: {text}", highlight=False, soft_wrap=True, markup=False)

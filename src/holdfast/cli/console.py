@@ -229,6 +229,12 @@ def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.0f} s"
 
 
+def protocol_text(name: str, changes: Mapping[str, Any]) -> str:
+    """A line with the protocol of a recipe and the keys that the recipe changes."""
+    changed = ", ".join(f"{key}={value}" for key, value in changes.items())
+    return f"Protocol {name}, changed: {changed}" if changed else f"Protocol {name}, unchanged."
+
+
 def steps_table(steps: Sequence[Any], cached: set[str], begun: set[str]) -> Table:
     """The steps of a plan and the state of each: cached, to resume, or to run."""
     table = Table()

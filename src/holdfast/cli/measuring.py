@@ -182,7 +182,9 @@ def score(
             help="Task whose grader to use. Default: the task for which the answers were generated."
         ),
     ] = None,
-    grader: Annotated[str | None, typer.Option(help="Another grader: exact, number or rouge1.")] = None,
+    grader: Annotated[
+        str | None, typer.Option(help="Another grader: exact, contains, number, rouge1.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
     items: Annotated[
         Path | None, typer.Option(help="JSONL file for the score of each answer, for holdfast compare.")

@@ -69,9 +69,9 @@ def moderate(
     if not any(row["set"] == "harmful" for row in rows):
         raise DataError(f"{generations} has no answers to harmful prompts (rows with set: harmful).")
     loaded = judging.ready(judge, device, options)
-    claim(Path(out), {"judge": judge, "judge_stamp": loaded.stamp, "answers": judged_answers(rows)})
-    found = engine.give_verdicts(rows, loaded, Path(out), progress=progress)
-    learn_refusals(Path(out), found)
+    with claim(Path(out), {"judge": judge, "judge_stamp": loaded.stamp, "answers": judged_answers(rows)}):
+        found = engine.give_verdicts(rows, loaded, Path(out), progress=progress)
+        learn_refusals(Path(out), found)
     engine.check_parsed(rows, found, judge=judge, out=Path(out), max_unparsed=max_unparsed)
     return found
 
@@ -114,9 +114,9 @@ def rate(
         judging.check_rater(named, asked)
     judging.check_judge(named)
     loaded = judging.load_rater(named)
-    claim(Path(out), {"judge": judge, "judge_stamp": loaded.stamp, "answers": rated_answers(rows)})
-    found = engine.give_ratings(rows, loaded, Path(out), progress=progress)
-    learn_refusals(Path(out), found)
+    with claim(Path(out), {"judge": judge, "judge_stamp": loaded.stamp, "answers": rated_answers(rows)}):
+        found = engine.give_ratings(rows, loaded, Path(out), progress=progress)
+        learn_refusals(Path(out), found)
     engine.check_rated(found, rows, judge=judge, out=Path(out), max_unparsed=max_unparsed)
     return found
 
@@ -139,7 +139,7 @@ def score(
         ratings: a file from `rate`, which then gives the score of the task.
         task: the task whose grader is used; by default the task for which `generate` made the answers,
             otherwise exact match.
-        grader: another grader for the same rows: exact, number, rouge1, or judge (the `ratings`).
+        grader: another grader for the same rows: exact, contains, number, rouge1, or judge (the `ratings`).
         out: a JSON file for the scores.
         items: a JSONL file for the score of each answer, which `compare` reads.
 

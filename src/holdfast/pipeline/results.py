@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from holdfast import data as datasets
 from holdfast import registry
 from holdfast.evaluation import paired
-from holdfast.machine.files import read_json, read_jsonl, write_json, write_text
+from holdfast.machine.files import read_json, read_jsonl, remove_unless, write_json, write_text
 from holdfast.machine.store import Store, claim_folder, now, provenance
 from holdfast.measuring.protocol import decoding, grader
 from holdfast.pipeline import user_rows
@@ -34,19 +35,16 @@ def claim(out: Path, store: Path) -> None:
 
 def keep_recipe(out: Path, recipe: Recipe) -> None:
     """Write `recipe.yaml`: the whole recipe, with the values that its run uses."""
+    remove_unless(out / "recipe.yaml", Path.is_file)
     write_text(out / "recipe.yaml", yaml.safe_dump(recipe.whole(), sort_keys=False, allow_unicode=True))
 
 
 def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, Any]:
     """Write `results.json` and `report.html` from complete steps; returns the results.
 
-    Nothing is written if every step was cached and the existing results belong to this recipe.
+    Nothing is written if every step was cached and the existing results are those of the steps.
     """
-    path = out / "results.json"
-    if len(cached) == len(plan.steps) and path.exists() and (out / "report.html").exists():
-        earlier = read_json(path)
-        if earlier["recipe"] == plan.recipe.to_dict():
-            return earlier
+    path, page = out / "results.json", out / "report.html"
     records = {step.id: store.record(step.id) or {} for step in plan.steps}
     stamp = protocol(plan, store, records)
     results = {
@@ -77,11 +75,34 @@ def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, An
         "started": min(record["provenance"]["started"] for record in records.values()),
         "finished": now(),
     }
+    earlier = _earlier(path)
+    if len(cached) == len(plan.steps) and page.is_file() and page.stat().st_size and _same(earlier, results):
+        return earlier
+    for written in (path, page):
+        remove_unless(written, Path.is_file)
+    # Again, because another run with another recipe may have claimed the folder since.
+    keep_recipe(out, plan.recipe)
     write_json(path, results)
     from holdfast.reporting import report
 
-    report([out], out / "report.html")
+    report([out], page)
     return results
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    """Return the results in a file; none if it does not exist or is damaged."""
+    try:
+        found = read_json(path) if path.is_file() else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _same(earlier: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
+    """Whether two results agree in all that comes from the steps, and not from the start that wrote them."""
+    names = ("name", "store", "recipe", "rows", "protocol", "manifest", "bad_rows_dropped", "started")
+    plain = json.loads(json.dumps({name: results[name] for name in names}))
+    return all(earlier.get(name) == value for name, value in plain.items())
 
 
 def _bad_rows(plan: Plan, store: Store) -> dict[str, int]:

@@ -7,6 +7,7 @@ the fields of `TrainingArguments` are checked by name through the registry.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -230,8 +231,11 @@ class Recipe(Part):
         """
         if self.protocol is None:
             return {}
-        published = Recipe.load(named.reference(self.to_dict()))
-        return named.differences(self.to_dict(), published.to_dict())
+        mine = self.to_dict()
+        for made in named.references(mine):
+            with contextlib.suppress(RecipeError):
+                return named.differences(mine, Recipe.load(made).to_dict())
+        return {}
 
     def whole(self) -> dict[str, Any]:
         """The recipe as plain values, with every default of its methods and trainings written out."""
