@@ -89,7 +89,7 @@ def test_all_problems_are_found_at_once_with_the_line_of_the_recipe(made, tmp_pa
             "alignment": str(tiny.write_jsonl(tmp_path / "safe.jsonl", tiny.safe_rows(12))),
         },
         alignment={"defense": "sft", "training": {**good, "optim": "galore_adamw"}},
-        user={"defense": "vlguard", "alignment_size": 500, "training": {**good, "use_liger_kernel": True}},
+        user={"defense": "vlguard", "alignment_size": 500, "training": {**good, "optim": "lomo"}},
     )
     found = both(path, tmp_path / "out")
     assert isinstance(found, Problems)

@@ -285,5 +285,5 @@ def test_plan_says_what_is_mixed(sft):
     recipe = json.loads(json.dumps(sft[0]))
     recipe["user"] = user("vlguard", alignment_size=6)
     step = next(s for s in pipeline.plan(Recipe.load(recipe)).steps if s.kind == "user")
-    assert step.detail.endswith("of 4 rows, 6 alignment rows in place of benign ones")
+    assert step.detail.endswith("of 4 rows, learning rate 0.001, 6 alignment rows in place of benign ones")
     assert training_detail(TRAINING, "new") in step.detail

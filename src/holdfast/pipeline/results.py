@@ -50,6 +50,7 @@ def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, An
     results = {
         **{k: v for k, v in provenance().items() if k != "started"},
         "holdfast": records[plan.manifest]["provenance"]["versions"]["holdfast"],
+        "dtype": plan.dtype,
         "name": plan.recipe.name,
         "store": os.path.relpath(store.root, out),
         "recipe": plan.recipe.to_dict(),

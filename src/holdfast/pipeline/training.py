@@ -316,13 +316,14 @@ class TrainingMonitor(TrainerCallback):
         self.cost.look()
         state_at = getattr(self.trainer, "state_at", None)
         now = state_at(state.global_step - 1) if state_at else None
+        speed = state.num_input_tokens_seen / max(self.cost.seconds, 1e-9)
+        self.latest["tokens_per_second"] = speed
         self.progress.advance(state.global_step, self.total, state=now, **self.latest)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep the values that the progress bar shows beside the steps."""
         if logs and "loss" in logs:
-            speed = state.num_input_tokens_seen / max(self.cost.seconds, 1e-9)
-            self.latest = {"loss": logs["loss"], "tokens_per_second": speed}
+            self.latest["loss"] = logs["loss"]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Mark the checkpoint as complete: every process has written its part of it by now."""
