@@ -249,7 +249,12 @@ def test_the_demo_compares_its_rows(tmp_path, monkeypatch):
     few = ["alignment.training.max_steps=2", "user.training.max_steps=2", "evaluation.prompts=4",
            "evaluation.task_rows=4", "evaluation.max_new_tokens=4", "data.size=40",
            "data.alignment.size=40"]  # fmt: skip
-    monkeypatch.setattr(Recipe, "load", lambda source, overrides=(): load(source, [*few, *overrides]))
+
+    def loaded(source, overrides=()):
+        phases = ["user.alignment_steps=1"] if "user.defense=lisa" in overrides else []
+        return load(source, [*few, *overrides, *phases])
+
+    monkeypatch.setattr(Recipe, "load", loaded)
     with no_pages():  # but the last, which compares them
         results = demo(tmp_path / "demo", seeds=2, device="cpu")
     names = [row["name"] for row in results["rows"]]

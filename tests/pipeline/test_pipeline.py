@@ -80,6 +80,32 @@ def test_the_adapters_load_with_peft(done):
         model = loaded.merge_and_unload()
 
 
+def test_the_user_adapter_is_not_used_without_the_alignment(done, tmp_path):
+    from holdfast.errors import ModelError
+    from holdfast.models.loading import load_model
+    from holdfast.weights.combine import combine
+
+    recipe, out, results, _ = done
+    stages = results["rows"][1]["steps"]
+    alignment, user = (out / "steps" / stages[stage] / "adapter" for stage in ("alignment", "user"))
+    with pytest.raises(ModelError, match=f"trained on top of the adapter {stages['alignment']}/adapter"):
+        load_model(Path(recipe["model"]["path"]), [user])
+    with pytest.raises(ModelError, match=r"Give both, in the order of training"):
+        combine([user], tmp_path / "out")
+    load_model(Path(recipe["model"]["path"]), [alignment])
+    combine([alignment, user], tmp_path / "out")
+
+
+def test_adapters_hold_no_path_of_this_machine(done):
+    recipe, out, results, _ = done
+    home = str(Path(recipe["model"]["path"]).parent)
+    for stage in ("alignment", "user"):
+        for path in (out / "steps" / results["rows"][1]["steps"][stage] / "adapter").iterdir():
+            text = path.read_bytes()
+            assert home.encode() not in text
+            assert str(out).encode() not in text
+
+
 def test_running_again_does_nothing(copy):
     recipe, out = copy
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name != "recipe.yaml"}

@@ -227,7 +227,7 @@ def test_the_stamp_names_the_protocol_and_the_changes(files):
     tiny.save_model(files / "model")
     few = [
         "model.path=model", "model.dtype=float32", "alignment=none", "user=none", "evaluation.judges=[keyword]",
-        "evaluation.prompts=2", "evaluation.max_new_tokens=2", "evaluation.task_tokens=2", "evaluation.task_rows=1",
+        "evaluation.prompts=2", "evaluation.max_new_tokens=2", "evaluation.task_new_tokens=2", "evaluation.task_rows=1",
         "data.size=2", "data.poison_ratio=0.5",
     ]  # fmt: skip
     stamps = []
@@ -239,7 +239,7 @@ def test_the_stamp_names_the_protocol_and_the_changes(files):
     assert stamps[0]["changes"]["evaluation.task_rows"] == 1
     assert "user.rho" not in stamps[0]["changes"]
     told = "harmful: the first in order, with duplicates; task: the first in order, with duplicates"
-    assert (stamps[0]["test_rows"], stamps[0]["task_tokens"]) == (told, 2)
+    assert (stamps[0]["test_rows"], stamps[0]["task_new_tokens"]) == (told, 2)
     assert len(collect([files / "1", files / "2"]).runs) == 2
 
 
@@ -247,7 +247,7 @@ def test_evaluation_takes_the_block_of_a_protocol():
     blocks = {name: Recipe.load({"model": "m", "data": {"user": "u"}, "alignment": "none", "evaluation": name})
               for name in ("safe_lora", "vaccine", "booster")}  # fmt: skip
     assert [judge.name for judge in blocks["safe_lora"].evaluation.judges] == ["keyword_published"]
-    assert (blocks["vaccine"].evaluation.prompts, blocks["vaccine"].evaluation.task_tokens) == (500, 200)
+    assert (blocks["vaccine"].evaluation.prompts, blocks["vaccine"].evaluation.task_new_tokens) == (500, 200)
     assert (blocks["booster"].evaluation.take, blocks["booster"].evaluation.mixed_prompts) == ("first", False)
 
 

@@ -82,6 +82,24 @@ def said(turn: Turn) -> str:
     return json.dumps([call["function"] for call in turn["tool_calls"]], ensure_ascii=False)
 
 
+def sent(turns: Iterable[Turn]) -> list[Turn]:
+    """Return turns in OpenAI's format for a server: without our keys, and with arguments as text."""
+    found = []
+    for turn in turns:
+        made = {key: value for key, value in turn.items() if key not in ("weight", *THINKING)}
+        if "tool_calls" in made:
+            calls = made["tool_calls"]
+            made["tool_calls"] = [{**call, "function": _with_text(call["function"])} for call in calls]
+        found.append(made)
+    return found
+
+
+def _with_text(function: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**function, "arguments": text}
+
+
 def exchanges(turns: Sequence[Turn]) -> list[tuple[str, str]]:
     """Return each answer of the assistant with the turns of the user and the tools before it.
 

@@ -173,7 +173,7 @@ def plan(
 
     loaded = Recipe.load(recipe, overrides or [])
     steps = Store(store or (out or Path("runs") / loaded.name.replace(" ", "-")) / "steps")
-    whole = plan_recipe(loaded, today=steps.started())
+    whole = plan_recipe(loaded, today=steps.started(), partial=True)
     planned = whole.steps
     cached = {step.id for step in planned if steps.record(step.id) is not None}
     begun = {step.id for step in planned if steps.begun(step.id)}
@@ -182,7 +182,14 @@ def plan(
         told = console.protocol_text(loaded.protocol, loaded.changes())
         console.out.print(told, highlight=False, markup=False)
     console.out.print(f"{len(planned) - len(cached)} of {len(planned)} steps would run.", highlight=False)
-    if check and len(cached) < len(planned):
+    for text in whole.elsewhere:
+        console.out.print(f"Not on this machine: {text}", highlight=False, soft_wrap=True, markup=False)
+    if whole.elsewhere:
+        console.out.print(
+            "The names of the steps are not known, and the checks before the run were left out.",
+            highlight=False,
+        )
+    elif check and len(cached) < len(planned):
         with console.Bars(finished=False) as bars:
             rehearse(whole, steps, device=device, progress=bars)
         console.out.print("The checks before the run found no problem.", highlight=False)
@@ -239,10 +246,12 @@ def report(
     """Write one HTML page about one or more runs. Runs measured differently are refused."""
     from holdfast.cli import console
     from holdfast.reporting import report as write_report
+    from holdfast.reporting import unfinished
 
-    console.out.print(
-        f"Report: {write_report(runs, out, force=force)}", highlight=False, soft_wrap=True, markup=False
-    )
+    written = write_report(runs, out, force=force)
+    for run in filter(unfinished, runs):
+        console.err.print(f"Left out: {run} is not finished.", highlight=False, soft_wrap=True, markup=False)
+    console.out.print(f"Report: {written}", highlight=False, soft_wrap=True, markup=False)
 
 
 app.command(

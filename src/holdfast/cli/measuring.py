@@ -70,6 +70,9 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum length of an answer in tokens; tasks have their own limit.")
     ] = 512,
+    task_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum length of an answer to a task. Default: the task's.")
+    ] = None,
     temperature: Annotated[
         float, typer.Option(help="0 decodes greedily; above 0, answers are sampled.")
     ] = 0.0,
@@ -91,7 +94,8 @@ def generate(
         "path": model, "template": template, "template_date": template_date, "quantization": quantization,
     }  # fmt: skip
     decoding = {
-        "max_new_tokens": max_new_tokens, "system": system, "temperature": temperature, "top_p": top_p,
+        "max_new_tokens": max_new_tokens, "task_new_tokens": task_new_tokens, "system": system,
+        "temperature": temperature, "top_p": top_p,
     }  # fmt: skip
     with console.bar(f"answers of {model}") as progress:
         rows = generating.generate(

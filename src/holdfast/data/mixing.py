@@ -12,7 +12,8 @@ from holdfast.data.jsonl import cannot_write, write_rows
 from holdfast.data.prepare import overlaps, test_rows, user_rows
 from holdfast.data.sources import Source, place_of
 from holdfast.errors import OutputError
-from holdfast.machine.files import read_json, remove_tree, replace_folder, write_json
+from holdfast.machine.files import read_json, replace_folder, write_json
+from holdfast.machine.scratch import temporary
 from holdfast.tasks import Task
 
 FILES = {"user.jsonl", "test.jsonl", "manifest.json"}
@@ -56,17 +57,15 @@ def mix(
         "test": tested.manifest,
         "overlaps": overlaps(user=trained.rows, test=tested.rows),
     }
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        beside.mkdir(parents=True)
-        write_rows(beside / "user.jsonl", trained.rows)
-        write_rows(beside / "test.jsonl", tested.rows)
-        write_json(beside / "manifest.json", manifest)
-        replace_folder(beside, folder)
+        with temporary(folder, folder=True) as beside:
+            write_rows(beside / "user.jsonl", trained.rows)
+            write_rows(beside / "test.jsonl", tested.rows)
+            write_json(beside / "manifest.json", manifest)
+            beside.chmod(0o755)
+            replace_folder(beside, folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
-    finally:
-        remove_tree(beside)
     return Path(out)
 
 

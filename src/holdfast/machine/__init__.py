@@ -7,6 +7,7 @@ __all__ = [
     "files",
     "processes",
     "progress",
+    "scratch",
     "secrets",
     "seeds",
     "store",

@@ -6,11 +6,13 @@ is no protection against somebody who changes both the files and the record.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from holdfast.machine.files import read_json, write_json
@@ -66,8 +68,8 @@ class Digests:
     def _read(self) -> dict[str, list[int | str]]:
         """Return the digests in the file; none if it is damaged, so that every digest is computed again."""
         try:
-            known = read_json(self.path) if self.path else {}
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+            known = read_json(self.path) if self.path and self.path.is_file() else {}
+        except (OSError, ValueError):
             return {}
         if not isinstance(known, dict):
             return {}
@@ -75,7 +77,8 @@ class Digests:
 
     def _write(self) -> None:
         if self.path is not None and not self.read_only:
-            write_json(self.path, {**self._read(), **self._known})
+            with contextlib.suppress(OSError):  # it only saves time
+                write_json(self.path, {**self._read(), **self._known})
 
 
 def describe(
@@ -101,7 +104,8 @@ def changed(
     for name, told in described.items():
         size, digest = told["bytes"], told["sha256"]
         try:
-            same = (folder / name).stat().st_size == size and digests.of(folder / name) == digest
+            state = (folder / name).stat()
+            same = S_ISREG(state.st_mode) and state.st_size == size and digests.of(folder / name) == digest
         except (OSError, ValueError):
             same = False
         if not same:

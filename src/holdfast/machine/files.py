@@ -6,13 +6,13 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from holdfast.errors import DataError
+from holdfast.machine.scratch import temporary
 
 
 @contextmanager
@@ -21,23 +21,22 @@ def beside(path: Path) -> Iterator[Path]:
 
     A reader sees either the old file or the complete new one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with temporary(path) as made:
+        yield made
+        made.chmod(mode(0o666))
+        made.replace(path)
+
+
+def mode(asked: int) -> int:
+    """Return the permissions of a new file (0o666) or folder (0o777) under the umask of this process."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return asked & ~umask
 
 
 def write_text(path: Path, text: str) -> None:
     """Write text in UTF-8; see `beside`."""
-    with beside(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+    with beside(path) as made, made.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -50,7 +49,7 @@ def write_json(path: Path, value: Any, indent: int = 1) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """`write_text` for one JSON object per line; only one row is in memory."""
-    with beside(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+    with beside(path) as made, made.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             file.write(as_line(row))
         file.flush()
@@ -73,8 +72,11 @@ def as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read the value in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read the value in a JSON file. Raises ValueError if it is damaged, also if it is nested too deeply."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -136,8 +138,8 @@ def replace_folder(made: Path, place: Path) -> None:
     if not place.exists():
         made.rename(place)
         return
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as temporary:
-        old = Path(temporary) / "old"
+    with temporary(place, folder=True) as aside:
+        old = aside / "old"
         try:
             place.rename(old)
             made.rename(place)
@@ -148,5 +150,17 @@ def replace_folder(made: Path, place: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder if it exists."""
+    """Remove a folder, or a file or link in its place, if it exists."""
+    if path.is_symlink() or path.is_file():
+        with contextlib.suppress(OSError):
+            path.unlink()
     shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_unless(path: Path, expected: Callable[[Path], bool]) -> None:
+    """Remove what is at `path` unless it is what is expected there: `Path.is_file` or `Path.is_dir`."""
+    if os.path.lexists(path) and not expected(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -22,7 +23,8 @@ from typing import Any
 
 from holdfast.errors import OutputError
 from holdfast.machine.digests import Digests, changed, describe, intact, sealed
-from holdfast.machine.files import read_json, remove_tree, write_json
+from holdfast.machine.files import read_json, remove_tree, remove_unless, write_json
+from holdfast.machine.scratch import TEMPORARY, is_temporary
 
 MARKER = "holdfast.json"
 """The file that marks a folder as made by Holdfast; nothing is written into a folder of anyone else."""
@@ -32,6 +34,12 @@ SCRATCH = "checkpoints"
 
 DIGESTS = "digests.json"
 """The file in a store with the digests of large files."""
+
+LOCKS = ".locks"
+"""The folder in a store with a lock file for each step."""
+
+STEP = re.compile(r"[a-z_]+-[0-9a-f]{12}")
+"""The name of a step's folder."""
 
 
 def canonical_json(value: Any) -> str:
@@ -52,6 +60,8 @@ def now() -> str:
 def claim_folder(folder: Path, kind: str) -> None:
     """Mark `folder` as a `kind` folder of Holdfast. It must be absent, empty, or marked as one already.
 
+    A marker that is lost or damaged is written again if the folder's other files show that it is ours.
+
     Raises:
         OutputError: it is a file, contains something else, or cannot be written.
     """
@@ -59,23 +69,55 @@ def claim_folder(folder: Path, kind: str) -> None:
     try:
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"Expected a folder to write to, found a file: {folder}. Give another --out.")
-        if marker.exists():
-            found = json.loads(marker.read_text(encoding="utf-8")).get("kind")
-            if found != kind:
-                raise OutputError(f"{folder} holds a Holdfast {found}, not a {kind}. Give another --out.")
-            return
-        if folder.exists() and any(folder.iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Other processes may be claiming it, too: their temporaries are nobody else's files.
+        found = [path.name for path in folder.iterdir() if not path.name.startswith(f".{MARKER}.")]
+        if MARKER in found:
+            marked = _marked(marker)
+            if marked == kind:
+                return
+            if marked is not None:
+                raise OutputError(f"{folder} holds a Holdfast {marked}, not a {kind}. Give another --out.")
+            if not _looks_like(folder, kind):
+                raise OutputError(f"{marker} is damaged. Give another --out.")
+        elif found and not _looks_like(folder, kind):
             raise OutputError(
                 f"{folder} is not empty and was not made by Holdfast; nothing was written. "
                 "Give an empty or new folder with --out."
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        made = {"holdfast": importlib.metadata.version("holdfast"), "kind": kind, "started": now()}
+        made = {"holdfast": importlib.metadata.version("holdfast"), "kind": kind}
+        made["started"] = min([now(), *_starts(folder)])
         write_json(marker, made)
-    except (ValueError, AttributeError) as error:
-        raise OutputError(f"{marker} is damaged ({error}). Give another --out.") from None
     except OSError as error:
         raise OutputError(f"Cannot write to {folder}: {error.strerror or error}.") from None
+
+
+def _marked(marker: Path) -> str | None:
+    """Return the kind in a marker; None if the marker is damaged."""
+    try:
+        kind = read_json(marker)["kind"] if marker.is_file() else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return kind if isinstance(kind, str) else None
+
+
+def _looks_like(folder: Path, kind: str) -> bool:
+    """Whether a folder without a readable marker is a store with a step, or a run with such a store."""
+    if kind == "run":
+        return (folder / "steps").is_dir() and _looks_like(folder / "steps", "store")
+    steps = [path for path in folder.iterdir() if STEP.fullmatch(path.name)]
+    others = {path.name for path in folder.iterdir()} - {MARKER, DIGESTS, LOCKS}
+    others = {name for name in others if not TEMPORARY.fullmatch(name)} - {path.name for path in steps}
+    return kind == "store" and not others and any((path / "step.json").is_file() for path in steps)
+
+
+def _starts(folder: Path) -> list[str]:
+    """Return when the steps in a folder were started; a marker that is written again needs the first."""
+    found = []
+    for path in folder.glob("*/step.json"):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            found.append(str(read_json(path)["provenance"]["started"]))
+    return found
 
 
 class Store:
@@ -110,6 +152,8 @@ class Store:
 
     def _read(self, step_id: str) -> tuple[dict[str, Any] | None, str | None]:
         folder = self.path(step_id)
+        if (folder.exists() and not folder.is_dir()) or (folder.is_symlink() and not folder.exists()):
+            return None, "it is no folder"
         if not (folder / "step.json").is_file():
             return None, None
         try:
@@ -133,8 +177,11 @@ class Store:
         """
         from filelock import FileLock, Timeout
 
-        (self.root / ".locks").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / ".locks" / f"{step_id}.lock")
+        locks = self.root / LOCKS
+        remove_unless(locks, Path.is_dir)
+        locks.mkdir(parents=True, exist_ok=True)
+        remove_unless(locks / f"{step_id}.lock", Path.is_file)
+        lock = FileLock(locks / f"{step_id}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -155,10 +202,14 @@ class Store:
         files = [
             path
             for path in folder.rglob("*")
-            if path.is_file() and path.name != "step.json" and folder / SCRATCH not in path.parents
+            if path.is_file()
+            and path.name != "step.json"
+            and folder / SCRATCH not in path.parents
+            and not is_temporary(path.relative_to(folder))
         ]
         described = describe(files, folder, self.digests)
         full = sealed({**record, "id": step_id, "files": described, "finished": now()})
+        remove_unless(folder / "step.json", Path.is_file)
         write_json(folder / "step.json", full)
         remove_tree(folder / SCRATCH)
         return full

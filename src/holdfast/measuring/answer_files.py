@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,42 @@ from holdfast.evaluation.frames import without_thinking
 from holdfast.evaluation.moderation import left_out, stamped
 from holdfast.evaluation.rating import talks
 from holdfast.machine.files import read_json, read_jsonl, write_json
+from holdfast.machine.scratch import Writing
 from holdfast.machine.store import identity_hash, provenance
 from holdfast.measuring import checks
 
 Rows = list[dict[str, Any]]
 
 
-def claim(out: Path, made: Mapping[str, Any]) -> None:
-    """Write `FILE.json` beside `out` before rows are appended to `out`.
+def claim(out: Path, made: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """Write `FILE.json` beside `out` before rows are appended to `out`, and lock it against other processes.
+
+    Returns:
+        the lock, a context manager.
 
     Raises:
-        OutputError: the file exists and was made with other settings, or cannot be written.
+        OutputError: the file exists and was made with other settings, another process writes it, or it cannot
+            be written.
     """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock: AbstractContextManager[Any] = Writing(out)
+    except BlockingIOError:
+        raise OutputError(
+            f"Another process writes {out}. Wait until it ends, or choose another --out."
+        ) from None
+    except OSError as error:
+        if not out.exists():
+            raise OutputError(f"Cannot write {out}: {error.strerror}.") from None
+        lock = nullcontext()  # a complete file in a folder that is read-only
+    with ExitStack() as held:
+        held.enter_context(lock)
+        _settle(out, made)
+        return held.pop_all()
+
+
+def _settle(out: Path, made: Mapping[str, Any]) -> None:
+    """Write `FILE.json`, or compare it. Raises OutputError as in `claim`."""
     if out.exists() or beside(out).exists():
         earlier = made_by(out)
         if earlier is None:
@@ -40,7 +64,6 @@ def claim(out: Path, made: Mapping[str, Any]) -> None:
             )
         return
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(beside(out), {"made": dict(made), "provenance": provenance()})
         out.touch()
     except OSError as error:

@@ -9,12 +9,14 @@ records how it was made. A file that was made in another way is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from holdfast import data as datasets
 from holdfast import tasks
+from holdfast.chat.turns import sent
 from holdfast.data.prompts import alpaca, render_prompt, resolve_template
 from holdfast.data.sources import Source
 from holdfast.errors import RecipeError
@@ -84,6 +86,11 @@ def generate(
     rows = _test_rows(prompts, task, task_rows, harmful=harmful, benign=benign)
     job = _Job(rows, Path(out), task, how, seed, progress)
     if endpoint is not None:
+        if adapters:
+            raise RecipeError(
+                "Adapters are put on weights that are loaded here, but an endpoint is given, which would "
+                "answer without them. Load them in the server, and leave them out here."
+            )
         return job.ask_server(block(Endpoint, endpoint, "endpoint", "base_url"), weights)
     return job.ask_weights(weights, adapters, device)
 
@@ -116,7 +123,8 @@ class _Job:
     @property
     def most(self) -> dict[str, int]:
         """New tokens of an answer, by the set of its row."""
-        of_task = getattr(tasks.find(self.task or "own"), "max_new_tokens", 64)
+        known: int = getattr(tasks.find(self.task or "own"), "max_new_tokens", 64)
+        of_task = self.how.task_new_tokens or known
         return {"harmful": self.how.max_new_tokens, "task": of_task, "benign": self.how.max_new_tokens}
 
     @property
@@ -128,8 +136,8 @@ class _Job:
             "sampling": sampling if self.how.temperature else None,
         }
 
-    def claim(self, **made: Any) -> None:
-        """Write the settings to `FILE.json`. Raises OutputError if it holds other settings."""
+    def claim(self, **made: Any) -> AbstractContextManager[Any]:
+        """Write the settings to `FILE.json` and lock the file; see `answer_files.claim`."""
         common = {
             "system": self.how.system,
             "max_new_tokens": self.most,
@@ -137,15 +145,14 @@ class _Job:
             "rows": identity_hash(self.rows),
             "task": self.task,
         }
-        claim(self.out, {**common, **made})
+        return claim(self.out, {**common, **made})
 
     def ask_server(self, server: Endpoint, model: Weights) -> Rows:
         """Return the answers of a model on a server."""
         from holdfast.evaluation.endpoint import answer_all
 
         check_template(self.rows, model.template)
-        self.claim(template=model.template, endpoint=shown(server.base_url), model=model.path)
-        forget_failed(self.out)
+        claimed = self.claim(template=model.template, endpoint=shown(server.base_url), model=model.path)
 
         def ask(part: Sequence[Mapping[str, Any]], watch: Advance) -> Rows:
             return answer_all(
@@ -154,9 +161,11 @@ class _Job:
                 **self.options,
             )  # fmt: skip
 
-        answered = in_turns(self.rows, ask, self.progress)
-        learn_refusals(self.out, answered)
-        return answered
+        with claimed:
+            forget_failed(self.out)
+            answered = in_turns(self.rows, ask, self.progress)
+            learn_refusals(self.out, answered)
+            return answered
 
     def ask_weights(self, model: Weights, adapters: Sequence[str | Path], device: str) -> Rows:
         """Return the answers of a model that is loaded here."""
@@ -179,37 +188,39 @@ class _Job:
         tokenizer = load_tokenizer(folder, model.trust_remote_code, chain, date)
         template = resolve_template(tokenizer, model.template)
         check_template(self.rows, template)
-        self.claim(
+        claimed = self.claim(
             model=fingerprint(folder), adapters=[fingerprint(one) for one in chain], template=template,
             dtype=model.dtype, quantization=model.quantization,
             **({"template_date": date} if date else {}),
             **({"merged": True} if model.adapters == "merge" else {}),
             **({"tokenizer": fingerprint(source)} if source != folder else {}),
         )  # fmt: skip
-        if complete(self.rows, answered := read_jsonl(self.out)):
-            return answered
-        with unclaimed_on_error(self.out):
-            loaded = load_model(
-                folder, chain, compose=model.adapters, dtype=model.dtype, quantization=model.quantization,
-                device=choose_device(device, folder, Processes()), trust_remote_code=model.trust_remote_code,
-            )  # fmt: skip
-            if source != folder:
-                check_vocabulary(loaded, tokenizer, source)
+        with claimed:
+            if complete(self.rows, answered := read_jsonl(self.out)):
+                return answered
+            with unclaimed_on_error(self.out):
+                loaded = load_model(
+                    folder, chain, compose=model.adapters, dtype=model.dtype, quantization=model.quantization,
+                    device=choose_device(device, folder, Processes()),
+                    trust_remote_code=model.trust_remote_code,
+                )  # fmt: skip
+                if source != folder:
+                    check_vocabulary(loaded, tokenizer, source)
 
-        def answer(part: Sequence[Mapping[str, Any]], watch: Advance) -> Rows:
-            system = self.how.system
-            texts = [{**row, "prompt": render_prompt(row, tokenizer, template, system)} for row in part]
-            return answer_prompts(
-                loaded, tokenizer, texts, self.out, batch_tokens=self.how.batch_tokens, progress=watch,
-                frame=frame_of(tokenizer, template), **self.options,
-            )  # fmt: skip
+            def answer(part: Sequence[Mapping[str, Any]], watch: Advance) -> Rows:
+                system = self.how.system
+                texts = [{**row, "prompt": render_prompt(row, tokenizer, template, system)} for row in part]
+                return answer_prompts(
+                    loaded, tokenizer, texts, self.out, batch_tokens=self.how.batch_tokens, progress=watch,
+                    frame=frame_of(tokenizer, template), **self.options,
+                )  # fmt: skip
 
-        return in_turns(self.rows, answer, self.progress)
+            return in_turns(self.rows, answer, self.progress)
 
 
 def _asked(row: Mapping[str, Any], template: str, system: str) -> list[dict[str, str]] | str:
     """Return the input of a server: messages, to which it applies its chat template, or the Alpaca text."""
     if template.startswith("alpaca"):
         return alpaca(row, system, template)
-    turns = row["messages"][:-1] if row.get("messages") else [{"role": "user", "content": question(row)}]
+    turns = sent(row.get("messages", [])[:-1]) or [{"role": "user", "content": question(row)}]
     return [{"role": "system", "content": system}, *turns] if system else list(turns)

@@ -69,9 +69,9 @@ def moderate(
     if not any(row["set"] == "harmful" for row in rows):
         raise DataError(f"{generations} has no answers to harmful prompts (rows with set: harmful).")
     loaded = judging.ready(judge, device, options)
-    claim(Path(out), {"judge": judge, "judge_stamp": loaded.stamp, "answers": judged_answers(rows)})
-    found = engine.give_verdicts(rows, loaded, Path(out), progress=progress)
-    learn_refusals(Path(out), found)
+    with claim(Path(out), {"judge": judge, "judge_stamp": loaded.stamp, "answers": judged_answers(rows)}):
+        found = engine.give_verdicts(rows, loaded, Path(out), progress=progress)
+        learn_refusals(Path(out), found)
     engine.check_parsed(rows, found, judge=judge, out=Path(out), max_unparsed=max_unparsed)
     return found
 
@@ -114,9 +114,9 @@ def rate(
         judging.check_rater(named, asked)
     judging.check_judge(named)
     loaded = judging.load_rater(named)
-    claim(Path(out), {"judge": judge, "judge_stamp": loaded.stamp, "answers": rated_answers(rows)})
-    found = engine.give_ratings(rows, loaded, Path(out), progress=progress)
-    learn_refusals(Path(out), found)
+    with claim(Path(out), {"judge": judge, "judge_stamp": loaded.stamp, "answers": rated_answers(rows)}):
+        found = engine.give_ratings(rows, loaded, Path(out), progress=progress)
+        learn_refusals(Path(out), found)
     engine.check_rated(found, rows, judge=judge, out=Path(out), max_unparsed=max_unparsed)
     return found
 

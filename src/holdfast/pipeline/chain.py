@@ -26,15 +26,22 @@ class Base:
     title: str
 
 
+def digest_of(folder: Path, digests: Digests) -> Any:
+    """Return the value that identifies a model by its content; by its name if it is not on this machine."""
+    from holdfast.weights.folders import fingerprint
+
+    return fingerprint(folder, digests) if folder.is_dir() else {"elsewhere": str(folder)}
+
+
 def model_input(recipe: Recipe, folder: Path, digests: Digests) -> dict[str, Any]:
     """Return the base model of a recipe as an input: its content and how it is loaded."""
     from holdfast.weights.card import public_name
-    from holdfast.weights.folders import fingerprint, model_path
+    from holdfast.weights.folders import model_path
 
     model = recipe.model
     base = Base(folder, str(model_path(model.path)), public_name(model.path))
     return {
-        "base": Content(base, fingerprint(folder, digests)),
+        "base": Content(base, digest_of(folder, digests)),
         "dtype": model.dtype,
         "compose": model.adapters,
         "quantization": model.quantization,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from holdfast import data as datasets
 from holdfast import registry
 from holdfast.evaluation import paired
-from holdfast.machine.files import read_json, read_jsonl, write_json, write_text
+from holdfast.machine.files import read_json, read_jsonl, remove_unless, write_json, write_text
 from holdfast.machine.store import Store, claim_folder, now, provenance
 from holdfast.measuring.protocol import decoding, grader
 from holdfast.pipeline import user_rows
@@ -34,19 +35,16 @@ def claim(out: Path, store: Path) -> None:
 
 def keep_recipe(out: Path, recipe: Recipe) -> None:
     """Write `recipe.yaml`: the whole recipe, with the values that its run uses."""
-    write_text(out / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+    remove_unless(out / "recipe.yaml", Path.is_file)
+    write_text(out / "recipe.yaml", yaml.safe_dump(recipe.whole(), sort_keys=False, allow_unicode=True))
 
 
 def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, Any]:
     """Write `results.json` and `report.html` from complete steps; returns the results.
 
-    Nothing is written if every step was cached and the existing results belong to this recipe.
+    Nothing is written if every step was cached and the existing results are those of the steps.
     """
-    path = out / "results.json"
-    if len(cached) == len(plan.steps) and path.exists() and (out / "report.html").exists():
-        earlier = read_json(path)
-        if earlier["recipe"] == plan.recipe.to_dict():
-            return earlier
+    path, page = out / "results.json", out / "report.html"
     records = {step.id: store.record(step.id) or {} for step in plan.steps}
     stamp = protocol(plan, store, records)
     results = {
@@ -76,11 +74,34 @@ def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, An
         "started": min(record["provenance"]["started"] for record in records.values()),
         "finished": now(),
     }
+    earlier = _earlier(path)
+    if len(cached) == len(plan.steps) and page.is_file() and page.stat().st_size and _same(earlier, results):
+        return earlier
+    for written in (path, page):
+        remove_unless(written, Path.is_file)
+    # Again, because another run with another recipe may have claimed the folder since.
+    keep_recipe(out, plan.recipe)
     write_json(path, results)
     from holdfast.reporting import report
 
-    report([out], out / "report.html")
+    report([out], page)
     return results
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    """Return the results in a file; none if it does not exist or is damaged."""
+    try:
+        found = read_json(path) if path.is_file() else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _same(earlier: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
+    """Whether two results agree in all that comes from the steps, and not from the start that wrote them."""
+    names = ("name", "store", "recipe", "rows", "protocol", "manifest", "bad_rows_dropped", "started")
+    plain = json.loads(json.dumps({name: results[name] for name in names}))
+    return all(earlier.get(name) == value for name, value in plain.items())
 
 
 def _bad_rows(plan: Plan, store: Store) -> dict[str, int]:
@@ -99,7 +120,8 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
     trainings = [step for step in state.chain if step != stages.get("post_hoc")]
     trained = records[trainings[-1]] if trainings else {}
     aligned = records[stages["alignment"]] if state.alignment else {}
-    methods = registry.faces("defenses")
+    known = {state.alignment, state.user, state.post_hoc} - {None}
+    methods = {name: registry.face("defenses", str(name)) for name in known}
     headline = methods[state.post_hoc].facts.get("headline") if state.post_hoc else None
     return {
         "name": state.name,
@@ -156,7 +178,8 @@ def role(state: State) -> str:
     "reference": before fine-tuning; "undefended": plain training at every stage; "control": a control instead
     of the repair, which shows how much the repair itself contributes; "defended": any other.
     """
-    facts = {name: face.facts for name, face in registry.faces("defenses").items()}
+    known = {state.alignment, state.user, state.post_hoc} - {None}
+    facts = {name: registry.face("defenses", str(name)).facts for name in known}
     if state.user is None and state.post_hoc is None:
         return "reference"
     given = state.post_hoc_parameters or {}
@@ -230,6 +253,10 @@ def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, 
         **({"template_date": recipe.model.template_date} if recipe.model.template_date else {}),
         **({"system": recipe.evaluation.system} if recipe.evaluation.system else {}),
         **({"rater": records[state.rate]["rater_stamp"]} if state.rate else {}),
-        **({"task_tokens": recipe.evaluation.task_tokens} if recipe.evaluation.task_tokens else {}),
+        **(
+            {"task_new_tokens": recipe.evaluation.task_new_tokens}
+            if recipe.evaluation.task_new_tokens
+            else {}
+        ),
         **({"test_rows": _shown(test["taken"])} if "first" in test["taken"].values() else {}),
     }

@@ -200,6 +200,7 @@ def training_detail(training: Mapping[str, Any], trains: str, processes: int = 1
     batch = training["per_device_train_batch_size"] * training.get("gradient_accumulation_steps", 1)
     batch *= processes
     what = {"continue": ", single LoRA", "full": ", all weights"}.get(trains, "")
+    what += f", learning rate {training['learning_rate']:g}"
     if "max_steps" in training:
         return f"{training['max_steps']:,} optimizer steps of {batch} rows{what}"
     return f"{training['num_train_epochs']:g} epochs in steps of {batch} rows{what}"

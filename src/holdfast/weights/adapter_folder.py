@@ -104,6 +104,11 @@ def check_adapter(folder: Path) -> Path:
             f"{folder} holds adapter_model.bin, which can run code when it is loaded. Convert it: load the "
             "adapter with PEFT on a machine where that is safe, and call save_pretrained(NEW_FOLDER)."
         )
+    if not (folder / WEIGHTS).exists() and not (folder / WEIGHTS).is_symlink():
+        raise ModelError(
+            f"{folder / WEIGHTS} is missing. Nothing else is loaded, because a .bin file can run code. Save "
+            "the adapter again with PEFT's save_pretrained."
+        )
     for name in (CONFIG, WEIGHTS):
         safe_path(folder, name)
     return folder

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.errors import OutputError
-from holdfast.machine.files import read_json, replace_folder
+from holdfast.machine.files import mode, read_json, replace_folder
+from holdfast.machine.scratch import temporary
 from holdfast.weights.files import safe_path
 from holdfast.weights.reader import Tensor, row_blocks
 
@@ -80,18 +80,13 @@ def new_folder(out: Path, sources: Iterable[Path], record: str | None = None) ->
     """
     check_new(out, sources, record)
     place = Path(os.path.realpath(out))
-    scratch = None
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
-        yield scratch
-        scratch.chmod(0o755)
-        replace_folder(scratch, place)
+        with temporary(place, folder=True) as scratch:
+            yield scratch
+            scratch.chmod(mode(0o777))
+            replace_folder(scratch, place)
     except OSError as error:
         raise OutputError(f"Cannot write {out}: {error.strerror or error}. Nothing was written.") from None
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_new(out: Path, sources: Iterable[Path], record: str | None = None) -> None:
