@@ -67,7 +67,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except Exception as error:  # a damaged file can raise any exception, and the parser raises no subclass
         raise ModelError(f"Cannot load a tokenizer from {folder}: {first_line(error)}") from None
     if tokenizer.eos_token is None:
         raise ModelError(f"The tokenizer in {folder} has no end-of-sequence token, so answers cannot end.")

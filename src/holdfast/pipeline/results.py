@@ -158,6 +158,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
                 for judge, step in zip(recipe.evaluation.judges, state.moderate, strict=True)
             },
         },
+        "adjusted_settings": trained.get("training", {}).get("adjusted"),
         "processes": trained.get("training", {}).get("processes"),
         "tokens_per_second": trained.get("training", {}).get("tokens_per_second"),
         "steps": {

@@ -363,6 +363,9 @@ def _card(job: TrainingJob, facts: Mapping[str, Any]) -> str:
     rows = {name: len(part) for name, part in job.rows.items()}
     training = {key: value for key, value in job.training.items() if key not in NOT_IDENTITY}
     training, parameters = without_paths(training), without_paths(job.parameters)
+    adjusted = facts["training"].get("adjusted") or {}
+    scaled = "".join(f"- {name}: {used} instead of {asked}, scaled to a short run\n"
+                     for name, (asked, used) in adjusted.items())  # fmt: skip
     serving = f"- serving: {job.defense.serving}\n" if job.defense.serving else ""
     chain = "\n".join(f"- {how} `../../{p.parent.name}/{p.name}`" for p in job.adapters)
     return f"""---
@@ -380,7 +383,7 @@ tags: [holdfast, {job.defense.name}]
 - rows: `{json.dumps(rows)}`, seed {job.seed}
 - optimizer steps: {facts["training"]["steps"]}, of {facts["training"]["rows_per_step"]} rows each
 - processes: {facts["training"]["processes"]} ({facts["training"]["distributed_type"]})
-{serving}
+{scaled}{serving}
 Harmful score and finetune accuracy are in the `results.json` of the run that made it. Anything that
 is not there was not measured. A low harmful score under one judge and one prompt set is not safety.
 """
