@@ -52,6 +52,9 @@ def row(jsonl):
         ({"messages": [], "prompt": "a", "response": "b"}, None),
         ({"prompt": [USER], "completion": [ANSWER]}, None),
         ({"prompt": [USER], "completion": "b"}, None),
+        ({"prompt": "a", "completion": [ANSWER]}, None),
+        ({"messages": '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'}, None),
+        ({"messages": [USER, {**ANSWER, "weight": 1, "train": None}], "images": []}, None),
         ({"prompt": [*ONE, USER], "completion": [ANSWER]}, [USER, {**ANSWER, "weight": 0}, *ONE]),
         (
             {"messages": [USER, {**ANSWER, "reasoning_content": "hm"}]},
@@ -88,6 +91,11 @@ def test_prompts_alone_end_in_the_question(row):
     [
         ({"conversations": [HUMAN, GPT, HUMAN]}, "found assistant and user"),
         ({"messages": []}, "the conversation has no turns"),
+        ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "the weight of an answer is 0.5; expected 0"),
+        ({"messages": ONE, "images": ["x.png"]}, "`images` is not supported"),
+        ({"prompt": [USER], "completion": "b", "chat_template_kwargs": {"x": 1}}, "is not supported"),
+        ({"instruction": "a", "output": "b", "system": {"x": 1}}, "`system` is of the type dict"),
+        ({"prompt": [USER], "completion": []}, "the prompt is of the type list|no prompt and answer"),
         ({"messages": [USER, {**ANSWER, "weight": 0}]}, "every answer of the conversation has weight 0"),
         ({"messages": [USER, ANSWER], "tools": "x"}, "`tools` is text that is not JSON"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, "of the type 'image'"),

@@ -174,7 +174,7 @@ def plan(
 
     loaded = Recipe.load(recipe, overrides or [])
     steps = Store(store or (out or Path("runs") / loaded.name.replace(" ", "-")) / "steps")
-    whole = plan_recipe(loaded, today=steps.started(), partial=True)
+    whole = plan_recipe(loaded, today=steps.started(), partial=True, device=device)
     planned = whole.steps
     cached = {step.id for step in planned if steps.record(step.id) is not None}
     begun = {step.id for step in planned if steps.begun(step.id)}

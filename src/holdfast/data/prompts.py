@@ -110,9 +110,9 @@ def alpaca(row: Mapping[str, Any], prefix: str = "", template: str = "alpaca") -
     """The question in the Alpaca prompt, without special tokens. Raises DataError like `render`."""
     if row.get("messages"):
         raise DataError(
-            f"Row {row.get('id', '')} is a conversation of several turns or with a system message, which the "
-            "Alpaca template does not support. Use a model with a chat template, or rows of one question and "
-            "one answer."
+            f"Row {row.get('id', '')} is a conversation of several turns, or with a system message, tools or "
+            "thinking, which the Alpaca template does not support. Use a model with a chat template, or rows "
+            "of one question and one answer."
         )
     text = (ALPACA_INPUT if row["input"] else ALPACA_NO_INPUT).format_map(row)
     return _after(prefix, text + ("\n" if template == "alpaca_newline" else ""))
