@@ -337,6 +337,9 @@ def test_too_many_failed_answers_fail_the_command(tmp_path):
         assert "400, maximum context length exceeded" in done.stderr
         assert holdfast_command(*words, "--max-failed", 0.1, cwd=tmp_path).returncode == 0
         assert len(chat.seen) == 11, "only the failed question is asked again"
+        judge = ("--judge", "openai", "--model", "m", "--base-url", url, "--timeout", 9, "--max-unparsed", 1)
+        done = holdfast_command("moderate", "a.jsonl", *judge, "--out", "v.jsonl", cwd=tmp_path)
+        assert "0 harmful, 0 safe, 10 unparsed" in done.stdout
 
 
 def test_a_model_that_answers_nothing_has_no_score():

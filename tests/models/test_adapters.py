@@ -132,12 +132,16 @@ def test_tensors_that_do_not_fit_are_refused_by_name(place, tmp_path, case):
         ({"target_modules": "("}, "not a valid pattern"),
         ({"rank_pattern": {"(.*.*.*)*!": 2}}, r"rank_pattern has .* take longer than 0\.5 seconds"),
         ({"target_modules": 5}, "a name or a list of names"),
+        ({"base_model_name_or_path": 5}, "expected text for base_model_name_or_path, found '5'"),
+        ({"auto_mapping": float("nan")}, "cannot be written as JSON"),
+        ({"revision": "\ud800"}, "cannot be written as JSON"),
     ],
 )
 def test_settings_that_are_not_what_peft_would_load_are_refused(
     place, tmp_path, config, message, monkeypatch
 ):
-    monkeypatch.setattr(patterns, "SECONDS", 0.5)
+    if "rank_pattern" in config:
+        monkeypatch.setattr(patterns, "SECONDS", 0.5)
     with pytest.raises(ModelError, match=message):
         load_model(place / "model", [edited(place, tmp_path, **config)])
 
@@ -180,6 +184,9 @@ def test_a_tokenizer_that_lost_the_models_template_is_refused(place, tmp_path):
     adapter = Path(shutil.copytree(place / "plain", tmp_path / "a"))
     tiny.tokenizer().save_pretrained(adapter)
     with pytest.raises(ModelError, match="has no chat template, but that of"):
+        load_tokenizer(tmp_path / "model", adapters=[adapter])
+    (adapter / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="Cannot load a tokenizer from"):
         load_tokenizer(tmp_path / "model", adapters=[adapter])
 
 

@@ -56,6 +56,7 @@ class Group(StrEnum):
     defenses = "defenses"
     tasks = "tasks"
     judges = "judges"
+    protocols = "protocols"
     recipes = "recipes"
 
 
@@ -173,7 +174,7 @@ def plan(
 
     loaded = Recipe.load(recipe, overrides or [])
     steps = Store(store or (out or Path("runs") / loaded.name.replace(" ", "-")) / "steps")
-    whole = plan_recipe(loaded, today=steps.started(), partial=True)
+    whole = plan_recipe(loaded, today=steps.started(), partial=True, device=device)
     planned = whole.steps
     cached = {step.id for step in planned if steps.record(step.id) is not None}
     begun = {step.id for step in planned if steps.begun(step.id)}
@@ -282,7 +283,7 @@ app.command(epilog="Example: holdfast merge my-model adapter --out full-model")(
 def list_names(
     group: Annotated[Group | None, typer.Argument(help="Group to list. Default: all.")] = None,
 ) -> None:
-    """Show the known defenses, tasks, judges and recipes."""
+    """Show the known defenses, tasks, judges, protocols and recipes."""
     from holdfast import registry
     from holdfast.cli import console
     from holdfast.recipe import packaged
@@ -292,6 +293,10 @@ def list_names(
             for task, recipes in packaged.by_task().items():
                 rows = [(recipe.name, recipe.about, "") for recipe in recipes]
                 console.out.print(console.names_table(f"recipes for {task}", rows))
+        elif name == Group.protocols:
+            named = packaged.protocols().items()
+            rows = [(n, one.block["about"], one.block.get("extends", "")) for n, one in named if one.block]
+            console.out.print(console.names_table(name, rows, ("name", "", "extends")))
         elif name == Group.defenses:
             for stage in ("alignment", "user", "post_hoc"):
                 faces = registry.faces(name)

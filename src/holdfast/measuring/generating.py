@@ -173,6 +173,7 @@ class _Job:
         from holdfast.evaluation.frames import frame_of
         from holdfast.machine.processes import Processes
         from holdfast.models.device import choose_device
+        from holdfast.models.dtypes import used_dtype
         from holdfast.models.loading import check_vocabulary, load_model, load_tokenizer
         from holdfast.weights.adapter_folder import find_adapter
         from holdfast.weights.folders import find_model, fingerprint, model_path, writes_date
@@ -188,9 +189,10 @@ class _Job:
         tokenizer = load_tokenizer(folder, model.trust_remote_code, chain, date)
         template = resolve_template(tokenizer, model.template)
         check_template(self.rows, template)
+        chosen = choose_device(device, folder, Processes())
         claimed = self.claim(
             model=fingerprint(folder), adapters=[fingerprint(one) for one in chain], template=template,
-            dtype=model.dtype, quantization=model.quantization,
+            dtype=used_dtype(folder, model.dtype, chosen), quantization=model.quantization,
             **({"template_date": date} if date else {}),
             **({"merged": True} if model.adapters == "merge" else {}),
             **({"tokenizer": fingerprint(source)} if source != folder else {}),
@@ -201,8 +203,7 @@ class _Job:
             with unclaimed_on_error(self.out):
                 loaded = load_model(
                     folder, chain, compose=model.adapters, dtype=model.dtype, quantization=model.quantization,
-                    device=choose_device(device, folder, Processes()),
-                    trust_remote_code=model.trust_remote_code,
+                    device=chosen, trust_remote_code=model.trust_remote_code,
                 )  # fmt: skip
                 if source != folder:
                     check_vocabulary(loaded, tokenizer, source)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ModelError, RecipeError, nearest
+from holdfast.models.dtypes import stored_dtype
 from holdfast.models.loading import add_lora, empty_model, load_model, put_on
-from holdfast.models.quantization import is_quantized, stored_dtype
+from holdfast.models.quantization import is_quantized
 from holdfast.weights.adapter import MUTATING
 from holdfast.weights.patterns import check_patterns, matches_end
 

@@ -33,8 +33,9 @@ def digest_of(folder: Path, digests: Digests) -> Any:
     return fingerprint(folder, digests) if folder.is_dir() else {"elsewhere": str(folder)}
 
 
-def model_input(recipe: Recipe, folder: Path, digests: Digests) -> dict[str, Any]:
-    """Return the base model of a recipe as an input: its content and how it is loaded."""
+def model_input(recipe: Recipe, folder: Path, digests: Digests, device: str = "auto") -> dict[str, Any]:
+    """Return the base model of a recipe as an input: its content and how it is loaded on a device."""
+    from holdfast.models.dtypes import used_dtype
     from holdfast.weights.card import public_name
     from holdfast.weights.folders import model_path
 
@@ -42,7 +43,8 @@ def model_input(recipe: Recipe, folder: Path, digests: Digests) -> dict[str, Any
     base = Base(folder, str(model_path(model.path)), public_name(model.path))
     return {
         "base": Content(base, digest_of(folder, digests)),
-        "dtype": model.dtype,
+        # The place is what the recipe says, so that loading can say what it uses instead.
+        "dtype": Content(model.dtype, used_dtype(folder, model.dtype, device)),
         "compose": model.adapters,
         "quantization": model.quantization,
         "trust_remote_code": model.trust_remote_code,

@@ -56,6 +56,7 @@ class Plan:
     """The steps of a run in order, and the states of the model that it evaluates.
 
     Attributes:
+        dtype: the dtype that the model computes in.
         elsewhere: what is not on this machine, so that the names of the steps are not known.
     """
 
@@ -65,6 +66,7 @@ class Plan:
     manifest: str
     model: Path
     elsewhere: tuple[str, ...] = ()
+    dtype: str = "float32"
 
     def __iter__(self) -> Any:
         return iter(self.steps)
@@ -77,6 +79,7 @@ def plan(
     digests: Digests | None = None,
     today: str | None = None,
     partial: bool = False,
+    device: str = "auto",
 ) -> Plan:
     """Return the steps of `recipe`. Reads files to identify their content; writes nothing, imports no torch.
 
@@ -87,17 +90,21 @@ def plan(
             `model.template_date`: that of the run's first start. The recipe of the plan holds it.
         partial: also plan with models and data sets of the Hub that are not on this machine. Such a plan
             names them in `elsewhere`, and cannot be run.
+        device: the device that computes, which decides about `model.dtype: auto`. torch is imported only for
+            a model that is stored with 16 bits.
 
     Raises:
         DataError, ModelError: a file or a model is missing or cannot be used.
     """
-    return _Planner(recipe, download, digests or Digests(), today or now()[:10], partial).plan()
+    return _Planner(recipe, download, digests or Digests(), today or now()[:10], partial, device).plan()
 
 
 class _Planner:
     """Builds the steps one by one; each method adds a step and returns its id."""
 
-    def __init__(self, recipe: Recipe, download: bool, digests: Digests, today: str, partial: bool):
+    def __init__(
+        self, recipe: Recipe, download: bool, digests: Digests, today: str, partial: bool, device: str
+    ):
         from holdfast.weights.folders import find_model, model_path, writes_date
 
         self.download = download
@@ -114,8 +121,8 @@ class _Planner:
         date = (recipe.model.template_date or today) if dated else None
         model = recipe.model.model_copy(update={"template_date": date})
         self.recipe = recipe = recipe.model_copy(update={"model": model})
-        self.model = {
-            "model": model_input(recipe, self.folder, digests),
+        self.model: dict[str, Any] = {
+            "model": model_input(recipe, self.folder, digests, device),
             "template": recipe.model.template,
         }
 
@@ -153,14 +160,9 @@ class _Planner:
             for repair in repairing.repairs(recipe):
                 states.append(self._repair(repair, trained, weights, rows))
             states[1:] = [replace(state, chosen=chosen) for state in states[1:]]
-        return Plan(
-            recipe,
-            tuple(self.steps.values()),
-            tuple(states),
-            rows["manifest"],
-            self.folder,
-            tuple(self.elsewhere),
-        )
+        dtype = self.model["model"]["dtype"].digest
+        steps, found = tuple(self.steps.values()), tuple(states)
+        return Plan(recipe, steps, found, rows["manifest"], self.folder, tuple(self.elsewhere), dtype)
 
     def _add(
         self,

@@ -173,6 +173,8 @@ def rows(recipe: Recipe, data: Mapping[str, str]) -> dict[str, str]:
 
 def apply(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
     """Write a repaired copy of the user stage's weights, under the same name ("adapter" or "model")."""
+    from holdfast.models.dtypes import used_dtype
+
     for rest in folder.iterdir():  # left by a run that was stopped
         remove_tree(rest)
     method, described = inputs["method"], inputs["model"]
@@ -187,7 +189,7 @@ def apply(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
         aligned=aligned if "aligned" in wanted else None,
         seed=inputs["seed"],
         device=machine.device,
-        dtype=described["dtype"],
+        dtype=used_dtype(described["base"].folder, described["dtype"], machine.device),
         load_rows={name: partial(rows_of, step) for name, step in inputs["rows"].items()},
         load_tokenizer=partial(tokenizer_of, described) if "tokenizer" in wanted else None,
     )

@@ -50,6 +50,7 @@ def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, An
     results = {
         **{k: v for k, v in provenance().items() if k != "started"},
         "holdfast": records[plan.manifest]["provenance"]["versions"]["holdfast"],
+        "dtype": plan.dtype,
         "name": plan.recipe.name,
         "store": os.path.relpath(store.root, out),
         "recipe": plan.recipe.to_dict(),
@@ -157,6 +158,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
                 for judge, step in zip(recipe.evaluation.judges, state.moderate, strict=True)
             },
         },
+        "adjusted_settings": trained.get("training", {}).get("adjusted"),
         "processes": trained.get("training", {}).get("processes"),
         "tokens_per_second": trained.get("training", {}).get("tokens_per_second"),
         "steps": {

@@ -146,7 +146,7 @@ def writes_date(folder: Path) -> bool:
     places = [folder / "tokenizer_config.json", folder / "chat_template.json", *folder.rglob("*.jinja")]
     for path in places:
         try:
-            if "strftime_now" in path.read_text(encoding="utf-8"):
+            if path.is_file() and "strftime_now" in path.read_text(encoding="utf-8"):  # a pipe would wait
                 return True
         except (OSError, ValueError):  # the loader reports a damaged file
             continue
