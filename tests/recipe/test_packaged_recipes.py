@@ -247,7 +247,7 @@ def test_a_recipe_in_full():
             "training": {"learning_rate": 1e-5, **training},
         },
         "evaluation": {
-            "judges": [{"name": "beaver_dam", "threshold": 0.5, "max_length": 256}, "keyword"],
+            "judges": [{"name": "beaver_dam", "threshold": 0.5, "max_length": 256, "dtype": "float32"}, "keyword"],
             "prompts": 500, "task_rows": 500, "max_new_tokens": 128, "task_new_tokens": 200, "take": "first",
         },
     }  # fmt: skip
