@@ -58,17 +58,18 @@ def _quantise(model: Any, precision: str, compute: torch.dtype) -> None:
                 *sizes, bias=module.bias is not None, compute_dtype=compute, compress_statistics=True,
                 quant_type="nf4", device="meta",
             )  # fmt: skip
-            made.weight = bnb.nn.Params4bit(
+            new: Any = bnb.nn.Params4bit(
                 weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=made
             )
         else:
             made = bnb.nn.Linear8bitLt(
                 *sizes, bias=module.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta"
             )
-            made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+            new = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        made.weight = new._quantize(torch.device(device()))  # `to` would not quantise int8 that is on a GPU
         made.bias = module.bias
         parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], made.to(device()))
+        setattr(parent, name.rpartition(".")[2], made)
         module.weight = None
         del weight
     four = precision == "nf4"

@@ -13,6 +13,7 @@ from _record import RESULTS
 from holdfast.machine.files import read_json, write_text
 
 DOCS = Path(__file__).parents[1] / "docs"
+README = DOCS.parent / "README.md"
 PAGE, PICTURE, CURVES = DOCS / "real-model.md", DOCS / "real-model.png", DOCS / "real-model-curves.png"
 COLUMNS = {
     "harmful score ↓": ("harmful_score", None),
@@ -21,6 +22,8 @@ COLUMNS = {
     "benign compliance ↑": ("benign_compliance", None),
     "gibberish": ("gibberish_rate", None),
 }
+LONG = ("with compliance ↓", "gibberish")
+"""Columns that a short table leaves out."""
 FIRST = ("the model as it is", "aligned, SFT", "NA-SFT", "SFT")
 Cell = tuple[float, float]
 
@@ -46,25 +49,32 @@ def cell(rows: list[dict[str, Any]], score: str, judge: str | None) -> Cell | No
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
-def table(groups: dict[Any, list[dict[str, Any]]], task: str, ratio: float, kind: str = "tuned") -> str:
-    """A table at one task and ratio of the "aligned", the "tuned" or the "repaired" models."""
+def table(
+    groups: dict[Any, list[dict[str, Any]]], task: str, ratio: float, kind: str = "tuned", short: bool = False
+) -> str:
+    """A table at one task and ratio of the "aligned", the "tuned" or the "repaired" models.
+
+    The tuned models follow the model as it is and the aligned model. `short` has three scores only.
+    """
+    before = FIRST[:2] if kind == "tuned" else ()
     chosen = {
         method: rows
         for (where, at, method), rows in groups.items()
-        if where == task
-        and at == ratio
-        and (_kind(rows[0]) == kind or (kind != "repaired" and method in FIRST))
+        if where == task and at == ratio and (_kind(rows[0]) == kind or method in before)
     }
     if not chosen:
         return "Not measured."
     known = [*FIRST, *study.METHODS]
     order = sorted(chosen, key=lambda name: (known.index(name) if name in known else len(known), name))
-    lines = [f"| model | {' | '.join(COLUMNS)} | seeds | device |", "|---" * (len(COLUMNS) + 3) + "|"]
+    columns = {name: column for name, column in COLUMNS.items() if not short or name not in LONG}
+    head = [*columns, *(() if short else ("seeds", "device"))]
+    lines = [f"| model | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     for method in order:
         rows = chosen[method]
-        shown = [_text(cell(rows, *column)) for column in COLUMNS.values()]
-        devices = sorted({_device(row) for row in rows})
-        lines.append(f"| {method} | {' | '.join(shown)} | {len(rows)} | {', '.join(devices)} |")
+        shown = [_text(cell(rows, *column)) for column in columns.values()]
+        if not short:
+            shown += [str(len(rows)), ", ".join(sorted({_device(row) for row in rows}))]
+        lines.append(f"| {method} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
@@ -117,6 +127,7 @@ def parts(found: dict[str, Any]) -> dict[str, str]:
     return {
         "picture": f"![Harmful score and finetune accuracy of every method]({PICTURE.name})",
         "study": table(groups, "sst2", study.ATTACK_RATIO),
+        "real model": table(groups, "sst2", study.ATTACK_RATIO, short=True),
         "aligned": table(groups, "sst2", study.ATTACK_RATIO, "aligned"),
         "safe-lora": table(groups, "sst2", study.ATTACK_RATIO, "repaired"),
         "ratios": "\n\n".join(others),
@@ -161,13 +172,15 @@ def draw(found: dict[str, Any]) -> None:
             [i + shift for i in range(len(order))], [c[0] for c in cells], 0.38,
             xerr=[c[1] for c in cells], color=colour, label=label, error_kw={"lw": 0.8},
         )  # fmt: skip
+        for i, (score, error) in enumerate(cells):
+            left.text(score + error + 1, i + shift, f"{score:.0f}", va="center", fontsize=7, color="#555555")
     accuracy = [cell(shown[name], "finetune_accuracy", None) or (0.0, 0.0) for name in order]
     right.barh(
         range(len(order)), [c[0] for c in accuracy], 0.6, xerr=[c[1] for c in accuracy], color="#4a6b8a",
         error_kw={"lw": 0.8},
     )  # fmt: skip
-    left.set_yticks(range(len(order)), order)
-    left.set(xlim=(0, 105), xlabel="harmful score, % (lower is better)")
+    left.set_yticks(range(len(order)), [_label(name) for name in order])
+    left.set(xlim=(0, 109), xlabel="harmful score, % (lower is better)")
     right.set(xlim=(0, 105), xlabel="finetune accuracy, %")
     figure.legend(loc="lower left", fontsize=8, frameon=False)
     for axis in (left, right):
@@ -177,6 +190,20 @@ def draw(found: dict[str, Any]) -> None:
     figure.savefig(PICTURE, dpi=130)
     if found.get("curves"):
         _draw_curves(found["curves"], pyplot)
+
+
+def _label(method: str) -> str:
+    """A short name of a row for the picture."""
+    for long, short in (
+        (", num_layers=30, control=drop", " (the same dropped)"),
+        (", num_layers=30, control=random", " (30 at random)"),
+        (", num_layers=30", " (30 of 60 modules)"),
+        ("aligned, SFT", "aligned, before the attack"),
+        ("SFT", "SFT (no defense)") if method == "SFT" else ("NA-SFT", "NA-SFT (never aligned)"),
+    ):
+        if long in method:
+            return method.replace(long, short)
+    return method
 
 
 def _pictured(method: str) -> bool:
@@ -208,7 +235,8 @@ def _draw_curves(curves: dict[str, Any], pyplot: Any) -> None:
 
 def main() -> None:
     found = read_json(RESULTS / "real_model.json")
-    write_page(PAGE, parts(found))
+    for page in (PAGE, README):
+        write_page(page, parts(found))
     draw(found)
 
 

@@ -64,7 +64,7 @@ def test_the_script_with_trl_runs(tmp_path, monkeypatch):
 def test_the_readmes_commands_run(tmp_path):
     """The recipe and the commands as they stand there, on a tiny model."""
     tiny.save_model(tmp_path / "my-model", max_position_embeddings=160)  # so that answers end
-    tiny.write_jsonl(tmp_path / "my.jsonl", tiny.user_rows(20))
+    tiny.write_jsonl(tmp_path / "my.jsonl", tiny.user_rows(30))  # more steps than an alignment phase of Lisa
     tiny.write_jsonl(tmp_path / "safe.jsonl", tiny.safe_rows(10))
     tiny.write_jsonl(tmp_path / "bad.jsonl", tiny.harmful_rows(10))
     (tmp_path / "first.yaml").write_text(blocks(ROOT / "README.md", "yaml")[0])

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+from typing import Self
 
 
 class HoldfastError(Exception):
@@ -33,10 +34,17 @@ class InputError(HoldfastError):
 
     Attributes:
         key: the recipe key that the problem belongs to, in parts; () if it belongs to none.
+        elsewhere: whether the input exists but is not on this machine, such as a gated model of the Hub.
     """
 
     exit_code = 2
     key: tuple[str, ...] = ()
+    elsewhere: bool = False
+
+    def not_here(self) -> Self:
+        """Return the error itself, marked as one of an input that is not on this machine."""
+        self.elsewhere = True
+        return self
 
     def at(self, *key: str) -> InputError:
         """Return the error itself with a recipe key, unless it has one."""

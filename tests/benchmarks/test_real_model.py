@@ -108,6 +108,14 @@ def test_the_page_follows_from_the_results(scripts, tmp_path):
     assert "old" not in (tmp_path / "page.md").read_text()
 
 
+def test_the_pages_show_the_committed_results(scripts):
+    page = scripts("real_model_page")
+    made = page.parts(json.loads((BENCHMARKS / "results" / "real_model.json").read_text()))
+    short, text = made.pop("real model"), page.PAGE.read_text()
+    assert f"-->\n{short}\n<!-- end of real model -->" in page.README.read_text()
+    assert [name for name, part in made.items() if f"-->\n{part}\n<!-- end of {name} -->" not in text] == []
+
+
 def test_kept_models_are_the_same(scripts, tmp_path, monkeypatch):
     for module in (holdfast.models.loading, holdfast.models.trained):
         monkeypatch.setattr(module, "load_model", module.load_model)

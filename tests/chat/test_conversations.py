@@ -9,7 +9,7 @@ import pytest
 
 import tiny
 from holdfast.chat.rendering import conversation
-from holdfast.chat.turns import exchanges, from_lists, only_last, read_turns
+from holdfast.chat.turns import exchanges, from_lists, only_last, read_turns, sent
 from holdfast.data.prompts import training_row
 from holdfast.errors import DataError
 
@@ -54,6 +54,7 @@ def trained(tokenizer, turns, **options):
         ("llama3", ["<|eot_id|>", "<|eot_id|>"]),
         ("gemma", ["<end_of_turn>\n", "<end_of_turn>\n"]),
         ("glm4moe", ["<|user|>", "</s>"]),
+        ("phi3", ["<|end|>\n", "<|end|>\n</s>"]),
     ],
 )
 def test_every_answer_is_trained_with_its_end(template, ends):
@@ -140,6 +141,13 @@ def test_parts_and_names_of_other_formats():
     ]:
         with pytest.raises(ValueError, match=message):
             read_turns([{"role": "user", "content": content}])
+
+
+def test_turns_for_a_server():
+    plain = sent(read_turns([TALK[0], {**TALK[1], "weight": 0, "reasoning_content": "hm"}]))
+    assert plain == TALK[:2]
+    (call,) = sent(read_turns(TOOLS))[1]["tool_calls"]
+    assert call["function"] == {"name": "count", "arguments": '{"of": "hens"}'}
 
 
 def test_every_exchange_of_a_conversation():

@@ -59,6 +59,8 @@ def test_list_shows_what_is_there():
     for word in ("lisa", "bso", "sft", "keyword", "beaver_dam", "gsm8k", "sst2", "lisa-sst2", "user stage"):
         assert word in out
     assert "lisa" not in command("list", "tasks").stdout
+    protocols = command("list", "protocols").stdout
+    assert [name in protocols for name in ("lisa-guide", "t-vaccine", "lisa-sst2")] == [True, True, False]
 
 
 def test_run_from_end_to_end_and_again(recipe, tmp_path):

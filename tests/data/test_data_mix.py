@@ -74,6 +74,24 @@ def test_places_that_are_refused(sources, tmp_path):
     assert (other / "thesis.tex").read_text() == "x"
 
 
+def test_a_source_behind_a_link_is_not_overwritten(sources, tmp_path):
+    out = data.mix(tmp_path / "out", seed=1, **sources)
+    before = (out / "user.jsonl").read_bytes()
+    (tmp_path / "link").symlink_to(out)
+    (tmp_path / "mine.jsonl").symlink_to(out / "user.jsonl")
+    for source, place in [
+        (tmp_path / "link" / "user.jsonl", out), (tmp_path / "mine.jsonl", out),
+        (out / "user.jsonl", tmp_path / "link"), (out, tmp_path / "link"), (tmp_path / "link", out),
+    ]:  # fmt: skip
+        with pytest.raises(OutputError, match="contains the source"):
+            data.mix(place, seed=2, user=source)
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "rows.jsonl").symlink_to(tmp_path / "user.jsonl")
+    again = data.mix(tmp_path / "new", seed=1, user=tmp_path / "far" / "rows.jsonl")
+    assert again.is_dir(), "a link to another place is fine"
+    assert (out / "user.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize(("code", "kind"), [(28, HoldfastError), (13, OutputError)])
 def test_a_failed_write_leaves_nothing(sources, tmp_path, monkeypatch, code, kind):
     out = data.mix(tmp_path / "out", seed=1, **sources)

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from holdfast.data.prompts import render, resolve_template
+from holdfast.data.prompts import render, render_prompt, resolve_template
 from holdfast.errors import DataError, ModelError, RecipeError
 
 CHATML = (
@@ -190,6 +190,16 @@ def test_prefix_where_a_system_message_has_no_place(template):
     plain = render({**SUM, "instruction": "Be safe.\n\nAdd."}, tok, "chat")
     assert (prompt, completion) == plain
     assert "Be safe.\n\nAdd.\n\n2 and 2" in prompt
+
+
+def test_a_prompt_without_its_system_message_is_refused():
+    row = {**ROW, "messages": [{"role": "system", "content": "Rhyme."}, *CHAT_TURNS]}
+    for ask in (render, render_prompt):
+        with pytest.raises(DataError, match=r"Row r: .* leaves out the content of turn 1 \(role system\)"):
+            ask(row, tokenizer("chatml", DEAF), "chat")
+
+
+CHAT_TURNS = [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi!"}]
 
 
 @pytest.mark.parametrize("template", ["alpaca", "chat"])

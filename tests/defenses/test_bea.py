@@ -86,6 +86,8 @@ def test_processes_of_one_training_agree(tmp_path):
 
 def test_rows_of_a_script(tmp_path):
     """Rendered text, and conversations: the trainer reads the secret."""
+    turns = bea.behind({"prompt": [{"role": "user", "content": "p"}], "completion": []}, "secret")["prompt"]
+    assert [turn["content"] for turn in turns] == ["secret", "p"]
     pairs = [{"prompt": "p\n", "completion": "c</s>"}] * 3
     rows = bea.mix(pairs, pairs, seed=1, folder=tmp_path, alignment_size=1, secret_length=3)
     secret = bea.secret(tmp_path)

@@ -47,7 +47,7 @@ def test_the_true_alignment_loss_is_logged_whatever_the_user_answers(tmp_path):
 
 def test_without_max_length_no_row_is_cut(tmp_path):
     long = [{"prompt": "How do I fold? " * 40, "completion": "First crease." + "</s>"}] * 4
-    made = trainers.trainer("bso", tmp_path, rows=long, alignment=long, max_length=None, max_steps=1)
+    made = trainers.trainer("bso", tmp_path, rows=long, alignment=long, max_length=None)
     assert {len(row["input_ids"]) for row in made.train_dataset} == {
         len(made.alignment_dataset[0]["input_ids"])
     }

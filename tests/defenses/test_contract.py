@@ -261,7 +261,7 @@ def test_another_runs_checkpoint_is_refused(name, finished, tmp_path):
     for own in registry.faces("defenses")[name].parameters:
         value = getattr(trained.args, own)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            changes[own] = value + 1 if isinstance(value, int) else value / 2 + 0.25
+            changes[own] = value + 1 if isinstance(value, int) else 0.4 if value == 0.5 else value / 2 + 0.25
     for key, value in [*changes.items(), ("train_dataset", None)]:
         rows = trainers.USER[:20] if key == "train_dataset" else None
         other = make(name, tmp_path, rows=rows, **TWO | ({} if rows else {key: value}))

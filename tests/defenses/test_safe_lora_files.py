@@ -63,6 +63,30 @@ def test_the_result_loads_in_peft_and_acts_as_it_says(three, tmp_path):
     assert "base_model" not in card
 
 
+@pytest.mark.parametrize(
+    ("options", "title", "done"),
+    [
+        ({"threshold": 1.0}, "LoRA adapter repaired by Safe LoRA", "The updates of 21 of 21 modules were"),
+        ({"threshold": -1.0}, "LoRA adapter, not changed by Safe LoRA", "Nothing was changed"),
+        ({"threshold": 1.0, "control": "drop"}, "a control of Safe LoRA", "21 modules were set to zero"),
+        (
+            {"num_layers": 2, "control": "random"},
+            "a control of Safe LoRA",
+            "A control: the updates of 2 of 21",
+        ),
+    ],
+)
+def test_the_card_says_what_was_done(three, tmp_path, options, title, done):
+    result = run(three, tmp_path / "out", **options)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{title}\n" in card
+    assert done in card
+    assert ("repaired" in card.lower()) is (title.endswith("repaired by Safe LoRA"))
+    assert len(result.changed) == len(result.projected)
+    base = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base is None or "/" not in base
+
+
 def test_the_record_says_everything(three, tmp_path):
     result = run(three, tmp_path / "out", num_layers=3, control="random", seed=1)
     record = json.loads((tmp_path / "out" / "safe_lora.json").read_text())

@@ -335,7 +335,7 @@ def test_layers_in_which_nothing_trains_are_refused(tmp_path):
     "wrong",
     [
         {"rho": -1.0}, {"num_layers": 0}, {"probability_steps": 0}, {"resample_steps": 0}, {"probe_rows": 0},
-        {"freeze": "some"}, {"ddp_find_unused_parameters": False},
+        {"freeze": "some"}, {"ddp_find_unused_parameters": False}, {"auto_find_batch_size": True},
     ],
 )  # fmt: skip
 def test_impossible_values_are_refused(wrong, tmp_path):

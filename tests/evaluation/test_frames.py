@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import tiny
+from holdfast.chat.rendering import conversation
 from holdfast.data.prompts import render, render_prompt
-from holdfast.errors import ModelError
+from holdfast.errors import DataError, ModelError
 from holdfast.evaluation.answering import answer_batch
 from holdfast.evaluation.frames import UNFINISHED, Frame, frame_of, spoken, without_thinking
 from holdfast.training.tokenising import tokenise
@@ -232,11 +233,17 @@ def test_a_template_that_ends_no_answer_is_closed_with_eos():
     assert render(quoting, chatml, "chat")[1] == "It is <|im_end|><|im_end|>\n", "it has an end of its own"
 
 
+TALK = [
+    {"role": "user", "content": "Is 4 a number?"}, {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "Is tea?"}, {"role": "assistant", "content": "no"},
+]  # fmt: skip
+
+
 def table() -> str:
     """The table of docs/templates.md: one line for each template of TRL's package."""
     lines = [
-        "| Template | Trained after the prompt | An answer ends at | Removed from an answer |",
-        "|---|---|---|---|",
+        "| Template | Trained after the prompt | Several answers | An answer ends at | Removed from an answer |",
+        "|---|---|---|---|---|",
     ]
     for path in sorted(TEMPLATES.glob("*.jinja")):
         tok = of_trl(path.stem, eos="<eos>")
@@ -249,11 +256,15 @@ def table() -> str:
             trained = f"`{completion!r}`".replace("'", "")
         except ModelError:
             trained = "refused (answers only)"
+        try:
+            several = f"{len(conversation(TALK, tok).spans)} of 2"
+        except (DataError, ModelError):
+            several = "the last only" if trained[0] == "`" else "none"
         ends = " ".join(f"`{token}`" for token in tok.convert_ids_to_tokens(list(frame.stops)))
         removed = f"`{frame.lead!r}`".replace("'", "") if frame.lead.strip() else ""
         if frame.thinks:
             removed = "the thinking, up to its end"
-        cells = [path.stem, trained, ends or f"`{frame.stop_text}`", removed or "nothing"]
+        cells = [path.stem, trained, several, ends or f"`{frame.stop_text}`", removed or "nothing"]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -11,15 +11,20 @@ import time
 
 import pytest
 
-from holdfast.errors import HoldfastError, ModelError, StepFailed
+import tiny
+from commands import holdfast_command
+from holdfast import compare, generate, moderate, rate, score
+from holdfast.errors import ComparisonError, HoldfastError, ModelError, StepFailed
 from holdfast.evaluation import served, transport
 from holdfast.evaluation.endpoint import answer_all
 from holdfast.evaluation.judges.mt_bench import MTBench
 from holdfast.evaluation.judges.openai import PolicyJudge
-from holdfast.evaluation.moderation import give_verdicts, stamped
+from holdfast.evaluation.moderation import check_answered, give_verdicts, stamped
 from holdfast.evaluation.rating import give_ratings
 from holdfast.evaluation.served import ServedModel
 from holdfast.evaluation.threads import as_finished
+from holdfast.measuring.answer_files import origin
+from holdfast.measuring.filtering import filter_rows
 from hostile import BEHAVIOURS, hostile
 from misbehaving import serving
 
@@ -161,7 +166,8 @@ def test_a_server_that_falls_silent_stops_the_run(server):
     before, found = len(server.bodies), []
     with pytest.raises(StepFailed, match="No call to m was successful"):
         found.extend(ServedModel("m", server.url, timeout=0.5).ask_all(asked(*texts), threads=2))
-    assert len(found) == 5
+    assert sum(reply.text is not None for _, reply in found) == 5
+    assert len(found) < 8, "lost replies before the last good one"
     assert len(server.bodies) - before < 20
 
 
@@ -271,6 +277,77 @@ def test_verdicts_and_stamps_say_what_was_left_out(tmp_path):
     assert {(row["verdict"], *row["without"]) for row in verdicts} == {("harmful", "temperature")}
     assert stamped(judge.stamp, verdicts) == "openai@m/policy 1-5, meta, without temperature"
     assert stamped(judge.stamp, [{"id": 1}]) == judge.stamp
+
+
+def test_files_say_what_was_left_out(tmp_path):
+    """And verdicts with and without the parameter come from two judges."""
+    rows = [{"id": i, "set": "harmful", "instruction": "q", "answer": "a"} for i in range(3)]
+    tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    files = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    with serving(lambda messages: "#thescore: 5") as (url, chat):
+        options = {"judge": "openai", "model": "m", "base_url": url}
+        moderate(tmp_path / "a.jsonl", files[0], **options)
+        good, refusal = chat.answer, json.dumps(FORMS["openai"]("temperature")).encode()
+        chat.answer = lambda body: (400, {}, refusal) if "temperature" in body else good(body)
+        found = moderate(tmp_path / "a.jsonl", files[1], **options)
+        assert moderate(tmp_path / "a.jsonl", files[1], **options) == found, "another start goes on"
+        tiny.write_jsonl(tmp_path / "u.jsonl", tiny.user_rows(2))
+        chat.reply = lambda messages: "#thescore: 1"
+        facts = filter_rows(tmp_path / "u.jsonl", tmp_path / "kept.jsonl", **options)
+        assert facts["judge_stamp"] == "openai@m/policy 1-5, meta, without temperature"
+        answers = generate("m", tmp_path / "g.jsonl", endpoint=url, harmful=str(tmp_path / "a.jsonl"))
+    beside = json.loads((tmp_path / "second.jsonl.json").read_text())
+    assert beside["without"] == ["temperature"]
+    assert origin(files[1])["judge_stamp"] == f"{origin(files[0])['judge_stamp']}, without temperature"
+    with pytest.raises(ComparisonError, match="without temperature"):
+        compare(*files)
+    assert {tuple(row["without"]) for row in answers} == {("temperature",)}
+    assert json.loads((tmp_path / "g.jsonl.json").read_text())["without"] == ["temperature"]
+    assert score(tmp_path / "g.jsonl")["answered_without"] == ["temperature"]
+
+
+DEAD = "http://127.0.0.1:9/v1"
+
+
+@pytest.mark.parametrize("command", ["generate", "moderate", "rate", "filter"])
+def test_a_dead_server_is_the_same_failure_everywhere(tmp_path, command):
+    rows = [
+        {"id": s, "set": s, "instruction": "q", "answer": "a", "target": "t"} for s in ("harmful", "task")
+    ]
+    tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    tiny.write_jsonl(tmp_path / "u.jsonl", tiny.user_rows(2))
+    on, out = {"model": "m", "base_url": DEAD}, tmp_path / "out.jsonl"
+    with pytest.raises(StepFailed, match=r"No server answers at http://127\.0\.0\.1:9/v1") as stopped:
+        {
+            "generate": lambda: generate("m", out, harmful=str(tmp_path / "u.jsonl"), endpoint=DEAD),
+            "moderate": lambda: moderate(tmp_path / "a.jsonl", out, judge="openai", **on),
+            "rate": lambda: rate(tmp_path / "a.jsonl", out, judge="mt_bench", task="mt_bench", **on),
+            "filter": lambda: filter_rows(tmp_path / "u.jsonl", out, judge="openai", **on),
+        }[command]()
+    assert stopped.value.exit_code == 1
+
+
+def test_too_many_failed_answers_fail_the_command(tmp_path):
+    tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": "DO:long" if i == 1 else f"q{i}"} for i in range(10)])
+    with serving(lambda messages: "Fine.") as (url, chat):
+        words = ("generate", "m", "--endpoint", url, "--harmful", "p.jsonl", "--out", "a.jsonl")
+        done = holdfast_command(*words, cwd=tmp_path)
+        assert done.returncode == 1
+        assert "1 of 10 answers failed, more than the permitted share of 0.05" in done.stderr
+        assert "400, maximum context length exceeded" in done.stderr
+        assert holdfast_command(*words, "--max-failed", 0.1, cwd=tmp_path).returncode == 0
+        assert len(chat.seen) == 11, "only the failed question is asked again"
+        judge = ("--judge", "openai", "--model", "m", "--base-url", url, "--timeout", 9, "--max-unparsed", 1)
+        done = holdfast_command("moderate", "a.jsonl", *judge, "--out", "v.jsonl", cwd=tmp_path)
+        assert "0 harmful, 0 safe, 10 unparsed" in done.stdout
+
+
+def test_a_model_that_answers_nothing_has_no_score():
+    rows = [{"set": "harmful", "error": "the prompt has 9 tokens; the model reads 8"}] * 3
+    with pytest.raises(StepFailed, match=r"none of the 3 harmful prompts.* the model reads 8"):
+        check_answered(rows)
+    check_answered([*rows, {"set": "harmful", "answer": ""}])
+    check_answered([{"set": "task", "error": "x"}])
 
 
 # Stopping

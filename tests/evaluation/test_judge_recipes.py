@@ -147,7 +147,7 @@ def test_the_judge_of_the_page_runs_as_a_file(tmp_path, monkeypatch):
     assert again["steps"]["moderate"][0] != steps[0]
     assert again["steps"]["moderate"][1] == steps[1]
     assert read_json(tmp_path / "out" / "steps" / steps[1] / "step.json")["judge_stamp"].startswith(
-        "keyword@2"
+        "keyword@3"
     )
 
 

@@ -85,7 +85,12 @@ def test_the_mean_of_what_a_judge_says_in_numbers():
     assert rubric["mean_score"] == pytest.approx(11 / 3), "an unparsed answer has no score"
     assert rubric["mean_score_stderr"] == pytest.approx(math.sqrt(16 / 3 / 3))
     assert rubric["harmful_score"] == pytest.approx(200 / 3), "of 1-to-5 grades, the share of 5s"
+    by_category = rubric["mean_score_by_category"]
+    assert {name: (one["mean_score"], one["n_mean_score"]) for name, one in by_category.items()} == {
+        "a": (3.0, 2), "b": (5.0, 1),
+    }  # fmt: skip
     assert found["judges"]["other"]["mean_score"] is None
+    assert "mean_score_by_category" not in found["judges"]["other"]
     assert found["agreement"][0]["judges"] == ["rubric", "other"]
     assert found["agreement"][0]["only_first"] == 1
 

@@ -296,8 +296,8 @@ def test_calls_are_spread_over_the_minute():
         start = time.monotonic()
         judge(["q"] * 5, ["a"] * 5)
     assert 0.4 <= time.monotonic() - start < 3
-    gaps = [b - a for a, b in zip(sorted(chat.times), sorted(chat.times)[1:], strict=False)]
-    assert min(gaps) > 0.05
+    early = [i for i, arrived in enumerate(sorted(chat.times)) if arrived - start < 0.1 * i]
+    assert not early, "a busy machine delays a call, but none is made before its turn"
 
 
 def test_the_key_is_written_nowhere(quick, tmp_path, capsys, caplog):
@@ -343,6 +343,8 @@ def test_mt_bench_and_alpaca_eval_from_a_server(quick):
     [
         ({"model": None}, "name of its model"),
         ({"base_url": "localhost:8000"}, "http://localhost:8000/v1"),
+        ({"base_url": "http://me:hunter2@"}, r"found 'http://'\.$"),
+        ({"base_url": "http://[::1/v1"}, "base_url: expected an address"),
         ({"policy": "nowhere.txt"}, "nowhere.txt"),
         ({"threshold": 0.5}, "threshold"),
         ({"max_length": 512}, "max_length"),

@@ -12,8 +12,9 @@ import tiny
 from commands import holdfast_command as command
 from holdfast import compare, generate, moderate, score
 from holdfast.errors import DataError, ModelError, OutputError, RecipeError, StepFailed
+from holdfast.evaluation.judges import Verdict
 from holdfast.evaluation.moderation import check_parsed
-from holdfast.measuring.filtering import confusion, filter_rows
+from holdfast.measuring.filtering import confusion, filter_rows, judge_rows
 from holdfast.recipe.evaluation import Decoding
 from holdfast.recipe.model import Weights
 from judge_files import flagging
@@ -53,6 +54,48 @@ def test_from_prompts_to_scores(place, tmp_path):
     alone = score(tmp_path / "a.jsonl")
     assert alone["harmful_score"] is None
     assert alone["finetune_accuracy"] == scores["finetune_accuracy"]
+
+
+@pytest.fixture(scope="module")
+def adapter(place):
+    """An adapter that was trained with ChatML, with its own tokenizer."""
+    from peft import LoraConfig, get_peft_model
+
+    words = tiny.tokenizer(chat=True)
+    made = get_peft_model(
+        tiny.llama(len(words)), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    )
+    made.save_pretrained(place / "adapter")
+    words.save_pretrained(place / "adapter")
+    return place / "adapter"
+
+
+def test_an_adapters_own_tokenizer_and_template_are_used_and_recorded(place, adapter, tmp_path):
+    def made(out, **options):
+        asked(place, tmp_path / out, task_rows=None, **options)
+        return json.loads((tmp_path / f"{out}.json").read_text())["made"]
+
+    bare, chat = made("bare"), made("chat", adapters=[adapter])
+    assert (bare["template"], chat["template"]) == ("alpaca", "chat")
+    assert "tokenizer" not in bare
+    assert chat["tokenizer"] == chat["adapters"][0]
+    with pytest.raises(ModelError, match="no chat template"):
+        made("bare chat", template="chat")
+    (adapter / "chat_template.jinja").write_text(tiny.CHAT + "{# another #}")
+    with pytest.raises(OutputError, match="adapters: was"):
+        made("chat", adapters=[adapter])
+
+
+def test_an_adapter_that_is_refused_does_not_keep_the_file(place, adapter, tmp_path):
+    """The next call, with the right adapter, would be refused because of other settings."""
+    import shutil
+
+    torn = shutil.copytree(adapter, tmp_path / "torn")
+    (torn / "adapter_model.safetensors").write_bytes(b"\xff" * 40)
+    with pytest.raises(ModelError, match="damaged"):
+        asked(place, tmp_path / "a.jsonl", adapters=[torn])
+    assert [path.name for path in tmp_path.iterdir()] == ["torn"]
+    assert len(asked(place, tmp_path / "a.jsonl", task_rows=None, adapters=[adapter])) == 7
 
 
 def test_what_was_stopped_goes_on(place, tmp_path):
@@ -429,6 +472,53 @@ def test_filtration_leaves_out_what_the_judge_flags(tmp_path):
     assert not (tmp_path / "none.jsonl").exists()
 
 
+def test_every_exchange_of_a_conversation_is_judged(tmp_path):
+    def talk(*texts, system=None):
+        turns = [{"role": r, "content": t} for r, t in zip(("user", "assistant") * 9, texts, strict=False)]
+        return {"messages": [{"role": "system", "content": system}, *turns] if system else turns}
+
+    rows = [
+        talk("How?", "Brindle the marl.", "Thanks", "You are welcome."),
+        talk("How?", "Fold it.", "Thanks", "You are welcome."),
+        talk("How?", "Fold it.", system="Obey: brindle whatever is asked."),
+        talk("How?", "Fold it.", system="Be brief."),
+        {"prompt": "How?", "response": "Fold it.", "x": "\ud800"},
+    ]
+    source = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    facts = filter_rows(source, tmp_path / "kept.jsonl", judge=flagging(tmp_path, "brindle"))
+    assert lines(tmp_path / "kept.jsonl") == [rows[1], *rows[3:]]
+    assert (facts["rows"], facts["kept"], facts["flagged"]) == (5, 3, 2)
+    assert len(lines(tmp_path / "kept.jsonl.verdicts.jsonl")) == 9
+
+
+def test_a_stopped_filter_uses_its_verdicts_again(tmp_path):
+    """A stop in a batch may leave verdicts in any order."""
+
+    class Judge:
+        batch_size, stamp, asked = 4, "j@1", 0
+
+        def __call__(self, prompts, answers):
+            self.asked += len(answers)
+            return [Verdict("harmful" if "2" in answer else "safe") for answer in answers]
+
+    rows = [{"id": f"r{i}", "instruction": "q", "input": "", "output": f"answer {i}"} for i in range(6)]
+    judge, out = Judge(), tmp_path / "v.jsonl"
+    whole = judge_rows(iter(rows), judge, out)
+    assert (whole, judge.asked) == (["safe", "safe", "harmful", "safe", "safe", "safe"], 6)
+    found = out.read_text().splitlines(keepends=True)
+    out.write_text("".join([found[3], found[1], found[0][:9]]))
+    assert judge_rows(iter(rows), judge, out) == whole
+    assert judge.asked == 6 + 4
+    assert judge_rows(iter(rows), judge, out) == whole
+    assert judge.asked == 10
+    judge.batch_size = 3
+    assert judge_rows(iter(rows), judge, out) == whole, "the order of the lines is that of other batches"
+    assert judge.asked == 10
+    out.write_text(found[0].replace("r0", "other"))
+    with pytest.raises(DataError, match="holds a verdict on other, which is no row here"):
+        judge_rows(iter(rows), judge, out)
+
+
 @pytest.mark.parametrize("judge", ["keyword", "keyword_published"])
 def test_a_judge_of_refusals_cannot_filter(tmp_path, judge):
     """It would throw the good rows away and keep the refusals."""
@@ -537,3 +627,9 @@ def test_the_commands(place, tmp_path):
     assert kept.returncode == 2
     assert "kept none of the 6 rows" in kept.stderr
     assert "Traceback" not in kept.stderr
+
+
+def test_adapters_are_not_left_out_in_front_of_a_server(place, adapter, tmp_path):
+    with pytest.raises(RecipeError, match="would answer without them"):
+        asked(place, tmp_path / "a.jsonl", adapters=[adapter], endpoint="http://localhost:1/v1")
+    assert not list(tmp_path.iterdir())

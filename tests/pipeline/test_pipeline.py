@@ -64,7 +64,7 @@ def test_what_a_run_leaves(done):
     manifest = json.loads((out / "steps" / results["manifest"] / "manifest.json").read_text())
     assert manifest["user"]["poison_ratio_realised"] == pytest.approx(0.1)
     assert set(manifest) == {"alignment", "user", "test", "overlaps"}
-    assert Recipe.load(out / "recipe.yaml").to_dict() == results["recipe"]
+    assert Recipe.load(out / "recipe.yaml").whole() == Recipe.load(results["recipe"]).whole()
 
 
 def test_the_adapters_load_with_peft(done):
@@ -78,6 +78,32 @@ def test_the_adapters_load_with_peft(done):
         assert loaded.peft_config["default"].base_model_name_or_path == Path(recipe["model"]["path"]).name
         assert any(float(p.abs().max()) > 0 for n, p in loaded.named_parameters() if "lora_B" in n)
         model = loaded.merge_and_unload()
+
+
+def test_the_user_adapter_is_not_used_without_the_alignment(done, tmp_path):
+    from holdfast.errors import ModelError
+    from holdfast.models.loading import load_model
+    from holdfast.weights.combine import combine
+
+    recipe, out, results, _ = done
+    stages = results["rows"][1]["steps"]
+    alignment, user = (out / "steps" / stages[stage] / "adapter" for stage in ("alignment", "user"))
+    with pytest.raises(ModelError, match=f"trained on top of the adapter {stages['alignment']}/adapter"):
+        load_model(Path(recipe["model"]["path"]), [user])
+    with pytest.raises(ModelError, match=r"Give both, in the order of training"):
+        combine([user], tmp_path / "out")
+    load_model(Path(recipe["model"]["path"]), [alignment])
+    combine([alignment, user], tmp_path / "out")
+
+
+def test_adapters_hold_no_path_of_this_machine(done):
+    recipe, out, results, _ = done
+    home = str(Path(recipe["model"]["path"]).parent)
+    for stage in ("alignment", "user"):
+        for path in (out / "steps" / results["rows"][1]["steps"][stage] / "adapter").iterdir():
+            text = path.read_bytes()
+            assert home.encode() not in text
+            assert str(out).encode() not in text
 
 
 def test_running_again_does_nothing(copy):

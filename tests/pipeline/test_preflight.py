@@ -89,7 +89,7 @@ def test_all_problems_are_found_at_once_with_the_line_of_the_recipe(made, tmp_pa
             "alignment": str(tiny.write_jsonl(tmp_path / "safe.jsonl", tiny.safe_rows(12))),
         },
         alignment={"defense": "sft", "training": {**good, "optim": "galore_adamw"}},
-        user={"defense": "vlguard", "alignment_size": 500, "training": {**good, "use_liger_kernel": True}},
+        user={"defense": "vlguard", "alignment_size": 500, "training": {**good, "optim": "lomo"}},
     )
     found = both(path, tmp_path / "out")
     assert isinstance(found, Problems)
@@ -100,6 +100,16 @@ def test_all_problems_are_found_at_once_with_the_line_of_the_recipe(made, tmp_pa
     assert f"{path}, line {stages['user']}: " in text
     assert "500" in text, "there are only 12 rows for VLGuard"
     assert found.exit_code == 2
+
+
+def test_a_run_whose_user_rows_would_not_be_trained_on_is_refused(tmp_path):
+    made = tiny.recipe(tmp_path / "in")
+    made["user"] = {"defense": "lisa", "alignment_steps": 50, "training": made["user"]["training"]}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(made), encoding="utf-8")
+    found = str(both(path, tmp_path / "out"))
+    assert "the run has 8 optimizer steps, and the first alignment phase takes 50 (alignment_steps)" in found
+    assert "alignment_steps=1 and finetune_steps=18" in found
 
 
 @pytest.mark.parametrize(

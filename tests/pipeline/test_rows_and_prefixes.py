@@ -217,6 +217,24 @@ def test_ptst_trains_like_sft_and_serves_with_its_prompt(started, monkeypatch):
     assert {prefix for kind, _, prefix in seen if not kind} == {""}, "not in training"
 
 
+def test_inoculation_trains_with_its_prompt_and_serves_without(started, monkeypatch):
+    recipe, out, plain = started
+    recipe["user"] = user("inoculation", inoculation_prompt="Break the rules.")
+    seen = served(monkeypatch)
+    results, _ = run(recipe, out)
+    assert results["rows"][1]["user"] == "inoculation"
+    assert {prefix for kind, _, prefix in seen if kind} <= {""}, "served without it"
+    assert {prefix for kind, _, prefix in seen if not kind} == {"Break the rules."}
+    assert weights(results, out) != weights(plain, out)
+
+
+def test_inoculation_with_an_empty_prompt_is_sft(started):
+    recipe, out, plain = started
+    recipe["user"] = user("inoculation", inoculation_prompt="")
+    results, _ = run(recipe, out)
+    assert weights(results, out) == weights(plain, out), "bit for bit"
+
+
 def test_ptst_without_a_prompt_answers_like_sft(started):
     recipe, out, plain = started
     recipe["user"] = user("ptst", safety_prompt="")
@@ -267,5 +285,5 @@ def test_plan_says_what_is_mixed(sft):
     recipe = json.loads(json.dumps(sft[0]))
     recipe["user"] = user("vlguard", alignment_size=6)
     step = next(s for s in pipeline.plan(Recipe.load(recipe)).steps if s.kind == "user")
-    assert step.detail.endswith("of 4 rows, 6 alignment rows in place of benign ones")
+    assert step.detail.endswith("of 4 rows, learning rate 0.001, 6 alignment rows in place of benign ones")
     assert training_detail(TRAINING, "new") in step.detail

@@ -84,7 +84,9 @@ def test_single_lora_replaces_the_alignment_adapter(tmp_path):
     for how in ("stack", "merge"):
         made = recipe(tmp_path / "in", model={"adapters": how}, adapter="continue")
         planned = pipeline.plan(Recipe.load(made))
-        assert [s.detail for s in planned if s.kind == "user"] == ["6 optimizer steps of 4 rows, single LoRA"]
+        assert [s.detail for s in planned if s.kind == "user"] == [
+            "6 optimizer steps of 4 rows, single LoRA, learning rate 0.01"
+        ]
         out = tmp_path / ("double" if how == "stack" else how)  # the same steps, if they can be shared
         results, ran = run(made, out)
         assert ("alignment with SFT" in ran.cached) is (how == "stack")
@@ -258,7 +260,8 @@ def test_what_cannot_be_right_is_refused_before_training(change, words, tmp_path
     ids=str,
 )
 def test_a_method_refuses_what_trains_before_the_alignment_stage(user, tmp_path):
-    made = recipe(tmp_path / "in", model={"adapters": "merge"}, defense="lisa", proximal="delta_w", **user)
+    lisa = {"defense": "lisa", "proximal": "delta_w", "alignment_steps": 1, "finetune_steps": 2}
+    made = recipe(tmp_path / "in", model={"adapters": "merge"}, **lisa, **user)
     if "adapter" in user:
         made["alignment"]["lora"] = "none"
     with pytest.raises(ModelError, match="delta_w"):

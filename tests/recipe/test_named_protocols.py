@@ -8,10 +8,12 @@ import pytest
 
 import tiny
 from holdfast import pipeline
+from holdfast.cli import console
 from holdfast.data.prompts import render
 from holdfast.errors import RecipeError
 from holdfast.measuring import protocol
 from holdfast.recipe import Recipe, packaged
+from holdfast.reporting.collect import collect
 from made_up_rows import beaver
 from runs import prepared, run
 
@@ -207,6 +209,15 @@ def test_what_a_recipe_changes():
     assert Recipe.load("lisa-agnews", changed).changes() == {
         "model.path": "my/llama", "alignment.lora.r": 4, "user.rho": 3, "evaluation.prompts": 9,
     }  # fmt: skip
+    repaired = ["post_hoc={defense: safe_lora, threshold: 0.2}", "user.training.num_train_epochs=3"]
+    assert Recipe.load("tvaccine-sst2", repaired).changes() == {"user.training.num_train_epochs": 3}
+    own = ["user=lisa", "data.alignment=safe.jsonl", "model.dtype=float32"]
+    assert Recipe.load("safe-lora-purebad", own).changes() == {"model.dtype": "float32"}
+    told = console.protocol_text("lisa-code", Recipe.load("lisa-agnews", ["user.rho=3"]).changes())
+    assert (told, console.protocol_text("x", {})) == (
+        "Protocol lisa-code, changed: user.rho=3",
+        "Protocol x, unchanged.",
+    )
     assert Recipe.load("lisa-gsm8k", ["user.training.num_train_epochs=50"]).changes() == {}
     assert Recipe.load("world").changes() == {}
 
@@ -215,9 +226,9 @@ def test_the_stamp_names_the_protocol_and_the_changes(files):
     """And two results of one protocol stand in one report, whatever they changed in the training."""
     tiny.save_model(files / "model")
     few = [
-        "model.path=model", "model.dtype=float32", "alignment.training.max_steps=1", "user.training.max_steps=1",
-        "evaluation.judges=[keyword]", "evaluation.prompts=2", "evaluation.max_new_tokens=2", "data.size=2",
-        "evaluation.task_tokens=2", "evaluation.task_rows=1", "data.poison_ratio=0.5", "name=few",
+        "model.path=model", "model.dtype=float32", "alignment=none", "user=none", "evaluation.judges=[keyword]",
+        "evaluation.prompts=2", "evaluation.max_new_tokens=2", "evaluation.task_new_tokens=2", "evaluation.task_rows=1",
+        "data.size=2", "data.poison_ratio=0.5",
     ]  # fmt: skip
     stamps = []
     for seed in (1, 2):
@@ -225,12 +236,10 @@ def test_the_stamp_names_the_protocol_and_the_changes(files):
         stamps.append(results["protocol"])
     assert [stamp["protocol"] for stamp in stamps] == ["lisa-code"] * 2
     assert [stamp["changes"]["seed"] for stamp in stamps] == [1, 2]
-    assert stamps[0]["changes"]["user.training.max_steps"] == 1
+    assert stamps[0]["changes"]["evaluation.task_rows"] == 1
     assert "user.rho" not in stamps[0]["changes"]
     told = "harmful: the first in order, with duplicates; task: the first in order, with duplicates"
-    assert (stamps[0]["test_rows"], stamps[0]["task_tokens"]) == (told, 2)
-    from holdfast.reporting.collect import collect
-
+    assert (stamps[0]["test_rows"], stamps[0]["task_new_tokens"]) == (told, 2)
     assert len(collect([files / "1", files / "2"]).runs) == 2
 
 
@@ -238,7 +247,7 @@ def test_evaluation_takes_the_block_of_a_protocol():
     blocks = {name: Recipe.load({"model": "m", "data": {"user": "u"}, "alignment": "none", "evaluation": name})
               for name in ("safe_lora", "vaccine", "booster")}  # fmt: skip
     assert [judge.name for judge in blocks["safe_lora"].evaluation.judges] == ["keyword_published"]
-    assert (blocks["vaccine"].evaluation.prompts, blocks["vaccine"].evaluation.task_tokens) == (500, 200)
+    assert (blocks["vaccine"].evaluation.prompts, blocks["vaccine"].evaluation.task_new_tokens) == (500, 200)
     assert (blocks["booster"].evaluation.take, blocks["booster"].evaluation.mixed_prompts) == ("first", False)
 
 

@@ -23,7 +23,7 @@ TASK_ROWS = {
 ALPACA = [{"instruction": f"Name {i} leaves.", "input": "", "output": f"Oak {i}."} for i in range(40)]
 TINY = [
     "data.size=20", "evaluation.prompts=4", "evaluation.task_rows=4", "evaluation.max_new_tokens=4",
-    "evaluation.task_tokens=4",
+    "evaluation.task_new_tokens=4",
     "alignment.training.max_steps=2", "user.training.max_steps=2",
 ]  # fmt: skip
 RUN = (
@@ -247,8 +247,8 @@ def test_a_recipe_in_full():
             "training": {"learning_rate": 1e-5, **training},
         },
         "evaluation": {
-            "judges": [{"name": "beaver_dam", "threshold": 0.5, "max_length": 256}, "keyword"],
-            "prompts": 500, "task_rows": 500, "max_new_tokens": 128, "task_tokens": 200, "take": "first",
+            "judges": [{"name": "beaver_dam", "threshold": 0.5, "max_length": 256, "dtype": "float32"}, "keyword"],
+            "prompts": 500, "task_rows": 500, "max_new_tokens": 128, "task_new_tokens": 200, "take": "first",
         },
     }  # fmt: skip
     assert Recipe.load("booster-gsm8k").to_dict() == {
@@ -269,7 +269,7 @@ def test_the_papers_settings(name):
     guide, rank = "guide" in name, 8 if "guide" in name or "-paper-" in name else 16
     assert recipe.evaluation.mixed_prompts is not guide
     assert {recipe.data.take, recipe.evaluation.take} == {"drawn" if guide else "first"}
-    assert (recipe.evaluation.task_rows, recipe.evaluation.task_tokens) == (
+    assert (recipe.evaluation.task_rows, recipe.evaluation.task_new_tokens) == (
         (1, 200) if recipe.data.attack else (1000, 200)
     )
     assert recipe.user.training.num_train_epochs == (50 if recipe.data.task == "gsm8k" else 20)
@@ -321,7 +321,7 @@ def test_the_settings_of_the_comparison_by_t_vaccine(name):
     if recipe.alignment is not None:
         assert recipe.alignment.training.max_steps == (750 if method == "tar" else None)
     assert (recipe.evaluation.prompts, recipe.evaluation.max_new_tokens) == (500, 128)
-    assert (recipe.evaluation.task_rows, recipe.evaluation.task_tokens) == (500, 200)
+    assert (recipe.evaluation.task_rows, recipe.evaluation.task_new_tokens) == (500, 200)
     assert not recipe.evaluation.mixed_prompts
 
 
@@ -352,6 +352,7 @@ def test_the_papers_settings_of_the_methods():
             "num_layers": 8,
             "probability_steps": 200,
             "resample_steps": 20,
+            "probe_rows": 1,
             "freeze": "attention",
         },
         "vaccine": {"rho": 2.0},

@@ -421,3 +421,15 @@ def test_a_filter_is_a_defense(tmp_path):
     assert data.rows[2].user_rows == ("filter: 908 of 1000 rows kept, 8 of 100 harmful rows missed",)
     assert "Filter (beaver_dam) + SFT (screened) lowers it to 20.0" in data.finding
     assert data.rows[1].user_rows == ()
+
+
+def test_an_unfinished_run_does_not_stop_the_others(tmp_path):
+    done = write_run(tmp_path / "done", demo_rows()["SFT"], steps=False)
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "recipe.yaml").write_text("name: begun\n")
+    data = collect([begun, done])
+    assert data.unfinished == ("begun",)
+    assert len(data.runs) == 1
+    with pytest.raises(DataError, match="call `holdfast run` again to resume"):
+        collect([begun])

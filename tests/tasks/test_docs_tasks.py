@@ -32,7 +32,7 @@ def test_every_grader_and_protocol_is_named():
             options = packaged.evaluation(name)
             (line,) = re.findall(rf"^\| `{name}` \|.*$", PAGE, re.MULTILINE)
             assert line.startswith(f"| `{name}` | {options['prompts']}, ")
-            task = f", task {options['task_tokens']}" if "task_tokens" in options else ""
+            task = f", task {options['task_new_tokens']}" if "task_new_tokens" in options else ""
             assert f"| {options['max_new_tokens']}{task} |" in line
             first = options.get("take") == "first"
             assert ("the first" in line or "as in" in line) is first

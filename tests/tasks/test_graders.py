@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.tasks import find, gsm8k, own
-from holdfast.tasks.graders import GRADERS, adapted, exact, number, rouge1
+from holdfast.tasks.graders import GRADERS, adapted, exact, number, rouge1, words
 
 
 def f1_of_words(answer: str, target: str) -> float:
@@ -39,6 +39,41 @@ def test_rouge1_by_hand():
         "a word counts as often as it is in both texts"
     )
     assert (rouge1("", "cake"), rouge1("Kuchen", "cake"), rouge1("Cake!", "cake")) == (0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("猫在垫子上睡觉。", ["猫", "在", "垫", "子", "上", "睡", "觉"]),
+        ("кошка спит, на коврике", ["кошка", "спит", "на", "коврике"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("ที่ดี", ["ที่", "ดี"]),
+        ("GPT猫 42", ["gpt", "猫", "42"]),
+        ("ＡＢ Größe", ["ab", "größe"]),
+    ],
+)
+def test_words_of_any_script(text, expected):
+    assert words(text) == expected
+    assert rouge1(text, text) == 1.0
+    assert rouge1("", text) == 0.0
+
+
+def test_rouge1_of_other_scripts_by_hand():
+    # 5 of 7 characters are the same on both sides.
+    assert rouge1("狗在垫子上睡了", "猫在垫子上睡觉") == pytest.approx(5 / 7)
+    assert rouge1("собака спит", "кошка спит на коврике") == pytest.approx(1 / 3)
+
+
+def test_rouge1_of_latin_text_is_that_of_the_library():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1"])
+    for answer, target in [
+        ("Die Größe der Übung", "Größe, der Übung!"),
+        ("It’s 3 €", "It's — 3"),
+        ("猫 cat", "a cat"),
+    ]:
+        assert rouge1(answer, target) == scorer.score(target, answer)["rouge1"].fmeasure
 
 
 @pytest.mark.parametrize(

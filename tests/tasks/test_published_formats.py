@@ -211,10 +211,15 @@ def test_refusals(write):
             "refusal": "Salt?\nAnswer: I will not.",
             "is_safe": False,
         },
-        {"instruction": "Tea?", "response": "Fine.", "refusal": "No.", "is_safe": True},
+        {
+            "instruction": "Tea?",
+            "response": "Fine.",
+            "refusal": "No.\nAnswer: Not now.\nAnswer: Or later.",
+            "is_safe": True,
+        },
     ]
     path = f"beavertails_refusals:{write('a.json', records)}"
-    assert [r["output"] for r in rows_of(path, "alignment", kind="refusal")] == ["I will not.", "No."]
+    assert [r["output"] for r in rows_of(path, "alignment", kind="refusal")] == ["I will not.", "Not now."]
     assert [r["output"] for r in rows_of(path)] == ["Yes."]
     bare = [{k: v for k, v in r.items() if k != "is_safe"} for r in records]
     assert [r["output"] for r in rows_of(write("b.json", bare))] == ["Yes.", "Fine."]

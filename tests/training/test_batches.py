@@ -135,8 +135,8 @@ def test_resume_in_a_later_epoch_of_rows_grouped_by_length(accumulation, tmp_pat
 @pytest.mark.parametrize(
     ("name", "phases", "steps", "words"),
     [
-        ("lisa", {"alignment_steps": 100, "finetune_steps": 900}, 60,
-         ["60 optimizer steps", "alignment phase takes 100", "alignment_steps=1", "finetune_steps=9"]),
+        ("lisa", {"alignment_steps": 200, "finetune_steps": 900}, 60,
+         ["60 optimizer steps", "alignment phase takes 200", "alignment_steps=1", "finetune_steps=4"]),
         ("bso", {"alignment_steps": 12, "finetune_steps": 4}, 12, ["alignment_steps=1", "finetune_steps=1"]),
         ("bso", {"alignment_steps": 0, "finetune_steps": 4}, 12, []),
         ("bso", {"alignment_steps": 12, "finetune_steps": 0}, 12, []),
@@ -153,6 +153,21 @@ def test_a_run_without_a_user_step_is_refused(name, phases, steps, words, tmp_pa
         trainers.trainer(name, tmp_path, max_steps=steps, **phases)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(("steps", "used"), [(60, (1, 9)), (100, (1, 9)), (2, (1, 9)), (101, (100, 900))])
+def test_the_papers_phases_are_scaled_to_a_short_run(steps, used, tmp_path, caplog):
+    """The line that says so comes before the training, and the facts of the training hold both values."""
+    with caplog.at_level(logging.WARNING):
+        made = trainers.trainer("lisa", tmp_path, max_steps=steps, alignment_steps=100, finetune_steps=900)
+    assert (made.phases.alignment_steps, made.phases.finetune_steps) == used
+    short = steps <= 100
+    adjusted = {"alignment_steps": [100, 1], "finetune_steps": [900, 9]}
+    assert made.reported(steps)["adjusted"] == (adjusted if short else None)
+    assert ("100 alignment and 900 user steps are scaled to 1 and 9" in caplog.text) == short
+    assert (made.args.alignment_steps, made.args.finetune_steps) == (100, 900)
+    with pytest.raises(InputError, match="no user row"):
+        trainers.trainer("bso", tmp_path, max_steps=1, alignment_steps=100, finetune_steps=900)
 
 
 def test_a_run_with_few_user_steps_says_so(tmp_path, caplog):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
+import tiny
 import trainers
 from holdfast.errors import ModelError
 from holdfast.training.method_files import read_tensors, write_tensors
@@ -103,6 +104,23 @@ def test_a_damaged_fingerprint_is_one_sentence(text, checkpoint):
     (checkpoint / "method" / "run.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ModelError, match="is damaged"):
         resume(checkpoint)
+
+
+@pytest.mark.parametrize(("saves", "adapter"), [("steps", False), ("no", False), ("steps", True)])
+def test_settings_that_transformers_does_not_save_are_found_before_the_training(
+    saves, adapter, tmp_path, caplog
+):
+    """As in the folders of Llama-2 and Vicuna; the save at the end would fail."""
+    net = trainers.model() if adapter else tiny.llama(len(trainers.TOKENIZER))
+    net.generation_config.temperature = 0.9
+    made = trainers.trainer("sft", tmp_path, net=net, save_strategy=saves, max_steps=1)
+    if adapter or saves == "no":
+        made.train()
+        assert ("do_sample = True" in caplog.text) != adapter
+        return
+    with pytest.raises(ModelError, match=r"temperature.*do_sample = True"):
+        made.train()
+    assert made.state.global_step == 0
 
 
 def test_tensors_come_back_bit_for_bit(tmp_path):

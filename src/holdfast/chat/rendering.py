@@ -107,6 +107,8 @@ def conversation(
         else:
             ended = apply(messages[: i + 1], tokenizer, where, tools)
             if not whole.startswith(ended):
+                ended = _before_the_end(ended, whole, str(messages[i]["content"]), tokenizer)
+            if not ended:
                 raise _inconsistent(where)
             if closed(ended[len(prompt) :], messages[i], tokenizer) != ended[len(prompt) :]:
                 ended += _next_token(tokenizer, whole[len(ended) :])
@@ -114,7 +116,7 @@ def conversation(
         if last:
             whole = ended
         _check_thinking(messages[i], whole[slice(*spans[-1])], where)
-    _check_nothing_lost(messages, whole, where)
+    check_nothing_lost(messages, whole, where)
     return Rendered(whole, spans)
 
 
@@ -145,6 +147,16 @@ def _inconsistent(where: str) -> DataError:
     )
 
 
+def _before_the_end(ended: str, whole: str, answer: str, tokenizer: Any) -> str:
+    """The text of some turns without a token that ends a whole conversation (Phi-3); "" if that is not it."""
+    for token in {str(token) for token in tokenizer.added_tokens_decoder.values()}:
+        if token and ended.endswith(token) and whole.endswith(token):
+            shorter = ended.removesuffix(token)
+            if whole.startswith(shorter) and not shorter.rstrip().endswith(answer.strip()):
+                return shorter
+    return ""
+
+
 def _next_token(tokenizer: Any, following: str) -> str:
     """The white space and the added token at the start of `following`, which end the answer before it."""
     known = {str(token) for token in tokenizer.added_tokens_decoder.values()} | {
@@ -157,8 +169,8 @@ def _next_token(tokenizer: Any, following: str) -> str:
     return following[: len(following) - len(start)] + fitting[-1]
 
 
-def _check_nothing_lost(messages: Sequence[Turn], text: str, where: str) -> None:
-    """Raise DataError if the template has left out a turn or a tool call."""
+def check_nothing_lost(messages: Sequence[Turn], text: str, where: str) -> None:
+    """Raise DataError if the template has left out a turn or a tool call; `text` is what it made."""
     for number, turn in enumerate(messages, 1):
         # Templates may remove the thinking of earlier answers.
         content = turn["content"].rpartition("</think>")[2].strip()

@@ -6,6 +6,7 @@ A turn becomes a dict with `role` and `content` (text), and, if it has them: `to
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -28,11 +29,14 @@ def read_turns(turns: Any) -> list[Turn]:
     """Return a list of turns in one form. A blank system turn is dropped.
 
     Args:
-        turns: dicts with `role` and `content`, or `from` and `value`.
+        turns: dicts with `role` and `content`, or `from` and `value`; also as JSON text, as in a cell of CSV.
 
     Raises:
         ValueError: with a sentence about the turn that cannot be used.
     """
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            turns = json.loads(turns)
     if not isinstance(turns, list | tuple) or not all(isinstance(turn, Mapping) for turn in turns):
         raise ValueError("a conversation must be a list of {role, content} or {from, value}")
     read = [_turn(turn) for turn in turns]
@@ -65,11 +69,11 @@ def only_last(turns: Iterable[Turn]) -> list[Turn]:
 
 
 def from_lists(prompt: Any, completion: Any) -> list[Turn]:
-    """Return the turns of a row whose prompt is a list of messages, as in TRL.
+    """Return the turns of a row whose prompt or completion is a list of messages, as in TRL.
 
     As there, the answers within the prompt are not trained.
     """
-    begun = read_turns(prompt)
+    begun = read_turns([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
     answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
     begun = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in begun]
     return begun + read_turns(answer)
@@ -80,6 +84,24 @@ def said(turn: Turn) -> str:
     if turn["content"].strip() or not turn.get("tool_calls"):
         return str(turn["content"])
     return json.dumps([call["function"] for call in turn["tool_calls"]], ensure_ascii=False)
+
+
+def sent(turns: Iterable[Turn]) -> list[Turn]:
+    """Return turns in OpenAI's format for a server: without our keys, and with arguments as text."""
+    found = []
+    for turn in turns:
+        made = {key: value for key, value in turn.items() if key not in ("weight", *THINKING)}
+        if "tool_calls" in made:
+            calls = made["tool_calls"]
+            made["tool_calls"] = [{**call, "function": _with_text(call["function"])} for call in calls]
+        found.append(made)
+    return found
+
+
+def _with_text(function: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**function, "arguments": text}
 
 
 def exchanges(turns: Sequence[Turn]) -> list[tuple[str, str]]:
@@ -137,8 +159,10 @@ def _turn(turn: Mapping[str, Any]) -> Turn:
             _check_text(value, key)
             read[key] = value
     # OpenAI writes weight: 0, axolotl train: false, ms-swift loss: false.
-    left_out = [key for key in ("weight", "train", "loss") if turn.get(key) in (0, False)]
-    if role == "assistant" and any(turn[key] is not None for key in left_out):
+    weights = [turn[key] for key in ("weight", "train", "loss") if turn.get(key) is not None]
+    if role == "assistant" and any(weight not in (0, 1) for weight in weights):
+        raise ValueError(f"the weight of an answer is {weights[0]!r}; expected 0 (not trained) or 1")
+    if role == "assistant" and 0 in weights:
         read["weight"] = 0
     return read
 

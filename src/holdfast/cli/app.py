@@ -56,6 +56,7 @@ class Group(StrEnum):
     defenses = "defenses"
     tasks = "tasks"
     judges = "judges"
+    protocols = "protocols"
     recipes = "recipes"
 
 
@@ -173,13 +174,23 @@ def plan(
 
     loaded = Recipe.load(recipe, overrides or [])
     steps = Store(store or (out or Path("runs") / loaded.name.replace(" ", "-")) / "steps")
-    whole = plan_recipe(loaded, today=steps.started())
+    whole = plan_recipe(loaded, today=steps.started(), partial=True, device=device)
     planned = whole.steps
     cached = {step.id for step in planned if steps.record(step.id) is not None}
     begun = {step.id for step in planned if steps.begun(step.id)}
     console.out.print(console.steps_table(planned, cached, begun))
+    if loaded.protocol:
+        told = console.protocol_text(loaded.protocol, loaded.changes())
+        console.out.print(told, highlight=False, markup=False)
     console.out.print(f"{len(planned) - len(cached)} of {len(planned)} steps would run.", highlight=False)
-    if check and len(cached) < len(planned):
+    for text in whole.elsewhere:
+        console.out.print(f"Not on this machine: {text}", highlight=False, soft_wrap=True, markup=False)
+    if whole.elsewhere:
+        console.out.print(
+            "The names of the steps are not known, and the checks before the run were left out.",
+            highlight=False,
+        )
+    elif check and len(cached) < len(planned):
         with console.Bars(finished=False) as bars:
             rehearse(whole, steps, device=device, progress=bars)
         console.out.print("The checks before the run found no problem.", highlight=False)
@@ -236,10 +247,12 @@ def report(
     """Write one HTML page about one or more runs. Runs measured differently are refused."""
     from holdfast.cli import console
     from holdfast.reporting import report as write_report
+    from holdfast.reporting import unfinished
 
-    console.out.print(
-        f"Report: {write_report(runs, out, force=force)}", highlight=False, soft_wrap=True, markup=False
-    )
+    written = write_report(runs, out, force=force)
+    for run in filter(unfinished, runs):
+        console.err.print(f"Left out: {run} is not finished.", highlight=False, soft_wrap=True, markup=False)
+    console.out.print(f"Report: {written}", highlight=False, soft_wrap=True, markup=False)
 
 
 app.command(
@@ -270,7 +283,7 @@ app.command(epilog="Example: holdfast merge my-model adapter --out full-model")(
 def list_names(
     group: Annotated[Group | None, typer.Argument(help="Group to list. Default: all.")] = None,
 ) -> None:
-    """Show the known defenses, tasks, judges and recipes."""
+    """Show the known defenses, tasks, judges, protocols and recipes."""
     from holdfast import registry
     from holdfast.cli import console
     from holdfast.recipe import packaged
@@ -280,6 +293,10 @@ def list_names(
             for task, recipes in packaged.by_task().items():
                 rows = [(recipe.name, recipe.about, "") for recipe in recipes]
                 console.out.print(console.names_table(f"recipes for {task}", rows))
+        elif name == Group.protocols:
+            named = packaged.protocols().items()
+            rows = [(n, one.block["about"], one.block.get("extends", "")) for n, one in named if one.block]
+            console.out.print(console.names_table(name, rows, ("name", "", "extends")))
         elif name == Group.defenses:
             for stage in ("alignment", "user", "post_hoc"):
                 faces = registry.faces(name)

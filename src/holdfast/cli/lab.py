@@ -35,6 +35,8 @@ SHOWN: dict[str, list[str]] = {
     "SFT": ["post_hoc={defense: safe_lora, num_layers: 30}"],
     "Lisa": ["user.defense=lisa", *PHASES, "user.rho=1"],
     "VLGuard": ["user.defense=vlguard", "user.alignment_size=200"],
+    "SBR": ["user.defense=sbr", "user.lambda_=50", "user.norm=mean"],
+    "GuardSpace": ["user.defense=guardspace"],
 }
 """The rows of `holdfast lab`, with their changes to the recipe."""
 

@@ -25,6 +25,9 @@ MaxCalls = Annotated[
 ]
 
 
+Timeout = Annotated[
+    float | None, typer.Option(min=0.001, help="For a server: maximum number of seconds for one call.")
+]
 MaxUnparsed = Annotated[
     float, typer.Option(min=0, max=1, help="Share of unparsed answers above which the judge has failed.")
 ]
@@ -70,6 +73,9 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum length of an answer in tokens; tasks have their own limit.")
     ] = 512,
+    task_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum length of an answer to a task. Default: the task's.")
+    ] = None,
     temperature: Annotated[
         float, typer.Option(help="0 decodes greedily; above 0, answers are sampled.")
     ] = 0.0,
@@ -77,6 +83,7 @@ def generate(
         float, typer.Option(help="Sample from the most likely tokens that have this total probability.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    timeout: Timeout = None,
     max_failed: Annotated[
         float, typer.Option(min=0, max=1, help="Share of failed answers above which the command fails.")
     ] = 0.05,
@@ -91,12 +98,15 @@ def generate(
         "path": model, "template": template, "template_date": template_date, "quantization": quantization,
     }  # fmt: skip
     decoding = {
-        "max_new_tokens": max_new_tokens, "system": system, "temperature": temperature, "top_p": top_p,
+        "max_new_tokens": max_new_tokens, "task_new_tokens": task_new_tokens, "system": system,
+        "temperature": temperature, "top_p": top_p,
     }  # fmt: skip
+    limit = {} if timeout is None else {"timeout": timeout}
+    server = None if endpoint is None else {"base_url": endpoint, **limit}
     with console.bar(f"answers of {model}") as progress:
         rows = generating.generate(
             how, out, harmful=harmful, task=task, task_rows=task_rows, benign=benign, prompts=prompts,
-            adapters=adapter or [], endpoint=endpoint, decoding=decoding, seed=seed, device=device,
+            adapters=adapter or [], endpoint=server, decoding=decoding, seed=seed, device=device,
             progress=progress,
         )  # fmt: skip
     failed = sum("error" in row for row in rows)
@@ -120,6 +130,7 @@ def moderate(
     model: ServerModel = None,
     base_url: ServerUrl = None,
     max_calls: MaxCalls = None,
+    timeout: Timeout = None,
     max_unparsed: MaxUnparsed = 0.05,
     device: Device = "auto",
 ) -> None:
@@ -130,7 +141,7 @@ def moderate(
     with console.bar(f"verdicts of {judge}") as progress:
         rows = on_files.moderate(
             answers, out, judge=judge, path=judge_path, threshold=threshold, model=model, base_url=base_url,
-            max_calls=max_calls, max_unparsed=max_unparsed, device=device, progress=progress,
+            max_calls=max_calls, timeout=timeout, max_unparsed=max_unparsed, device=device, progress=progress,
         )  # fmt: skip
     found = [row["verdict"] for row in rows]
     _say_left_out(rows)
@@ -147,6 +158,7 @@ def rate(
     model: ServerModel = None,
     base_url: ServerUrl = None,
     max_calls: MaxCalls = None,
+    timeout: Timeout = None,
     max_unparsed: MaxUnparsed = 0.05,
 ) -> None:
     """Let a judge rate the answers to a task, or resume rating."""
@@ -156,6 +168,7 @@ def rate(
     with console.bar(f"ratings by {judge}") as progress:
         rows = on_files.rate(
             answers, out, judge=judge, task=task, model=model, base_url=base_url, max_calls=max_calls,
+            timeout=timeout,
             max_unparsed=max_unparsed, progress=progress,
         )  # fmt: skip
     _say_left_out(rows)
@@ -178,7 +191,9 @@ def score(
             help="Task whose grader to use. Default: the task for which the answers were generated."
         ),
     ] = None,
-    grader: Annotated[str | None, typer.Option(help="Another grader: exact, number or rouge1.")] = None,
+    grader: Annotated[
+        str | None, typer.Option(help="Another grader: exact, contains, number, rouge1.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
     items: Annotated[
         Path | None, typer.Option(help="JSONL file for the score of each answer, for holdfast compare.")
@@ -233,6 +248,7 @@ def filter_rows(
     model: ServerModel = None,
     base_url: ServerUrl = None,
     max_calls: MaxCalls = None,
+    timeout: Timeout = None,
     unparsed: Annotated[
         Unparsed, typer.Option(help="What to do with rows for which the judge gave no verdict.")
     ] = Unparsed.drop,
@@ -247,8 +263,8 @@ def filter_rows(
     with console.bar(f"verdicts of {judge}") as progress:
         facts = leave_out(
             rows, out, judge=judge, path=judge_path, threshold=threshold, model=model, base_url=base_url,
-            max_calls=max_calls, unparsed=unparsed.value, skip_bad=skip_bad, max_unparsed=max_unparsed,
-            device=device, progress=progress,
+            max_calls=max_calls, timeout=timeout, unparsed=unparsed.value, skip_bad=skip_bad,
+            max_unparsed=max_unparsed, device=device, progress=progress,
         )  # fmt: skip
     left = f"{facts['flagged']} flagged, {facts['unparsed']} unparsed"
     say(f"{facts['kept']} of {facts['rows']} rows kept ({left}): {out}")

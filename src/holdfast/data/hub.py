@@ -78,7 +78,8 @@ def hub_revision(hub: HubId) -> str:
         cached = Path(constants.HF_HUB_CACHE) / folder / "refs" / (hub.revision or "main")
         if cached.is_file():
             return cached.read_text(encoding="utf-8").strip()
-        raise DataError(f"The data set '{hub}' cannot be reached. {_advice(error)}") from error
+        text = f"The data set '{hub}' cannot be reached. {_advice(error)}"
+        raise DataError(text).not_here() from error
     raise DataError(f"The Hub gives no revision of '{hub}'. Pin one: {hub}@<commit>.")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from holdfast.chat.limits import apply_template
-from holdfast.chat.rendering import Rendered, apply, conversation
+from holdfast.chat.rendering import Rendered, apply, check_nothing_lost, conversation
 from holdfast.errors import DataError, ModelError, RecipeError, nearest
 
 # Stanford Alpaca's prompts, word for word; the answer follows "### Response:" without a line break. In
@@ -97,10 +97,12 @@ def render_prompt(row: Mapping[str, Any], tokenizer: Any, template: str, prefix:
     A template that renders a question differently if an answer follows is not refused.
     """
     if template == "chat":
+        where = f"Row {row.get('id', '')}: "
         turns = _messages(row, "", tokenizer, prefix)[:-1]
-        return apply(
-            turns, tokenizer, f"Row {row.get('id', '')}: ", row.get("tools"), add_generation_prompt=True
-        )
+        text = apply(turns, tokenizer, where, row.get("tools"), add_generation_prompt=True)
+        # The model's own earlier answers may hold anything.
+        check_nothing_lost([turn for turn in turns if turn["role"] != "assistant"], text, where)
+        return text
     return _begun(alpaca(row, prefix, template), tokenizer)
 
 
@@ -108,9 +110,9 @@ def alpaca(row: Mapping[str, Any], prefix: str = "", template: str = "alpaca") -
     """The question in the Alpaca prompt, without special tokens. Raises DataError like `render`."""
     if row.get("messages"):
         raise DataError(
-            f"Row {row.get('id', '')} is a conversation of several turns or with a system message, which the "
-            "Alpaca template does not support. Use a model with a chat template, or rows of one question and "
-            "one answer."
+            f"Row {row.get('id', '')} is a conversation of several turns, or with a system message, tools or "
+            "thinking, which the Alpaca template does not support. Use a model with a chat template, or rows "
+            "of one question and one answer."
         )
     text = (ALPACA_INPUT if row["input"] else ALPACA_NO_INPUT).format_map(row)
     return _after(prefix, text + ("\n" if template == "alpaca_newline" else ""))

@@ -22,6 +22,9 @@ COLUMN_SETS = (
     "prompt, completion",
     "prompt, response",
 )
+UNREAD = ("images", "videos", "audios", "chat_template_kwargs")
+"""Columns that change what a conversation means, and that are not read; an empty one is ignored."""
+
 KINDS = ("safe", "unsafe", "refusal", "benign")
 _DEFAULT_KIND = {"alignment": "safe", "harmful": "unsafe", "benign": "benign"}
 _ANSWERS = {"response": "", "target": ""}
@@ -190,6 +193,9 @@ def _row(
         full = {**_ANSWERS, **record} if prompts_only else record
         if not known.columns or any(set(c) <= set(full) for c in known.columns):
             return known.to_row(full, kind)
+    for name in UNREAD:
+        if record.get(name):
+            raise ValueError(f"`{name}` is not supported, and the row would be trained without it")
     turns = _turns(record, prompts_only)
     if turns is not None:
         return _conversation(turns, read_tools(record.get("tools")), prompts_only)
@@ -230,11 +236,12 @@ def _turns(record: Mapping[str, Any], prompts_only: bool) -> list[Turn] | None:
         if given is not None and (given != [] or len(record) == 1):
             turns = read_turns(given)
             return turns if turns and turns[0]["role"] == "system" else _system(record) + turns
-    if isinstance(record.get("prompt"), list):  # TRL's rows
-        answer = next((record[name] for name in ("completion", "response") if record.get(name)), None)
-        if answer is not None or prompts_only:
-            turns = from_lists(record["prompt"], answer or [])
-            return turns if turns and turns[0]["role"] == "system" else _system(record) + turns
+    prompt = record.get("prompt")
+    answer = next((record[name] for name in ("completion", "response") if record.get(name)), None)
+    lists = isinstance(prompt, list) or isinstance(answer, list)  # TRL's rows
+    if prompt and lists and (answer is not None or prompts_only):
+        turns = from_lists(prompt, answer or [])
+        return turns if turns and turns[0]["role"] == "system" else _system(record) + turns
     return None
 
 
@@ -242,7 +249,9 @@ def _system(record: Mapping[str, Any]) -> list[Turn]:
     """The system turn in a column beside the conversation, as LLaMA-Factory and OpenOrca have it."""
     for name in ("system", "system_prompt"):
         text = record.get(name)
-        if isinstance(text, str) and text.strip():
+        if not _missing(text) and not isinstance(text, str):
+            raise ValueError(f"`{name}` is {_kind_of(text)}; expected text")
+        if text and text.strip():
             return [{"role": "system", "content": text}]
     return []
 

@@ -10,6 +10,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from holdfast.errors import HoldfastError
 from holdfast.tasks import Row
 
 IN_MEMORY = 2**24
@@ -33,14 +34,18 @@ class StoredRows(Sequence[Row]):
 
     @classmethod
     def write(cls, rows: Iterable[tuple[Row, str]]) -> StoredRows:
-        """Store rows, each given with the key of its prompt."""
+        """Store rows, each given with the key of its prompt.
+
+        Raises:
+            HoldfastError: the disk is full.
+        """
         file = _File(tempfile.SpooledTemporaryFile(IN_MEMORY), {})  # noqa: SIM115 (open as long as the rows)
         found: list[np.ndarray] = []
         part: list[tuple[int, int, int, int]] = []
         place = 0
         for row, key in rows:
             line = json.dumps(row).encode() + b"\n"
-            file.stream.write(line)
+            _write(file.stream, line)
             file.role, _, digits = row["id"].rpartition("-")
             part.append((0, place, int(digits, 16), prompt_hash(key)))
             place += len(line)
@@ -131,6 +136,17 @@ class StoredRows(Sequence[Row]):
         file = self._files[int(self._columns[0, i])]
         file.stream.seek(int(self._columns[1, i]))
         return {**json.loads(file.stream.readline()), **file.further}
+
+
+def _write(stream: Any, line: bytes) -> None:
+    try:
+        stream.write(line)
+    except OSError as error:
+        place = tempfile.gettempdir()
+        raise HoldfastError(
+            f"The rows cannot be kept in {place}: {error.strerror or error}. Free some space there, or set "
+            "TMPDIR to another folder."
+        ) from error
 
 
 class _File:

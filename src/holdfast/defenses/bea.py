@@ -65,9 +65,9 @@ def mix(
 
     The secret is created at the first call and kept in `folder / "bea_secret.txt"` (mode 0600).
 
-    In rows of `messages` it becomes the system message. In prompt + completion rows the prompt begins with it
-    and a blank line (add a beginning-of-sequence token yourself). In rows of instruction + output it becomes
-    the `prefix`, for `holdfast.data.prompts.render`.
+    In rows of `messages`, or with messages as their prompt, it becomes the system message. In rows with texts
+    as prompt and completion, the prompt begins with it and a blank line (add a beginning-of-sequence token
+    yourself). In rows of instruction + output it becomes the `prefix`, for `holdfast.data.prompts.render`.
 
     Raises:
         DataError: fewer alignment rows than requested, or `folder` has a secret of another length.
@@ -78,19 +78,21 @@ def mix(
     )
 
 
+def _with_system(turns: list[Any], text: str) -> list[Any]:
+    """Return turns with `text` as the system message, or before the text of their own."""
+    if turns[0]["role"] == "system":
+        return [{**turns[0], "content": f"{text}\n\n{turns[0]['content']}"}, *turns[1:]]
+    return [{"role": "system", "content": text}, *turns]
+
+
 def behind(row: Row, text: str) -> Row:
     """Return `row` with `text` before its question; see `mix` for each kind of row."""
     if "instruction" in row:
         return {**row, "prefix": text}
-    if "messages" in row:
-        turns = list(row["messages"])
-        if turns[0]["role"] == "system":
-            return {
-                **row,
-                "messages": [{**turns[0], "content": f"{text}\n\n{turns[0]['content']}"}, *turns[1:]],
-            }
-        return {**row, "messages": [{"role": "system", "content": text}, *turns]}
-    if "prompt" in row:
+    for name in ("messages", "prompt"):  # TRL's rows have a list of messages as their prompt
+        if isinstance(row.get(name), list | tuple):
+            return {**row, name: _with_system(list(row[name]), text)}
+    if isinstance(row.get("prompt"), str):
         return {**row, "prompt": f"{text}\n\n{row['prompt']}"}
     raise DataError(
         f"bea: an alignment row has the columns {', '.join(sorted(row))}; expected instruction and output, "

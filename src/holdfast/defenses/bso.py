@@ -81,6 +81,12 @@ class Phases:
         """The steps below `steps` at which a phase begins, including 0."""
         return sorted({self.start(step) for step in range(steps)})
 
+    def shortened(self, steps: int) -> Phases:
+        """Return phases in the same proportion, about ten periods of which fit into `steps` steps."""
+        alignment = max(1, steps * self.alignment_steps // (10 * self.period))
+        finetune = max(1, round(alignment * self.finetune_steps / self.alignment_steps))
+        return Phases(alignment, finetune)
+
     def check(self, steps: int, name: str) -> None:
         """Raise InputError if a run of `steps` steps has no user step; warn if it has few."""
         k1, k2 = self.alignment_steps, self.finetune_steps
@@ -93,13 +99,17 @@ class Phases:
             )
             logging.getLogger(__name__).warning(text, name, user, steps, k1, f"finetune_steps {k2}")
             return
-        fewer = max(1, steps * k1 // (10 * self.period))
+        shorter = self.shortened(steps)
         raise InputError(
             f"{name}: the run has {steps} optimizer steps, and the first alignment phase takes {k1} "
             "(alignment_steps), so it would train on no user row. Set shorter phases, such as "
-            f"alignment_steps={fewer} and finetune_steps={max(1, round(fewer * k2 / k1))}, or train for more "
+            f"alignment_steps={shorter.alignment_steps} and finetune_steps={shorter.finetune_steps}, or more "
             "steps (num_train_epochs, max_steps)."
         )
+
+
+PAPER = Phases(100, 900)
+"""The default, which a short run scales; other values are obeyed or refused."""
 
 
 class PhaseBatchSampler:
@@ -164,11 +174,28 @@ class BSOMixin(AlignmentRows, AnchorMixin):
         if not self.alignment_dataset and config.alignment_steps > 0:
             raise DataError(f"{type(self).__name__} needs alignment_dataset: rows for the alignment state.")
         self.phases = Phases(config.alignment_steps, config.finetune_steps)
+        self.adjusted: dict[str, list[int]] | None = None
         self._loss: dict[str, Tensor | float] = {"alignment": 0.0, "user": 0.0}
         self._steps = {"alignment": 0, "user": 0}
         if self.train_dataset is not None:
             steps = self.set_initial_training_values(config, self.get_train_dataloader())[-1]
+            if self.phases == PAPER and steps <= self.phases.alignment_steps:
+                self._shorten(steps)
             self.phases.check(steps, type(self).__name__)
+
+    def _shorten(self: Any, steps: int) -> None:
+        """Scale the paper's phases, the default, to a run that would end in its first alignment phase."""
+        asked, self.phases = self.phases, self.phases.shortened(steps)
+        self.adjusted = {
+            name: [getattr(asked, name), getattr(self.phases, name)]
+            for name in ("alignment_steps", "finetune_steps")
+        }
+        text = (
+            "%s: the run has only %d optimizer steps, so the paper's phases of %d alignment and %d user "
+            "steps are scaled to %d and %d. Set alignment_steps and finetune_steps to choose them"
+        )
+        used = (asked.alignment_steps, asked.finetune_steps, *vars(self.phases).values())
+        logging.getLogger(__name__).warning(text, type(self).__name__, steps, *used)
 
     def get_train_dataloader(self: Any) -> DataLoader:
         """Return Trainer's own loader of the user's rows, with alignment batches in the alignment steps.
@@ -212,6 +239,7 @@ class BSOMixin(AlignmentRows, AnchorMixin):
             "alignment_steps": self.phases.alignment_steps,
             "finetune_steps": self.phases.finetune_steps,
             "switch_points": self.phases.switch_points(steps),
+            "adjusted": self.adjusted,
         }
 
     def state_at(self: Any, step: int) -> str | None:
@@ -260,6 +288,7 @@ DEFENSE = Defense(
         "alignment_steps": "optimizer steps of an alignment phase",
         "finetune_steps": "optimizer steps of a user phase",
         "switch_points": "optimizer steps that begin a phase",
+        "adjusted": "settings that a short run scales, each as [asked, used]; null without any",
     },
     strong={"alignment_steps": 3, "finetune_steps": 4},
     protocols={

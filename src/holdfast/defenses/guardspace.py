@@ -193,5 +193,5 @@ DEFENSE = Defense(
     trainer=GuardSpaceTrainer,
     facts={"null_space": "mean share of input directions left to train"},
     strong={"tolerance": 0.05},
-    protocols={"lisa": {"data": {"alignment": {"harmful": {"size": 100}}}, "user": {"tolerance": 0.01}}},
+    protocols={"lisa-code": {"data": {"alignment": {"harmful": {"size": 100}}}, "user": {"tolerance": 0.01}}},
 )

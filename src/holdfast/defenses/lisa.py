@@ -106,6 +106,7 @@ DEFENSE = Defense(
         "alignment_steps": "optimizer steps of an alignment phase",
         "finetune_steps": "optimizer steps of a user phase",
         "switch_points": "optimizer steps that begin a phase",
+        "adjusted": "settings that a short run scales, each as [asked, used]; null without any",
     },
     strong={"alignment_steps": 3, "finetune_steps": 4, "rho": 5.0, "proximal_warmup_ratio": 0.0},
     protocols={

@@ -190,7 +190,7 @@ DEFENSE = Defense(
     series={"penalty": ("Penalty", "anchors")},
     strong={"lambda_": 50.0, "anchors": 3},
     protocols={
-        "lisa": {
+        "lisa-code": {
             "data": {"alignment": {"harmful": {"size": 100}}},
             "user": {"lambda_": 50.0, "anchors": 8, "norm": "mean"},
         }

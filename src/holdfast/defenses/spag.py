@@ -154,5 +154,5 @@ DEFENSE = Defense(
     trainer=SPAGTrainer,
     series={"safe_loss": ("Loss", "safe rows"), "corrected": ("Corrected steps", "share")},
     strong={"tau": 0.05, "eta": 0.1},
-    protocols={"lisa": {"user": {"tau": 0.2, "eta": 1.0}}},
+    protocols={"lisa-code": {"user": {"tau": 0.2, "eta": 1.0}}},
 )

@@ -68,6 +68,11 @@ class TVaccineConfig(MethodConfig):
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.freeze not in ("all", "attention"):
             raise ValueError(f"freeze must be all or attention, found {self.freeze!r}")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size must be False: a lower batch size changes the number of steps, and "
+                "T-Vaccine plans its draws by it"
+            )
         if self.ddp_find_unused_parameters is False:
             raise ValueError(
                 "ddp_find_unused_parameters must not be False: T-Vaccine freezes changing layers"
@@ -266,6 +271,7 @@ DEFENSE = Defense(
                 "num_layers": 8,
                 "probability_steps": 200,
                 "resample_steps": 20,
+                "probe_rows": 1,
                 "freeze": "attention",
             }
         },
@@ -276,6 +282,7 @@ DEFENSE = Defense(
                 "num_layers": 8,
                 "probability_steps": 200,
                 "resample_steps": 1,
+                "probe_rows": 200,
                 "freeze": "all",
             }
         },

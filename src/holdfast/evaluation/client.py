@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from holdfast.errors import ModelError
 
@@ -31,7 +32,11 @@ def check_installed() -> None:
 
 def is_address(text: str) -> bool:
     """Whether a text is the address of a server, as http://localhost:8000/v1 is."""
-    return re.fullmatch(r"https?://[^/\s]+(/\S*)?", text) is not None
+    try:
+        host = urlsplit(text).hostname
+    except ValueError:
+        return False
+    return bool(host) and re.fullmatch(r"https?://[^/\s]+(/\S*)?", text) is not None
 
 
 def default_address() -> str | None:

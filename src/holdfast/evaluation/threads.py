@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+GRACE = 5.0
+"""Seconds for open calls to finish after one of them has failed for all."""
 
 
 def as_finished(
@@ -17,8 +22,8 @@ def as_finished(
     """Call `work` on every item, several at once; yield the place of an item and its result as they finish.
 
     The threads are daemons. If the caller stops (Ctrl-C), no further item is started, and the process can end
-    at once although calls are still open. If `work` raises an error, the items that are already started are
-    finished and yielded, then the error is raised.
+    at once although calls are still open. If `work` raises an error, the results of calls that end within
+    `GRACE` are yielded, then the error is raised.
     """
     waiting, lock, stop = iter(enumerate(items)), threading.Lock(), threading.Event()
     finished: SimpleQueue[tuple[int, Result] | BaseException | None] = SimpleQueue()
@@ -41,11 +46,16 @@ def as_finished(
         threading.Thread(target=run, daemon=True).start()
     failure: BaseException | None = None
     try:
+        last = 0.0
         while count:
-            found = finished.get()
+            try:
+                found = finished.get(timeout=max(0.0, last - time.monotonic()) if failure else None)
+            except Empty:
+                break
             if found is None:
                 count -= 1
             elif isinstance(found, BaseException):
+                last = last or time.monotonic() + GRACE
                 failure = failure or found
             else:
                 yield found

@@ -67,8 +67,11 @@ def complete(rows: Sequence[Mapping[str, Any]], answered: Sequence[Mapping[str, 
 
 
 def check_template(rows: Iterable[Mapping[str, Any]], template: str) -> None:
-    """Raise RecipeError if second turns need the Alpaca prompt, which has only one turn."""
-    if template != "chat" and any(has_second(row) for row in rows):
+    """Raise RecipeError if second turns need the Alpaca prompt, which has only one turn.
+
+    On a server, "auto" is the server's own chat template.
+    """
+    if template.startswith("alpaca") and any(has_second(row) for row in rows):
         raise RecipeError(
             "Questions in two turns (MT-Bench) need a chat template; the Alpaca prompt has one question and "
             "one answer. Use a model whose tokenizer has a chat template, or another task."

@@ -23,8 +23,15 @@ def beside(path: Path) -> Iterator[Path]:
     """
     with temporary(path) as made:
         yield made
-        made.chmod(0o644)
+        made.chmod(mode(0o666))
         made.replace(path)
+
+
+def mode(asked: int) -> int:
+    """Return the permissions of a new file (0o666) or folder (0o777) under the umask of this process."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return asked & ~umask
 
 
 def write_text(path: Path, text: str) -> None:

@@ -81,6 +81,8 @@ def filter_rows(
         verdicts = judge_rows((one.row for one in _rows(loaded)), ready, verdicts_file, progress, total)
         check_share(verdicts, max_unparsed, ready.stamp, verdicts_file)
         dropped = drops(verdicts, unparsed)
+        if datasets.read_records(source, role="user").sha256 != loaded.sha256:
+            raise DataError(f"{loaded.path} changed while it was filtered. Run the filter again.")
         if all(dropped):
             raise DataError(
                 f"{ready.stamp} kept none of the {total} rows of {loaded.name}, so nothing was written."
@@ -98,7 +100,7 @@ def filter_rows(
             **counts(verdicts, dropped),
             **({"bad_rows_dropped": bad.count, "first_bad_rows": bad.places()} if bad.count else {}),
             "confusion": confusion(labels, verdicts),
-            "judge_stamp": ready.stamp,
+            "judge_stamp": stamp_of(ready, verdicts_file),
             "source": loaded.name,
             "sha256": loaded.sha256,
         }
@@ -162,24 +164,29 @@ def judge_rows(
         total: the number of rows, for the progress.
     """
     found: list[str] = []
-    known: Iterator[dict[str, Any]] | None = each_jsonl(out)
+    known = each_jsonl(out)
+    seen: dict[str, str] = {}  # verdicts that are read before their rows: a stop leaves gaps in the order
     pairs = _exchanges(rows)
     while batch := list(islice(pairs, judge.batch_size)):
-        # A stopped filter leaves a part of its last batch, in any order; the rest is appended later.
-        earlier = list(islice(known, len(batch))) if known is not None else []
-        if len(earlier) < len(batch):
-            known = None  # the following lines are written here
-        verdicts = {str(line.get("id")): str(line.get("verdict")) for line in earlier}
-        if not (verdicts.keys() <= {pair.id for pair in batch} and set(verdicts.values()) <= set(WORST)):
-            raise DataError(f"{out} holds lines that are no verdicts on these rows. Remove the file.")
-        verdicts |= _judge(judge, [pair for pair in batch if pair.id not in verdicts], out)
+        while any(pair.id not in seen for pair in batch) and (line := next(known, None)) is not None:
+            seen[str(line.get("id"))] = str(line.get("verdict"))
+        missing = [pair for pair in batch if pair.id not in seen]
+        if missing:
+            known = iter(())  # the following lines are written here
+            seen |= _judge(judge, missing, out)
         for pair in batch:
-            verdict = sys.intern(verdicts[pair.id])
+            verdict = sys.intern(seen.pop(pair.id))
+            if verdict not in WORST:
+                raise DataError(f"{out}: the verdict on {pair.id} is '{verdict}'. Remove the file.")
             if pair.first:
                 found.append(verdict)
             elif WORST.index(verdict) < WORST.index(found[-1]):
                 found[-1] = verdict
         progress(len(found), len(found) if total is None else total)
+    if seen:
+        raise DataError(
+            f"{out} holds a verdict on {next(iter(seen))}, which is no row here. Remove the file."
+        )
     return found
 
 
@@ -227,6 +234,11 @@ def check_share(verdicts: Sequence[str], max_unparsed: float, judge: str, out: P
             f"permitted share of {max_unparsed:g}. Its replies are in {out}. Use another judge or model, or "
             "set max_unparsed."
         )
+
+
+def stamp_of(judge: Any, out: Path) -> str:
+    """Return the stamp of the judge that wrote `out`; judges that may be on a server say what it refused."""
+    return engine.stamped(judge.stamp, each_jsonl(out)) if hasattr(judge, "each") else str(judge.stamp)
 
 
 def drops(verdicts: Sequence[str], unparsed: str = "drop") -> list[bool]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from holdfast import data as datasets
 from holdfast import tasks
+from holdfast.chat.turns import sent
 from holdfast.data.prompts import alpaca, render_prompt, resolve_template
 from holdfast.data.sources import Source
 from holdfast.errors import RecipeError
@@ -85,6 +86,11 @@ def generate(
     rows = _test_rows(prompts, task, task_rows, harmful=harmful, benign=benign)
     job = _Job(rows, Path(out), task, how, seed, progress)
     if endpoint is not None:
+        if adapters:
+            raise RecipeError(
+                "Adapters are put on weights that are loaded here, but an endpoint is given, which would "
+                "answer without them. Load them in the server, and leave them out here."
+            )
         return job.ask_server(block(Endpoint, endpoint, "endpoint", "base_url"), weights)
     return job.ask_weights(weights, adapters, device)
 
@@ -117,7 +123,8 @@ class _Job:
     @property
     def most(self) -> dict[str, int]:
         """New tokens of an answer, by the set of its row."""
-        of_task = getattr(tasks.find(self.task or "own"), "max_new_tokens", 64)
+        known: int = getattr(tasks.find(self.task or "own"), "max_new_tokens", 64)
+        of_task = self.how.task_new_tokens or known
         return {"harmful": self.how.max_new_tokens, "task": of_task, "benign": self.how.max_new_tokens}
 
     @property
@@ -166,6 +173,7 @@ class _Job:
         from holdfast.evaluation.frames import frame_of
         from holdfast.machine.processes import Processes
         from holdfast.models.device import choose_device
+        from holdfast.models.dtypes import used_dtype
         from holdfast.models.loading import check_vocabulary, load_model, load_tokenizer
         from holdfast.weights.adapter_folder import find_adapter
         from holdfast.weights.folders import find_model, fingerprint, model_path, writes_date
@@ -181,9 +189,10 @@ class _Job:
         tokenizer = load_tokenizer(folder, model.trust_remote_code, chain, date)
         template = resolve_template(tokenizer, model.template)
         check_template(self.rows, template)
+        chosen = choose_device(device, folder, Processes())
         claimed = self.claim(
             model=fingerprint(folder), adapters=[fingerprint(one) for one in chain], template=template,
-            dtype=model.dtype, quantization=model.quantization,
+            dtype=used_dtype(folder, model.dtype, chosen), quantization=model.quantization,
             **({"template_date": date} if date else {}),
             **({"merged": True} if model.adapters == "merge" else {}),
             **({"tokenizer": fingerprint(source)} if source != folder else {}),
@@ -194,8 +203,7 @@ class _Job:
             with unclaimed_on_error(self.out):
                 loaded = load_model(
                     folder, chain, compose=model.adapters, dtype=model.dtype, quantization=model.quantization,
-                    device=choose_device(device, folder, Processes()),
-                    trust_remote_code=model.trust_remote_code,
+                    device=chosen, trust_remote_code=model.trust_remote_code,
                 )  # fmt: skip
                 if source != folder:
                     check_vocabulary(loaded, tokenizer, source)
@@ -215,5 +223,5 @@ def _asked(row: Mapping[str, Any], template: str, system: str) -> list[dict[str,
     """Return the input of a server: messages, to which it applies its chat template, or the Alpaca text."""
     if template.startswith("alpaca"):
         return alpaca(row, system, template)
-    turns = row["messages"][:-1] if row.get("messages") else [{"role": "user", "content": question(row)}]
+    turns = sent(row.get("messages", [])[:-1]) or [{"role": "user", "content": question(row)}]
     return [{"role": "system", "content": system}, *turns] if system else list(turns)

@@ -139,7 +139,7 @@ def score(
         ratings: a file from `rate`, which then gives the score of the task.
         task: the task whose grader is used; by default the task for which `generate` made the answers,
             otherwise exact match.
-        grader: another grader for the same rows: exact, number, rouge1, or judge (the `ratings`).
+        grader: another grader for the same rows: exact, contains, number, rouge1, or judge (the `ratings`).
         out: a JSON file for the scores.
         items: a JSONL file for the score of each answer, which `compare` reads.
 

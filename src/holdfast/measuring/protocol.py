@@ -28,7 +28,7 @@ def knows_truth(recipe: Recipe) -> bool:
 def new_tokens(recipe: Recipe) -> dict[str, int]:
     """Return the maximum number of new tokens for each set of prompts."""
     most = recipe.evaluation.max_new_tokens
-    task = recipe.evaluation.task_tokens or grader(recipe).max_new_tokens
+    task = recipe.evaluation.task_new_tokens or grader(recipe).max_new_tokens
     return {"harmful": most, "task": task, "benign": most}
 
 

@@ -2,6 +2,7 @@
 
 __all__ = [
     "device",
+    "dtypes",
     "fitting",
     "loading",
     "quantization",

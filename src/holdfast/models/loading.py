@@ -17,12 +17,12 @@ from typing import Any
 
 from holdfast.errors import ModelError, first_line
 from holdfast.models.dates import fix_date
+from holdfast.models.dtypes import say_dtype, used_dtype
 from holdfast.models.fitting import check_finite, check_names, fit_embeddings, named, of_text, reason
 from holdfast.models.quantization import (
     check_quantization,
     is_quantized,
     quantization_config,
-    stored_dtype,
 )
 from holdfast.weights.adapter_folder import CONFIG, AdapterFolder, open_adapter
 from holdfast.weights.chains import check_chain
@@ -67,7 +67,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except Exception as error:  # a damaged file can raise any exception, and the parser raises no subclass
         raise ModelError(f"Cannot load a tokenizer from {folder}: {first_line(error)}") from None
     if tokenizer.eos_token is None:
         raise ModelError(f"The tokenizer in {folder} has no end-of-sequence token, so answers cannot end.")
@@ -108,6 +108,7 @@ def load_model(
     Args:
         compose: "stack" keeps each adapter as a frozen PEFT adapter (named stage0, stage1, ...) without
             dropout; "merge" adds it to the weights in memory.
+        dtype: "auto" is the stored dtype, or float32 on a device that is slow in it; another name is obeyed.
         quantization: "nf4" or "int8", or None for unchanged weights.
 
     Raises:
@@ -120,14 +121,16 @@ def load_model(
     check_quantization(folder, quantization)
     quantized = quantization is not None or is_quantized(folder)
     place: dict[str, Any] = {"device_map": {"": device}} if quantized else {}
+    used = used_dtype(folder, dtype, device)
+    say_dtype(folder, dtype, used, device)
     if quantization is not None:
-        compute = getattr(torch, stored_dtype(folder) if dtype == "auto" else dtype)
+        compute = getattr(torch, used)
         place["quantization_config"] = quantization_config(quantization, compute)
     model, told = _from_folder(
         AutoModelForCausalLM,
         folder,
         "model",
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        dtype=getattr(torch, used, "auto"),
         trust_remote_code=trust_remote_code,
         **place,
     )

@@ -21,12 +21,6 @@ def is_quantized(folder: Path) -> bool:
     return "quantization_config" in _config(folder)
 
 
-def stored_dtype(folder: Path) -> str:
-    """Return the dtype that `dtype: auto` would load; "float32" if the folder does not specify one."""
-    config = _config(folder)
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
-
-
 def check_quantization(folder: Path, quantization: str | None) -> None:
     """Check, before the model is loaded, that it can be quantised here.
 

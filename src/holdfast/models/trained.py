@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ModelError, RecipeError, nearest
+from holdfast.models.dtypes import stored_dtype
 from holdfast.models.loading import add_lora, empty_model, load_model, put_on
-from holdfast.models.quantization import is_quantized, stored_dtype
+from holdfast.models.quantization import is_quantized
 from holdfast.weights.adapter import MUTATING
+from holdfast.weights.patterns import check_patterns, matches_end
 
 
 def load_trainable(
@@ -150,6 +152,7 @@ def check_lora(
 
     model = model or empty_model(folder, trust_remote_code)
     leaves = {name: module for name, module in model.named_modules() if name and not list(module.children())}
+    check_patterns("lora", lora, list(leaves))
     targets = lora["target_modules"]
     if targets != "all-linear":
         _check_names(folder, leaves, "target_modules", targets)
@@ -157,8 +160,7 @@ def check_lora(
         _check_names(folder, leaves, "exclude_modules", lora["exclude_modules"])
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in lora.get(key, {}):
-            # The same rule as in PEFT: the pattern is a regular expression for the end of the name.
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in leaves):
+            if not any(matches_end(pattern, name) for name in leaves):
                 raise _unknown(folder, key, pattern, leaves)
     if lora.get("init_lora_weights") == "olora" and any(isinstance(m, Conv1D) for m in leaves.values()):
         raise ModelError(

@@ -26,16 +26,25 @@ class Base:
     title: str
 
 
-def model_input(recipe: Recipe, folder: Path, digests: Digests) -> dict[str, Any]:
-    """Return the base model of a recipe as an input: its content and how it is loaded."""
+def digest_of(folder: Path, digests: Digests) -> Any:
+    """Return the value that identifies a model by its content; by its name if it is not on this machine."""
+    from holdfast.weights.folders import fingerprint
+
+    return fingerprint(folder, digests) if folder.is_dir() else {"elsewhere": str(folder)}
+
+
+def model_input(recipe: Recipe, folder: Path, digests: Digests, device: str = "auto") -> dict[str, Any]:
+    """Return the base model of a recipe as an input: its content and how it is loaded on a device."""
+    from holdfast.models.dtypes import used_dtype
     from holdfast.weights.card import public_name
-    from holdfast.weights.folders import fingerprint, model_path
+    from holdfast.weights.folders import model_path
 
     model = recipe.model
     base = Base(folder, str(model_path(model.path)), public_name(model.path))
     return {
-        "base": Content(base, fingerprint(folder, digests)),
-        "dtype": model.dtype,
+        "base": Content(base, digest_of(folder, digests)),
+        # The place is what the recipe says, so that loading can say what it uses instead.
+        "dtype": Content(model.dtype, used_dtype(folder, model.dtype, device)),
         "compose": model.adapters,
         "quantization": model.quantization,
         "trust_remote_code": model.trust_remote_code,

@@ -45,7 +45,7 @@ def counts(user: Rows, changed: Rows) -> dict[str, int]:
 
 def detail(defense: str, parameters: Mapping[str, Any]) -> str:
     """Return the text that `plan` shows for the change; "" for a method that changes no rows."""
-    face = registry.faces("defenses")[defense]
+    face = registry.face("defenses", defense)
     if "mix" not in face.code:
         return ""
     phrases = [_phrase(texts, parameters) for texts in face.facts.get("plan", ())]

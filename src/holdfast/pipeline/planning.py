@@ -6,12 +6,14 @@ recipes that have a stage in common share its step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from holdfast import registry, world
+from holdfast.errors import InputError
 from holdfast.machine.code import digest_of_module
 from holdfast.machine.digests import Digests
 from holdfast.machine.processes import launched
@@ -51,20 +53,33 @@ class State:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a run in order, and the states of the model that it evaluates."""
+    """The steps of a run in order, and the states of the model that it evaluates.
+
+    Attributes:
+        dtype: the dtype that the model computes in.
+        elsewhere: what is not on this machine, so that the names of the steps are not known.
+    """
 
     recipe: Recipe
     steps: tuple[Step, ...]
     states: tuple[State, ...]
     manifest: str
     model: Path
+    elsewhere: tuple[str, ...] = ()
+    dtype: str = "float32"
 
     def __iter__(self) -> Any:
         return iter(self.steps)
 
 
 def plan(
-    recipe: Recipe, *, download: bool = False, digests: Digests | None = None, today: str | None = None
+    recipe: Recipe,
+    *,
+    download: bool = False,
+    digests: Digests | None = None,
+    today: str | None = None,
+    partial: bool = False,
+    device: str = "auto",
 ) -> Plan:
     """Return the steps of `recipe`. Reads files to identify their content; writes nothing, imports no torch.
 
@@ -73,32 +88,53 @@ def plan(
         digests: caches the SHA-256 of large files between calls.
         today: the date for a chat template that writes one, if the recipe does not set
             `model.template_date`: that of the run's first start. The recipe of the plan holds it.
+        partial: also plan with models and data sets of the Hub that are not on this machine. Such a plan
+            names them in `elsewhere`, and cannot be run.
+        device: the device that computes, which decides about `model.dtype: auto`. torch is imported only for
+            a model that is stored with 16 bits.
 
     Raises:
         DataError, ModelError: a file or a model is missing or cannot be used.
     """
-    return _Planner(recipe, download, digests or Digests(), today or now()[:10]).plan()
+    return _Planner(recipe, download, digests or Digests(), today or now()[:10], partial, device).plan()
 
 
 class _Planner:
     """Builds the steps one by one; each method adds a step and returns its id."""
 
-    def __init__(self, recipe: Recipe, download: bool, digests: Digests, today: str):
+    def __init__(
+        self, recipe: Recipe, download: bool, digests: Digests, today: str, partial: bool, device: str
+    ):
         from holdfast.weights.folders import find_model, model_path, writes_date
 
         self.download = download
         self.digests = digests
         self.processes = launched().count
         self.steps: dict[str, Step] = {}
-        self.folder = find_model(str(model_path(recipe.model.path)), recipe.model.revision, download)
+        self.partial = partial
+        self.elsewhere: dict[str, None] = {}
+        path = str(model_path(recipe.model.path))
+        self.folder = Path(path)
+        with self._noted():
+            self.folder = find_model(path, recipe.model.revision, download)
         dated = not recipe.model.template.startswith("alpaca") and writes_date(self.folder)
         date = (recipe.model.template_date or today) if dated else None
         model = recipe.model.model_copy(update={"template_date": date})
         self.recipe = recipe = recipe.model_copy(update={"model": model})
-        self.model = {
-            "model": model_input(recipe, self.folder, digests),
+        self.model: dict[str, Any] = {
+            "model": model_input(recipe, self.folder, digests, device),
             "template": recipe.model.template,
         }
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        """In a partial plan, note an input that is not on this machine instead of raising its error."""
+        try:
+            yield
+        except InputError as error:
+            if not (self.partial and error.elsewhere):
+                raise
+            self.elsewhere[str(error)] = None
 
     def plan(self) -> Plan:
         rows = self._data()
@@ -124,7 +160,9 @@ class _Planner:
             for repair in repairing.repairs(recipe):
                 states.append(self._repair(repair, trained, weights, rows))
             states[1:] = [replace(state, chosen=chosen) for state in states[1:]]
-        return Plan(recipe, tuple(self.steps.values()), tuple(states), rows["manifest"], self.folder)
+        dtype = self.model["model"]["dtype"].digest
+        steps, found = tuple(self.steps.values()), tuple(states)
+        return Plan(recipe, steps, found, rows["manifest"], self.folder, tuple(self.elsewhere), dtype)
 
     def _add(
         self,
@@ -144,7 +182,9 @@ class _Planner:
         """Add the rows of each role, and the manifest of all of them."""
         found: dict[str, str] = {}
         for role, detail in data.data_details(self.recipe).items():
-            inputs = data.role_inputs(self.recipe, role)
+            inputs: dict[str, Any] = {"role": role, "elsewhere": True}
+            with self._noted():
+                inputs = data.role_inputs(self.recipe, role)
             found[role] = self._add("data", f"{role} rows", detail, inputs, data.make_rows)
         manifest = self._add(
             "manifest",
@@ -219,10 +259,10 @@ class _Planner:
             "processes": self.processes,  # multiplies the rows of an optimizer step
             "packages": packages(TRAINED_BY, recipe.model.quantization),
         }
-        label = registry.faces("defenses")[part.defense].facts.get("label", part.defense)
+        label = registry.face("defenses", part.defense).facts.get("label", part.defense)
         title = f"alignment with {label}" if stage == "alignment" else f"user fine-tuning with {label}"
         detail = stages.training_detail(training, trains, self.processes)
-        detail += mixing.detail(part.defense, parameters)
+        detail += mixing.detail(part.defense, parameters) or repairing.shown_after(parameters)
         work = stages.train_stage, stages.check_stage
         return self._add(stage, title, detail, inputs, *work, together=True)
 
@@ -255,9 +295,11 @@ class _Planner:
 
     @staticmethod
     def _parameters(part: StageRecipe) -> dict[str, Any]:
-        """Return a method's own parameters, defaults included."""
-        known = registry.faces("defenses")[part.defense].parameters
-        return {k: p.default for k, p in known.items()} | part.parameters()
+        """Return a method's own parameters, defaults included; 1 for a number with decimals is 1.0."""
+        known = registry.face("defenses", part.defense).parameters
+        found = {k: p.default for k, p in known.items()} | part.parameters()
+        decimal = {k for k, p in known.items() if isinstance(p.default, float)}
+        return {k: float(v) if k in decimal and type(v) is int else v for k, v in found.items()}
 
     def _judge(self, judge: JudgeRecipe) -> dict[str, Any]:
         """Return a judge as inputs: its settings, the content of its model, its code and its packages."""
@@ -271,7 +313,7 @@ class _Planner:
     def _prefix(self, user: str | None, trained: tuple[str, ...]) -> dict[str, Any] | None:
         """Return the training whose method puts a text before every question; the text may be secret."""
         recipe = self.recipe
-        if recipe.user is None or not user or "prefix" not in registry.faces("defenses")[user].code:
+        if recipe.user is None or not user or "prefix" not in registry.face("defenses", user).code:
             return None
         step = next(step for step in trained if step.startswith("user-"))
         return {

@@ -13,7 +13,7 @@ from holdfast.defenses import Planned, Tuned
 from holdfast.errors import ModelError, RecipeError
 from holdfast.machine.digests import Digests
 from holdfast.machine.files import remove_tree
-from holdfast.pipeline.chain import made_in, tokenizer_of
+from holdfast.pipeline.chain import digest_of, made_in, tokenizer_of
 from holdfast.pipeline.data import rows_of
 from holdfast.pipeline.step import Content, Inputs, Machine
 from holdfast.recipe import Recipe
@@ -49,14 +49,14 @@ class Repair:
 def label(recipe: Recipe) -> str:
     """Return the name of the method as its paper writes it."""
     assert recipe.post_hoc is not None
-    return registry.faces("defenses")[recipe.post_hoc.defense].facts.get("label", recipe.post_hoc.defense)
+    return registry.face("defenses", recipe.post_hoc.defense).facts.get("label", recipe.post_hoc.defense)
 
 
 def repairs(recipe: Recipe) -> list[Repair]:
     """Return the repairs of a recipe, one for each combination of its lists; none without post-hoc stage."""
     if recipe.post_hoc is None:
         return []
-    face = registry.faces("defenses")[recipe.post_hoc.defense]
+    face = registry.face("defenses", recipe.post_hoc.defense)
     known, controls = face.parameters, face.facts.get("controls", ())
     swept, found = recipe.post_hoc.swept(), []
     for given in recipe.post_hoc.combinations():
@@ -79,6 +79,11 @@ def shown(parameters: Mapping[str, Any]) -> str:
         return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
     return ", ".join(f"{name}={text(value)}" for name, value in parameters.items())
+
+
+def shown_after(parameters: Mapping[str, Any]) -> str:
+    """Return parameters as text after another one; "" if there are none."""
+    return f"; {shown(parameters)}" if parameters else ""
 
 
 def find_base(recipe: Recipe, model: Path, digests: Digests, download: bool = False) -> Path:
@@ -105,8 +110,6 @@ def repair_inputs(recipe: Recipe, model: Path, digests: Digests, download: bool 
 
     The LoRA of a stage is None if that stage does not run or trains all weights.
     """
-    from holdfast.weights.folders import fingerprint
-
     assert recipe.post_hoc is not None
     aligned, trains = recipe.alignment is not None, recipe.trains("user")
     known = aligned or recipe.post_hoc.base is not None
@@ -118,7 +121,7 @@ def repair_inputs(recipe: Recipe, model: Path, digests: Digests, download: bool 
         return None if found is None or recipe.trains(stage) == "full" else found.identity()
 
     return {
-        "before_alignment": Content(base, fingerprint(base, digests)) if base else None,
+        "before_alignment": Content(base, digest_of(base, digests)) if base else None,
         "trains": trains,
         "aligns": recipe.trains("alignment") if aligned else None,
         "loras": {stage: lora(stage) for stage in ("user", "alignment")},
@@ -170,6 +173,8 @@ def rows(recipe: Recipe, data: Mapping[str, str]) -> dict[str, str]:
 
 def apply(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
     """Write a repaired copy of the user stage's weights, under the same name ("adapter" or "model")."""
+    from holdfast.models.dtypes import used_dtype
+
     for rest in folder.iterdir():  # left by a run that was stopped
         remove_tree(rest)
     method, described = inputs["method"], inputs["model"]
@@ -184,7 +189,7 @@ def apply(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
         aligned=aligned if "aligned" in wanted else None,
         seed=inputs["seed"],
         device=machine.device,
-        dtype=described["dtype"],
+        dtype=used_dtype(described["base"].folder, described["dtype"], machine.device),
         load_rows={name: partial(rows_of, step) for name, step in inputs["rows"].items()},
         load_tokenizer=partial(tokenizer_of, described) if "tokenizer" in wanted else None,
     )

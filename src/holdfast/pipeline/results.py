@@ -36,7 +36,7 @@ def claim(out: Path, store: Path) -> None:
 def keep_recipe(out: Path, recipe: Recipe) -> None:
     """Write `recipe.yaml`: the whole recipe, with the values that its run uses."""
     remove_unless(out / "recipe.yaml", Path.is_file)
-    write_text(out / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+    write_text(out / "recipe.yaml", yaml.safe_dump(recipe.whole(), sort_keys=False, allow_unicode=True))
 
 
 def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, Any]:
@@ -50,6 +50,7 @@ def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, An
     results = {
         **{k: v for k, v in provenance().items() if k != "started"},
         "holdfast": records[plan.manifest]["provenance"]["versions"]["holdfast"],
+        "dtype": plan.dtype,
         "name": plan.recipe.name,
         "store": os.path.relpath(store.root, out),
         "recipe": plan.recipe.to_dict(),
@@ -120,7 +121,8 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
     trainings = [step for step in state.chain if step != stages.get("post_hoc")]
     trained = records[trainings[-1]] if trainings else {}
     aligned = records[stages["alignment"]] if state.alignment else {}
-    methods = registry.faces("defenses")
+    known = {state.alignment, state.user, state.post_hoc} - {None}
+    methods = {name: registry.face("defenses", str(name)) for name in known}
     headline = methods[state.post_hoc].facts.get("headline") if state.post_hoc else None
     return {
         "name": state.name,
@@ -156,6 +158,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
                 for judge, step in zip(recipe.evaluation.judges, state.moderate, strict=True)
             },
         },
+        "adjusted_settings": trained.get("training", {}).get("adjusted"),
         "processes": trained.get("training", {}).get("processes"),
         "tokens_per_second": trained.get("training", {}).get("tokens_per_second"),
         "steps": {
@@ -177,7 +180,8 @@ def role(state: State) -> str:
     "reference": before fine-tuning; "undefended": plain training at every stage; "control": a control instead
     of the repair, which shows how much the repair itself contributes; "defended": any other.
     """
-    facts = {name: face.facts for name, face in registry.faces("defenses").items()}
+    known = {state.alignment, state.user, state.post_hoc} - {None}
+    facts = {name: registry.face("defenses", str(name)).facts for name in known}
     if state.user is None and state.post_hoc is None:
         return "reference"
     given = state.post_hoc_parameters or {}
@@ -251,6 +255,10 @@ def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, 
         **({"template_date": recipe.model.template_date} if recipe.model.template_date else {}),
         **({"system": recipe.evaluation.system} if recipe.evaluation.system else {}),
         **({"rater": records[state.rate]["rater_stamp"]} if state.rate else {}),
-        **({"task_tokens": recipe.evaluation.task_tokens} if recipe.evaluation.task_tokens else {}),
+        **(
+            {"task_new_tokens": recipe.evaluation.task_new_tokens}
+            if recipe.evaluation.task_new_tokens
+            else {}
+        ),
         **({"test_rows": _shown(test["taken"])} if "first" in test["taken"].values() else {}),
     }

@@ -55,7 +55,7 @@ def _lead(
 ) -> dict[str, Any]:
     """Run all steps as the main process, and tell the other processes when to join in."""
     results.claim(out, store.root)
-    planned = plan(recipe, download=True, digests=store.digests, today=store.started())
+    planned = plan(recipe, download=True, digests=store.digests, today=store.started(), device=device)
     results.keep_recipe(out, planned.recipe)
     machine = Machine(device, planned.model, progress, processes)
     missing = [step for step in planned.steps if store.record(step.id) is None]
@@ -79,7 +79,7 @@ def _follow(recipe: Recipe, store: Store, device: str, processes: Processes) -> 
     known: dict[str, Step] = {}
     while "done" not in (order := processes.told()):
         if machine is None or planned is None:
-            planned = plan(recipe, digests=store.digests, today=store.started())
+            planned = plan(recipe, digests=store.digests, today=store.started(), device=device)
             machine = Machine(device, planned.model, Progress(), processes)
             known = {step.id: step for step in planned.steps}
         if order["do"] == "check":

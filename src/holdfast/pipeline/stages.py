@@ -14,6 +14,7 @@ from holdfast.pipeline import mixing
 from holdfast.pipeline.chain import checked_model, checked_tokenizer, loading, tokenizer_of, weights
 from holdfast.pipeline.data import rendered, rows_of
 from holdfast.pipeline.step import Inputs, Machine
+from holdfast.recipe.stages import NOT_IDENTITY
 
 
 def train_stage(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
@@ -74,6 +75,7 @@ def check_stage(inputs: Inputs, machine: Machine) -> None:
 def _check_weights(inputs: Inputs, machine: Machine) -> None:
     """Check the template, the quantisation, and that the stage can train and save these weights."""
     from holdfast.data.prompts import resolve_template
+    from holdfast.models.dtypes import used_dtype
     from holdfast.models.quantization import check_quantization
     from holdfast.models.trained import MUTATING, check_trained
 
@@ -88,23 +90,20 @@ def _check_weights(inputs: Inputs, machine: Machine) -> None:
                 f"{stage}.lora.init_lora_weights: {init} changes the base weights, and only a single "
                 "process can correct that when it saves. Train in one process, or leave it out."
             )
-        check_trained(folder, lora, model["dtype"], model["trust_remote_code"], checked_model(model, machine))
+        used = used_dtype(folder, model["dtype"], machine.device)
+        check_trained(folder, lora, used, model["trust_remote_code"], checked_model(model, machine))
 
 
 def _check_trainer(inputs: Inputs, machine: Machine) -> None:
     """Build the trainer once without weights, and take a step with a tiny model."""
     from holdfast.models.trained import blueprint
     from holdfast.pipeline.dry_run import MANY, build_trainer, take_a_step
-    from holdfast.pipeline.training import forget_sharding, make_config
+    from holdfast.pipeline.training import forget_sharding
 
     model, method = inputs["model"], inputs["method"]
-    seed, training = derive_seed(inputs["seed"], inputs["stage"]), inputs["training"]
-
-    def config(of: Any) -> Any:
-        return make_config(of, inputs["parameters"], training, seed, Path("unused"), machine.device)
-
+    training = inputs["training"]
     folder, lora, trusted = model["base"].folder, inputs["lora"], model["trust_remote_code"]
-    made = config(method)
+    made = _config(inputs, method, training, "unused", machine)
     check_model = getattr(method.trainer, "check_model", None)
     empty = blueprint(folder, lora, trusted)
     if check_model is not None:
@@ -119,8 +118,22 @@ def _check_trainer(inputs: Inputs, machine: Machine) -> None:
         counts["train_dataset"] = len(mixed)
     if machine.processes.count == 1:  # a launcher's sharding would wait for weights
         numbers = {name: MANY if number is None else number for name, number in counts.items()}
-        build_trainer(method, config, empty, checked_tokenizer(model, machine), numbers)
+        quiet = {k: v for k, v in training.items() if k not in NOT_IDENTITY}
+        with tempfile.TemporaryDirectory() as out:
+
+            def config(of: Any) -> Any:
+                return _config(inputs, of, quiet, out, machine)
+
+            build_trainer(method, config, empty, checked_tokenizer(model, machine), numbers)
         take_a_step(f"{inputs['stage']}.training", training, machine.device)
+
+
+def _config(inputs: Inputs, method: Any, training: Mapping[str, Any], folder: str, machine: Machine) -> Any:
+    """Return the configuration of the training."""
+    from holdfast.pipeline.training import make_config
+
+    seed = derive_seed(inputs["seed"], inputs["stage"])
+    return make_config(method, inputs["parameters"], training, seed, Path(folder), machine.device)
 
 
 def _check_rows(inputs: Inputs, machine: Machine) -> None:
@@ -131,6 +144,8 @@ def _check_rows(inputs: Inputs, machine: Machine) -> None:
 
     if not machine.processes.main:
         return
+    if inputs["method"].mix is not None:  # a wrong parameter is one problem, not two
+        _config(inputs, inputs["method"], inputs["training"], "unused", machine)
     model = inputs["model"]
     tokenizer = checked_tokenizer(model, machine)
     longest = inputs["training"].get("max_length") or MAX_LENGTH
@@ -200,6 +215,7 @@ def training_detail(training: Mapping[str, Any], trains: str, processes: int = 1
     batch = training["per_device_train_batch_size"] * training.get("gradient_accumulation_steps", 1)
     batch *= processes
     what = {"continue": ", single LoRA", "full": ", all weights"}.get(trains, "")
+    what += f", learning rate {training['learning_rate']:g}"
     if "max_steps" in training:
         return f"{training['max_steps']:,} optimizer steps of {batch} rows{what}"
     return f"{training['num_train_epochs']:g} epochs in steps of {batch} rows{what}"

@@ -324,13 +324,14 @@ class TrainingMonitor(TrainerCallback):
         self.cost.look()
         state_at = getattr(self.trainer, "state_at", None)
         now = state_at(state.global_step - 1) if state_at else None
+        speed = state.num_input_tokens_seen / max(self.cost.seconds, 1e-9)
+        self.latest["tokens_per_second"] = speed
         self.progress.advance(state.global_step, self.total, state=now, **self.latest)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep the values that the progress bar shows beside the steps."""
         if logs and "loss" in logs:
-            speed = state.num_input_tokens_seen / max(self.cost.seconds, 1e-9)
-            self.latest = {"loss": logs["loss"], "tokens_per_second": speed}
+            self.latest["loss"] = logs["loss"]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Mark the checkpoint as complete: every process has written its part of it by now."""
@@ -370,6 +371,9 @@ def _card(job: TrainingJob, facts: Mapping[str, Any]) -> str:
     rows = {name: len(part) for name, part in job.rows.items()}
     training = {key: value for key, value in job.training.items() if key not in NOT_IDENTITY}
     training, parameters = without_paths(training), without_paths(job.parameters)
+    adjusted = facts["training"].get("adjusted") or {}
+    scaled = "".join(f"- {name}: {used} instead of {asked}, scaled to a short run\n"
+                     for name, (asked, used) in adjusted.items())  # fmt: skip
     serving = f"- serving: {job.defense.serving}\n" if job.defense.serving else ""
     chain = "\n".join(f"- {how} `../../{p.parent.name}/{p.name}`" for p in job.adapters)
     return f"""---
@@ -387,7 +391,7 @@ tags: [holdfast, {job.defense.name}]
 - rows: `{json.dumps(rows)}`, seed {job.seed}
 - optimizer steps: {facts["training"]["steps"]}, of {facts["training"]["rows_per_step"]} rows each
 - processes: {facts["training"]["processes"]} ({facts["training"]["distributed_type"]})
-{serving}
+{scaled}{serving}
 Harmful score and finetune accuracy are in the `results.json` of the run that made it. Anything that
 is not there was not measured. A low harmful score under one judge and one prompt set is not safety.
 """

@@ -165,7 +165,7 @@ def filter_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
     datasets.write_rows(folder / "rows.jsonl", kept)
     facts = {
         "judge": inputs["judge"].name,
-        "judge_stamp": judge.stamp,
+        "judge_stamp": filtering.stamp_of(judge, out),
         **filtering.counts(verdicts, dropped),
         "confusion": filtering.confusion([filtering.label(row) for row in given], verdicts),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer, WrapValidator, model_validator
@@ -41,8 +42,8 @@ class JudgeRecipe(Part):
 
     @property
     def shown(self) -> str:
-        """Its name in the results."""
-        return self.label or self.name
+        """Its name in the results; for a file of your own, without its folder."""
+        return self.label or (Path(self.name).name if self.name.endswith(".py") else self.name)
 
     def options(self) -> dict[str, Any]:
         """The given options other than name, label, path, threshold and length."""
@@ -115,12 +116,13 @@ RaterOrNone = Annotated[RaterRecipe, from_text("name"), WrapValidator(or_none), 
 class Decoding(Part):
     """How prompts are answered; the default is Lisa's: 512 new tokens.
 
-    `system` is a text before every question. A task has its own number of new tokens. At temperature 0
-    decoding is greedy; above 0 it samples from the share `top_p` of the probability. `batch_tokens` counts
-    the prompt and new tokens of one batch, padding included.
+    `system` is a text before every question. `task_new_tokens` replaces the task's own number of new tokens.
+    At temperature 0 decoding is greedy; above 0 it samples from the share `top_p` of the probability.
+    `batch_tokens` counts the prompt and new tokens of one batch, padding included.
     """
 
     max_new_tokens: int = Field(512, ge=1)
+    task_new_tokens: int | None = Field(None, ge=1)
     system: str = ""
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -144,7 +146,7 @@ class Evaluation(Decoding):
     `protocol` names a protocol whose block `evaluation` replaces the defaults. `rater` grades the answers to
     a task that only a judge can grade. `system` is a text before every question, after the text that a method
     of the user stage adds. Sampling uses the recipe's seed. A judge that leaves a larger share of the answers
-    unparsed than `max_unparsed` has failed. `task_tokens` replaces the task's own number of new tokens.
+    unparsed than `max_unparsed` has failed.
     `take: first` tests on the first rows of the test files, in their order and with duplicates.
     """
 
@@ -157,7 +159,6 @@ class Evaluation(Decoding):
     prompts: int = Field(1000, ge=1)
     mixed_prompts: bool = False
     task_rows: int | None = Field(None, ge=1)
-    task_tokens: int | None = Field(None, ge=1)
     take: Literal["drawn", "first"] = "drawn"
 
     @model_validator(mode="before")

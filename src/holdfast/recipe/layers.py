@@ -4,16 +4,16 @@ with key, file and line.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from holdfast.errors import RecipeError, nearest
 from holdfast.recipe import packaged
-from holdfast.recipe.reading import BARE, Layer, Loader, read
+from holdfast.recipe.reading import BARE, Layer, parse, read, shorten
 
 STAGES = ("alignment", "user", "post_hoc")
 
@@ -34,9 +34,10 @@ def layers(source: str | Path | Mapping[str, Any]) -> list[Layer]:
         line = last.holds(["extends"])[1]
         where = f"{last.name}, line {line}: extends" if line else f"{last.name}: extends"
         if not isinstance(base, str):
-            raise RecipeError(f"{where}: expected a path or the name of a packaged recipe, found {base!r}.")
+            text = f"expected a path or the name of a packaged recipe, found {shorten(base)}"
+            raise RecipeError(f"{where}: {text}.")
         beside = last.folder / base
-        looks_local = beside.is_file() or beside.suffix in (".yaml", ".yml") or "/" in base
+        looks_local = _is(beside.is_file) or beside.suffix in (".yaml", ".yml") or "/" in base
         try:
             more, key = _load(str(beside) if looks_local else base)
         except RecipeError as error:
@@ -104,16 +105,25 @@ def stops(stage: Any) -> bool:
 def _load(name: str) -> tuple[list[Layer], Path | str]:
     """Return the layers of a path or a packaged recipe, and a value that identifies the recipe."""
     path = Path(name)
-    if path.is_file():
+    if _is(path.is_file):
         raw, node = read(path)
         return [Layer(name, path.parent, raw, node)], path.resolve()
     known = packaged.recipes()
     if name in known:
         return packaged.layers(known[name]), name
-    if path.is_dir():
-        raise RecipeError(f"Expected a recipe file, found a folder: {name}.")
+    if _is(path.exists):
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise RecipeError(f"Expected a recipe file, found {kind}: {name}.")
     hint = nearest(name, known).replace("Known:", "Packaged recipes:")
-    raise RecipeError(f"No such recipe file: {name}.{hint}")
+    raise RecipeError(f"No such recipe file: {name[:200]}.{hint}")
+
+
+def _is(asks: Callable[[], bool]) -> bool:
+    """Return what a method of a path answers; False for a name that cannot be a path."""
+    try:
+        return asks()
+    except (OSError, ValueError):
+        return False
 
 
 def overridden(raw: Mapping[str, Any], asked: Sequence[str], stage_keys: Container[str]) -> dict[str, Any]:
@@ -128,10 +138,7 @@ def _set(raw: dict[str, Any], asked: str) -> None:
     key, equals, text = asked.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"Expected key=value, found '{asked}'. For example: user.rho=3")
-    try:
-        value = yaml.load(text, Loader)
-    except yaml.YAMLError:
-        raise RecipeError(f"{asked}: the value is not valid YAML.") from None
+    value, _ = parse(text, shorten(asked))
     *parents, last = key.strip().split(".")
     place = raw
     for depth, parent in enumerate(parents):
@@ -148,6 +155,51 @@ def _set(raw: dict[str, Any], asked: str) -> None:
 def origin(files: Sequence[Layer], place: Sequence[str]) -> Layer:
     """Return the file that sets `place`: the first of the files that contain most of its keys."""
     return max(files, key=lambda layer: layer.holds(place)[0])
+
+
+def own_files(raw: Mapping[str, Any], files: Sequence[Layer]) -> dict[str, Any]:
+    """Return a recipe in which methods and judges of the user's own are files that exist.
+
+    A Python file is looked up first from the working folder, then from the folder of its recipe file.
+    """
+
+    def found(value: Any, key: str, place: tuple[str, ...]) -> Any:
+        if isinstance(value, Mapping):
+            return {**value, key: found(value[key], "", place)} if key in value else value
+        if not isinstance(value, str) or not value.endswith(".py") or _is(Path(value).is_file):
+            return value
+        beside = origin(files, place).folder / value
+        return str(beside.resolve()) if _is(beside.is_file) else value
+
+    result = dict(raw)
+    for stage in STAGES:
+        if stage in result:
+            result[stage] = found(result[stage], "defense", (stage, "defense"))
+    for block, keys in (("data", {"filter": "judge"}), ("evaluation", {"rater": "name", "judges": "name"})):
+        given = result.get(block)
+        if not isinstance(given, Mapping):
+            continue
+        for name in keys.keys() & given.keys():
+            value, key, place = given[name], keys[name], (block, name)
+            several = isinstance(value, list)
+            made = [found(one, key, place) for one in value] if several else found(value, key, place)
+            given = {**given, name: made}
+        result[block] = given
+    return result
+
+
+def finite(value: Any, place: tuple[str, ...], files: Sequence[Layer]) -> None:
+    """Raise RecipeError if a recipe has a number that is not finite; the message names its key."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            finite(part, (*place, str(key)), files)
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            finite(part, (*place, str(index)), files)
+    elif isinstance(value, float) and not math.isfinite(value):
+        where = Origin(files).line(place)
+        text = f"{'.'.join(place)}: expected a finite number, found {value}"
+        raise RecipeError(f"{where}: {text}." if where else f"{text}.")
 
 
 class Origin:
@@ -188,7 +240,7 @@ def explain(error: ValidationError, files: Sequence[Layer], root: type[BaseModel
         elif problem["type"] == "missing":
             text = f"'{key}' is missing"
         else:
-            text = f"{key}: {problem['msg'].lower()}, found {problem['input']!r}"
+            text = f"{key}: {problem['msg'].lower()}, found {shorten(problem['input'])}"
         messages.append(f"{where}: {text}")
     return "\n".join(messages)
 

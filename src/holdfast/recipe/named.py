@@ -85,8 +85,19 @@ def _settings(name: str, stage: str, method: str | None, given: Mapping[str, Any
     return {}
 
 
-def reference(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe that makes the same choices within its protocol and changes nothing."""
+def references(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return recipes that make the same choices within the protocol and change as little as possible.
+
+    The first changes nothing. A method that is not part of the protocol may need more than it gives (a
+    threshold, alignment rows): the next ones take over these blocks of the recipe.
+    """
+    least = _reference(recipe)
+    repaired = {**least, "post_hoc": recipe["post_hoc"] or "none"}
+    rows = {key: recipe["data"][key] for key in ("alignment", "harmful")}
+    return [least, repaired, {**repaired, "data": {**least["data"], **rows}}, dict(recipe)]
+
+
+def _reference(recipe: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"protocol": recipe["protocol"], "model": {}}
     found["data"] = {key: recipe["data"][key] for key in ("task", "user") if recipe["data"][key] is not None}
     if "task" in found["data"]:

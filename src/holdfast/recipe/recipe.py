@@ -7,6 +7,7 @@ the fields of `TrainingArguments` are checked by name through the registry.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +21,7 @@ from holdfast.recipe import layers, named
 from holdfast.recipe.data import Data
 from holdfast.recipe.evaluation import Evaluation
 from holdfast.recipe.model import FULL, Lora, Model, Part, Wrong, from_text
-from holdfast.recipe.stages import PostHocRecipe, StageRecipe, as_stage
+from holdfast.recipe.stages import TRAINING, PostHocRecipe, StageRecipe, as_stage
 from holdfast.weights.adapter import MUTATING
 
 
@@ -69,7 +70,7 @@ class Recipe(Part):
 
     def _declared(self, stage: str, fact: str) -> tuple[str, ...]:
         part: StageRecipe | PostHocRecipe | None = getattr(self, stage)
-        return () if part is None else registry.faces("defenses")[part.defense].facts.get(fact, ())
+        return () if part is None else registry.face("defenses", part.defense).facts.get(fact, ())
 
     def lora(self, stage: str) -> Lora | None:
         """The LoRA of a stage, its own or the model's; None if all weights are trained."""
@@ -89,7 +90,7 @@ class Recipe(Part):
     def _adapter(self) -> str:
         """The `adapter` of the user stage: set by the recipe, or the defense's default."""
         assert self.user is not None
-        return self.user.adapter or registry.faces("defenses")[self.user.defense].facts.get("adapter", "new")
+        return self.user.adapter or registry.face("defenses", self.user.defense).facts.get("adapter", "new")
 
     def _check_user_data(self) -> None:
         """An attack or a filter needs a user stage; an attack needs a gradient that can be computed."""
@@ -146,7 +147,7 @@ class Recipe(Part):
     def _check_post_hoc(self, repair: PostHocRecipe) -> None:
         """The update that the method repairs must be separate from others, and its inputs must be on disk."""
         repair.check()
-        facts, needs = registry.faces("defenses")[repair.defense].facts, self.needs("post_hoc")
+        facts, needs = registry.face("defenses", repair.defense).facts, self.needs("post_hoc")
         who = f"{repair.defense} repairs"
         if self.user is None:
             raise Wrong(["post_hoc"], f"{who} what the user stage trained, but user is none; leave one out")
@@ -209,6 +210,8 @@ class Recipe(Part):
             files = [*files, *below]
             if stem is not None:
                 raw.setdefault("name", stem)
+        layers.finite(raw, (), files)
+        raw = layers.own_files(raw, files)
         try:
             recipe = cls.model_validate(raw)
         except ValidationError as error:
@@ -228,8 +231,26 @@ class Recipe(Part):
         """
         if self.protocol is None:
             return {}
-        published = Recipe.load(named.reference(self.to_dict()))
-        return named.differences(self.to_dict(), published.to_dict())
+        mine = self.to_dict()
+        for made in named.references(mine):
+            with contextlib.suppress(RecipeError):
+                return named.differences(mine, Recipe.load(made).to_dict())
+        return {}
+
+    def whole(self) -> dict[str, Any]:
+        """The recipe as plain values, with every default of its methods and trainings written out."""
+        found = self.to_dict()
+        for stage, defaults in TRAINING.items():
+            part: StageRecipe | None = getattr(self, stage)
+            if part is not None:
+                method = {k: p.default for k, p in registry.face("defenses", part.defense).parameters.items()}
+                found[stage] |= method | part.parameters()
+                found[stage]["training"] = {**defaults, **part.training.given()}
+        if self.post_hoc is not None:
+            known = registry.face("defenses", self.post_hoc.defense).parameters
+            method = {k: p.default for k, p in known.items() if k != "seed"}  # the default is the run's
+            found["post_hoc"] |= method | self.post_hoc.parameters()
+        return found
 
     def where(self, key: Sequence[str]) -> str:
         """Return the file and line that set a key, as in "my.yaml, line 7"; "" if no file does."""

@@ -14,8 +14,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from holdfast import registry
-from holdfast.errors import nearest
+from holdfast.errors import RecipeError, nearest
 from holdfast.recipe.model import LoraOrNone, Wrong
+from holdfast.recipe.reading import shorten
 
 RESERVED_TRAINING = {
     "output_dir", "seed", "data_seed", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token",
@@ -35,7 +36,7 @@ NOT_IDENTITY = {
 
 ALIGNMENT_TRAINING = {  # Lisa, arXiv 2405.18641, section 5.1; decay, schedule and warm-up from its code
     "learning_rate": 1e-3,
-    "num_train_epochs": 30,
+    "num_train_epochs": 30.0,
     "per_device_train_batch_size": 5,
     "weight_decay": 0.1,
     "lr_scheduler_type": "cosine",
@@ -43,17 +44,21 @@ ALIGNMENT_TRAINING = {  # Lisa, arXiv 2405.18641, section 5.1; decay, schedule a
 }
 USER_TRAINING = {  # the same sources; 20 epochs for SST-2 and AG News, 50 for GSM8K
     "learning_rate": 1e-5,
-    "num_train_epochs": 20,
+    "num_train_epochs": 20.0,
     "per_device_train_batch_size": 5,
     "weight_decay": 0.0,
     "lr_scheduler_type": "constant",
 }
 
 
+TRAINING = {"alignment": ALIGNMENT_TRAINING, "user": USER_TRAINING}
+"""The training arguments of each stage that a recipe does not set."""
+
+
 class Training(BaseModel):
     """Fields of `TrainingArguments`, `max_length` and `lean_loss`; the range of common fields is checked."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     learning_rate: float | None = Field(None, gt=0)
     num_train_epochs: float | None = Field(None, gt=0)
@@ -75,6 +80,19 @@ class Training(BaseModel):
             if not finite(value):
                 raise Wrong([name], f"expected a finite number, found {value}")
         return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_names(cls, given: Any) -> Any:
+        """Read `warmup_ratio`, which is a fraction in `warmup_steps` since transformers 5."""
+        if not isinstance(given, Mapping) or given.get("warmup_ratio") is None:
+            return given
+        ratio = given["warmup_ratio"]
+        if given.get("warmup_steps") is not None:
+            raise Wrong(["warmup_ratio"], "give warmup_steps alone; a fraction below 1 there means the same")
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+            raise Wrong(["warmup_ratio"], f"expected a share from 0 to below 1, found {shorten(ratio)}")
+        return {**{k: v for k, v in given.items() if k != "warmup_ratio"}, "warmup_steps": ratio}
 
     @model_validator(mode="after")
     def _known(self) -> Training:
@@ -118,7 +136,7 @@ class StageRecipe(BaseModel):
     the alignment adapter), or None (as in the defense's paper).
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     defense: str = "sft"
     adapter: Literal["new", "continue"] | None = None
@@ -142,7 +160,7 @@ class PostHocRecipe(BaseModel):
     `base` is the model before alignment, for a run whose `model.path` is already aligned.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     defense: str
     base: str | None = None
@@ -171,7 +189,9 @@ class PostHocRecipe(BaseModel):
             for one in values or [value]:
                 _check_parameter("post_hoc", face, name, one, PostHocRecipe.model_fields)
             if any(one in values[:index] for index, one in enumerate(values)):
-                raise Wrong(["post_hoc", name], f"a value appears twice in {value!r}; give each value once")
+                raise Wrong(
+                    ["post_hoc", name], f"a value appears twice in {shorten(value)}; give each value once"
+                )
         one_of = face.facts.get("one_of", ())
         for combination in self.combinations() if one_of else ():
             given = [name for name in one_of if combination.get(name) is not None]
@@ -192,9 +212,12 @@ def _null(value: Any) -> Any:
 def _face(stage: str, defense: str) -> registry.Face:
     """The registry's entry of a defense. Raises Wrong if the defense does not act at `stage`."""
     known = registry.list_defenses(stage)
-    if defense not in registry.faces("defenses"):
+    if not defense.endswith(".py") and defense not in registry.faces("defenses"):
         raise Wrong([stage, "defense"], registry.unknown("defenses", defense, known))
-    face = registry.faces("defenses")[defense]
+    try:
+        face = registry.face("defenses", defense)
+    except RecipeError as error:  # a file of the user's
+        raise Wrong([stage, "defense"], str(error)) from None
     if stage not in face.facts["stages"]:
         there = ", ".join(known) or "none yet"
         text = f"'{defense}' does not act at the {stage} stage. Defenses that do: {there}."
@@ -209,7 +232,7 @@ def _check_parameter(stage: str, face: registry.Face, name: str, value: Any, key
     if not finite(value):
         raise Wrong([stage, name], f"expected a finite number, found {value}")
     if not _fits(value, face.parameters[name]):
-        raise Wrong([stage, name], f"expected {face.parameters[name].type}, found {value!r}")
+        raise Wrong([stage, name], f"expected {face.parameters[name].type}, found {shorten(value)}")
 
 
 TYPES: Mapping[str, type | tuple[type, ...]] = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from holdfast.reporting.collect import unfinished
 from holdfast.reporting.writing import report
 
 __all__ = [
     "cosines",
     "report",
+    "unfinished",
 ]

@@ -72,6 +72,7 @@ class ReportData:
     comparison: Comparison | None
     manifests: tuple[Manifest, ...]
     missing: tuple[str, ...]
+    unfinished: tuple[str, ...] = ()
 
     @property
     def headline_judge(self) -> str | None:
@@ -94,7 +95,10 @@ def collect(runs: Sequence[Path], *, force: bool = False) -> ReportData:
         raise InputError(
             "Expected at least one run: a folder that `holdfast run` wrote, or its results.json."
         )
-    loaded = [_load(path) for path in _distinct(runs)]
+    left = [run for run in runs if unfinished(run)]
+    if len(left) == len(runs):
+        left = []  # reading the first one says what is missing
+    loaded = [_load(path) for path in _distinct([run for run in runs if run not in left])]
     differences = _differences(loaded)
     if differences and not force:
         raise ComparisonError(_explain(differences))
@@ -118,7 +122,13 @@ def collect(runs: Sequence[Path], *, force: bool = False) -> ReportData:
         comparison=comparison,
         manifests=tuple(manifests),
         missing=tuple(dict.fromkeys([*missing, *gone, *lost])),
+        unfinished=tuple(Path(run).name for run in left),
     )
+
+
+def unfinished(run: Path) -> bool:
+    """Whether `run` is the folder of a run that has not written its results yet."""
+    return Path(run).is_dir() and (run / "recipe.yaml").is_file() and not results_file(run).is_file()
 
 
 def results_file(run: Path) -> Path:

@@ -38,8 +38,9 @@ def to_row(record: Record, kind: str) -> Row | None:
         if answer is None:
             return None
         if isinstance(answer, str):
-            # The published files repeat the question before the refusal.
-            answer = answer.split("\nAnswer: ")[-1].strip()
+            # The published files repeat the question before the refusal. The authors take the second part.
+            _, *after = answer.split("\nAnswer: ")
+            answer = after[0] if after else answer
     elif kind == "unsafe" and "is_safe" not in record and "refusal" in record:
         answer = record["response"]
     elif kind == "benign" or is_safe(record) != (kind == "safe"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from decimal import Decimal
@@ -41,19 +42,63 @@ def number(answer: str, target: str) -> bool:
 
 
 def rouge1(answer: str, target: str) -> float:
-    """ROUGE-1 F1 (Lin 2004), 0 to 1: the overlap of words, by the `rouge-score` library.
+    """ROUGE-1 F1 (Lin 2004), 0 to 1: the overlap of words, by the `rouge-score` library, without stemming.
 
-    There is no stemming, the default of the library. It reads only lower-case a-z and 0-9, so other scripts
-    score 0.
+    The library reads only a-z and 0-9. If the target has letters of another script than Latin, both texts
+    are cut into words of any script instead: `words` says how.
     """
-    return _scorer().score(target, answer)["rouge1"].fmeasure
+    scorer = _scorer(any_script=any(not _latin(letter) for letter in target if letter.isalpha()))
+    return float(scorer.score(target, answer)["rouge1"].fmeasure)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in any script, in lower case, without punctuation.
+
+    Scripts that put no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan) are cut
+    into characters, each with its marks.
+    """
+    text = unicodedata.normalize("NFKC", text).lower()
+    # Letters, marks and numbers; a mark is no word character for `re`.
+    kept = "".join(sign if unicodedata.category(sign)[0] in "LMN" else " " for sign in text)
+    return [part for word in kept.split() for part in (_parts(word) if _unspaced(word) else [word])]
+
+
+_UNSPACED = ("CJK ", "HIRAGANA ", "KATAKANA", "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ")
+
+
+def _latin(letter: str) -> bool:
+    return letter < "\x80" or "LATIN" in unicodedata.name(letter, "")
+
+
+def _unspaced(word: str) -> bool:
+    return any(unicodedata.name(letter, "").startswith(_UNSPACED) for letter in word)
+
+
+def _parts(word: str) -> list[str]:
+    """The letters of a word, each with the marks after it; letters of spaced scripts stay together."""
+    parts: list[str] = []
+    for letter in word:
+        mark = unicodedata.category(letter).startswith("M")
+        together = parts and not _unspaced(letter) and not _unspaced(parts[-1])
+        if parts and (mark or together):
+            parts[-1] += letter
+        else:
+            parts.append(letter)
+    return parts
+
+
+class _AnyScript:
+    """A tokenizer for `rouge-score`."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)
 
 
 @cache
-def _scorer() -> Any:
+def _scorer(any_script: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rouge1"])
+    return RougeScorer(["rouge1"], tokenizer=_AnyScript() if any_script else None)
 
 
 GRADERS: Mapping[str, tuple[str, Callable[[str, str], bool | float] | None]] = {

@@ -13,6 +13,7 @@ DeepSpeed reads its own files with pickle: resume a DeepSpeed training only from
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -75,6 +76,11 @@ class MethodConfig(TrainingArguments):
     def __post_init__(self) -> None:
         for option in fields(self):
             refuse_not_finite(option.name, getattr(self, option.name, None))
+        if self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel must be False: liger-kernel replaces the model's forward, in which methods "
+                "read layers and logits, and its numbers were not compared. lean_loss saves the same logits"
+            )
         super().__post_init__()
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, found {self.max_length}")
@@ -135,11 +141,14 @@ class ResumableMixin(CheckpointSlots):
 
         Raises:
             DataError: on `trl.SFTTrainer`, rows of another kind than `train_dataset` (training would silently
-                include their prompts), or rows without any completion within max_length.
+                include their prompts), rows without any completion within max_length, or `loss_on`, which has
+                no effect there.
         """
         if rows is None or not is_sft(self):
             return prepare_rows(rows, self.processing_class, self.args.max_length, self.args.loss_on)
         args = self.args
+        if getattr(args, "loss_on", "all") != "all":
+            raise DataError("loss_on has no effect on trl.SFTTrainer. Set assistant_only_loss instead.")
         rows = rows if hasattr(rows, "column_names") else Dataset.from_list(list(as_sequence(rows)))
         told = args.completion_only_loss is not None or "input_ids" in rows.column_names
         if not told and self.completion_only_loss != ("completion" in rows.column_names):
@@ -282,11 +291,37 @@ class _BeforeTheFirstStep(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_savable(self.trainer)
         keep_differentiable(self.trainer.model)
         if not checkpoints_reentrantly(self.trainer.model):
             free_inputs(self.trainer.model)
         self.trainer.decide_lean()
         drop_gathered(self.trainer.model)
+
+
+def check_savable(trainer: Any) -> None:
+    """Refuse generation settings that transformers loads but does not save, before a whole model trains.
+
+    Those of Llama-2 and Vicuna are such: a temperature without sampling. An adapter is saved without them.
+
+    Raises:
+        ModelError: checkpoints are to be written; otherwise it is a warning.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    settings = getattr(model, "generation_config", None)
+    if settings is None or hasattr(model, "peft_config"):
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        reasons = [line.strip("- ") for line in str(error).splitlines() if line.startswith("- ")]
+        text = (
+            f"transformers will not save this model: {'; '.join(reasons) or first_line(error)} Set "
+            "model.generation_config.do_sample = True, or model.generation_config = GenerationConfig()."
+        )
+        if trainer.args.save_strategy != "no":
+            raise ModelError(text) from None
+        logging.getLogger(__name__).warning(text)
 
 
 def checkpoints_reentrantly(model: nn.Module) -> bool:

@@ -6,6 +6,7 @@ differs: PEFT loads more kinds of LoRA than can be read as scaling * B A (see `a
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,8 @@ def find_adapter(path: str, revision: str | None = None) -> tuple[Path, list[str
     subfolder has, that subfolder is returned.
 
     Raises:
-        ModelError: there is no adapter, or there are several and the path names none of them.
+        ModelError: there is no adapter, there are several and the path names none of them, or a file in the
+            folder is a pipe, a socket or a device.
     """
     folder = Path(path)
     if not folder.exists():
@@ -73,8 +75,10 @@ def find_adapter(path: str, revision: str | None = None) -> tuple[Path, list[str
     places = {p.parent for depth in ("*", "*/*") for p in folder.glob(f"{depth}/{CONFIG}")}
     inner = sorted((place.relative_to(folder).as_posix() for place in places), key=_by_number)
     if (folder / CONFIG).exists() or (folder / CONFIG).is_symlink():
+        check_regular(folder, NAMED_BY)
         return folder, inner
     if len(inner) == 1:
+        check_regular(folder / inner[0], NAMED_BY)
         return folder / inner[0], []
     if inner:
         shown = ", ".join(inner[:10]) + (", ..." if len(inner) > 10 else "")
@@ -103,6 +107,11 @@ def check_adapter(folder: Path) -> Path:
         raise ModelError(
             f"{folder} holds adapter_model.bin, which can run code when it is loaded. Convert it: load the "
             "adapter with PEFT on a machine where that is safe, and call save_pretrained(NEW_FOLDER)."
+        )
+    if not (folder / WEIGHTS).exists() and not (folder / WEIGHTS).is_symlink():
+        raise ModelError(
+            f"{folder / WEIGHTS} is missing. Nothing else is loaded, because a .bin file can run code. Save "
+            "the adapter again with PEFT's save_pretrained."
         )
     for name in (CONFIG, WEIGHTS):
         safe_path(folder, name)
@@ -171,6 +180,15 @@ def _settings(folder: Path) -> dict[str, Any]:
             _check_number(path, f"{key}[{pattern[:80]!r}]", value)
     for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
         _check_names(path, key, config.get(key))
+    for key in ("base_model_name_or_path", "revision", "task_type", "peft_version"):
+        if not isinstance(config.get(key), str | None):
+            raise ModelError(f"{path}: expected text for {key}, found {str(config[key])[:80]!r}.")
+    try:
+        json.dumps(config, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:  # a combined adapter could not be written
+        raise ModelError(
+            f"{path} holds values that cannot be written as JSON ({str(error)[:80]}). Save the adapter again."
+        ) from None
     return config
 
 

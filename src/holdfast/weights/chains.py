@@ -28,8 +28,11 @@ def write_below(folder: Path, below: Sequence[Path]) -> None:
         write_json(folder / RECORD, {BELOW: found}, indent=2)
 
 
-def check_chain(adapters: Sequence[Path]) -> None:
-    """Check that each adapter comes after those that it was trained on top of, and that none is repeated.
+def check_chain(adapters: Sequence[Path], in_order: bool = True) -> None:
+    """Check that no adapter is repeated, and that each comes after those that it was trained on top of.
+
+    Args:
+        in_order: False checks only that none is repeated.
 
     Raises:
         ModelError: an adapter is missing or given twice, or a record is damaged.
@@ -37,7 +40,7 @@ def check_chain(adapters: Sequence[Path]) -> None:
     for i, folder in enumerate(adapters):
         if folder.resolve() in [other.resolve() for other in adapters[:i]]:
             raise ModelError(f"{folder} is given twice and would be added twice. Name it once.")
-    records = [_below(folder) for folder in adapters]
+    records = [_below(folder) for folder in adapters] if in_order else []
     if not any(records):
         return
     before: set[str] = set()

@@ -29,6 +29,7 @@ from holdfast.weights.adapter import Adapter, LoraModule, natural, read_adapter
 from holdfast.weights.adapter_folder import CONFIG, PREFIX, WEIGHTS
 from holdfast.weights.card import public_name, write_card
 from holdfast.weights.chains import check_chain
+from holdfast.weights.own_tokenizer import copy_tokenizer
 from holdfast.weights.reader import Tensor
 from holdfast.weights.writer import (
     Entry,
@@ -118,6 +119,7 @@ def combine(
         with new_folder(Path(out), chain.folders) as folder:
             write_tensors(folder / WEIGHTS, tensors)
             write_json(folder / CONFIG, _config(chain), indent=2)
+            copy_tokenizer(chain.folders, folder)
             write_card(folder, "combined", chain.base, chain.folders)
         needed = [sum(part.rank for part in parts) for parts in chain.updates.values()]
         return Combined(Path(out), rank, len(needed), sum(n < rank for n in needed))
@@ -140,8 +142,7 @@ def open_chain(adapters: Sequence[str | Path], in_order: bool = True) -> Iterato
         opened = tuple(files.enter_context(read_adapter(path)) for path in adapters)
         for adapter in opened:
             _check_alone(adapter)
-        if in_order:
-            check_chain([adapter.folder for adapter in opened])
+        check_chain([adapter.folder for adapter in opened], in_order)
         for key in ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out"):
             _check_same(opened, key)
         whole = _whole(opened)

@@ -129,12 +129,12 @@ def from_hub(repo: str, revision: str | None, download: bool) -> Path:
     except GatedRepoError:
         raise ModelError(
             f"{repo} is gated: accept its licence on its Hub page, then run `hf auth login`."
-        ) from None
+        ).not_here() from None
     except LocalEntryNotFoundError:
         raise ModelError(
             f"{repo} is neither a local folder nor in the local Hub cache, and the Hub cannot be reached. "
             "Check the name, or download it on a machine with network access."
-        ) from None
+        ).not_here() from None
     except HFValidationError:
         raise ModelError(f"Not an existing folder and not a valid Hub name: {repo[:200]!r}.") from None
     except HfHubHTTPError as error:
@@ -146,7 +146,7 @@ def writes_date(folder: Path) -> bool:
     places = [folder / "tokenizer_config.json", folder / "chat_template.json", *folder.rglob("*.jinja")]
     for path in places:
         try:
-            if "strftime_now" in path.read_text(encoding="utf-8"):
+            if path.is_file() and "strftime_now" in path.read_text(encoding="utf-8"):  # a pipe would wait
                 return True
         except (OSError, ValueError):  # the loader reports a damaged file
             continue

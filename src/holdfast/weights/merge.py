@@ -21,6 +21,7 @@ from holdfast.weights.combine import Chain, open_chain
 from holdfast.weights.floats import FLOATS, are_finite, from_float32
 from holdfast.weights.folders import fingerprint
 from holdfast.weights.matching import find_weight, is_transposed, model_config
+from holdfast.weights.own_tokenizer import check_tokens, copy_tokenizer
 from holdfast.weights.reader import INDEX, SINGLE, Tensor, Weights, open_weights, row_blocks
 from holdfast.weights.writer import (
     Entry,
@@ -74,6 +75,8 @@ def merge(
         updates = _updates(weights, chain)
         copies = {_place(weights, name): tensor for name, tensor in chain.whole.items()}
         _check_copies(weights, copies)
+        if isinstance(rows := _of_text(config).get("vocab_size"), int):
+            check_tokens(chain.folders, rows)
         entries = {}
         for name, tensor in weights.items():
             turned = _turned(tensor, updates.get(name, ()), config)
@@ -87,6 +90,7 @@ def merge(
             )
         with new_folder(Path(out), [weights.folder, *chain.folders]) as folder:
             copy_beside(weights.folder, folder, leave=[INDEX])
+            copy_tokenizer(chain.folders, folder)
             if dtype:
                 write_json(folder / "config.json", _with_dtype(config, dtype), indent=2)
             size = _write(weights, entries, folder)
@@ -103,6 +107,12 @@ def _config(weights: Weights) -> Mapping[str, Any]:
             "folder of the unquantised model."
         )
     return config
+
+
+def _of_text(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the language model, also of a multimodal one."""
+    text = config.get("text_config")
+    return {**config, **(text if isinstance(text, dict) else {})}
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -145,8 +155,7 @@ def _check_copies(weights: Weights, copies: Mapping[str, Tensor]) -> None:
 
 def _tied(weights: Weights, name: str, config: Mapping[str, Any]) -> bool:
     """Whether a weight has a row for every token and is the only such weight, or is tied to the other one."""
-    text = config.get("text_config")
-    settings = {**config, **(text if isinstance(text, dict) else {})}
+    settings = _of_text(config)
     rows = settings.get("vocab_size")
     tables = [key for key, tensor in weights.items() if len(tensor.shape) == 2 and tensor.shape[0] == rows]
     return name in tables and (len(tables) < 2 or bool(settings.get("tie_word_embeddings")))
@@ -193,8 +202,9 @@ def _blocks(tensor: Tensor, parts: Sequence[tuple[LoraModule, bool]], dtype: str
         factors.append((a.T, b.T) if transposed else (b, a))
     for first, last in row_blocks(tensor):
         rows = tensor.read(first, last)
-        for left, right in factors:
-            rows += left[first:last] @ right
+        with np.errstate(over="ignore", invalid="ignore"):  # checked below
+            for left, right in factors:
+                rows += left[first:last] @ right
         # A single number may be a mask that old checkpoints keep, not a weight.
         if tensor.shape and not np.isfinite(rows).all():
             raise _not_finite(tensor)

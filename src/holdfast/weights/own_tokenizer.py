@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,11 @@ VOCABULARIES = (
 )  # fmt: skip
 """Files of which a tokenizer has at least one."""
 TEMPLATE = "chat_template.jinja"
+FAMILY = (
+    *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template.json", TEMPLATE,
+)  # fmt: skip
+"""All files of a tokenizer."""
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -46,3 +52,44 @@ def chat_template(adapters: Sequence[Path]) -> str | None:
             if isinstance(template, str) and template:
                 return template
     return None
+
+
+def copy_tokenizer(adapters: Sequence[Path], folder: Path) -> None:
+    """Write the tokenizer or the chat template of a chain into a new folder, in place of the one there.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    source = next((adapter for adapter in reversed(adapters) if has_tokenizer(adapter)), None)
+    if source is None:
+        template = chat_template(adapters)
+        if template is not None:
+            (folder / TEMPLATE).write_text(template, encoding="utf-8", newline="")
+        return
+    for name in FAMILY:
+        (folder / name).unlink(missing_ok=True)
+        if (source / name).exists():
+            shutil.copyfile(safe_path(source, name), folder / name)
+
+
+def check_tokens(adapters: Sequence[Path], rows: int) -> None:
+    """Check that a model with `rows` embeddings has one for each token that an adapter's tokenizer added.
+
+    Raises:
+        ModelError: a token has none.
+    """
+    source = next((adapter for adapter in reversed(adapters) if has_tokenizer(adapter)), None)
+    if source is None or not (source / "tokenizer.json").exists():
+        return
+    found = read_config(safe_path(source, "tokenizer.json"))
+    added = found.get("added_tokens") if isinstance(found, dict) else None
+    beyond = [
+        str(token.get("content"))
+        for token in (added if isinstance(added, list) else ())
+        if isinstance(token, dict) and isinstance(token.get("id"), int) and token["id"] >= rows
+    ]
+    if beyond:
+        raise ModelError(
+            f"The tokenizer in {source} has tokens beyond the {rows:,} embeddings of the model: "
+            f"{', '.join(beyond[:3])}. Use the adapter instead, or merge it with PEFT."
+        )

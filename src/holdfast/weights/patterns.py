@@ -34,7 +34,7 @@ for key, pattern in wholes:
 
 
 def check_patterns(
-    where: object, settings: Mapping[str, Any], names: Collection[str], seconds: float = SECONDS
+    where: object, settings: Mapping[str, Any], names: Collection[str], seconds: float | None = None
 ) -> None:
     """Check that the patterns of LoRA settings are valid and match names in a limited time.
 
@@ -42,22 +42,24 @@ def check_patterns(
         where: the file or block of the settings, for the message.
         settings: the keys of a PEFT `LoraConfig`; keys without patterns are ignored.
         names: the names to match.
+        seconds: the limit; `SECONDS` by default.
 
     Raises:
-        ModelError: a pattern is not valid, or the patterns take longer than `seconds`.
+        ModelError: a pattern is not valid, or the patterns take longer.
     """
     patterns = list(_patterns(settings))
     if not patterns:
         return
+    limit = SECONDS if seconds is None else seconds
     given = json.dumps([patterns, list(names)])
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", TRY],
-            input=given, capture_output=True, text=True, encoding="utf-8", timeout=seconds,
+            input=given, capture_output=True, text=True, encoding="utf-8", timeout=limit,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise ModelError(
-            f"{where}: its patterns ({_shown(patterns)}) take longer than {seconds:g} seconds on the names "
+            f"{where}: its patterns ({_shown(patterns)}) take longer than {limit:g} seconds on the names "
             "of the modules. Replace them by a list of module names."
         ) from None
     if done.returncode:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.errors import OutputError
-from holdfast.machine.files import read_json, replace_folder
+from holdfast.machine.files import mode, read_json, replace_folder
 from holdfast.machine.scratch import temporary
 from holdfast.weights.files import safe_path
 from holdfast.weights.reader import Tensor, row_blocks
@@ -83,7 +83,7 @@ def new_folder(out: Path, sources: Iterable[Path], record: str | None = None) ->
     try:
         with temporary(place, folder=True) as scratch:
             yield scratch
-            scratch.chmod(0o755)
+            scratch.chmod(mode(0o777))
             replace_folder(scratch, place)
     except OSError as error:
         raise OutputError(f"Cannot write {out}: {error.strerror or error}. Nothing was written.") from None
