@@ -190,7 +190,7 @@ def commands(place: Path) -> dict[str, tuple[list[str], str]]:
             "folder",
         ),
         "combine": (f"combine {aligned} {adapter}", "folder"),
-        "merge": (f"merge {model} {adapter}", "folder"),
+        "merge": (f"merge {model} {aligned} {adapter}", "folder"),
         "safe-lora": (f"safe-lora {adapter} --base {model} --aligned {aligned} --num-layers 1", "folder"),
         "report": (f"report {files}/done", "bytes"),
     }  # fmt: skip
