@@ -221,7 +221,7 @@ def fuzz(subject: tuple[Any, Callable[[Any], Any]], examples: int, seed: int) ->
             read(example)
             counts["read"] += 1
         except HoldfastError as error:
-            str(error).encode()
+            str(error)
             counts["refused"] += 1
         finally:
             signal.alarm(0)
