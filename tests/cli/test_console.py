@@ -85,3 +85,18 @@ def test_names_in_files(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "X" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_a_log_file_gets_a_line_of_progress_with_an_estimate(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.Bars() as bars:
+        bars.begin("user fine-tuning", False)
+        for done in range(1, 6):
+            bars.advance(done, 20, loss=1.5, tokens_per_second=350.0)
+            now[0] += 40
+    lines = [line for line in capsys.readouterr().err.splitlines() if "left" in line]
+    assert lines == [
+        "... 3 of 20, loss 1.500, 350 tokens/s, about 11 min left",
+        "... 5 of 20, loss 1.500, 350 tokens/s, about 10 min left",
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from holdfast.defenses import Tuned
 from holdfast.defenses.soup import apply
 from holdfast.errors import ModelError, RecipeError
 from holdfast.recipe import Recipe
+from holdfast.weights.chains import check_chain, write_below
 from pairs import SEVEN, TWO, digest, llama, save_adapter, save_pair, weights_of
 from repairs import updates
 from runs import run
@@ -48,6 +51,17 @@ def test_adapters_by_dense_arithmetic(adapters, tmp_path, trains, lambda_, gamma
     assert facts["changed"] == facts["weights"] == len(found)
     assert (digest(aligned), digest(user)) == before
     assert "not measured" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_average_is_used_on_top_of_the_same_adapters(adapters, tmp_path):
+    aligned, user = adapters
+    for source, lambda_ in (("half", 0.5), ("whole", 0.0)):
+        copied = shutil.copytree(user, tmp_path / source)
+        write_below(copied, [aligned])
+        apply(Tuned(copied, tmp_path / f"{source} out", "new", tmp_path, aligned), lambda_=lambda_, gamma=0.0)
+        with pytest.raises(ModelError, match="was trained on top of"):
+            check_chain([tmp_path / f"{source} out"])
+        check_chain([aligned, tmp_path / f"{source} out"])
 
 
 @pytest.mark.parametrize(("lambda_", "gamma"), COEFFICIENTS)

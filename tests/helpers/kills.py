@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 
+from holdfast.machine.files import as_line
 from holdfast.machine.store import Store
 from runs import run
 
@@ -85,7 +85,7 @@ def in_writing_rows(name, nth):
             count[0] += path.name == name
             if path.name == name and count[0] == nth:
                 with path.open("a") as file:
-                    file.write(json.dumps(rows[0]) + "\n" + json.dumps(rows[-1])[:20])
+                    file.write(as_line(rows[0]) + as_line(rows[-1])[:20])
                     file.flush()
                 kill()
             append(path, rows)

@@ -58,6 +58,10 @@ out = Screen()
 err = Screen(stderr=True)
 
 
+EVERY = 60.0
+"""Seconds between two lines of progress in a log file."""
+
+
 class Bars(progress.Progress):
     """Draws progress on standard error; in a log file, each step has one line and no bar.
 
@@ -67,6 +71,8 @@ class Bars(progress.Progress):
 
     def __init__(self, prefix: str = "", finished: bool = True) -> None:
         self.prefix, self.finished = prefix, finished
+        self.first: tuple[float, int] | None = None
+        self.told = (0.0, 0)
         self.ran = 0
         self.cached = 0
         self.bars = Progress(
@@ -93,6 +99,7 @@ class Bars(progress.Progress):
         """Show a bar for the step."""
         text = f"{self.prefix}{title}" + (" (resumed)" if resumed else "")
         self._remove()  # a step that failed
+        self.first = None
         self.task = self.bars.add_task(escape(text), total=None, facts="")
         if not err.is_terminal and self.finished:
             err.print(f"[dim]...[/] {escape(text)}", highlight=False)
@@ -107,6 +114,22 @@ class Bars(progress.Progress):
         if facts.get("tokens_per_second"):
             shown.append(f"{facts['tokens_per_second']:,.0f} tokens/s")
         self.bars.update(self.task, completed=done, total=total, facts=", ".join(shown))
+        if not err.is_terminal:
+            self._line(done, total, shown)
+
+    def _line(self, done: int, total: int, shown: Sequence[str]) -> None:
+        """In a log file, print a line from time to time, with an estimate of the time that is left."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = self.told = now, done
+            return
+        began, before = self.first
+        if now - self.told[0] < EVERY or done <= before:
+            return
+        self.told = now, done
+        left = (now - began) / (done - before) * (total - done)
+        text = ", ".join([f"{done:,} of {total:,}", *shown, f"about {left / 60:.0f} min left"])
+        err.print(f"[dim]...[/] {escape(text)}", highlight=False)
 
     def end(self, title: str, cached: bool, seconds: float | None) -> None:
         """Replace the bar by one line for the step."""

@@ -87,6 +87,7 @@ def claim_folder(folder: Path, kind: str) -> None:
             )
         made = {"holdfast": importlib.metadata.version("holdfast"), "kind": kind}
         made["started"] = min([now(), *_starts(folder)])
+        remove_unless(marker, Path.is_file)
         write_json(marker, made)
     except OSError as error:
         raise OutputError(f"Cannot write to {folder}: {error.strerror or error}.") from None

@@ -239,13 +239,21 @@ def tracked(trainer: Any, name: str, logs: Path) -> Iterator[None]:
 
 
 def last_checkpoint(folder: Path, say: Callable[[str], None] | None = None) -> Path | None:
-    """Return the newest checkpoint that is complete and unchanged; newer ones with other files are removed.
+    """Return the newest checkpoint that is complete and unchanged.
+
+    Newer ones with other files are removed, and so are half-written ones, which have no marker.
 
     Args:
         say: called with a message about each checkpoint that is removed.
     """
-    found = [p for p in folder.glob("checkpoint-*") if (p / MARKER).is_file()]
-    for checkpoint in sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True):
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdecimal() and (path / MARKER).is_file():
+            found[int(number)] = path
+        else:
+            remove_tree(path)
+    for _, checkpoint in sorted(found.items(), reverse=True):
         changed = _changed(checkpoint)
         if changed is None:
             return checkpoint

@@ -1,0 +1,66 @@
+"""A short form of benchmarks/faults.py: stores that are damaged, kills, processes together, hostile input."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from places import BENCHMARKS
+
+sys.path.insert(0, str(BENCHMARKS))
+
+import _fault_inputs as inputs
+import _fault_stores as stores
+
+FINE = ("as before", "refused", "ended before")
+INPUTS = (
+    "recipe text", "recipe values", "rows in JSONL", "values of rows", "rows in JSON", "rows in CSV",
+    "adapter settings", "adapter weights", "safetensors headers", "replies of judges", "answers and verdicts",
+    "step records", "markers",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def subjects(place):
+    return inputs.subjects(place)
+
+
+def test_every_kind_of_input_is_tried(subjects):
+    assert tuple(subjects) == INPUTS
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_hostile_input_raises_only_our_errors(name, subjects):
+    found = inputs.fuzz(subjects[name], 40, seed=1)
+    assert found["fault"] is None
+    assert found["read"] + found["refused"] >= 40
+
+
+def test_control_a_foreign_exception_is_a_fault(subjects):
+    strategy, _ = subjects["markers"]
+    assert "ZeroDivisionError" in inputs.fuzz((strategy, lambda _: 1 / 0), 5, seed=1)["fault"]
+
+
+def test_a_damaged_store_gives_the_same_numbers_or_one_sentence(place):
+    made = stores.prepare(place)
+    found = list(stores.damages(place, made, some=0.008, seed=1))
+    assert len(found) >= 5
+    assert not [one for one in found if one["outcome"] not in FINE]
+
+
+def test_a_command_that_is_killed_ends_with_the_same_output(place):
+    found = list(stores.killed(place, 1, names=("filter", "merge")))
+    assert len(found) == 6
+    assert not [one for one in found if one["outcome"] not in FINE]
+
+
+def test_processes_with_one_output_end_with_it_or_one_sentence(place):
+    found = list(stores.together(place, 1, names=("moderate", "combine")))
+    assert [one["processes"] for one in found] == [2, 4] * 2
+    assert not [one for one in found if one["outcome"] not in FINE]
