@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
+import trainers
 from holdfast import registry
 from holdfast.attacks import embedded_questions, identity_shift, jailbreak_tuning
 from holdfast.data import read_rows
@@ -286,3 +287,11 @@ def test_an_attack_without_its_rows_stops_before_training(done, tmp_path):
         run(recipe, tmp_path / "out")
     begun = {path.name.split("-")[0] for path in (tmp_path / "out").glob("steps/*-*")}
     assert begun <= {"data", "manifest", "change"}
+
+
+def test_the_rows_of_overfitting_are_trained_in_their_order(tmp_path):
+    rows = range(len(trainers.USER))
+    for name, skipped in (("sft", 0), ("lisa", 12)):  # three batches of Lisa's are alignment rows
+        made = trainers.trainer(name, tmp_path, train_sampling_strategy="sequential")
+        trained = [row for batch in made.get_train_dataloader().batch_sampler for row in batch]
+        assert [row for row in trained if row in rows] == list(rows)[skipped:]
