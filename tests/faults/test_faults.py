@@ -72,8 +72,8 @@ def test_a_damaged_store_gives_the_same_numbers_or_one_sentence(place):
 
 
 def test_a_command_that_is_killed_ends_with_the_same_output(place):
-    found = list(stores.killed(place, 1, names=("filter", "merge")))
-    assert len(found) == 6
+    found = list(stores.killed(place, 1, names=("filter", "rate", "merge")))
+    assert len(found) == 9
     assert not [one for one in found if one["outcome"] not in FINE]
 
 
@@ -81,3 +81,10 @@ def test_processes_with_one_output_end_with_it_or_one_sentence(place):
     found = list(stores.together(place, 1, names=("moderate", "combine")))
     assert [one["processes"] for one in found] == [2, 4] * 2
     assert not [one for one in found if one["outcome"] not in FINE]
+
+
+def test_a_page_of_several_runs_has_all_of_them(place):
+    one, three = stores.page(place, 1), stores.page(place, 3)
+    assert three["bytes"] > one["bytes"]
+    text = (place / "of-3.html").read_text()
+    assert all(f"copy {i}" in text for i in range(3))
