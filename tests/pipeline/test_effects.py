@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from holdfast.cli.app import app
 from holdfast.models import sharing
 from holdfast.recipe import Recipe
+from places import DOCS, blocks
 from runs import run
 
 FEW = [
@@ -92,3 +94,21 @@ def test_the_gate_blocks_a_poisoned_adapter_and_passes_a_clean_one(place, rows, 
     before, after = (result["results"][0]["scores"]["harmful_score"][key] for key in ("first", "second"))
     assert abs(before - rows["aligned"]["harmful_score"]) <= 5
     assert abs(after - rows["SFT"]["harmful_score"]) <= 5
+
+
+def test_the_job_in_the_documents_blocks_the_poisoned_adapter(place, rows, monkeypatch):
+    """Its commands `combine` and `gate`, on adapters that are trained here."""
+    (text,) = blocks(DOCS / "gate.md", "yaml")
+    commands = [step["run"] for step in yaml.safe_load(text)["jobs"]["gate"]["steps"] if "run" in step]
+    _, *combines = [line for line in commands[1].splitlines() if line.startswith("holdfast")]
+    monkeypatch.chdir(place)
+    for stage, row in (("alignment", "aligned"), ("user", "SFT")):
+        shown = f"runs/world/steps/{stage}-*/adapter"
+        combines = [line.replace(shown, f"steps/{rows[row]['steps'][stage]}/adapter") for line in combines]
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(place / "summary.md"))
+    for line in combines:
+        assert CliRunner().invoke(app, line.split()[1:]).exit_code == 0, line
+    done = CliRunner().invoke(app, [*commands[2].split()[1:], "--limit", "40"])
+    assert done.exit_code == 3, done.output
+    assert done.stdout.startswith("::error title=holdfast gate%3A tuned")
+    assert "| tuned | harmful score |" in (place / "summary.md").read_text()
