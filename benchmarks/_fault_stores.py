@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -158,6 +159,7 @@ def _outcome(recipe: Any, out: Path, expected: Any) -> str:
         signal.alarm(0)
 
 
+@functools.cache
 def commands(place: Path) -> dict[str, tuple[list[str], str]]:
     """By name: arguments of the command, with OUT for its output, and the files that must be equal."""
     warm()

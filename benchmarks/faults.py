@@ -11,7 +11,7 @@ Four parts, which `results/faults.json` counts together with those of earlier ca
   with one sentence;
 - processes: two and four processes with one output end with the same output, or one sentence;
 - input: mutated recipes, rows, adapters, headers, replies, answers and records, read by the code that reads
-  them in a run. Only Holdfast's own errors may come out, each example within 10 seconds.
+  them in a run. Only Holdfast's own errors may come out, each example within 10 seconds of processor time.
 
 The models are those of the tests. Each call uses another seed, and saves after each part.
 """

@@ -118,6 +118,23 @@ def test_every_defense_has_a_page_with_its_parameters(name):
             assert f"| `{parameter}` | {what.default} |" in page
 
 
+@pytest.mark.parametrize("name", registry.faces("attacks"))
+def test_every_attack_has_a_section_with_its_parameters(name):
+    face, page = registry.faces("attacks")[name], (DOCS / "attacks.md").read_text()
+    [title] = [s for s in page.split("\n## ") if s.lower().startswith(face.facts["label"].lower())]
+    for parameter, what in face.parameters.items():
+        [line] = [
+            line
+            for line in title.splitlines()
+            if line.startswith("|") and f"`{parameter}`" in line.split("|")[1]
+        ]
+        assert str(what.default) in line
+    assert face.facts["paper"] in (page if face.facts["paper"] != "none" else "none")
+    line = next(line for line in page.splitlines() if line.startswith(f"| [`{name}`]"))
+    anchor = line.split("(#")[1].split(")")[0]
+    assert anchor == re.sub(r"[^a-z -]", "", title.splitlines()[0].lower()).replace(" ", "-")
+
+
 def test_the_readmes_table_is_made_from_the_declarations():
     assert defense_table.parts(defense_table.README.read_text())[1] == defense_table.table(), (
         "run python tests/defense_table.py"
@@ -127,12 +144,14 @@ def test_the_readmes_table_is_made_from_the_declarations():
 
 def test_the_recipe_page_names_every_key():
     text = (DOCS / "recipes.md").read_text() + (DOCS / "data.md").read_text()
+    text += (DOCS / "attacks.md").read_text()
     for block in (
         recipes.Recipe,
         recipes.Model,
         recipes.Data,
         data.AlignmentData,
         data.HarmfulData,
+        data.AnchoringRecipe,
         data.AttackRecipe,
         data.FilterRecipe,
         evaluation.Evaluation,

@@ -38,7 +38,7 @@ def test_what_is_there():
     assert {"world", "sst2", "agnews", "gsm8k", "own", "beavertails"} <= set(registry.faces("tasks"))
 
 
-@pytest.mark.parametrize("group", ["defenses", "tasks", "judges"])
+@pytest.mark.parametrize("group", ["defenses", "attacks", "tasks", "judges"])
 def test_every_face_is_told_and_loads(group):
     for name, face in registry.faces(group).items():
         assert face.summary.endswith((".", ":")) or len(face.summary) > 10
@@ -101,12 +101,13 @@ def the_warning(recwarn):
 
 BROKEN = {
     "defenses": ("no_such_module:DEFENSE", "cannot be imported: ModuleNotFoundError", "holdfast.tasks.sst2:TASK"),
+    "attacks": ("no_such_module:ATTACK", "cannot be imported: ModuleNotFoundError", "holdfast.tasks.sst2:TASK"),
     "tasks": ("no_such_module:TASK", "cannot be imported: ModuleNotFoundError", "holdfast.defenses.sft:DEFENSE"),
     "judges": ("no_such_module:JUDGE", "cannot be imported: ModuleNotFoundError", "holdfast.tasks.sst2:TASK"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("group", ["defenses", "tasks", "judges"])
+@pytest.mark.parametrize("group", list(BROKEN))
 def test_a_plug_in_that_cannot_be_used_is_one_warning(group, install, recwarn):
     """A plug-in that is missing or of another kind: a warning names it, using it is an error, the rest works."""
     value, why, other = BROKEN[group]
@@ -128,6 +129,7 @@ def test_a_plug_in_that_cannot_be_used_is_one_warning(group, install, recwarn):
     ("group", "name", "value"),
     [
         ("defenses", "lisa", "holdfast.defenses.bso:DEFENSE"),
+        ("attacks", "overfitting", "holdfast.attacks.long_training:ATTACK"),
         ("tasks", "sst2", "holdfast.tasks.agnews:TASK"),
         ("judges", "keyword", "holdfast.evaluation.judges.beaver_dam:JUDGE"),
     ],

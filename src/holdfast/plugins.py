@@ -1,8 +1,8 @@
-"""Objects of other packages, found by their entry points; one rule for defenses, tasks and judges.
+"""Objects of other packages, found by their entry points; one rule for defenses, attacks, tasks and judges.
 
-A package names its object in the entry points `holdfast.defenses`, `holdfast.tasks` or `holdfast.judges`. An
-object that cannot be imported, has another type, or has a name that is taken is left out with a
-`PluginWarning`; everything else works.
+A package names its object in the entry points `holdfast.defenses`, `holdfast.attacks`, `holdfast.tasks` or
+`holdfast.judges`. An object that cannot be imported, has another type, or has a name that is taken is left
+out with a `PluginWarning`; everything else works.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Defenses, tasks and judges by name, found in `defenses/`, `tasks/`, `evaluation/judges/` and entry points.
+"""Defenses, attacks, tasks and judges by name, found in their folders and in entry points.
 
 No file of ours is imported to list or to check a name. A method's parameters are read from its file with
 `ast`, so that a recipe can be checked, planned and explained without torch; `get_defense` and similar
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from holdfast.defenses import Defense
 
 PACKAGE = Path(__file__).parent
-FOLDERS = {"defenses": "defenses", "tasks": "tasks", "judges": "evaluation/judges"}
-OBJECTS = {"defenses": "DEFENSE", "tasks": "TASK", "judges": "JUDGE"}
+FOLDERS = {"defenses": "defenses", "attacks": "attacks", "tasks": "tasks", "judges": "evaluation/judges"}
+OBJECTS = {"defenses": "DEFENSE", "attacks": "ATTACK", "tasks": "TASK", "judges": "JUDGE"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Face:
 
 @cache
 def faces(group: str) -> dict[str, Face]:
-    """Return every defense, task or judge by name: our own, then the working ones of other packages."""
+    """Return every object of a group by name: our own, then the working ones of other packages."""
     return _own(group) | {name: _imported_face(plugin) for name, plugin in _plugins(group).found.items()}
 
 
@@ -197,6 +197,10 @@ def _kind(group: str) -> type:
         from holdfast.defenses import Defense
 
         return Defense
+    if group == "attacks":
+        from holdfast.attacks import Attack
+
+        return Attack
     if group == "judges":
         from holdfast.evaluation.judges import Judge
 

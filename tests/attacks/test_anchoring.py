@@ -235,7 +235,10 @@ def test_a_stop_in_the_step_changes_no_number(copy):
         ),
         ({"size": 5}, "data.attack.size: 8 rows cannot be chosen from data.size: 5"),
         ({"harmful": None}, "data.attack.harmful: give a file of harmful anchors here, or as data.harmful"),
-        ({"attack": "bi_directional"}, "data.attack.name: input should be 'bi_directional_anchoring'"),
+        (
+            {"attack": "bi_directional"},
+            "data.attack.name: unknown attack 'bi_directional'. Did you mean 'bi_di",
+        ),
         ({"attack": {"name": "bi_directional_anchoring", "buy": 1}}, "unknown key 'data.attack.buy'"),
     ],
 )
@@ -279,8 +282,9 @@ def test_anchors_of_ones_own(done, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(attacked(done[0], harmful="bad.jsonl", safe="safe.jsonl", anchors=1)))
     recipe = Recipe.load(path)
-    assert recipe.data.anchors() == (str(tmp_path / "bad.jsonl"), [str(safe)])
+    assert recipe.data.anchors(recipe.data.attack) == (str(tmp_path / "bad.jsonl"), [str(safe)])
     results, _ = run(recipe.to_dict(), tmp_path / "out")
     assert results["rows"][1]["attack"]["anchors"] == [1, 1, 1]
     path.write_text(json.dumps(attacked(done[0], harmful="bad.jsonl", safe=["safe.jsonl"] * 3, anchors=1)))
-    assert Recipe.load(path).data.anchors()[1] == [str(safe)] * 3, "one set for each source"
+    recipe = Recipe.load(path)
+    assert recipe.data.anchors(recipe.data.attack)[1] == [str(safe)] * 3, "one set for each source"

@@ -49,14 +49,14 @@ def test_control_a_foreign_exception_is_a_fault(subjects):
 
 def test_a_damaged_store_gives_the_same_numbers_or_one_sentence(place):
     made = stores.prepare(place)
-    found = list(stores.damages(place, made, some=0.02, seed=1))
-    assert len(found) >= 10
+    found = list(stores.damages(place, made, some=0.008, seed=1))
+    assert len(found) >= 5
     assert not [one for one in found if one["outcome"] not in FINE]
 
 
 def test_a_command_that_is_killed_ends_with_the_same_output(place):
-    found = list(stores.killed(place, 1, names=("moderate", "filter", "merge")))
-    assert len(found) == 9
+    found = list(stores.killed(place, 1, names=("filter", "merge")))
+    assert len(found) == 6
     assert not [one for one in found if one["outcome"] not in FINE]
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.attacks import Attack
 from holdfast.errors import ModelError
 from holdfast.machine.files import append_jsonl, read_jsonl
 from holdfast.machine.progress import Advance, nobody
@@ -162,3 +163,10 @@ def _length(v: Vector) -> float:
 def _dot(a: Vector, b: Vector) -> float:
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     return float(sum((x.float() * y.float()).sum() for x, y in pairs))
+
+
+ATTACK = Attack(
+    name="bi_directional_anchoring",
+    label="Bi-directional anchoring",
+    paper="arXiv 2404.01099",
+)

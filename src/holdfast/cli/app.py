@@ -54,6 +54,7 @@ class Group(StrEnum):
     """The groups that can be listed."""
 
     defenses = "defenses"
+    attacks = "attacks"
     tasks = "tasks"
     judges = "judges"
     protocols = "protocols"
@@ -287,7 +288,7 @@ app.command(epilog="Example: holdfast merge my-model adapter --out full-model")(
 def list_names(
     group: Annotated[Group | None, typer.Argument(help="Group to list. Default: all.")] = None,
 ) -> None:
-    """Show the known defenses, tasks, judges, protocols and recipes."""
+    """Show the known defenses, attacks, tasks, judges, protocols and recipes."""
     from holdfast import registry
     from holdfast.cli import console
     from holdfast.recipe import packaged
@@ -307,6 +308,9 @@ def list_names(
                 rows = [(n, faces[n].summary, faces[n].facts["paper"]) for n in registry.list_defenses(stage)]
                 if rows:
                     console.out.print(console.names_table(f"defenses at the {stage} stage", rows))
+        elif name == Group.attacks:
+            rows = [(n, face.summary, face.facts["paper"]) for n, face in registry.faces(name).items()]
+            console.out.print(console.names_table(name, rows))
         elif name == Group.judges:
             rows = [(n, f.summary, _origin(f.facts)) for n, f in registry.faces(name).items()]
             console.out.print(console.names_table(name, rows))

@@ -9,6 +9,7 @@ from typing import Any
 from holdfast.machine.files import read_jsonl, write_json, write_jsonl
 from holdfast.machine.progress import Advance
 from holdfast.measuring import judging
+from holdfast.pipeline import attacking
 from holdfast.pipeline.chain import checked_model, checked_tokenizer, loading, tokenizer_of, weights
 from holdfast.pipeline.data import rows_of
 from holdfast.pipeline.step import Inputs, Machine
@@ -38,11 +39,18 @@ def generate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str
     out, cost = folder / "generations.jsonl", Cost(machine.device)
     known = {row["id"] for row in read_jsonl(out)}  # written by a start that was stopped
 
+    change = attacking.asked(inputs)
+
+    def prompt(row: Mapping[str, Any]) -> str:
+        changed = change(row)
+        before = "\n\n".join(text for text in (ahead, changed.get("prefix", "")) if text)
+        return render_prompt(changed, tokenizer, template, before)
+
     def ask(rows: Sequence[Mapping[str, Any]], progress: Advance) -> list[dict[str, Any]]:
         return answer_prompts(
             model,
             tokenizer,
-            [{**row, "prompt": render_prompt(row, tokenizer, template, ahead)} for row in rows],
+            [{**row, "prompt": prompt(row)} for row in rows],
             out,
             max_new_tokens={**most, SECOND: most["task"]},
             batch_tokens=inputs["batch_tokens"],
@@ -89,14 +97,15 @@ def check_generation(inputs: Inputs, machine: Machine) -> None:
     check_quantization(folder, described["quantization"])
     known = rows_checked.limits(checked_model(described, machine))
     path = inputs["test"] / "rows.jsonl"
-    same = (path, folder, template, inputs["system"])
+    same = (path, folder, template, inputs["system"], "attacks" in inputs)
     if not path.is_file() or same in machine.known or not machine.processes.main:
         return
     machine.known[same] = None
     check_template(rows_of(inputs["test"]), template)
     rows_checked.check_prompts(
-        rows_checked.read_one_by_one(path), rows_checked.count_rows(path), tokenizer=tokenizer,
-        template=template, system=inputs["system"], model=known, progress=machine.progress.advance,
+        map(attacking.asked(inputs), rows_checked.read_one_by_one(path)), rows_checked.count_rows(path),
+        tokenizer=tokenizer, template=template, system=inputs["system"], model=known,
+        progress=machine.progress.advance,
     )  # fmt: skip
 
 

@@ -19,13 +19,14 @@ from holdfast.machine.digests import Digests
 from holdfast.machine.processes import launched
 from holdfast.machine.store import now
 from holdfast.measuring import judging, protocol
-from holdfast.pipeline import data, evaluating, mixing, repairing, stages, user_rows
+from holdfast.pipeline import attacking, data, evaluating, mixing, repairing, stages, user_rows
 from holdfast.pipeline.chain import model_input
 from holdfast.pipeline.step import Check, Code, Content, Made, Step, Work
 from holdfast.pipeline.versions import ANSWERED_BY, REPAIRED_BY, TRAINED_BY, packages
 from holdfast.recipe import Recipe
+from holdfast.recipe.data import AnchoringRecipe
 from holdfast.recipe.evaluation import JudgeRecipe
-from holdfast.recipe.stages import ALIGNMENT_TRAINING, NOT_IDENTITY, USER_TRAINING, StageRecipe
+from holdfast.recipe.stages import ALIGNMENT_TRAINING, NOT_IDENTITY, USER_TRAINING, StageRecipe, with_decimals
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class State:
     Attributes:
         chain: the trainings that led to it, even if a later one continued their adapter, and the repair.
         post_hoc_parameters: the parameters of the repair.
-        chosen: the steps that select user rows, by kind.
+        chosen: the steps that change or select user rows, by kind; a list for several attacks.
     """
 
     name: str
@@ -48,7 +49,7 @@ class State:
     score: str
     rate: str | None = None
     post_hoc_parameters: Mapping[str, Any] | None = None
-    chosen: Mapping[str, str] = field(default_factory=dict)
+    chosen: Mapping[str, str | list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,8 @@ class _Planner:
         name = "base" if recipe.alignment is None else "aligned"
         states.append(self._evaluate(name, f"the {name} model", None, trained, weights, rows["test"]))
         if recipe.user is not None:
-            chosen = self._chosen(rows["user"], weights)
-            rows = {**rows, "user": [rows["user"], *chosen.values()][-1]}
+            chosen, last = self._chosen(rows["user"], weights)
+            rows = {**rows, "user": last}
             step = self._train("user", recipe.user, USER_TRAINING, self._rows("user", rows), weights)
             trained = (*trained, step)
             below = {"new": weights, "continue": weights[:-1], "full": ()}[recipe.trains("user")]
@@ -201,24 +202,39 @@ class _Planner:
         further = {name: Made(found[roles[name]]) for name in self.recipe.needs(stage)}
         return {"train_dataset": Made(found[stage]), **further}
 
-    def _chosen(self, rows: str, weights: tuple[str, ...]) -> dict[str, str]:
-        """Add the steps that select user rows; returns them by kind and in order."""
-        found: dict[str, str] = {}
-        attack, screen = self.recipe.data.attack, self.recipe.data.filter
-        if attack is not None:
-            inputs = {
-                **self.model,
-                "chain": [Made(step) for step in weights],
-                "rows": Made(rows),
-                "seed": self.recipe.seed,
-                **user_rows.attack_inputs(self.recipe, attack),
-                "code": digest_of_module("holdfast.attacks.anchoring"),
-                "packages": packages(ANSWERED_BY, self.recipe.model.quantization),
-            }
-            title = f"user rows that {attack.name} chooses"
-            detail = f"{attack.size:,} benign rows, by {attack.by} on the model that is fine-tuned"
-            work = user_rows.choose_rows, user_rows.check_attack
-            rows = found["attack"] = self._add("attack", title, detail, inputs, *work)
+    def _chosen(self, rows: str, weights: tuple[str, ...]) -> tuple[dict[str, str | list[str]], str]:
+        """Add the steps that change or select user rows.
+
+        Returns:
+            The steps by kind and in order (a list for several attacks), and the step with the final rows.
+        """
+        found: dict[str, str | list[str]] = {}
+        attacks, screen = self.recipe.data.attacks, self.recipe.data.filter
+        steps: list[str] = []
+        inputs: dict[str, Any]
+        for attack in attacks:
+            if isinstance(attack, AnchoringRecipe):
+                inputs = {
+                    **self.model,
+                    "chain": [Made(step) for step in weights],
+                    "rows": Made(rows),
+                    "seed": self.recipe.seed,
+                    **user_rows.attack_inputs(self.recipe, attack),
+                    "code": digest_of_module("holdfast.attacks.anchoring"),
+                    "packages": packages(ANSWERED_BY, self.recipe.model.quantization),
+                }
+                title = f"user rows that {attack.name} chooses"
+                detail = f"{attack.size:,} benign rows, by {attack.by} on the model that is fine-tuned"
+                rows = self._add(
+                    "attack", title, detail, inputs, user_rows.choose_rows, user_rows.check_attack
+                )
+            else:
+                inputs = {"rows": Made(rows), **attacking.attack_inputs(attack, self.recipe.seed)}
+                title = f"user rows that {attack.name} changes"
+                rows = self._add("change", title, attacking.detail(attack), inputs, attacking.change_rows)
+            steps.append(rows)
+        if steps:
+            found["attack"] = steps if len(steps) > 1 else rows
         if screen is not None:
             # Its value changes no row, only whether there are rows.
             most = Content(self.recipe.evaluation.max_unparsed, "max_unparsed")
@@ -226,9 +242,10 @@ class _Planner:
             inputs["max_unparsed"] = most
             title = f"user rows that {screen.judge} does not flag"
             detail = f"{screen.unparsed}s rows without a verdict"
-            work = user_rows.filter_rows, evaluating.check_judge
-            found["filter"] = self._add("filter", title, detail, inputs, *work)
-        return found
+            rows = found["filter"] = self._add(
+                "filter", title, detail, inputs, user_rows.filter_rows, evaluating.check_judge
+            )
+        return found, rows
 
     def _train(
         self,
@@ -242,6 +259,8 @@ class _Planner:
         recipe = self.recipe
         parameters = self._parameters(part)
         training = {**defaults, **part.training.given()}
+        if stage == "user":
+            training |= recipe.data.attack_training()
         trains = recipe.trains(stage)
         # Single LoRA continues the alignment stage's adapter.
         lora = None if trains == "full" else recipe.lora("alignment" if trains == "continue" else stage)
@@ -295,11 +314,8 @@ class _Planner:
 
     @staticmethod
     def _parameters(part: StageRecipe) -> dict[str, Any]:
-        """Return a method's own parameters, defaults included; 1 for a number with decimals is 1.0."""
-        known = registry.face("defenses", part.defense).parameters
-        found = {k: p.default for k, p in known.items()} | part.parameters()
-        decimal = {k for k, p in known.items() if isinstance(p.default, float)}
-        return {k: float(v) if k in decimal and type(v) is int else v for k, v in found.items()}
+        """Return a method's own parameters, with their defaults."""
+        return with_decimals(part.parameters(), registry.face("defenses", part.defense))
 
     def _judge(self, judge: JudgeRecipe) -> dict[str, Any]:
         """Return a judge as inputs: its settings, the content of its model, its code and its packages."""
@@ -348,6 +364,7 @@ class _Planner:
                 "prefix": self._prefix(user, trained),
                 "system": options.system,
                 "sampling": protocol.sampling(recipe),
+                **attacking.prompt_inputs(recipe),
                 "packages": packages(ANSWERED_BY, recipe.model.quantization),
             },
             evaluating.generate_answers,

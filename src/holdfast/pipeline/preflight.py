@@ -21,7 +21,7 @@ from holdfast.pipeline.rows_checked import BadRows
 from holdfast.pipeline.step import Content, Inputs, Machine, Made, Step, do
 from holdfast.tasks.graders import adapted
 
-ROWS = ("data", "manifest")
+ROWS = ("data", "manifest", "change")
 """Kinds of steps that only prepare rows. They run first, because the checks of other steps read the rows."""
 
 SOURCES = {
@@ -53,13 +53,11 @@ def rehearse(planned: Plan, store: Store, *, device: str = "auto", progress: Pro
 
 def prepare_rows(steps: Sequence[Step], store: Store, machine: Machine) -> list[InputError]:
     """Do the steps that prepare rows, and return the problems of those that cannot be done."""
-    failed: set[str] = set()
     found: list[InputError] = []
     for step in steps:
-        if step.kind in ROWS and not failed & set(parents(step)):
-            for problem in problems([partial(do, step, store, machine)]):
-                failed.add(step.id)
-                found.append(problem.at("data"))
+        # Rows that an attack or a filter has yet to choose with a model cannot be prepared.
+        if step.kind in ROWS and all(store.record(parent) is not None for parent in parents(step)):
+            found += [problem.at("data") for problem in problems([partial(do, step, store, machine)])]
     return found
 
 
@@ -81,7 +79,7 @@ def _readable(step: Step, known: Mapping[str, Step], store: Store) -> Mapping[st
     given = step.inputs.get("rows")
 
     def made(rows: Made) -> Made:
-        while rows.step in known and known[rows.step].kind in ("attack", "filter"):
+        while rows.step in known and known[rows.step].kind in ("attack", "change", "filter"):
             if store.path(rows.step).joinpath("step.json").is_file():
                 break
             rows = known[rows.step].inputs["rows"]

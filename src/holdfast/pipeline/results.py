@@ -16,7 +16,7 @@ from holdfast.evaluation import paired
 from holdfast.machine.files import read_json, read_jsonl, remove_unless, write_json, write_text
 from holdfast.machine.store import Store, claim_folder, now, provenance
 from holdfast.measuring.protocol import decoding, grader
-from holdfast.pipeline import user_rows
+from holdfast.pipeline import attacking, user_rows
 from holdfast.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -261,4 +261,11 @@ def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, 
             else {}
         ),
         **({"test_rows": _shown(test["taken"])} if "first" in test["taken"].values() else {}),
+        **attacking.stamp(recipe, _attacks(plan, records)),
     }
+
+
+def _attacks(plan: Plan, records: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the facts of the attacks on the user rows, in order."""
+    steps = plan.states[-1].chosen.get("attack", [])
+    return [records[step]["attack"] for step in ([steps] if isinstance(steps, str) else steps)]

@@ -32,7 +32,7 @@ from holdfast.machine.store import Store, identity_hash, provenance
 from holdfast.pipeline.versions import version
 
 FORMAT = {
-    "data": 4, "manifest": 3, "attack": 5, "filter": 3, "alignment": 6, "user": 6, "post_hoc": 3,
+    "data": 4, "manifest": 3, "attack": 5, "change": 1, "filter": 3, "alignment": 6, "user": 6, "post_hoc": 3,
     "generate": 5, "moderate": 2, "rate": 2, "score": 4,
 }  # fmt: skip
 """By kind of step. Increase a number when that kind of step produces other content for the same inputs."""
@@ -55,7 +55,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Code:
-    """A defense, a judge or a task from the registry; `group` is "defenses", "judges" or "tasks"."""
+    """A defense, an attack, a judge or a task: `group` is a group of the registry, such as "defenses"."""
 
     group: str
     name: str

@@ -1,4 +1,4 @@
-"""The steps that select user rows before fine-tuning: an attack chooses some, a filter removes some.
+"""The steps that select user rows before fine-tuning: anchoring chooses some, a filter removes some.
 
 Each of these steps reads the rows of the step before it, writes `rows.jsonl`, and is planned only if the
 recipe asks for it.
@@ -18,7 +18,7 @@ from holdfast.pipeline.chain import loading, tokenizer_of, weights
 from holdfast.pipeline.data import rendered, rows_of, source
 from holdfast.pipeline.step import Inputs, Machine
 from holdfast.recipe import Recipe
-from holdfast.recipe.data import AttackRecipe
+from holdfast.recipe.data import AnchoringRecipe
 
 MAX_LENGTH = 2048
 """Maximum number of tokens of a row if the user stage sets no `max_length`; also the default of that key."""
@@ -27,9 +27,9 @@ SAFE_SETS = 2
 """Sets of safe anchors that are drawn from one source, as many as in the authors' code."""
 
 
-def attack_inputs(recipe: Recipe, attack: AttackRecipe) -> dict[str, Any]:
+def attack_inputs(recipe: Recipe, attack: AnchoringRecipe) -> dict[str, Any]:
     """Return the inputs of an attack, except the rows to choose from and the model that scores them."""
-    data, (harmful, safe) = recipe.data, recipe.data.anchors()
+    data, (harmful, safe) = recipe.data, recipe.data.anchors(attack)
     assert recipe.user is not None
     held_out = data.harmful is not None and datasets.holds_out(data.harmful, data.test_harmful)
     lora = recipe.lora("user")
@@ -172,6 +172,9 @@ def filter_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
     return {"filter": facts}
 
 
-def of_row(chosen: Mapping[str, str], records: Mapping[str, Any]) -> dict[str, Any]:
+def of_row(chosen: Mapping[str, str | list[str]], records: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts of these steps for a row of the results; a step that does not exist has no key."""
-    return {kind: records[step].get(kind) for kind, step in chosen.items()}
+    return {
+        kind: records[steps].get(kind) if isinstance(steps, str) else [records[s].get(kind) for s in steps]
+        for kind, steps in chosen.items()
+    }

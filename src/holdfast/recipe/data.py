@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BaseModel,
     ConfigDict,
     Field,
+    PlainValidator,
     SerializationInfo,
     SerializerFunctionWrapHandler,
+    TypeAdapter,
     ValidationError,
+    WrapValidator,
     model_serializer,
     model_validator,
 )
 
 from holdfast import registry
-from holdfast.errors import nearest
+from holdfast.errors import RecipeError, nearest
 from holdfast.machine.secrets import shown
 from holdfast.recipe.evaluation import JudgeRecipe, cannot_filter
 from holdfast.recipe.model import Part, Wrong, from_text
 from holdfast.recipe.reading import shorten
+from holdfast.recipe.stages import check_parameter, with_decimals
 
 COLUMNS = ("prompt", "completion", "instruction", "input", "output", "messages", "category")
 """The columns that a user's file can have, besides the columns of its task."""
@@ -47,7 +53,41 @@ class AlignmentData(Part):
     harmful: Annotated[HarmfulData | None, from_text("source")] = None
 
 
-class AttackRecipe(Part):
+ANCHORING = "bi_directional_anchoring"
+
+
+class AttackRecipe(BaseModel):
+    """An attack that changes the user rows, by name (or your own file), and its own parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    name: str
+
+    @property
+    def face(self) -> registry.Face:
+        """The registry's entry of the attack."""
+        return registry.face("attacks", self.name)
+
+    def parameters(self) -> dict[str, Any]:
+        """The attack's parameters, with their defaults."""
+        return with_decimals(self.model_extra or {}, self.face)
+
+    @model_validator(mode="after")
+    def _known(self) -> AttackRecipe:
+        if not self.name.endswith(".py") and self.name not in registry.faces("attacks"):
+            raise Wrong(["name"], registry.unknown("attacks", self.name))
+        try:
+            face = self.face
+        except RecipeError as error:  # a file of the user's
+            raise Wrong(["name"], str(error)) from None
+        if "change" not in face.code:
+            raise Wrong(["name"], f"{self.name} declares no `change`, so it cannot change rows")
+        for name, value in (self.model_extra or {}).items():
+            check_parameter([], face, name, value, ["name"])
+        return self
+
+
+class AnchoringRecipe(Part):
     """An attack with benign rows: fine-tuning uses only `size` of the user's rows, chosen to undo safety.
 
     Bi-directional anchoring, arXiv 2404.01099: the rows nearest to harmful anchors and farthest from safe
@@ -56,13 +96,38 @@ class AttackRecipe(Part):
     and `data.alignment`. A list of safe sources gives one set for each.
     """
 
-    name: Literal["bi_directional_anchoring"]
+    name: Literal["bi_directional_anchoring"] = "bi_directional_anchoring"
     harmful: str | None = None
     safe: str | list[str] | None = None
     anchors: int = Field(10, ge=1)
     size: int = Field(100, ge=1)
     by: Literal["gradient", "lora_gradient", "representation"] = "gradient"
     tokens: int = Field(10, ge=1)
+
+
+AttackBlock = AnchoringRecipe | AttackRecipe
+
+
+def _attack(value: Any) -> AttackBlock:
+    """Read one attack: its name, or a block with its name."""
+    if isinstance(value, AnchoringRecipe | AttackRecipe):
+        return value
+    block = {"name": value} if isinstance(value, str) else value
+    anchoring = isinstance(block, Mapping) and block.get("name") == ANCHORING
+    return (AnchoringRecipe if anchoring else AttackRecipe).model_validate(block)
+
+
+_SEVERAL: TypeAdapter[list[AttackBlock]] = TypeAdapter(list[Annotated[AttackBlock, PlainValidator(_attack)]])
+
+
+def _attacks(value: Any, plain: Any) -> Any:
+    """Read `data.attack`: nothing, one attack, or a list of them, which act in their order.
+
+    The errors of a plain union would name more than the key.
+    """
+    if value is None or value == "none":
+        return None
+    return _SEVERAL.validate_python(value) if isinstance(value, list) else _attack(value)
 
 
 class FilterRecipe(Part):
@@ -139,7 +204,7 @@ class Data(Part):
     suffix: str = ""
     system: str = ""
     take: Literal["drawn", "first"] = "drawn"
-    attack: Annotated[AttackRecipe | None, from_text("name")] = None
+    attack: Annotated[AttackBlock | list[AttackBlock] | None, WrapValidator(_attacks)] = None
     filter: Annotated[FilterRecipe | None, from_text("judge")] = None
 
     @model_validator(mode="after")
@@ -153,8 +218,11 @@ class Data(Part):
             raise Wrong(["task"], f"{text}data.alignment, or as data.user to fine-tune on it")
         if self.poison_ratio > 0 and self.harmful is None:
             raise Wrong(["poison_ratio"], "a ratio above 0 needs data.harmful: the rows to mix in")
-        if self.attack is not None:
-            self._check_attack(self.attack)
+        anchorings = [one for one in self.attacks if isinstance(one, AnchoringRecipe)]
+        if len(anchorings) > 1:
+            raise Wrong(["attack"], f"{ANCHORING} appears twice; it selects rows once")
+        for attack in anchorings:
+            self._check_anchoring(attack)
         skips = {
             "alignment.skip": self.alignment.skip if self.alignment else 0,
             "alignment.harmful.skip": self.alignment_skip(),
@@ -181,16 +249,35 @@ class Data(Part):
         """The number of rows before the harmful rows for methods of the alignment stage."""
         return self.alignment.harmful.skip if self.alignment and self.alignment.harmful else 0
 
-    def anchors(self) -> tuple[str | None, list[str]]:
-        """The source of an attack's harmful anchors, and the sources of its safe anchors."""
-        asked = self.attack or AttackRecipe(name="bi_directional_anchoring")
+    @property
+    def attacks(self) -> list[AttackBlock]:
+        """The attacks on the user rows, in their order."""
+        if self.attack is None:
+            return []
+        return self.attack if isinstance(self.attack, list) else [self.attack]
+
+    def prompt_attacks(self) -> list[AttackRecipe]:
+        """The attacks that also change the harmful prompts of the test."""
+        return [a for a in self.attacks if isinstance(a, AttackRecipe) and "prompt" in a.face.code]
+
+    def attack_training(self) -> dict[str, Any]:
+        """The training arguments of the user stage that the attacks set."""
+        found: dict[str, Any] = {}
+        for attack in self.attacks:
+            if isinstance(attack, AttackRecipe):
+                values = attack.parameters()
+                found |= {key: values[name] for key, name in attack.face.facts.get("training", {}).items()}
+        return found
+
+    def anchors(self, asked: AnchoringRecipe) -> tuple[str | None, list[str]]:
+        """The source of the harmful anchors of anchoring, and the sources of its safe anchors."""
         safe = self.alignment.source if self.alignment else None
         given = asked.safe or safe or []
         return asked.harmful or self.harmful, [given] if isinstance(given, str) else given
 
-    def _check_attack(self, attack: AttackRecipe) -> None:
+    def _check_anchoring(self, attack: AnchoringRecipe) -> None:
         for kind, source, key in zip(
-            ("harmful", "safe"), self.anchors(), ("harmful", "alignment"), strict=True
+            ("harmful", "safe"), self.anchors(attack), ("harmful", "alignment"), strict=True
         ):
             if not source:
                 raise Wrong(["attack", kind], f"give a file of {kind} anchors here, or as data.{key}")

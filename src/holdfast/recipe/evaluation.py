@@ -147,6 +147,7 @@ class Evaluation(Decoding):
     a task that only a judge can grade. `system` is a text before every question, after the text that a method
     of the user stage adds. Sampling uses the recipe's seed. A judge that leaves a larger share of the answers
     unparsed than `max_unparsed` has failed.
+    `attacked: true` asks the harmful prompts as the attacks of `data.attack` do, for example with a trigger.
     `take: first` tests on the first rows of the test files, in their order and with duplicates.
     """
 
@@ -160,6 +161,7 @@ class Evaluation(Decoding):
     mixed_prompts: bool = False
     task_rows: int | None = Field(None, ge=1)
     take: Literal["drawn", "first"] = "drawn"
+    attacked: bool = False
 
     @model_validator(mode="before")
     @classmethod

@@ -17,6 +17,14 @@ from holdfast.recipe.reading import BARE, Layer, parse, read, shorten
 
 STAGES = ("alignment", "user", "post_hoc")
 
+ATTACK = ("data", "attack")
+
+BLOCKS = (
+    ("data", {"filter": "judge", "attack": "name"}),
+    ("evaluation", {"rater": "name", "judges": "name"}),
+)
+"""The blocks outside stages that may name a user's own file, and by entry the key that names it."""
+
 
 def layers(source: str | Path | Mapping[str, Any]) -> list[Layer]:
     """Read the recipe, the file that it extends, the file that this one extends, and so on.
@@ -81,6 +89,8 @@ def on_top(
         if isinstance(below, Mapping) and isinstance(above, Mapping):
             if here[0] in STAGES and not place and _defense(above, below) != _defense(below, {}):
                 below = {k: v for k, v in below.items() if k in stage_keys}
+            if here == ATTACK and above.get("name", below.get("name")) != below.get("name"):
+                below = {}  # another attack has other parameters
             result[key] = on_top(below, above, here, stage_keys)
         else:
             result[key] = value
@@ -175,7 +185,7 @@ def own_files(raw: Mapping[str, Any], files: Sequence[Layer]) -> dict[str, Any]:
     for stage in STAGES:
         if stage in result:
             result[stage] = found(result[stage], "defense", (stage, "defense"))
-    for block, keys in (("data", {"filter": "judge"}), ("evaluation", {"rater": "name", "judges": "name"})):
+    for block, keys in BLOCKS:
         given = result.get(block)
         if not isinstance(given, Mapping):
             continue

@@ -18,7 +18,7 @@ from holdfast import registry
 from holdfast.errors import RecipeError
 from holdfast.machine.store import identity_hash
 from holdfast.recipe import layers, named
-from holdfast.recipe.data import Data
+from holdfast.recipe.data import AnchoringRecipe, Data
 from holdfast.recipe.evaluation import Evaluation
 from holdfast.recipe.model import FULL, Lora, Model, Part, Wrong, from_text
 from holdfast.recipe.stages import TRAINING, PostHocRecipe, StageRecipe, as_stage
@@ -97,14 +97,20 @@ class Recipe(Part):
         for name in ("attack", "filter"):
             if getattr(self.data, name) is not None and self.user is None:
                 raise Wrong(["data", name], "this acts on the rows of the user stage, but user is none")
-        attack = self.data.attack
-        if attack is not None and attack.by == "gradient" and self.model.quantization:
-            text = (
-                f"{self.model.quantization} weights have no gradient; write lora_gradient or representation"
-            )
-            raise Wrong(["data", "attack", "by"], text)
-        if attack is not None and attack.by == "lora_gradient" and self.trains("user") == "full":
-            raise Wrong(["data", "attack", "by"], "the user stage trains all weights; write gradient")
+        for attack in self.data.attacks:
+            by = attack.by if isinstance(attack, AnchoringRecipe) else None
+            if by == "gradient" and self.model.quantization:
+                text = f"{self.model.quantization} weights have no gradient; "
+                raise Wrong(["data", "attack", "by"], f"{text}write lora_gradient or representation")
+            if by == "lora_gradient" and self.trains("user") == "full":
+                raise Wrong(["data", "attack", "by"], "the user stage trains all weights; write gradient")
+        if self.evaluation.attacked and not self.data.prompt_attacks():
+            text = "no attack of data.attack changes a question of the test; leave this out, or add one"
+            raise Wrong(["evaluation", "attacked"], text)
+        epochs = self.data.attack_training().get("num_train_epochs")
+        if self.user is not None and epochs is not None and self.user.training.max_steps is not None:
+            text = f"data.attack sets {epochs:g} epochs, which max_steps would replace; leave it out"
+            raise Wrong(["user", "training", "max_steps"], text)
 
     def _check_adapter(self) -> None:
         """Single LoRA needs the alignment stage's adapter, and takes no LoRA settings of its own."""
@@ -246,6 +252,8 @@ class Recipe(Part):
                 method = {k: p.default for k, p in registry.face("defenses", part.defense).parameters.items()}
                 found[stage] |= method | part.parameters()
                 found[stage]["training"] = {**defaults, **part.training.given()}
+                if stage == "user":
+                    found[stage]["training"] |= self.data.attack_training()
         if self.post_hoc is not None:
             known = registry.face("defenses", self.post_hoc.defense).parameters
             method = {k: p.default for k, p in known.items() if k != "seed"}  # the default is the run's
@@ -301,16 +309,20 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
 
     judges = [judge_files(judge, "evaluation", "judges") for judge in recipe.evaluation.judges]
     screen = data.filter and judge_files(data.filter, "data", "filter")
+
+    def anchors(attack: Any, *place: str) -> Any:
+        if not isinstance(attack, AnchoringRecipe):
+            return attack
+        safe, where = attack.safe, (*place, "safe")
+        resolved = [found(one, *where) for one in safe] if isinstance(safe, list) else found(safe, *where)
+        update = {"harmful": found(attack.harmful, *place, "harmful"), "safe": resolved}
+        return attack.model_copy(update=update)
+
     attack = data.attack
-    if attack is not None:
-        safe = attack.safe
-        resolved = (
-            [found(one, "data", "attack", "safe") for one in safe]
-            if isinstance(safe, list)
-            else found(safe, "data", "attack", "safe")
-        )
-        harmful_anchors = found(attack.harmful, "data", "attack", "harmful")
-        attack = attack.model_copy(update={"harmful": harmful_anchors, "safe": resolved})
+    if isinstance(attack, list):
+        attack = [anchors(one, "data", "attack", str(i)) for i, one in enumerate(attack)]
+    else:
+        attack = anchors(attack, "data", "attack")
     return recipe.model_copy(
         update={
             "evaluation": recipe.evaluation.model_copy(update={"judges": judges}),

@@ -6,8 +6,9 @@ without importing the method.
 
 from __future__ import annotations
 
+import ast
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, Literal
 
@@ -151,7 +152,7 @@ class StageRecipe(BaseModel):
         """Raise Wrong if the defense is unknown, does not act at this stage, or has no such parameter."""
         face = _face(stage, self.defense)
         for name, value in self.parameters().items():
-            _check_parameter(stage, face, name, value, StageRecipe.model_fields)
+            check_parameter([stage], face, name, value, StageRecipe.model_fields)
 
 
 class PostHocRecipe(BaseModel):
@@ -187,7 +188,7 @@ class PostHocRecipe(BaseModel):
                 raise Wrong(["post_hoc", name], "nothing is trained after fine-tuning; leave it out")
             values = value if isinstance(value, list) else [value]
             for one in values or [value]:
-                _check_parameter("post_hoc", face, name, one, PostHocRecipe.model_fields)
+                check_parameter(["post_hoc"], face, name, one, PostHocRecipe.model_fields)
             if any(one in values[:index] for index, one in enumerate(values)):
                 raise Wrong(
                     ["post_hoc", name], f"a value appears twice in {shorten(value)}; give each value once"
@@ -225,14 +226,29 @@ def _face(stage: str, defense: str) -> registry.Face:
     return face
 
 
-def _check_parameter(stage: str, face: registry.Face, name: str, value: Any, keys: Mapping[str, Any]) -> None:
+def check_parameter(
+    place: Sequence[str], face: registry.Face, name: str, value: Any, keys: Iterable[str]
+) -> None:
+    """Raise Wrong if a method or an attack has no parameter `name`, or the value does not fit.
+
+    Args:
+        place: the keys of the block that contains it.
+        keys: the other keys of that block.
+    """
     if name not in face.parameters:
         names = [*face.parameters, *keys]
-        raise Wrong([stage, name], f"unknown parameter of {face.name}.{nearest(name, names)}")
+        raise Wrong([*place, name], f"unknown parameter of {face.name}.{nearest(name, names)}")
     if not finite(value):
-        raise Wrong([stage, name], f"expected a finite number, found {value}")
+        raise Wrong([*place, name], f"expected a finite number, found {value}")
     if not _fits(value, face.parameters[name]):
-        raise Wrong([stage, name], f"expected {face.parameters[name].type}, found {shorten(value)}")
+        raise Wrong([*place, name], f"expected {face.parameters[name].type}, found {shorten(value)}")
+
+
+def with_decimals(values: Mapping[str, Any], face: registry.Face) -> dict[str, Any]:
+    """Return parameters with their defaults, in which 1 for a number with decimals is 1.0."""
+    found = {name: known.default for name, known in face.parameters.items()} | dict(values)
+    decimal = {name for name, known in face.parameters.items() if isinstance(known.default, float)}
+    return {k: float(v) if k in decimal and type(v) is int else v for k, v in found.items()}
 
 
 TYPES: Mapping[str, type | tuple[type, ...]] = {
@@ -243,6 +259,8 @@ TYPES: Mapping[str, type | tuple[type, ...]] = {
 def _fits(value: Any, parameter: registry.Parameter) -> bool:
     """Whether a YAML value has the parameter's type (an int is accepted for a float)."""
     default = parameter.default
+    if parameter.type.startswith("Literal["):
+        return value in ast.literal_eval(f"({parameter.type[8:-1]},)")
     if default is None:
         names = [name.strip() for name in parameter.type.split("|")]
         if isinstance(value, bool):

@@ -136,12 +136,18 @@ class Row:
 
     @property
     def user_rows(self) -> tuple[str, ...]:
-        """How many of the user's rows an attack chose and a filter kept, summed over all seeds."""
-        attacks, filters = ([mapping(m.raw.get(key)) for m in self.members] for key in ("attack", "filter"))
+        """How many of the user's rows attacks chose or changed and a filter kept, summed over all seeds."""
+        filters = [mapping(m.raw.get("filter")) for m in self.members]
         lines = []
-        if attacks[0]:
+        for attacks in zip(*(_attacks(member.raw) for member in self.members), strict=False):
             chosen = f"{_total(attacks, 'kept')} of {_total(attacks, 'rows')} benign rows"
-            lines.append(f"{chosen}, chosen by {attacks[0].get('name')}")
+            line = f"{chosen}, chosen by {attacks[0].get('name')}"
+            if "changed" in attacks[0]:
+                name, changed, kept, harmful = (
+                    attacks[0].get("name"), *(_total(attacks, key) for key in ("changed", "kept", "harmful")),
+                )  # fmt: skip
+                line = f"{name}: {kept} rows, {changed} of them changed, {harmful} harmful"
+            lines.append(line)
         if filters[0]:
             line = f"filter: {_total(filters, 'kept')} of {_total(filters, 'rows')} rows kept"
             confusions = [mapping(raw.get("confusion")) for raw in filters]
@@ -162,6 +168,12 @@ class Row:
         if told in ROLES:
             return told
         return "reference" if self.user is None and self.post_hoc is None else "defended"
+
+
+def _attacks(raw: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what one attack or a list of attacks did to the user's rows."""
+    found = raw.get("attack")
+    return [mapping(one) for one in (found if isinstance(found, list) else [found] if found else [])]
 
 
 def gather(measurements: Iterable[Measurement]) -> tuple[Row, ...]:

@@ -30,6 +30,7 @@ __all__ = [
     "beavertails",
     "find",
     "graders",
+    "identity_shift",
     "names",
     "own",
 ]
