@@ -300,7 +300,6 @@ def test_the_screen_of_check(models, files):
         "--max-new-tokens", "4", "--limit", "10", "--work", str(models / "work"), "--device", "cpu",
     )  # fmt: skip
     assert "Benign questions: 10 from built in (default)" in text
-    advice = text.split("lower is better
-")[-1]
+    advice = text.split("lower is better\n")[-1]
     assert "are possible with 6 prompts" in advice
     assert max(map(len, advice.splitlines())) <= 80
