@@ -46,7 +46,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe, for example user.rho=3."),
 ]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")]
-GO_ON = {"demo", "lab", "run", "generate", "moderate", "rate", "filter", "gate"}
+GO_ON = {"demo", "lab", "run", "generate", "moderate", "rate", "filter", "gate", "check"}
 """Commands that resume after a stop; the others start again from the beginning."""
 
 
@@ -276,6 +276,7 @@ app.command(epilog="Example: holdfast compare sft/verdicts.jsonl lisa/verdicts.j
 app.command(
     epilog="Example: holdfast gate my-adapter --prompts prompts.jsonl --judge beaver_dam --format github"
 )(gating.gate)
+app.command(epilog="Example: holdfast check my-model --adapter my-adapter")(gating.check)
 app.command("filter", epilog="Example: holdfast filter my.jsonl --judge beaver_dam --out kept.jsonl")(
     measuring.filter_rows
 )
