@@ -19,3 +19,13 @@ def save(name: str, result: dict[str, Any]) -> None:
     text = json.dumps({"command": command, **result, **provenance()}, indent=1)
     (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(text)
+
+
+def add(name: str, rows: dict[str, dict[str, Any]]) -> None:
+    """Add rows to `results/<name>.json`, each with the versions and hardware of its run, and print them."""
+    path = RESULTS / f"{name}.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    own = {key: value for key, value in provenance().items() if key != "command"}
+    result["rows"] |= {row: {**found, "measured": own} for row, found in rows.items()}
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(rows, indent=1))

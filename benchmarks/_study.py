@@ -42,7 +42,7 @@ METHODS: dict[str, list[str]] = {
     "RepNoise": ["alignment.defense=repnoise", "alignment.alpha=0.1", "alignment.beta=0.001"],
     "Lisa, rho=0.1": [*LISA, "user.rho=0.1"],
     "Lisa, rho=10": [*LISA, "user.rho=10"],
-    "EWC, lambda=1e6": ["user.defense=ewc", "user.lambda_=1e6", "user.fisher_rows=100"],
+    "EWC, lambda=5e5": ["user.defense=ewc", "user.lambda_=5e5", "user.fisher_rows=100"],
     "SFT + Safe LoRA": [
         f"post_hoc={{defense: safe_lora, num_layers: {MODULES // 2}, control: [none, drop, random]}}"
     ],
@@ -55,7 +55,7 @@ METHODS: dict[str, list[str]] = {
     "SFT + Safe LoRA, sweep": [
         "post_hoc={defense: safe_lora, num_layers: [6, 15, 45, 60], control: [none, drop]}"
     ],
-    "EWC, lambda=1e4": ["user.defense=ewc", "user.lambda_=1e4", "user.fisher_rows=100"],
+    "EWC, lambda=5e3": ["user.defense=ewc", "user.lambda_=5e3", "user.fisher_rows=100"],
     "Booster, lambda=1.5": ["alignment.defense=booster", "alignment.lambda_=1.5", "alignment.alpha=0.1"],
     "T-Vaccine, rho=8": [
         change.replace("alignment.rho=3", "alignment.rho=8") for change in TVACCINE
@@ -69,7 +69,7 @@ METHODS: dict[str, list[str]] = {
 FIRST = (
     "NA-SFT", "SFT", "Lisa, rho=1", "VLGuard", "BSO", "Constrained SFT", "SafeInstr", "SBR", "GuardSpace",
     "SPAG", "SFT + Safe LoRA", "T-Vaccine", "Vaccine", "Booster", "RepNoise", "Lisa, rho=0.1",
-    "Lisa, rho=10", "EWC, lambda=1e6", "T-Vaccine + Lisa, rho=1 + Safe LoRA", "TAR",
+    "Lisa, rho=10", "EWC, lambda=5e5", "T-Vaccine + Lisa, rho=1 + Safe LoRA", "TAR",
 )  # fmt: skip
 """The rows that run at every seed and poison ratio; the others only run at the attack's ratio."""
 NO_RATIO_BELOW = ("SFT", "Lisa, rho=1", "VLGuard", "BSO", "T-Vaccine", "SFT + Safe LoRA", "NA-SFT")

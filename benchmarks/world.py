@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _record import save
+from _record import add, save
 
 from holdfast import Recipe, run
 from holdfast.cli.demo import user_runs
@@ -75,13 +75,16 @@ def markdown(rows: dict[str, dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="keep the runs here (resumes); default: a temporary folder")
+    parser.add_argument("--rows", metavar="A;B", help="run only these rows, and add them to the results file")
     arguments = parser.parse_args()
+    chosen = arguments.rows.split(";") if arguments.rows else list(runs())
     with tempfile.TemporaryDirectory() as temporary:
         out = arguments.out or Path(temporary)
         rows: dict[str, list[dict[str, Any]]] = {}
         protocol = {}
         for seed in SEEDS:
-            for name, changes in runs().items():
+            for name in chosen:
+                changes = runs()[name]
                 named = [f"name={name}"] if name in PICTURED else []
                 recipe = Recipe.load("world", [f"seed={seed}", *named, *changes])
                 results = run(recipe, out=out / f"{name}-{seed}", store=out / "steps")
@@ -91,9 +94,13 @@ def main() -> None:
                 if all(row["steps"]["score"] != before["steps"]["score"] for row in known):
                     known.append(before)
                 protocol = results["protocol"]
+        found = {name: over_seeds(part) for name, part in rows.items()}
+        if arguments.rows:
+            add("world", {name: found[name] for name in chosen})
+            return
         pages = [out / f"{name}-{seed}" for name in PICTURED for seed in SEEDS]
         save_png(collect(pages), Path(__file__).parents[1] / "docs" / "report.png")
-        save("world", {"rows": {name: over_seeds(part) for name, part in rows.items()}, "protocol": protocol})
+        save("world", {"rows": found, "protocol": protocol})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from holdfast import __version__
-from holdfast.cli import adapters, measuring, safe_lora
+from holdfast.cli import adapters, gating, measuring, safe_lora
 from holdfast.errors import HoldfastError, RecipeError, first_line
 from holdfast.machine.processes import launched
 from holdfast.plugins import PluginWarning
@@ -46,7 +46,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe, for example user.rho=3."),
 ]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")]
-GO_ON = {"demo", "lab", "run", "generate", "moderate", "rate", "filter"}
+GO_ON = {"demo", "lab", "run", "generate", "moderate", "rate", "filter", "gate"}
 """Commands that resume after a stop; the others start again from the beginning."""
 
 
@@ -273,6 +273,9 @@ app.command(
 )(measuring.rate)
 app.command(epilog="Example: holdfast score answers.jsonl verdicts.jsonl --out scores.json")(measuring.score)
 app.command(epilog="Example: holdfast compare sft/verdicts.jsonl lisa/verdicts.jsonl")(measuring.compare)
+app.command(
+    epilog="Example: holdfast gate my-adapter --prompts prompts.jsonl --judge beaver_dam --format github"
+)(gating.gate)
 app.command("filter", epilog="Example: holdfast filter my.jsonl --judge beaver_dam --out kept.jsonl")(
     measuring.filter_rows
 )
