@@ -29,7 +29,7 @@ ALLOWED = {
     "recipe": {"registry", "weights"},
     "probe": {"registry", "evaluation", "data", "chat"},
     "registry": {"plugins", "attacks", "defenses", "evaluation", "tasks"},
-    "attacks": {"tasks", "training"},
+    "attacks": {"models", "tasks", "training", "weights"},
     "defenses": {"training", "weights"},
     "reporting": {"evaluation"},
     "evaluation": {"models", "weights", "tasks", "world", "chat"},
