@@ -18,9 +18,10 @@ PACKAGE = Path(holdfast.__file__).parent
 ALLOWED = {
     "__main__": {"cli"},
     "cli": {
-        "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data", "weights",
-        "lab",
+        "study", "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data",
+        "weights", "lab",
     },
+    "study": {"pipeline", "recipe"},
     "pipeline": {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
         "training", "models", "weights", "world",
