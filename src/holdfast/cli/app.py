@@ -166,7 +166,7 @@ def plan(
         bool, typer.Option(help="Check what a run checks before it trains; the steps alone show faster.")
     ] = True,
 ) -> None:
-    """Show the steps of a run or a grid and which are cached, and check what could stop it; writes nothing."""
+    """Show the steps of a run or a grid, and check what could stop it; writes nothing."""
     from holdfast.cli import console
     from holdfast.machine.store import Store
     from holdfast.pipeline import plan as plan_recipe

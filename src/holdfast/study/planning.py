@@ -110,8 +110,8 @@ class Cost:
     """What the missing steps take, from the times of earlier steps of the same kind in the store.
 
     Attributes:
-        by_kind: by kind of step, the number of steps, of shared and of cached steps, and the seconds of the missing
-            ones (None: no step of that kind was done before).
+        by_kind: by kind of step, the number of steps, of shared and of cached steps, and the seconds of the
+            missing ones (None: no step of that kind was done before).
     """
 
     by_kind: Mapping[str, tuple[int, int, int, float | None]]
