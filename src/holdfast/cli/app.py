@@ -21,7 +21,7 @@ import typer
 
 from holdfast import __version__
 from holdfast.cli import adapters, gating, measuring, safe_lora, sweeping
-from holdfast.errors import HoldfastError, RecipeError, first_line
+from holdfast.errors import HoldfastError, RecipeError, first_line, visible
 from holdfast.machine.processes import launched
 from holdfast.plugins import PluginWarning
 
@@ -420,8 +420,6 @@ def _fail(text: str, code: int) -> None:
 
 def _print_error(text: str) -> None:
     """Print a message on standard error; it may name a file or repeat a server."""
-    from holdfast.cli.console import visible
-
     print(f"holdfast: {visible(text)}", file=sys.stderr)
 
 
