@@ -18,9 +18,10 @@ PACKAGE = Path(holdfast.__file__).parent
 ALLOWED = {
     "__main__": {"cli"},
     "cli": {
-        "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data", "weights",
-        "lab",
+        "study", "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data",
+        "weights", "lab",
     },
+    "study": {"pipeline", "recipe"},
     "pipeline": {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
         "training", "models", "weights", "world",
@@ -29,7 +30,7 @@ ALLOWED = {
     "recipe": {"registry", "weights"},
     "probe": {"registry", "evaluation", "data", "chat"},
     "registry": {"plugins", "attacks", "defenses", "evaluation", "tasks"},
-    "attacks": {"tasks", "training"},
+    "attacks": {"models", "tasks", "training", "weights"},
     "defenses": {"training", "weights"},
     "reporting": {"evaluation"},
     "evaluation": {"models", "weights", "tasks", "world", "chat"},

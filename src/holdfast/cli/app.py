@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from holdfast import __version__
-from holdfast.cli import adapters, gating, measuring, safe_lora
+from holdfast.cli import adapters, gating, measuring, safe_lora, sweeping
 from holdfast.errors import HoldfastError, RecipeError, first_line
 from holdfast.machine.processes import launched
 from holdfast.plugins import PluginWarning
@@ -166,13 +166,17 @@ def plan(
         bool, typer.Option(help="Check what a run checks before it trains; the steps alone show faster.")
     ] = True,
 ) -> None:
-    """Show the steps of a run and which are cached, and check what could stop it; writes nothing."""
+    """Show the steps of a run or a grid, and check what could stop it; writes nothing."""
     from holdfast.cli import console
     from holdfast.machine.store import Store
     from holdfast.pipeline import plan as plan_recipe
     from holdfast.pipeline import rehearse
     from holdfast.recipe import Recipe
+    from holdfast.study.grid import is_grid
 
+    if is_grid(recipe):
+        sweeping.show_plan(recipe, overrides or [], out, store, device, check)
+        return
     loaded = Recipe.load(recipe, overrides or [])
     steps = Store(store or (out or Path("runs") / loaded.name.replace(" ", "-")) / "steps")
     whole = plan_recipe(loaded, today=steps.started(), partial=True, device=device)
