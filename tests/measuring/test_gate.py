@@ -239,6 +239,11 @@ def test_the_start_of_an_adapter_is_its_base_model(models):
     assert "rank 8" in gated.as_text(result)
 
 
+def test_without_prompts_the_defaults_are_tried(models):
+    with pytest.raises(RecipeError, match=r"Give --prompts FILE\.\nbeavertails: (.|\n)*xstest: "):
+        of_weights(models, "first", prompts=None)
+
+
 def test_weights_answer_the_questions_of_a_file(models):
     of_weights(models, "model", against=models / "model")
     (start,) = (p for p in (models / "work").glob("answers-*.jsonl") if not made_by(p)["adapters"])
@@ -276,6 +281,9 @@ def test_adapters_are_checked_before_anything_is_measured(models, tmp_path, monk
         of_weights(models, "first", base=str(tmp_path / "larger"))
     with pytest.raises(Problems, match="rank is 3"):
         of_weights(models, tmp_path / "rank", tmp_path / "kind", against=models / "model")
+    shutil.copytree(models / "model", tmp_path / "copy")
+    with pytest.raises(RecipeError, match="different base models"):
+        of_weights(models, "first", tmp_path / "copy")
     with pytest.raises(RecipeError, match="is an adapter"):
         check(models / "first", adapters=[models / "second"])
 

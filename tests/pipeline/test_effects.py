@@ -11,7 +11,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from holdfast import gate
 from holdfast.cli.app import app
+from holdfast.errors import ModelError
 from holdfast.models import sharing
 from holdfast.recipe import Recipe
 from places import DOCS, blocks
@@ -91,6 +93,8 @@ def test_the_gate_blocks_a_poisoned_adapter_and_passes_a_clean_one(place, rows, 
     assert (len(loads), len(asked)) == (2, 3), "START and the clean adapter are not measured again"
     code, result = run(poisoned)
     assert (code, len(loads)) == (3, 2)
+    with pytest.raises(ModelError, match="give the adapter below as --against"):
+        gate(poisoned, work=place / "gate")
     before, after = (result["results"][0]["scores"]["harmful_score"][key] for key in ("first", "second"))
     assert abs(before - rows["aligned"]["harmful_score"]) <= 5
     assert abs(after - rows["SFT"]["harmful_score"]) <= 5

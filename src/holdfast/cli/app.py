@@ -29,7 +29,7 @@ app = typer.Typer(
     name="holdfast",
     help="Keep a language model's safety alignment through fine-tuning.\n\n"
     "To try it: [bold]holdfast demo[/]. With your own model and files: [bold]holdfast run RECIPE[/].\n\n"
-    "Exit codes: 0 done, 1 something failed, 2 an input cannot be used. "
+    "Exit codes: 0 done, 1 something failed, 2 an input cannot be used; holdfast gate also ends with 3 or 4. "
     "With --debug (in any position), an error shows its traceback.",
     rich_markup_mode="rich",
     no_args_is_help=True,

@@ -160,6 +160,12 @@ def _sides(
         except InputError as error:
             problems.append(error)
     refuse(problems)
+    bases = sorted({str(side.model.path) for side in sides if side.model is not None})
+    if start is None and len(bases) > 1:
+        raise RecipeError(
+            f"The new models have different base models: {', '.join(bases)}. Give the model before "
+            "(--against START), or gate them one at a time."
+        )
     if start is None and sides[0].model is not None and sides[0].chain:
         start = find_side(sides[0].model.path, how)
     return start, sides
