@@ -26,6 +26,7 @@ _HOME = {
     "moderate": "holdfast.measuring.on_files",
     "rate": "holdfast.measuring.on_files",
     "score": "holdfast.measuring.on_files",
+    "sweep": "holdfast.study.sweeping",
 }
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "run",
     "safe_lora",
     "score",
+    "sweep",
 ]
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from holdfast.recipe import Recipe
     from holdfast.registry import get_defense, list_defenses
     from holdfast.reporting import report
+    from holdfast.study.sweeping import sweep
 
 
 def __getattr__(name: str) -> Any:
