@@ -14,6 +14,7 @@ from commands import holdfast_command
 from holdfast import registry
 from holdfast.recipe import Recipe, data, evaluation
 from holdfast.recipe import recipe as recipes
+from holdfast.study.grid import expand
 from places import DOCS, ROOT, blocks
 
 

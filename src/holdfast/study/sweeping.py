@@ -162,10 +162,11 @@ class _Head:
         self.deaths[step] += 1
         if self.deaths[step] < TRIES:
             return
-        text = f"{TRIES} workers ended in it, the last with exit code {code}"
+        where = f"in {self.study.steps[step].title}" if step else "outside a step"
+        text = f"{TRIES} workers ended {where}, the last with exit code {code}"
         if not step:
             raise StepFailed(f"{text}. See {self.folder / 'logs' / f'worker-{number}.log'}.")
-        files.fail(self.folder, step, text.replace("in it", f"in {self.study.steps[step].title}"))
+        files.fail(self.folder, step, text)
 
     def _write(self, complete: set[str]) -> None:
         """Write the results of the runs whose steps are complete."""

@@ -1,7 +1,7 @@
 """A worker of a sweep: it runs one ready step after another until none is left.
 
-Workers share only the files of the store and of the sweep. A worker holds the lock of the step that it runs. The
-system releases the lock if the worker dies, and any other worker resumes the step.
+Workers share only the files of the store and of the sweep. A worker holds the lock of the step that it runs.
+The system releases the lock if the worker dies, and any other worker resumes the step.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def _end_with_the_sweep() -> None:
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # not sys.stdin: a thread that holds its lock aborts the end of the process
     os._exit(1)
 
 
