@@ -136,7 +136,7 @@ def test_light_parts_import_nothing_heavy(code):
 def test_the_public_names():
     assert holdfast.__all__ == [
         "Defense", "Recipe", "SafetyProbe", "__version__", "compare", "gate", "generate", "get_defense", "list_defenses",
-        "mix", "moderate", "plan", "rate", "report", "run", "safe_lora", "score",
+        "mix", "moderate", "plan", "rate", "report", "run", "safe_lora", "score", "sweep",
     ]  # fmt: skip
     for name in holdfast.__all__:
         assert getattr(holdfast, name) is not None

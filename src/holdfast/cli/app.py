@@ -46,7 +46,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe, for example user.rho=3."),
 ]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")]
-GO_ON = {"demo", "lab", "run", "generate", "moderate", "rate", "filter", "gate", "check"}
+GO_ON = {"demo", "lab", "run", "sweep", "generate", "moderate", "rate", "filter", "gate", "check"}
 """Commands that resume after a stop; the others start again from the beginning."""
 
 
@@ -166,7 +166,7 @@ def plan(
         bool, typer.Option(help="Check what a run checks before it trains; the steps alone show faster.")
     ] = True,
 ) -> None:
-    """Show the steps of a run or a grid, and check what could stop it; writes nothing."""
+    """Show the steps of a run or a grid, which are cached, and check what could stop it; writes nothing."""
     from holdfast.cli import console
     from holdfast.machine.store import Store
     from holdfast.pipeline import plan as plan_recipe
@@ -260,6 +260,7 @@ def report(
     console.out.print(f"Report: {written}", highlight=False, soft_wrap=True, markup=False)
 
 
+app.command(epilog="Example: holdfast sweep my-grid.yaml --workers 2 --out runs/study")(sweeping.sweep)
 app.command(
     "safe-lora",
     epilog="Example: holdfast safe-lora my-adapter --base llama --aligned llama-chat --out repaired "

@@ -2,13 +2,123 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from holdfast.errors import RecipeError
 from holdfast.machine.store import Store
+
+if TYPE_CHECKING:
+    from holdfast.study.folder import Status
+
+SHOWN = ("complete", "running", "waiting", "failed", "stopped")
+"""The states of steps, in the order of the table."""
+
+
+def sweep(
+    grid: Annotated[
+        str | None, typer.Argument(metavar="GRID", help="YAML file of a grid: a recipe with lists.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of every run, for example user.rho=3."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the study. Default: runs/NAME.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder of steps that studies can share. Default: OUT/steps.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")] = "auto",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps that run at the same time. Default: one for each GPU, else 1."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would run.")] = False,
+    status: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Only show the state of the sweep in this folder.")
+    ] = None,
+) -> None:
+    """Run a grid of recipes, each shared step once, or resume it where it stopped."""
+    from holdfast.cli import console
+    from holdfast.study import folder, sweeping
+
+    if status is not None:
+        console.out.print(status_table(folder.status(status)))
+        return
+    if grid is None:
+        raise RecipeError("Expected a grid: holdfast sweep GRID. Or the folder of a sweep: --status DIR.")
+    if dry_run:
+        show_plan(grid, overrides or [], out, store, device, True)
+        return
+    place = folder_of(grid, out)
+    with Shown() as shown:
+        found = sweeping.sweep(
+            grid,
+            overrides=overrides or [],
+            out=place,
+            store=store,
+            device=device,
+            workers=workers,
+            show=shown.show,
+        )
+    rows = [row for results in found.values() for row in results["rows"]]
+    console.out.print(console.rows_table(rows))
+    text = f"{len(found):,} runs in {place}. A page about all: holdfast report {place}/*"
+    console.out.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+class Shown:
+    """Shows the state of a sweep on standard error: a live table, or a line for each change in a log file."""
+
+    def __init__(self) -> None:
+        from holdfast.cli import console
+
+        self.screen = console.err
+        self.live = Live(console=self.screen, transient=True, auto_refresh=False)
+        self.states: dict[str, str] = {}
+
+    def __enter__(self) -> Shown:
+        if self.screen.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def show(self, status: Status) -> None:
+        """Show a state."""
+        if self.screen.is_terminal:
+            self.live.update(status_table(status), refresh=True)
+            return
+        complete, whole = status.counts().get("complete", 0), len(status.states)
+        for step, state in status.states.items():
+            if state != self.states.get(step, "waiting") and (self.states or state != "complete"):
+                text = f"{complete:,} of {whole:,}  {state}: {status.titles[step]} ({step})"
+                self.screen.print(escape(text), highlight=False, soft_wrap=True)
+        self.states = dict(status.states)
+
+
+def status_table(status: Status) -> Table:
+    """The state of a sweep: its steps by state, what runs, and what failed."""
+    counts, (runs, complete) = status.counts(), status.runs
+    text = ", ".join(f"{counts[state]:,} {state}" for state in SHOWN if state in counts)
+    table = Table(title=f"{complete:,} of {runs:,} runs complete; steps: {text}", title_justify="left")
+    for column in ("state", "step", "what", "progress"):
+        table.add_column(column, overflow="fold")
+    for number, one in status.workers.items():
+        minutes = (time.time() - one["began"]) / 60
+        done = f"{one['done']:,} of {one['total']:,}, " if "done" in one else ""
+        what = escape(status.titles[one["step"]])
+        table.add_row(f"worker {number}", one["step"], what, f"{done}{minutes:.0f} min")
+    for step, message in status.failed.items():
+        table.add_row("failed", step, escape(status.titles[step]), escape(message.split("\n")[0]))
+    return table
 
 
 def show_plan(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ComparisonError, DataError, InputError
+from holdfast.machine.files import read_json
 from holdfast.reporting.answers import Comparison, compare_answers
 from holdfast.reporting.finding import finding
 from holdfast.reporting.measurements import SCORES, Measurement, Row, gather
@@ -97,6 +98,7 @@ def collect(runs: Sequence[Path], *, force: bool = False) -> ReportData:
         raise InputError(
             "Expected at least one run: a folder that `holdfast run` wrote, or its results.json."
         )
+    runs = [run for run in runs if not _beside_runs(Path(run))] or runs
     left = [run for run in runs if unfinished(run)]
     if len(left) == len(runs):
         left = []  # reading the first one says what is missing
@@ -131,6 +133,14 @@ def collect(runs: Sequence[Path], *, force: bool = False) -> ReportData:
 def unfinished(run: Path) -> bool:
     """Whether `run` is the folder of a run that has not written its results yet."""
     return Path(run).is_dir() and (run / "recipe.yaml").is_file() and not results_file(run).is_file()
+
+
+def _beside_runs(folder: Path) -> bool:
+    """Whether a folder is one that a sweep has beside its runs: its store, or its own files."""
+    try:
+        return read_json(folder / "holdfast.json")["kind"] in ("store", "sweep")
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def results_file(run: Path) -> Path:

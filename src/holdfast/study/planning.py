@@ -110,7 +110,7 @@ class Cost:
     """What the missing steps take, from the times of earlier steps of the same kind in the store.
 
     Attributes:
-        by_kind: by kind of step, the number of steps, of shared and of cached steps, and the seconds of the
+        by_kind: by kind of step, the numbers of steps, of shared and of cached steps, and the seconds of the
             missing ones (None: no step of that kind was done before).
     """
 
@@ -128,7 +128,7 @@ class Cost:
 
 
 def cost(study: Study, store: Store, done: set[str]) -> Cost:
-    """Estimate the time of missing steps: the median of complete steps of the same detail, or of the kind."""
+    """Estimate the time of missing steps: the median of steps of the same detail, or of the same kind."""
     taken: dict[tuple[str, ...], list[float]] = {}
     for path in store.root.glob("*/step.json"):
         name = path.parent.name
