@@ -13,7 +13,8 @@ Four parts, which `results/faults.json` counts together with those of earlier ca
 - input: mutated recipes, rows, adapters, headers, replies, answers and records, read by the code that reads
   them in a run. Only Holdfast's own errors may come out, each example within 10 seconds of processor time.
 
-The models are those of the tests. Each call uses another seed, and saves after each part.
+The models are those of the tests. Each call uses another seed, and saves after each part. The part `input`
+continues with the seeds after those of earlier calls, and saves after each kind.
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ def added(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def added_input(earlier: dict[str, Any], name: str, new: dict[str, Any]) -> dict[str, Any]:
     """The counts of `input` with those of one more call for `name`."""
-    old = earlier.get(name, {"read": 0, "refused": 0, "fault": None, "peak_memory_bytes": 0})
-    both = {key: old[key] + new[key] for key in ("read", "refused")}
-    peak = max(old["peak_memory_bytes"], new["peak_memory_bytes"])
-    return {**earlier, name: {**both, "fault": old["fault"] or new["fault"], "peak_memory_bytes": peak}}
+    old = earlier.get(name, {})
+    both = {key: old.get(key, 0) + new[key] for key in ("read", "refused", "seconds", "next_seed")}
+    peak = max(old.get("peak_memory_bytes", 0), new["peak_memory_bytes"])
+    return {**earlier, name: {**both, "fault": old.get("fault") or new["fault"], "peak_memory_bytes": peak}}
 
 
 def main() -> None:
@@ -87,10 +88,14 @@ def main() -> None:
         place = Path(folder)
         if given.examples:
             for name, subject in inputs.subjects(place).items():
-                found = inputs.fuzz(subject, given.examples, seed)
+                start = done.get("input", {}).get(name, {}).get("next_seed", 0)
+                found = inputs.fuzz(subject, given.examples, start)
+                found["next_seed"] = given.examples
                 done["input"] = added_input(done.get("input", {}), name, found)
-                print(name, found, flush=True)
-            save("faults", done)
+                print(
+                    name, f"{given.examples / max(found['seconds'], 0.1):.0f} per second", found, flush=True
+                )
+                save("faults", done)
         if given.share:
             made = stores.prepare(place)
             done["damage"] = added(

@@ -48,8 +48,8 @@ def canonical_json(value: Any) -> str:
 
 
 def identity_hash(value: Any) -> str:
-    """Return twelve hex digits of the hash of `value`."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:12]
+    """Return twelve hex digits of the hash of `value`, whose texts may hold half surrogates."""
+    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def now() -> str:
