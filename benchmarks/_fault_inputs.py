@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import tiny
 from holdfast import data
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, visible
 from holdfast.evaluation.judges import (
     alpaca_eval,
     harmbench,
@@ -223,7 +223,8 @@ def fuzz(subject: tuple[Any, Callable[[Any], Any]], examples: int, seed: int) ->
             read(example)
             counts["read"] += 1
         except HoldfastError as error:
-            str(error)
+            if (text := str(error)) != visible(text):
+                raise ValueError(f"an error with control characters: {text!a}") from error
             counts["refused"] += 1
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)

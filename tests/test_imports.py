@@ -30,7 +30,7 @@ ALLOWED = {
     "recipe": {"registry", "weights"},
     "probe": {"registry", "evaluation", "data", "chat"},
     "registry": {"plugins", "attacks", "defenses", "evaluation", "tasks"},
-    "attacks": {"tasks", "training"},
+    "attacks": {"models", "tasks", "training", "weights"},
     "defenses": {"training", "weights"},
     "reporting": {"evaluation"},
     "evaluation": {"models", "weights", "tasks", "world", "chat"},
@@ -135,7 +135,7 @@ def test_light_parts_import_nothing_heavy(code):
 
 def test_the_public_names():
     assert holdfast.__all__ == [
-        "Defense", "Recipe", "SafetyProbe", "__version__", "compare", "generate", "get_defense", "list_defenses",
+        "Defense", "Recipe", "SafetyProbe", "__version__", "compare", "gate", "generate", "get_defense", "list_defenses",
         "mix", "moderate", "plan", "rate", "report", "run", "safe_lora", "score", "sweep",
     ]  # fmt: skip
     for name in holdfast.__all__:

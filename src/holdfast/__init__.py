@@ -22,6 +22,7 @@ _HOME = {
     "list_defenses": "holdfast.registry",
     "safe_lora": "holdfast.defenses.safe_lora",
     "SafetyProbe": "holdfast.probe",
+    "gate": "holdfast.measuring.gating",
     "generate": "holdfast.measuring.generating",
     "moderate": "holdfast.measuring.on_files",
     "rate": "holdfast.measuring.on_files",
@@ -35,6 +36,7 @@ __all__ = [
     "SafetyProbe",
     "__version__",
     "compare",
+    "gate",
     "generate",
     "get_defense",
     "list_defenses",
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from holdfast.defenses import Defense
     from holdfast.defenses.safe_lora import safe_lora
     from holdfast.measuring.comparing import compare
+    from holdfast.measuring.gating import gate
     from holdfast.measuring.generating import generate
     from holdfast.measuring.on_files import moderate, rate, score
     from holdfast.pipeline import plan, run

@@ -21,7 +21,7 @@ from holdfast.reporting.measurements import Score
 from holdfast.reporting.record import recipe_changes
 from holdfast.reporting.table import stages_text
 from holdfast.reporting.training import read_curves
-from synthetic_runs import demo_rows, score_row, write_demo, write_json, write_run
+from synthetic_runs import PROTOCOL, demo_rows, score_row, write_demo, write_json, write_run
 
 
 def labels(data):
@@ -74,6 +74,31 @@ def test_a_judge_keeps_its_error_under_either_name(tmp_path, key):
     )
     judge = collect([write_run(tmp_path / "a", [row], steps=False)]).rows[0].judges["keyword"]
     assert (judge.harmful_score.value, judge.harmful_score.stderr, judge.false_positives) == (7.0, 1.8, None)
+
+
+def test_attacked_runs_have_equal_budgets(tmp_path):
+    """A run without an attack has no such field, and is compared with each of them."""
+    rows = demo_rows()
+    plain, one, other = (
+        write_run(tmp_path / name, rows[name], name=name, steps=False, protocol={**PROTOCOL, **budget})
+        for name, budget in (("SFT", {}), ("Lisa", {"harmful_rows": 5}), ("BSO", {"harmful_rows": 6}))
+    )
+    assert not collect([plain, one]).differences
+    with pytest.raises(ComparisonError, match=r"harmful_rows: absent \(SFT\); 5 \(Lisa\); 6 \(BSO\)"):
+        collect([plain, one, other])
+
+
+def test_every_attack_on_the_rows_has_its_line(tmp_path):
+    changed = {"name": "jailbreak_tuning", "rows": 30, "kept": 30, "changed": 3, "harmful": 3}
+    chosen = {"name": "bi_directional_anchoring", "rows": 30, "kept": 8}
+    row = demo_rows()["SFT"][-1] | {"attack": [changed, chosen]}
+    [found] = collect([write_run(tmp_path / "a", [row], steps=False)]).rows
+    assert found.user_rows == (
+        "jailbreak_tuning: 30 rows, 3 of them changed, 3 harmful",
+        "8 of 30 benign rows, chosen by bi_directional_anchoring",
+    )
+    [found] = collect([write_run(tmp_path / "b", [row | {"attack": changed}], steps=False)]).rows
+    assert found.user_rows == ("jailbreak_tuning: 30 rows, 3 of them changed, 3 harmful",)
 
 
 def test_recipes_differ_only_where_they_say_something_else():
@@ -135,6 +160,21 @@ def test_different_protocols_are_refused_by_field_and_value(tmp_path):
     data = collect([one, two], force=True)
     assert [difference.field for difference in data.differences] == ["max_new_tokens", "judge"]
     assert "nothing is concluded" in data.finding
+
+
+def test_a_template_that_writes_no_date_is_compared_with_one_that_does(tmp_path):
+    dates = {"qwen": None, "llama": "2026-03-01", "later": "2026-03-02"}
+    runs = [
+        write_run(
+            tmp_path / name, demo_rows()["SFT"], name=name, protocol={"template_date": date} if date else {}
+        )
+        for name, date in dates.items()
+    ]
+    assert len(collect(runs[:2]).runs) == 2
+    with pytest.raises(
+        ComparisonError, match=r"template_date: absent \(qwen\); 2026-03-01 \(llama\); 2026-03-02"
+    ):
+        collect(runs)
 
 
 def test_errors_name_the_place(tmp_path):

@@ -20,8 +20,8 @@ from typing import Annotated, Any
 import typer
 
 from holdfast import __version__
-from holdfast.cli import adapters, measuring, safe_lora, sweeping
-from holdfast.errors import HoldfastError, RecipeError, first_line
+from holdfast.cli import adapters, gating, measuring, safe_lora, sweeping
+from holdfast.errors import HoldfastError, RecipeError, first_line, visible
 from holdfast.machine.processes import launched
 from holdfast.plugins import PluginWarning
 
@@ -29,7 +29,7 @@ app = typer.Typer(
     name="holdfast",
     help="Keep a language model's safety alignment through fine-tuning.\n\n"
     "To try it: [bold]holdfast demo[/]. With your own model and files: [bold]holdfast run RECIPE[/].\n\n"
-    "Exit codes: 0 done, 1 something failed, 2 an input cannot be used. "
+    "Exit codes: 0 done, 1 something failed, 2 an input cannot be used; holdfast gate also ends with 3 or 4. "
     "With --debug (in any position), an error shows its traceback.",
     rich_markup_mode="rich",
     no_args_is_help=True,
@@ -46,7 +46,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe, for example user.rho=3."),
 ]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")]
-GO_ON = {"demo", "lab", "run", "sweep", "generate", "moderate", "rate", "filter"}
+GO_ON = {"demo", "lab", "run", "sweep", "generate", "moderate", "rate", "filter", "gate", "check"}
 """Commands that resume after a stop; the others start again from the beginning."""
 
 
@@ -278,6 +278,10 @@ app.command(
 )(measuring.rate)
 app.command(epilog="Example: holdfast score answers.jsonl verdicts.jsonl --out scores.json")(measuring.score)
 app.command(epilog="Example: holdfast compare sft/verdicts.jsonl lisa/verdicts.jsonl")(measuring.compare)
+app.command(
+    epilog="Example: holdfast gate my-adapter --prompts prompts.jsonl --judge beaver_dam --format github"
+)(gating.gate)
+app.command(epilog="Example: holdfast check my-model --adapter my-adapter")(gating.check)
 app.command("filter", epilog="Example: holdfast filter my.jsonl --judge beaver_dam --out kept.jsonl")(
     measuring.filter_rows
 )
@@ -417,8 +421,6 @@ def _fail(text: str, code: int) -> None:
 
 def _print_error(text: str) -> None:
     """Print a message on standard error; it may name a file or repeat a server."""
-    from holdfast.cli.console import visible
-
     print(f"holdfast: {visible(text)}", file=sys.stderr)
 
 

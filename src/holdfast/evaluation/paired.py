@@ -71,7 +71,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
     """Return the Wilson 95 % interval of a share, as shares of 1 (E. B. Wilson, JASA 22, 1927)."""
     share, z2 = successes / n, z * z
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
@@ -79,11 +79,16 @@ def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def newcombe(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
-    """Return the 95 % interval of the second share minus the first, as shares of 1 (Newcombe's method 10)."""
+def newcombe(
+    both: float, only_first: float, only_second: float, neither: float, z: float = Z95
+) -> tuple[float, float]:
+    """Return the interval of the second share minus the first, as shares of 1 (Newcombe's method 10).
+
+    It is the 95 % interval unless another quantile `z` is given.
+    """
     n = both + only_first + only_second + neither
     p1, p2 = (both + only_first) / n, (both + only_second) / n
-    (low1, high1), (low2, high2) = wilson(both + only_first, n), wilson(both + only_second, n)
+    (low1, high1), (low2, high2) = wilson(both + only_first, n, z), wilson(both + only_second, n, z)
     spread = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     cross = both * neither - only_first * only_second
     corrected = max(cross - n / 2, 0.0) if cross > 0 else float(cross)  # a continuity correction

@@ -1,8 +1,9 @@
-"""Measuring on files and in recipes: generate, moderate, rate, score, compare, filter."""
+"""Measuring on files and in recipes: generate, moderate, rate, score, compare, filter, gate."""
 
 __all__ = [
     "comparing",
     "filtering",
+    "gating",
     "generating",
     "judging",
     "on_files",

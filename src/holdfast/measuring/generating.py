@@ -22,6 +22,7 @@ from holdfast.data.sources import Source
 from holdfast.errors import RecipeError
 from holdfast.evaluation.moderation import question
 from holdfast.evaluation.turns import SECOND, check_template, complete, in_turns
+from holdfast.machine.digests import Digests
 from holdfast.machine.files import read_jsonl
 from holdfast.machine.progress import Advance, nobody
 from holdfast.machine.secrets import shown
@@ -84,7 +85,7 @@ def generate(
     weights = block(Weights, model, "model", "path")
     how = block(Decoding, decoding, "decoding")
     rows = _test_rows(prompts, task, task_rows, harmful=harmful, benign=benign)
-    job = _Job(rows, Path(out), task, how, seed, progress)
+    job = Job(rows, Path(out), task, how, seed, progress)
     if endpoint is not None:
         if adapters:
             raise RecipeError(
@@ -110,8 +111,8 @@ def _test_rows(
 
 
 @dataclass(frozen=True)
-class _Job:
-    """Rows to answer, the file for the answers, and how to decode."""
+class Job:
+    """Rows to answer, the file for the answers, and how to decode. `digests` caches those of weight files."""
 
     rows: Rows
     out: Path
@@ -119,6 +120,7 @@ class _Job:
     how: Decoding
     seed: int
     progress: Advance
+    digests: Digests | None = None
 
     @property
     def most(self) -> dict[str, int]:
@@ -167,8 +169,10 @@ class _Job:
             learn_refusals(self.out, answered)
             return answered
 
-    def ask_weights(self, model: Weights, adapters: Sequence[str | Path], device: str) -> Rows:
-        """Return the answers of a model that is loaded here."""
+    def ask_weights(
+        self, model: Weights, adapters: Sequence[str | Path], device: str, load: Any = None
+    ) -> Rows:
+        """Return the answers of a model that is loaded here: by `load` (like `load_model`) if given."""
         from holdfast.evaluation.answering import answer_prompts
         from holdfast.evaluation.frames import frame_of
         from holdfast.machine.processes import Processes
@@ -191,7 +195,8 @@ class _Job:
         check_template(self.rows, template)
         chosen = choose_device(device, folder, Processes())
         claimed = self.claim(
-            model=fingerprint(folder), adapters=[fingerprint(one) for one in chain], template=template,
+            model=fingerprint(folder, self.digests),
+            adapters=[fingerprint(one, self.digests) for one in chain], template=template,
             dtype=used_dtype(folder, model.dtype, chosen), quantization=model.quantization,
             **({"template_date": date} if date else {}),
             **({"merged": True} if model.adapters == "merge" else {}),
@@ -201,7 +206,7 @@ class _Job:
             if complete(self.rows, answered := read_jsonl(self.out)):
                 return answered
             with unclaimed_on_error(self.out):
-                loaded = load_model(
+                loaded = (load or load_model)(
                     folder, chain, compose=model.adapters, dtype=model.dtype, quantization=model.quantization,
                     device=chosen, trust_remote_code=model.trust_remote_code,
                 )  # fmt: skip

@@ -1,10 +1,12 @@
 """Load a model with its adapters: the only place that turns weight files into a torch module."""
 
 __all__ = [
+    "dates",
     "device",
     "dtypes",
     "fitting",
     "loading",
     "quantization",
+    "sharing",
     "trained",
 ]

@@ -142,6 +142,15 @@ def load_model(
     else:
         model = model.to(device)
     check_finite(folder, model)
+    return with_adapters(model, adapters, compose)
+
+
+def with_adapters(model: Any, adapters: Sequence[Path], compose: str = "stack") -> Any:
+    """Return a base model with a chain of adapters, all frozen; `compose` is that of `load_model`.
+
+    Raises:
+        ModelError: an adapter cannot be loaded or does not fit.
+    """
     for i, adapter in enumerate(adapters):
         model = _merged(model, adapter) if compose == "merge" else _stacked(model, adapter, f"stage{i}")
     model.requires_grad_(False)

@@ -204,7 +204,8 @@ def do(step: Step, store: Store, machine: Machine, *, wait: bool = True) -> None
             progress.say(f"{step.title} is done again: {folder} is damaged ({damage}).")
             remove_tree(folder)
         progress.begin(step.title, store.begun(step.id))
-        folder.mkdir(parents=True, exist_ok=True)
+        for path, count in store.begin(step.id).items():
+            progress.say(f"{count} rows of {path} are made again: they changed since they were written.")
         record, began = provenance(), time.monotonic()
         if step.together:
             machine.processes.tell({"do": step.id})

@@ -7,6 +7,7 @@ from holdfast.reporting.writing import report
 
 __all__ = [
     "cosines",
+    "gated",
     "report",
     "unfinished",
 ]

@@ -21,8 +21,8 @@ REQUIRED = ("holdfast", "name", "rows", "protocol")
 COSTS = ("peak_memory_bytes", "seconds", "alignment_peak_memory_bytes", "alignment_seconds")
 DESCRIBED = ("protocol", "changes")
 """Fields of the protocol stamp that also describe the training; they may differ between runs in one table."""
-BUDGET = ("harmful_rows",)
-"""Fields that only runs with an attack have; these runs must agree in them."""
+SOMETIMES = ("harmful_rows", "template_date")
+"""Fields that only some runs have (with an attack, or a dated template); these runs must agree in them."""
 NUMBERS = (*SCORES, *SCORES.values(), "poison_ratio", "unparsed", *COSTS)
 
 
@@ -206,7 +206,7 @@ def _differences(runs: Sequence[Run]) -> list[Difference]:
     found = []
     for field in fields:
         # An absent field differs from a null field; repr distinguishes 1, "1" and true.
-        asked = [run for run in runs if field in run.protocol or field not in BUDGET]
+        asked = [run for run in runs if field in run.protocol or field not in SOMETIMES]
         if len({repr(run.protocol.get(field, "absent")) for run in asked}) > 1:
             shown = [plain(run.protocol[field]) if field in run.protocol else "absent" for run in runs]
             names = [run.name for run in runs]
