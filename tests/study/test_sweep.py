@@ -17,7 +17,7 @@ from holdfast.errors import OutputError, StepFailed
 from holdfast.pipeline import stages
 from holdfast.reporting import report
 from holdfast.study import sweeping
-from holdfast.study.folder import status
+from holdfast.study.folder import lock, status
 from holdfast.study.worker import work
 from runs import no_pages, numbers, run
 from warm import warm
@@ -92,7 +92,6 @@ def test_a_killed_workers_step_is_taken_over_and_the_numbers_are_those_of_single
 
 
 def test_a_failed_step_stops_only_what_needs_it_and_the_same_call_goes_on(tmp_path, monkeypatch):
-    real = sweeping.start_worker
     monkeypatch.setattr(sweeping, "start_worker", Inside)
     given, out = grid(tmp_path / "in", [{**LISA}, {**SFT}]), tmp_path / "out"
     train = stages.train_stage
@@ -116,15 +115,18 @@ def test_a_failed_step_stops_only_what_needs_it_and_the_same_call_goes_on(tmp_pa
     assert state.runs == (2, 1)
     assert set(state.counts()) == {"complete", "failed", "stopped"}
     assert "1 of 2 runs complete" in status_table(state).title
+    assert not state.alive
+    with lock(out / "sweep"):
+        assert status(out).alive
+        with pytest.raises(OutputError, match="Another sweep runs"):
+            sweeping.sweep(given, out=out, device="cpu")
     shown = holdfast_command("sweep", "--status", out)
     assert shown.returncode == 0
-    assert "failed" in shown.stdout
+    assert "The sweep does not run" in " ".join(shown.stdout.split())
     assert "ValueError" in shown.stdout
     with no_pages():
         assert list(sweeping.sweep(given, out=out, device="cpu")) == ["lisa", "sft"]
     assert status(out).runs == (2, 2)
-    worker = real(out / "sweep", 0, os.environ)
-    assert worker.wait(60) == 0, "a process of its own, that finds no step left"
 
 
 def test_a_step_in_which_every_worker_dies_fails(tmp_path, monkeypatch):
@@ -147,6 +149,16 @@ def test_a_step_in_which_every_worker_dies_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "train_stage", dying)
     with no_pages(), pytest.raises(StepFailed, match=r"3 workers ended in alignment with .*exit code -9"):
         sweeping.sweep(grid(tmp_path / "in", [{**SFT}]), out=tmp_path / "out", device="cpu")
+
+
+def test_a_worker_is_a_process_that_ends_well_if_no_step_is_left(tmp_path):
+    (tmp_path / "logs").mkdir()
+    study = {"store": ".", "device": "cpu", "recipes": {}, "steps": {}, "runs": {}}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    worker = sweeping.start_worker(tmp_path, 0, os.environ)
+    code = worker.wait(60)
+    worker.stdin.close()
+    assert code == 0, (tmp_path / "logs" / "worker-0.log").read_text()
 
 
 def test_a_folder_without_a_sweep_has_no_status(tmp_path):

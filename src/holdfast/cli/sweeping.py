@@ -108,7 +108,10 @@ def status_table(status: Status) -> Table:
     """The state of a sweep: its steps by state, what runs, and what failed."""
     counts, (runs, complete) = status.counts(), status.runs
     text = ", ".join(f"{counts[state]:,} {state}" for state in SHOWN if state in counts)
-    table = Table(title=f"{complete:,} of {runs:,} runs complete; steps: {text}", title_justify="left")
+    title = f"{complete:,} of {runs:,} runs complete; steps: {text}"
+    if not status.alive and complete < runs:
+        title += ". The sweep does not run; the same command goes on."
+    table = Table(title=title, title_justify="left")
     for column in ("state", "step", "what", "progress"):
         table.add_column(column, overflow="fold")
     for number, one in status.workers.items():

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from holdfast.errors import OutputError
 from holdfast.machine.files import read_json, write_json
 from holdfast.machine.store import Store
@@ -53,6 +55,19 @@ def described(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         text = f"Expected the folder of a sweep (the --out of holdfast sweep), found none: {folder.parent}."
         raise OutputError(text) from None
+
+
+def lock(folder: Path) -> FileLock:
+    """Return the lock that a sweep holds while it runs."""
+    return FileLock(folder / ".lock")
+
+
+def _locked(folder: Path) -> bool:
+    try:
+        with lock(folder).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def fail(folder: Path, step: str, message: str) -> None:
@@ -98,6 +113,7 @@ class Status:
         workers: by number of the worker, its step and progress.
         failed: by failed step, the message.
         runs: the number of runs, and of complete ones.
+        alive: whether the command that started the workers still runs.
     """
 
     states: Mapping[str, str]
@@ -105,6 +121,7 @@ class Status:
     workers: Mapping[str, Mapping[str, Any]]
     failed: Mapping[str, str]
     runs: tuple[int, int]
+    alive: bool = True
 
     def counts(self) -> dict[str, int]:
         """Return the number of steps by state."""
@@ -122,7 +139,9 @@ def status(out: Path) -> Status:
     store, steps = folder / known["store"], known["steps"]
     failed = failures(folder)
     done = {name for name in steps if (store / name / "step.json").is_file()}
-    busy = {n: one for n, one in at_work(folder).items() if one["step"] in steps and one["step"] not in done}
+    alive = _locked(folder)
+    notes = at_work(folder) if alive else {}  # those of a killed sweep say nothing
+    busy = {n: one for n, one in notes.items() if one["step"] in steps and one["step"] not in done}
     running = {one["step"] for one in busy.values()}
     stopped = beyond(failed, steps)
 
@@ -135,4 +154,4 @@ def status(out: Path) -> Status:
 
     complete = sum(done.issuperset(ids) for ids in known["runs"].values())
     titles = {name: step["title"] for name, step in steps.items()}
-    return Status({n: state(n) for n in steps}, titles, busy, failed, (len(known["runs"]), complete))
+    return Status({n: state(n) for n in steps}, titles, busy, failed, (len(known["runs"]), complete), alive)

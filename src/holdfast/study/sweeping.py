@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from holdfast.errors import OutputError, StepFailed
 from holdfast.machine.progress import Progress
@@ -61,9 +61,9 @@ def sweep(
     claim_folder(folder, "sweep")
     for run in runs:
         results.claim(out / run.folder, steps.root)
-    lock = FileLock(folder / ".lock")
+    lock = files.lock(folder)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # --status holds it for a moment
     except Timeout:
         raise OutputError(f"Another sweep runs in {out}. Watch it: holdfast sweep --status {out}") from None
     try:
