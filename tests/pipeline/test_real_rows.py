@@ -22,7 +22,7 @@ ANSWERS = {
     "agnews": [(0, "Business", 1), (0, "business", 1), (0, "World", 0), (1, "Sci/Tech", 1), (1, "sci", 1), (1, "Tech", 0)],
     "gsm8k": [
         (0, "16 - 3 - 4 = 9\n9 * 2 = 18\nThe final answer is: 18", 1), (0, "The final answer is: $18.00", 1),
-        (0, "The answer is 18", 0), (0, "#### 18", 0), (1, "The final answer is: 3.", 1),
+        (0, "The answer is 18", 1), (0, "#### 18", 1), (0, "It is 18, not 17", 0), (1, "The final answer is: 3.", 1),
         (2, "The final answer is: 70,000", 1), (2, "The final answer is: 70000", 1), (2, "The final answer is: 7000", 0),
     ],
     # 4 of the 6 words of the answer are among the 16 of the summary (in which "s" and "t" are words).
@@ -79,7 +79,7 @@ def test_own_files_from_rows_to_report(task, real_rows, tmp_path):
     assert (row["n_task"], row["n_harmful"], row["n_benign"]) == (6, 10, 10)
     answers = (steps / row["steps"]["generate"] / "generations.jsonl").read_text()
     assert word in answers, "the targets come from the task"
-    assert results["protocol"]["task"] == f"{task}@1"
+    assert results["protocol"]["task"] == f"{task}@{2 if task == 'gsm8k' else 1}"
     assert results["protocol"]["template"] == "chat"
     page = (tmp_path / "out" / "report.html").read_text()
     assert task in page

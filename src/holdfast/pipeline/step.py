@@ -169,11 +169,19 @@ class Step:
         return f"{self.kind}-{identity_hash(self.identity)}"
 
 
-def do(step: Step, store: Store, machine: Machine) -> None:
+class Busy(HoldfastError):
+    """Another process runs the step."""
+
+
+def do(step: Step, store: Store, machine: Machine, *, wait: bool = True) -> None:
     """Run a step under its lock, unless it is complete; no other function writes `step.json`.
+
+    Args:
+        wait: wait for another process that runs the step.
 
     Raises:
         StepFailed: the step stopped before its end; running it again resumes it.
+        Busy: another process runs the step, and `wait` is off.
     """
     progress = machine.progress
     if store.record(step.id) is not None:
@@ -181,6 +189,8 @@ def do(step: Step, store: Store, machine: Machine) -> None:
         return
 
     def waiting() -> None:
+        if not wait:
+            raise Busy(f"Another process runs this step: {step.title}")
         progress.say(f"Waiting for another run to finish: {step.title}")
 
     with _explained(step, store), store.lock(step.id, waiting):
