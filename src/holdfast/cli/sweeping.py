@@ -110,7 +110,7 @@ def status_table(status: Status) -> Table:
     text = ", ".join(f"{counts[state]:,} {state}" for state in SHOWN if state in counts)
     title = f"{complete:,} of {runs:,} runs complete; steps: {text}"
     if not status.alive and complete < runs:
-        title += ". The sweep does not run; the same command goes on."
+        title += ". The sweep does not run; the same command resumes it."
     table = Table(title=title, title_justify="left")
     for column in ("state", "step", "what", "progress"):
         table.add_column(column, overflow="fold")
