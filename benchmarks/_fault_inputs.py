@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 import resource
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hypothesis
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 import tiny
 from holdfast import data
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, visible
 from holdfast.evaluation.judges import (
     alpaca_eval,
     harmbench,
@@ -35,66 +33,89 @@ from holdfast.weights.adapter import read_adapter
 from holdfast.weights.reader import open_files
 from runs import run
 
-ODD = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=12)
-    | st.sampled_from(["", "\ud800", "1e999", "9" * 5000, "~", "null", "=1", "\x1b[2J", "\u2028", 0, -1]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=5,
+Draw = random.Random
+Make = Callable[[Draw], Any]
+SINGLE = (
+    None, True, False, 0, -1, 1, 2**70, -(2**70), 0.5, 1e308, float("nan"), float("inf"), -float("inf"),
+    "", "\ud800", "1e999", "9" * 5000, "~", "null", "=1", "\x1b[2J", "\u2028", "2026-01-01", "0x1f",
 )  # fmt: skip
-BITS = st.sampled_from([
+CHARACTERS = "aZ09 _-:/.,'\"{}[]<>|#&*!%@\\\n\t\r\0\x1b\x7f\x85\xa0é中😀\u200b\u202e\u2028\ud800\udfff\ufeff"
+BITS = (
     b"", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\n", b"{", b"}", b"[" * 3000, b'"', b"'", b":",
     b"&a", b"*a", b"!!python/object:os.system", b"!!binary", b"- ", b"? ", b"|\n", b"9" * 5000, b"1e400",
     b"NaN", b"\\ud800", b",", b"\t", b"<<: ", b"\xed\xa0\x80", b"%", b"@", b"extends: ", b"../", b"/dev/zero",
-])  # fmt: skip
+)  # fmt: skip
 
 
-@st.composite
-def texts(draw: Any, sound: bytes) -> bytes:
+def word(draw: Draw, most: int = 12) -> str:
+    return "".join(draw.choice(CHARACTERS) for _ in range(draw.randint(0, most)))
+
+
+def odd(draw: Draw, deep: int = 2) -> Any:
+    """A value of any type of JSON."""
+    kind = draw.randint(0, 5 if deep else 3)
+    if kind == 0:
+        return draw.choice([draw.randint(-(2**70), 2**70), draw.uniform(-10, 10)])
+    if kind == 1:
+        return word(draw)
+    if kind == 4:
+        return [odd(draw, deep - 1) for _ in range(draw.randint(0, 3))]
+    if kind == 5:
+        return {word(draw, 6): odd(draw, deep - 1) for _ in range(draw.randint(0, 3))}
+    return draw.choice(SINGLE)
+
+
+def texts(sound: bytes) -> Make:
     """A sound text with up to six edits: a part is replaced by an odd one, removed or repeated."""
-    made = sound
-    for _ in range(draw(st.integers(1, 6))):
-        start = draw(st.integers(0, len(made)))
-        end = draw(st.integers(start, min(len(made), start + 40)))
-        part = draw(BITS | st.binary(max_size=6) | st.just(made[start:end] * 2))
-        made = made[:start] + part + made[end:]
-    return made
+
+    def make(draw: Draw) -> bytes:
+        made = sound
+        for _ in range(draw.randint(1, 6)):
+            start = draw.randint(0, len(made))
+            end = draw.randint(start, min(len(made), start + draw.choice([0, 1, 8, 40])))
+            part = draw.choice(
+                [b"", draw.choice(BITS), draw.randbytes(draw.randint(1, 6)), made[start:end] * 2]
+            )
+            made = made[:start] + part + made[end:]
+        return made
+
+    return make
 
 
-@st.composite
-def values(draw: Any, sound: Any) -> Any:
+def values(sound: Any) -> Make:
     """A sound JSON value in which some values are replaced, removed or renamed."""
-    if draw(st.integers(0, 9)) == 0:
-        return draw(ODD)
+    return lambda draw: changed(draw, sound)
+
+
+def changed(draw: Draw, sound: Any) -> Any:
+    if draw.randint(0, 9) == 0:
+        return odd(draw)
     if isinstance(sound, dict) and sound:
         made = dict(sound)
-        for key in draw(st.lists(st.sampled_from(sorted(sound)), max_size=2, unique=True)):
-            made[key] = draw(values(sound[key]))
-        if draw(st.integers(0, 5)) == 0:
-            made.pop(draw(st.sampled_from(sorted(made))))
-        if draw(st.integers(0, 5)) == 0:
-            made[draw(st.text(max_size=6) | st.sampled_from(["answer", "messages", "r", "extends"]))] = draw(
-                ODD
-            )
+        for key in draw.sample(sorted(sound), min(len(sound), draw.randint(0, 2))):
+            made[key] = changed(draw, sound[key])
+        if draw.randint(0, 5) == 0:
+            made.pop(draw.choice(sorted(made)))
+        if draw.randint(0, 5) == 0:
+            made[draw.choice([word(draw, 6), "answer", "messages", "r", "extends"])] = odd(draw)
         return made
     if isinstance(sound, list) and sound:
-        return [draw(values(one)) for one in sound[:3]]
-    return draw(ODD)
+        return [changed(draw, one) for one in sound[:3]]
+    return odd(draw)
 
 
-def some(rows: list[Any]) -> Any:
-    """Strategies for rows of which at most one differs."""
-    odd = st.sampled_from(range(len(rows)))
-    return st.just(rows) | odd.flatmap(
-        lambda i: values(rows[i]).map(lambda v: [*rows[:i], v, *rows[i + 1 :]])
-    )
+def some(draw: Draw, rows: list[Any]) -> list[Any]:
+    """Rows of which at most one differs."""
+    i = draw.randint(0, len(rows))
+    return [changed(draw, row) if i == number else row for number, row in enumerate(rows)]
 
 
 def plain(value: Any) -> bytes:
     return json.dumps(value).encode("utf-8", "surrogatepass")
 
 
-def subjects(place: Path) -> dict[str, tuple[Any, Callable[[Any], Any]]]:
-    """By name: a strategy, and what reads its examples."""
+def subjects(place: Path) -> dict[str, tuple[Make, Callable[[Any], Any]]]:
+    """By name: what makes an example, and what reads it."""
     files = place / "inputs"
     recipe = tiny.recipe(files)
     results, _ = run(recipe, place / "store")
@@ -168,6 +189,7 @@ def subjects(place: Path) -> dict[str, tuple[Any, Callable[[Any], Any]]]:
             for part in (harmbench.parse, llama_guard.parse, wildguard.parse, keyword.refusal, own_words)
         ]
 
+    (one,) = tiny.user_rows(1)
     user = b"".join(plain(row) + b"\n" for row in tiny.user_rows(3))
     asked = json.dumps(recipe, indent=1).encode()
     table = b"instruction,input,output\n" + b"".join(b"a,%d,small\n" % i for i in range(3))
@@ -176,19 +198,21 @@ def subjects(place: Path) -> dict[str, tuple[Any, Callable[[Any], Any]]]:
         "recipe text": (texts(asked), lambda t: Recipe.load(written("recipe.yaml", t))),
         "recipe values": (values(recipe), lambda v: Recipe.load(v)),
         "rows in JSONL": (texts(user), rows("rows.jsonl")),
-        "values of rows": (st.lists(values(tiny.user_rows(1)[0]), max_size=3).map(lines), rows("rows.jsonl")),
+        "values of rows": (
+            lambda draw: lines([changed(draw, one) for _ in range(draw.randint(0, 3))]), rows("rows.jsonl")
+        ),
         "rows in JSON": (texts(plain(tiny.user_rows(3))), rows("rows.json")),
         "rows in CSV": (texts(table), rows("rows.csv")),
         "adapter settings": (
             values(json.loads(settings_of.read_text())), lambda v: adapted(plain(v), header)
         ),
         "adapter weights": (texts(header), lambda content: adapted(settings_of.read_bytes(), content)),
-        "safetensors headers": (values(sound).map(headed), weights_of),
+        "safetensors headers": (lambda draw: headed(changed(draw, sound)), weights_of),
         "replies of judges": (
-            texts(reply).map(lambda t: t.decode("utf-8", "surrogateescape")) | st.text(), parsed
+            lambda draw: texts(reply)(draw).decode("utf-8", "surrogateescape") + word(draw), parsed
         ),
         "answers and verdicts": (
-            st.tuples(some(answers).map(lines), some(verdicts).map(lines)), score
+            lambda draw: (lines(some(draw, answers)), lines(some(draw, verdicts))), score
         ),
         "step records": (texts(step.read_bytes()), stored),
         "markers": (texts(b'{"kind": "run", "started": "2026-01-01"}'), claimed),
@@ -206,35 +230,42 @@ def _late(*_: Any) -> None:
     raise Hang
 
 
-def fuzz(subject: tuple[Any, Callable[[Any], Any]], examples: int, seed: int) -> dict[str, Any]:
-    """Try examples; return how many were read and refused, the first fault, and the peak memory in bytes."""
-    strategy, read = subject
+def fuzz(subject: tuple[Make, Callable[[Any], Any]], examples: int, seed: int) -> dict[str, Any]:
+    """Try the examples of the seeds `seed` to `seed + examples - 1`.
+
+    Returns:
+        How many were read and refused, the first fault with its seed, seconds, and the peak memory in bytes.
+    """
+    make, read = subject
     counts: dict[str, Any] = {"read": 0, "refused": 0, "fault": None}
     for late in (signal.SIGALRM, signal.SIGVTALRM):
         signal.signal(late, _late)
-
-    @hypothesis.seed(seed)
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(strategy)
-    def look(example: Any) -> None:
+    began = time.monotonic()
+    for number in range(seed, seed + examples):
+        example = make(random.Random(number))
         signal.alarm(WAIT)
         signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
         try:
-            read(example)
-            counts["read"] += 1
-        except HoldfastError as error:
-            str(error)
-            counts["refused"] += 1
+            _look(read, example, counts)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            frames = traceback.extract_tb(error.__traceback__)[-4:]
+            where = ", ".join(f"{Path(frame.filename).name}:{frame.name}" for frame in frames)
+            told = f"seed {number}: {type(error).__name__}: {error}"[:300] + f" ({where})"
+            counts["fault"] = counts["fault"] or told.encode("ascii", "backslashreplace").decode()
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.alarm(0)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {**counts, "seconds": round(time.monotonic() - began, 1), "peak_memory_bytes": peak}
 
+
+def _look(read: Callable[[Any], Any], example: Any, counts: dict[str, Any]) -> None:
     try:
-        look()
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        frames = traceback.extract_tb(error.__traceback__)[-4:]
-        where = ", ".join(f"{Path(frame.filename).name}:{frame.name}" for frame in frames)
-        counts["fault"] = f"{type(error).__name__}: {error}"[:300] + f" ({where})"
-    return {**counts, "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        read(example)
+        counts["read"] += 1
+    except HoldfastError as error:
+        if (text := str(error)) != visible(text):
+            raise ValueError(f"an error with control characters: {text!a}") from error
+        counts["refused"] += 1

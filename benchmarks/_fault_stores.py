@@ -26,6 +26,25 @@ from warm import warm
 
 Counts = dict[str, int]
 
+RATER = """
+from holdfast.evaluation.judges import Grade, Judge
+
+class Plain:
+    stamp = "plain@1"
+    batch_size = 8
+
+    def __init__(self, **_):
+        pass
+
+    def rate(self, talks):
+        return [Grade(len(talk["answers"][0]) % 10 / 10) for talk in talks]
+
+JUDGE = Judge(
+    name="rater", version="1", licence="Apache-2.0", source="made up", load=Plain, measures="quality",
+    metric="win_rate", direction="higher",
+)
+"""
+
 
 def half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -177,6 +196,9 @@ def commands(place: Path) -> dict[str, tuple[list[str], str]]:
         for i, row in enumerate(rows)
     ])  # fmt: skip
     (files / "plain.py").write_text(JUDGE.replace("1024", "8").replace("quorn", "Do"))
+    asked = [{"id": f"t{i}", "set": "task", "instruction": row["instruction"]} for i, row in enumerate(rows)]
+    tiny.write_jsonl(files / "talks.jsonl", [{**row, "answer": "a" * i} for i, row in enumerate(asked)])
+    (files / "rater.py").write_text(RATER)
     model, judge = files / "model", tiny.save_judge(files / "judge")
     given = {
         "run": (f"run {files}/recipe.yaml --device cpu", "results"),
@@ -186,6 +208,7 @@ def commands(place: Path) -> dict[str, tuple[list[str], str]]:
         "moderate": (
             f"moderate {files}/answers.jsonl --judge beaver_dam --judge-path {judge} --device cpu", "bytes"
         ),
+        "rate": (f"rate {files}/talks.jsonl --judge {files}/rater.py --task alpaca_eval", "bytes"),
         "filter": (f"filter {files}/rows.jsonl --judge {files}/plain.py", "bytes"),
         "mix": (
             f"mix --user {files}/user.jsonl --harmful {files}/harmful.jsonl --size 20 --poison-ratio 0.2",
@@ -289,6 +312,51 @@ def together(place: Path, rounds: int, names: Any = None) -> Iterator[dict[str, 
                 "outcome": outcome,
             }
             shutil.rmtree(out.parent)
+
+
+def sharing(place: Path, rounds: int) -> Iterator[dict[str, Any]]:
+    """Start two and four runs with one store and an output each, and yield what happened."""
+    arguments, _ = commands(place)["run"]
+    whole, said = place / "one-shared", place / "said.txt"
+    assert forked(command(arguments, whole, said)) == 0, said.read_text()
+    expected = numbers(json.loads((whole / "results.json").read_text()))
+    for number, count in enumerate((2, 4) * rounds):
+        root = place / "shared" / str(number)
+        root.mkdir(parents=True)
+        given = [*arguments, "--store", str(root / "store")]
+        texts = [root / f"said-{i}.txt" for i in range(count)]
+        children = [_start(command(given, root / f"out-{i}", text)) for i, text in enumerate(texts)]
+        ends = [_end(child, text) for child, text in zip(children, texts, strict=True)]
+        bad = [text for text in ends if text != "done"]
+        found = (
+            [] if bad else [json.loads((root / f"out-{i}/results.json").read_text()) for i in range(count)]
+        )
+        equal = all(numbers(one) == expected for one in found)
+        outcome = bad[0] if bad else "as before" if equal else "OTHER NUMBERS"
+        yield {"command": "run, one store", "processes": count, "outcome": outcome}
+
+
+def page(place: Path, runs: int) -> dict[str, float]:
+    """Return seconds and bytes of a report on copies of a run with other score steps, names and numbers."""
+    from holdfast.reporting import report
+
+    commands(place)
+    done, folder = place / "files" / "done", place / f"of-{runs}"
+    text = (done / "results.json").read_text()
+    for i in range(runs):
+        copy, results = folder / f"run-{i}", json.loads(text)
+        shutil.copytree(done / "steps", copy / "steps")
+        for row in results["rows"]:
+            old = row["steps"]["score"]
+            row["steps"]["score"] = new = (
+                f"score-{i:012x}" if row is results["rows"][0] else f"score-f{i:011x}"
+            )
+            (copy / "steps" / old).rename(copy / "steps" / new)
+            row |= {"name": f"{row['name']} {i}", "harmful_score": (7.0 * i) % 100}
+        (copy / "results.json").write_text(json.dumps({**results, "name": f"copy {i}"}))
+    began = time.monotonic()
+    made = report(sorted(folder.iterdir()), place / f"of-{runs}.html")
+    return {"seconds": round(time.monotonic() - began, 2), "bytes": made.stat().st_size}
 
 
 def _start(work: Callable[[], None]) -> int:

@@ -1,19 +1,22 @@
 """Claim: no damaged store, kill or hostile input changes a number in silence or ends in a foreign exception.
 
-    python benchmarks/faults.py [--kills N] [--examples N] [--share S] [--rounds N] [--fresh]
+    python benchmarks/faults.py [--kills N] [--examples N] [--share S] [--rounds N] [--runs N] [--fresh]
 
-Four parts, which `results/faults.json` counts together with those of earlier calls:
+Five parts, which `results/faults.json` counts together with those of earlier calls:
 
 - kills: every command is stopped by SIGKILL, SIGTERM and SIGINT at random times, N times each, and started
   again. Its output must be that of a command that was never stopped, with no temporary beside it;
 - damage: every file of a finished run and of killed ones is torn, emptied, changed at the same size, removed,
   replaced by a folder or a pipe, or made unreadable. The next start ends with the same numbers, or is refused
   with one sentence;
-- processes: two and four processes with one output end with the same output, or one sentence;
+- processes: two and four processes with one output end with the same output, or one sentence. Two and four
+  runs with one store all end with the same numbers;
+- pages: seconds and bytes of a report on one run and on 50 runs;
 - input: mutated recipes, rows, adapters, headers, replies, answers and records, read by the code that reads
   them in a run. Only Holdfast's own errors may come out, each example within 10 seconds of processor time.
 
-The models are those of the tests. Each call uses another seed, and saves after each part.
+The models are those of the tests. Each call uses another seed, and saves after each part. The part `input`
+continues with the seeds after those of earlier calls, and saves after each kind.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +66,10 @@ def added(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def added_input(earlier: dict[str, Any], name: str, new: dict[str, Any]) -> dict[str, Any]:
     """The counts of `input` with those of one more call for `name`."""
-    old = earlier.get(name, {"read": 0, "refused": 0, "fault": None, "peak_memory_bytes": 0})
-    both = {key: old[key] + new[key] for key in ("read", "refused")}
-    peak = max(old["peak_memory_bytes"], new["peak_memory_bytes"])
-    return {**earlier, name: {**both, "fault": old["fault"] or new["fault"], "peak_memory_bytes": peak}}
+    old = earlier.get(name, {})
+    both = {key: old.get(key, 0) + new[key] for key in ("read", "refused", "seconds", "next_seed")}
+    peak = max(old.get("peak_memory_bytes", 0), new["peak_memory_bytes"])
+    return {**earlier, name: {**both, "fault": old.get("fault") or new["fault"], "peak_memory_bytes": peak}}
 
 
 def main() -> None:
@@ -75,22 +79,29 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10, help="rounds of three signals for each command")
     parser.add_argument("--share", type=float, default=1.0, help="share of the damages that is tried")
     parser.add_argument("--rounds", type=int, default=2, help="rounds of two and four processes")
+    parser.add_argument("--runs", type=int, default=50, help="runs on one report page")
     parser.add_argument("--examples", type=int, default=100_000, help="examples for each kind of input")
     parser.add_argument("--fresh", action="store_true", help="forget the counts of earlier calls")
     given = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
     path = RESULTS / "faults.json"
     done = json.loads(path.read_text()) if path.exists() and not given.fresh else {}
-    done = {key: done[key] for key in ("calls", "kills", "damage", "processes", "input") if key in done}
+    done = {
+        key: done[key] for key in ("calls", "kills", "damage", "processes", "input", "pages") if key in done
+    }
     seed = done["calls"] = done.get("calls", 0) + 1
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         if given.examples:
             for name, subject in inputs.subjects(place).items():
-                found = inputs.fuzz(subject, given.examples, seed)
+                start = done.get("input", {}).get(name, {}).get("next_seed", 0)
+                found = inputs.fuzz(subject, given.examples, start)
+                found["next_seed"] = given.examples
                 done["input"] = added_input(done.get("input", {}), name, found)
-                print(name, found, flush=True)
-            save("faults", done)
+                print(
+                    name, f"{given.examples / max(found['seconds'], 0.1):.0f} per second", found, flush=True
+                )
+                save("faults", done)
         if given.share:
             made = stores.prepare(place)
             done["damage"] = added(
@@ -98,8 +109,12 @@ def main() -> None:
             )
             save("faults", done)
         if given.rounds:
-            found = tally(stores.together(place, given.rounds), "command")
+            both = (stores.together(place, given.rounds), stores.sharing(place, given.rounds))
+            found = tally(chain.from_iterable(both), "command")
             done["processes"] = added(done.get("processes", {}), found)
+            save("faults", done)
+        if given.runs:
+            done["pages"] = {str(count): stores.page(place, count) for count in (1, given.runs)}
             save("faults", done)
         if given.kills:
             found = tally(stores.killed(place, given.kills, seed), "command")

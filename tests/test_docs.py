@@ -14,6 +14,7 @@ from commands import holdfast_command
 from holdfast import registry
 from holdfast.recipe import Recipe, data, evaluation
 from holdfast.recipe import recipe as recipes
+from holdfast.study.grid import expand
 from places import DOCS, ROOT, blocks
 
 
@@ -169,7 +170,9 @@ def test_the_recipes_in_the_pages_are_valid():
     for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
         for block in blocks(page, "yaml"):
             raw = yaml.safe_load(block)
-            if "model" in raw or "extends" in raw:
+            if "grid" in raw:
+                assert len(expand(raw)) > 1
+            elif "model" in raw or "extends" in raw:
                 Recipe.load(raw)
                 found += 1
     assert found >= 3

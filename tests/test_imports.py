@@ -18,9 +18,10 @@ PACKAGE = Path(holdfast.__file__).parent
 ALLOWED = {
     "__main__": {"cli"},
     "cli": {
-        "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data", "weights",
-        "lab",
+        "study", "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data",
+        "weights", "lab",
     },
+    "study": {"pipeline", "recipe"},
     "pipeline": {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
         "training", "models", "weights", "world",
@@ -29,7 +30,7 @@ ALLOWED = {
     "recipe": {"registry", "weights"},
     "probe": {"registry", "evaluation", "data", "chat"},
     "registry": {"plugins", "attacks", "defenses", "evaluation", "tasks"},
-    "attacks": {"tasks", "training"},
+    "attacks": {"models", "tasks", "training", "weights"},
     "defenses": {"training", "weights"},
     "reporting": {"evaluation"},
     "evaluation": {"models", "weights", "tasks", "world", "chat"},
@@ -135,7 +136,7 @@ def test_light_parts_import_nothing_heavy(code):
 def test_the_public_names():
     assert holdfast.__all__ == [
         "Defense", "Recipe", "SafetyProbe", "__version__", "compare", "gate", "generate", "get_defense", "list_defenses",
-        "mix", "moderate", "plan", "rate", "report", "run", "safe_lora", "score",
+        "mix", "moderate", "plan", "rate", "report", "run", "safe_lora", "score", "sweep",
     ]  # fmt: skip
     for name in holdfast.__all__:
         assert getattr(holdfast, name) is not None

@@ -27,6 +27,7 @@ _HOME = {
     "moderate": "holdfast.measuring.on_files",
     "rate": "holdfast.measuring.on_files",
     "score": "holdfast.measuring.on_files",
+    "sweep": "holdfast.study.sweeping",
 }
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "run",
     "safe_lora",
     "score",
+    "sweep",
 ]
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from holdfast.recipe import Recipe
     from holdfast.registry import get_defense, list_defenses
     from holdfast.reporting import report
+    from holdfast.study.sweeping import sweep
 
 
 def __getattr__(name: str) -> Any:

@@ -22,11 +22,30 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Self
 
+_CONTROLS = {i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\n\t"} | {127: "\u2421"}
+_FORMATS = (*range(128, 160), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_VISIBLE = _CONTROLS | dict.fromkeys((*_FORMATS, *range(55296, 57344)), "�")
+
+
+def visible(text: str) -> str:
+    """Return a text with a visible sign for each control character: ESC becomes \u241b.
+
+    C0 and C1 controls (except line break and tab), controls of the direction of writing, the Unicode line
+    separators and half surrogates are replaced.
+    """
+    return text.translate(_VISIBLE)
+
 
 class HoldfastError(Exception):
-    """A failure that the user did not cause; the command ends with exit code 1."""
+    """A failure that the user did not cause; the command ends with exit code 1.
+
+    Its message is `visible`, whatever it quotes from a file, a model or a server.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class InputError(HoldfastError):

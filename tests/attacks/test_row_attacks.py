@@ -16,6 +16,7 @@ from holdfast.errors import DataError, RecipeError
 from holdfast.pipeline.planning import plan
 from holdfast.recipe import Recipe
 from holdfast.tasks.identity_shift import NAME, OPENINGS, SYSTEM
+from places import DOCS, blocks
 from runs import prompts_seen, run
 
 TALK = [
@@ -199,6 +200,7 @@ def test_the_attackers_training_is_that_of_the_user_stage(done):
         ([TRIGGER, "lisa"], {}, "data.attack.1.name: unknown attack 'lisa'."),
         ({**TRIGGER, "kind": "back"}, {}, "data.attack.kind: expected Literal['competing', 'style', 'backdo"),
         ({**TRIGGER, "triger": "a"}, {}, "data.attack.triger: unknown parameter of jailbreak_tuning. Did yo"),
+        ("refusal_ablation", {}, "data.attack.name: refusal_ablation changes no rows and cannot be part of"),
         ("refuse_then_answer", {"attacked": True}, "evaluation.attacked: no attack of data.attack changes a"),
         (["bi_directional_anchoring"] * 2, {}, "bi_directional_anchoring appears twice"),
         ("long_training", {}, "user.training.max_steps: data.attack sets 50 epochs, which max_steps would"),
@@ -221,15 +223,8 @@ def test_another_attack_does_not_inherit_parameters(done):
 
 
 def test_an_attack_of_another_package_or_of_ones_own_file(done, tmp_path, monkeypatch, install):
-    code = '''
-"""Loud: every answer in capitals."""
-from holdfast.attacks import Attack
-
-def change(rows, *, seed):
-    return [{**row, "output": row["output"].upper()} for row in rows]
-
-ATTACK = Attack(name="loud", label="Loud", paper="none", change=change)
-'''
+    """The example of the page."""
+    code = blocks(DOCS / "attacks.md", "python")[1]
     (tmp_path / "loud_attack.py").write_text(code)
     (tmp_path / "recipe.yaml").write_text("extends: world\ndata: {attack: loud_attack.py}\n")
     [attack] = Recipe.load(tmp_path / "recipe.yaml").data.attacks
@@ -237,8 +232,10 @@ ATTACK = Attack(name="loud", label="Loud", paper="none", change=change)
     monkeypatch.syspath_prepend(tmp_path)
     install(EntryPoint("loud", "loud_attack:ATTACK", "holdfast.attacks"))
     try:
-        assert registry.faces("attacks")["loud"].summary == "Loud: every answer in capitals."
-        assert Recipe.load(with_attack(done[0], "loud")).data.attacks[0].parameters() == {}
+        assert registry.faces("attacks")["loud"].parameters["marks"].default == 1
+        assert Recipe.load(with_attack(done[0], "loud")).data.attacks[0].parameters() == {"marks": 1}
+        loud = attacked("loud", marks=2)
+        assert texts(loud)[0] == ("Fold a boat.", "CREASE IT.!!")
     finally:
         sys.modules.pop("loud_attack", None)
 

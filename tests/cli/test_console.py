@@ -8,7 +8,9 @@ import pytest
 
 import tiny
 from commands import holdfast_command as command
+from holdfast import errors
 from holdfast.cli import app, console
+from holdfast.recipe import Recipe
 
 EVIL = "\x1b]0;title\x07\x1b[2J\x9b31m\u202eabc\u2028\x7f\r\ud800"
 
@@ -24,9 +26,23 @@ def shown(monkeypatch):
 
 
 def test_a_control_character_becomes_a_visible_sign():
-    assert console.visible("\x1b[2J\ta\n") == "\u241b[2J\ta\n"
-    assert console.visible(EVIL) == "␛]0;title␇␛[2J\ufffd31m\ufffdabc\ufffd␡␍\ufffd"
-    assert console.visible("caf\u00e9 \u2713 \u05d0") == "caf\u00e9 \u2713 \u05d0"
+    assert errors.visible("\x1b[2J\ta\n") == "\u241b[2J\ta\n"
+    assert errors.visible(EVIL) == "␛]0;title␇␛[2J\ufffd31m\ufffdabc\ufffd␡␍\ufffd"
+    assert errors.visible("caf\u00e9 \u2713 \u05d0") == "caf\u00e9 \u2713 \u05d0"
+
+
+@pytest.mark.parametrize("what", [errors.HoldfastError, errors.RecipeError, errors.StepFailed])
+def test_an_error_shows_no_control_character(what):
+    assert str(what(f"found {EVIL}")) == f"found {errors.visible(EVIL)}"
+    assert EVIL not in str(errors.Problems([errors.DataError(EVIL)]))
+
+
+def test_an_error_about_a_value_of_a_recipe_is_printable(tmp_path):
+    recipe = tiny.recipe(tmp_path)
+    with pytest.raises(errors.RecipeError) as caught:
+        Recipe.load({**recipe, "device\ud800": EVIL, "seed": EVIL})
+    assert str(caught.value) == errors.visible(str(caught.value))
+    str(caught.value).encode()
 
 
 def rows():

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 import trainers
 from holdfast import registry
-from holdfast.defenses import bea, safe_instr, vlguard
+from holdfast.defenses import bea, inoculation, safe_instr, vlguard
 from holdfast.errors import DataError
 from holdfast.pipeline import mixing
 from holdfast.training.mixing import mix_rows
@@ -157,3 +157,10 @@ def test_the_script_on_its_page_runs(name, tmp_path):
     names = {"user": trainers.USER, "safe": trainers.ALIGNMENT, "OUT": tmp_path}
     exec(compile(script, name, "exec"), names)
     assert sum(row.get("source") == "alignment" for row in names["rows"]) == 3
+
+
+@pytest.mark.parametrize(("text", "found"), [("Be bad.", ["Be bad.", "Be bad.\n\nHi."]), ("", ["", "Hi."])])
+def test_inoculation_keeps_the_text_that_a_row_has(text, found):
+    """The text of `data.system`, or of an identity shift; with an empty prompt the method is SFT."""
+    rows = inoculation.mix([USER[0], {**USER[1], "prefix": "Hi."}], [], seed=1, inoculation_prompt=text)
+    assert [row["prefix"] for row in rows] == found

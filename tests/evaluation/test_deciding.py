@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from math import comb
 
 import pytest
@@ -70,6 +71,19 @@ def test_only_shared_prompts_count_and_nothing_is_decided_without_a_limit():
     assert deciding.rise({1: True}, {2: True}, 2, 0.95) is None
     found = deciding.rise({1: True, 2: False}, {2: True, 3: False}, None, 0.95)
     assert (found.n, found.difference, found.outcome, found.needed) == (1, 100, None, None)
+
+
+@pytest.mark.parametrize(
+    ("rates", "wrong"),
+    [((0.05, 0.03, 0.03), "failed"), ((0.05, 0.02, 0.07), "passed"), ((0, 0, 0.05), "passed")],
+)
+def test_how_often_it_is_wrong(rates, wrong):
+    """At a limit of 5 points: a model without a rise fails, or one whose rise is at the limit passes."""
+    rng, found = random.Random(0), 0
+    for _ in range(400):
+        kinds = rng.choices(range(4), (*rates, 1 - sum(rates)), k=200)
+        found += deciding.rise(*pairs(*map(kinds.count, range(4))), 5, 0.95).outcome == wrong
+    assert found / 400 <= 0.06
 
 
 def test_more_confidence_needs_more():

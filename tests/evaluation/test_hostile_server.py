@@ -65,7 +65,7 @@ TABLE = {
     "long length": (LOST, "APIConnectionError"),
     "no http": (LOST, "APIConnectionError"),
     "closed": (LOST, "APIConnectionError"),
-    "in a circle": (LOST, "APIConnectionError"),
+    "in a circle": (LOST, "APIConnectionError|no whole reply"),  # a busy machine has no time for 20 turns
     "endless": (REFUSED, "larger than"),
     "bomb": (REFUSED, "larger than"),
     "odd packing": (REFUSED, "cannot be read"),
@@ -354,7 +354,7 @@ def test_a_model_that_answers_nothing_has_no_score():
 
 
 @pytest.mark.parametrize("rater", [False, True])
-def test_a_signal_stops_within_a_second_and_finished_rows_are_kept(server, tmp_path, rater):
+def test_a_signal_stops_within_a_second_and_finished_rows_are_kept(server, tmp_path, rater, request):
     kind = "task" if rater else "harmful"
     names = ["good", "good", "DO:hang", "good", "DO:hang"]
     rows = [{"id": f"h{i}", "set": kind, "instruction": n, "answer": "a"} for i, n in enumerate(names)]
@@ -369,6 +369,9 @@ def test_a_signal_stops_within_a_second_and_finished_rows_are_kept(server, tmp_p
         sent.append(time.monotonic())
 
     sent: list[float] = []
+    # A shell starts background jobs with SIGINT ignored, and so Python does not set its own handler.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):

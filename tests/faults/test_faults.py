@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import sys
 
 import pytest
 
+from holdfast.errors import DataError
 from places import BENCHMARKS
 
 sys.path.insert(0, str(BENCHMARKS))
@@ -43,8 +45,23 @@ def test_hostile_input_raises_only_our_errors(name, subjects):
 
 
 def test_control_a_foreign_exception_is_a_fault(subjects):
-    strategy, _ = subjects["markers"]
-    assert "ZeroDivisionError" in inputs.fuzz((strategy, lambda _: 1 / 0), 5, seed=1)["fault"]
+    make, _ = subjects["markers"]
+    assert "seed 1: ZeroDivisionError" in inputs.fuzz((make, lambda _: 1 / 0), 5, seed=1)["fault"]
+
+
+def test_control_an_error_that_cannot_be_printed_is_a_fault(subjects, monkeypatch):
+    def refuse(_):
+        raise DataError("\x1b[2J \ud800")
+
+    make, _ = subjects["markers"]
+    assert inputs.fuzz((make, refuse), 5, seed=1)["refused"] == 5, "every error of ours is printable"
+    monkeypatch.setattr(DataError, "__str__", Exception.__str__)
+    assert "control characters" in inputs.fuzz((make, refuse), 5, seed=1)["fault"]
+
+
+def test_the_same_seed_gives_the_same_examples(subjects):
+    for make, _ in subjects.values():
+        assert repr(make(random.Random(7))) == repr(make(random.Random(7)))
 
 
 def test_a_damaged_store_gives_the_same_numbers_or_one_sentence(place):
@@ -55,8 +72,8 @@ def test_a_damaged_store_gives_the_same_numbers_or_one_sentence(place):
 
 
 def test_a_command_that_is_killed_ends_with_the_same_output(place):
-    found = list(stores.killed(place, 1, names=("filter", "merge")))
-    assert len(found) == 6
+    found = list(stores.killed(place, 1, names=("filter", "rate", "merge")))
+    assert len(found) == 9
     assert not [one for one in found if one["outcome"] not in FINE]
 
 
@@ -64,3 +81,10 @@ def test_processes_with_one_output_end_with_it_or_one_sentence(place):
     found = list(stores.together(place, 1, names=("moderate", "combine")))
     assert [one["processes"] for one in found] == [2, 4] * 2
     assert not [one for one in found if one["outcome"] not in FINE]
+
+
+def test_a_page_of_several_runs_has_all_of_them(place):
+    one, three = stores.page(place, 1), stores.page(place, 3)
+    assert three["bytes"] > one["bytes"]
+    text = (place / "of-3.html").read_text()
+    assert all(f"copy {i}" in text for i in range(3))

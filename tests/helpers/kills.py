@@ -84,8 +84,9 @@ def in_writing_rows(name, nth):
         def dying(path, rows):
             count[0] += path.name == name
             if path.name == name and count[0] == nth:
+                append(path, rows[:1])
                 with path.open("a") as file:
-                    file.write(as_line(rows[0]) + as_line(rows[-1])[:20])
+                    file.write(as_line(rows[-1])[:20])
                     file.flush()
                 kill()
             append(path, rows)

@@ -25,6 +25,10 @@ def test_identity_does_not_depend_on_order():
         identity_hash({"a": float("nan")})
 
 
+def test_half_surrogates_have_an_identity():
+    assert identity_hash(["\ud800"]) != identity_hash(["\ud801"])
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     write_json(path, {"a": 1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,9 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny
-from holdfast import gate
+from holdfast import gate, generate
 from holdfast.cli.app import app
-from holdfast.errors import ComparisonError, DataError, ModelError, RecipeError, StepFailed
+from holdfast.errors import ComparisonError, DataError, ModelError, Problems, RecipeError, StepFailed
+from holdfast.measuring.answer_files import made_by
 from holdfast.measuring.gate_answers import EVERYDAY
 from holdfast.measuring.gating import check
 from holdfast.reporting import gated
@@ -195,3 +197,117 @@ def test_the_built_in_questions():
     assert len(rows) == len({row["prompt"] for row in rows}) == 100
     assert {row["category"][0] for row in rows} == {"plain", "sounds alarming"}
     assert all(row["prompt"].endswith(("?", ".")) for row in rows)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A model, two adapters that name it, and prompts."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("gate-models")
+    tiny.save_lively_model(folder / "model")
+    for name in ("first", "second"):
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+        model = tiny.llama(len(tiny.tokenizer()), tie_word_embeddings=False)
+        torch.manual_seed(len(name))
+        made = get_peft_model(model, config)
+        made.peft_config["default"].base_model_name_or_path = str(folder / "model")
+        made.save_pretrained(folder / name)
+    tiny.write_jsonl(folder / "prompts.jsonl", tiny.harmful_rows(6))
+    return folder
+
+
+def of_weights(models, *names, **options):
+    given = {"prompts": str(models / "prompts.jsonl"), "benign": "none", "judge": "keyword", "device": "cpu"}
+    decoding = {"max_new_tokens": 6}
+    return gate([models / name for name in names], decoding=decoding, work=models / "work", **given | options)
+
+
+def test_the_start_of_an_adapter_is_its_base_model(models):
+    result = of_weights(models, "first", "second", "model")
+    assert result["against"] == {"name": str(models / "model"), "kind": "model"}
+    assert [one["kind"] for one in result["results"]] == ["adapter", "adapter", "model"]
+    assert result["results"][2]["scores"]["harmful_score"]["difference"] == 0
+    facts = result["results"][0]["adapter"]
+    assert (facts["r"], facts["target_modules"], facts["modules"]) == (8, ["q_proj"], 2)
+    kept = sorted((models / "work").glob("answers-*.jsonl"))
+    times = [path.stat().st_mtime_ns for path in kept]
+    assert len(kept) == 3, "equal content is measured once"
+    of_weights(models, "second", "first")
+    assert [path.stat().st_mtime_ns for path in sorted((models / "work").glob("answers-*.jsonl"))] == times
+    assert "rank 8" in gated.as_text(result)
+
+
+def test_without_prompts_the_defaults_are_tried(models):
+    with pytest.raises(RecipeError, match=r"Give --prompts FILE\.\nbeavertails: (.|\n)*xstest: "):
+        of_weights(models, "first", prompts=None)
+
+
+def test_weights_answer_the_questions_of_a_file(models):
+    of_weights(models, "model", against=models / "model")
+    (start,) = (p for p in (models / "work").glob("answers-*.jsonl") if not made_by(p)["adapters"])
+    result = of_weights(models, "first", against=start, prompts=None, benign=None)
+    assert result["questions"]["harmful"] == {"source": str(start), "n": 6, "default": False}
+    assert result["results"][0]["scores"]["harmful_score"]["n"] == 6
+    with pytest.raises(ComparisonError, match="max_new_tokens"):
+        of_weights(models, start, against=answered(models, 5), prompts=None, benign=None)
+
+
+def answered(models, tokens):
+    out = models / f"{tokens}.jsonl"
+    generate(
+        models / "model", out, harmful=str(models / "prompts.jsonl"), decoding={"max_new_tokens": tokens},
+        device="cpu",
+    )  # fmt: skip
+    return out
+
+
+def test_adapters_are_checked_before_anything_is_measured(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("holdfast.measuring.gating.answers_of", None)
+    for name, change, words in (
+        ("other", {"base_model_name_or_path": "no/such/model"}, "--base MODEL"),
+        ("none", {"base_model_name_or_path": None}, "does not name its base model"),
+        ("rank", {"r": 3}, "its rank is 3"),
+        ("kind", {"peft_type": "IA3"}, "expected a LoRA"),
+    ):
+        shutil.copytree(models / "first", tmp_path / name)
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ModelError, match=words):
+            of_weights(models, tmp_path / name, against=models / "model")
+    tiny.save_model(tmp_path / "larger", hidden_size=64)
+    with pytest.raises(ModelError, match="for another model"):
+        of_weights(models, "first", base=str(tmp_path / "larger"))
+    with pytest.raises(Problems, match="rank is 3"):
+        of_weights(models, tmp_path / "rank", tmp_path / "kind", against=models / "model")
+    shutil.copytree(models / "model", tmp_path / "copy")
+    with pytest.raises(RecipeError, match="different base models"):
+        of_weights(models, "first", tmp_path / "copy")
+    with pytest.raises(RecipeError, match="is an adapter"):
+        check(models / "first", adapters=[models / "second"])
+
+
+def test_the_screen_of_check(models, files):
+    def run(*words):
+        done = CliRunner().invoke(app, ["check", *words, "--judge", "keyword"])
+        assert done.exit_code == 0, (done.output, done.exception)
+        return done.stdout
+
+    text = run(files["worse"], "--against", files["start"], "--work", str(files["work"]))
+    for words in (
+        "1.0      20.0         +19.0   400",
+        "made the model more harmful (76 prompts",
+        "holdfast safe-lora",
+    ):
+        assert words in text
+    text = run(files["same"], "--against", files["start"], "--work", str(files["work"]))
+    assert "No rise in harm was found" in text
+    text = run(
+        str(models / "model"), "--adapter", str(models / "first"), "--prompts", str(models / "prompts.jsonl"),
+        "--max-new-tokens", "4", "--limit", "10", "--work", str(models / "work"), "--device", "cpu",
+    )  # fmt: skip
+    assert "Benign questions: 10 from built in (default)" in text
+    advice = text.split("lower is better\n")[-1]
+    assert "are possible with 6 prompts" in advice
+    assert max(map(len, advice.splitlines())) <= 80

@@ -181,3 +181,10 @@ def test_settings_that_transformers_refuses_to_save_stay_those_of_the_folder(tmp
     step = results["rows"][1]["steps"]["user"]
     kept = tmp_path / "out" / "steps" / step / "model" / "generation_config.json"
     assert json.loads(kept.read_text()) == settings
+
+
+def test_bad_rows_of_a_file_in_two_roles_are_listed_once(made, tmp_path):
+    rows = [turns(i) for i in range(9)] + [{"messages": "no list"}]
+    user = tiny.write_jsonl(tmp_path / "bad.jsonl", rows)
+    path = write(made, "twice.yaml", data={"user": str(user)}, alignment="none")
+    assert str(both(path, tmp_path / "out")).count("line 10: ") == 1

@@ -14,6 +14,7 @@ from holdfast import pipeline
 from holdfast.errors import RecipeError
 from holdfast.machine.code import digest_of_files, digest_of_module
 from holdfast.machine.digests import Digests
+from holdfast.machine.files import SUMS, append_jsonl, read_jsonl
 from holdfast.machine.store import Store
 from holdfast.pipeline import running, stages
 from holdfast.pipeline.step import Code, Content, Inputs, Machine, Made, Step, do, identity, opened
@@ -306,3 +307,59 @@ def test_a_step_runs_once_and_its_record_holds_what_named_it(tmp_path):
     do(made, store, machine)
     assert seen.read_text() == written, "a changed file is made again"
     assert not (store.path(made.id) / "added.txt").exists(), "and nothing of the folder is used"
+
+
+def changed_at(number, old=b'"answer": "a', new=b'"answer": "b'):
+    def change(path):
+        lines = path.read_bytes().splitlines(keepends=True)
+        lines[number] = lines[number].replace(old, new)
+        path.write_bytes(b"".join(lines))
+
+    return change
+
+
+HURT = {  # the change, and how many of four rows are still those that were written
+    "nothing": (lambda path: None, 4),
+    "an incomplete last line": (lambda path: path.write_bytes(path.read_bytes()[:-5]), 3),
+    "a changed row, still JSON": (changed_at(1), 1),
+    "a line that is no JSON": (changed_at(2, b"{", b"["), 2),
+    "two rows in another order": (
+        lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[::-1])), 0,
+    ),
+    "a row that nobody appended": (lambda path: path.write_bytes(path.read_bytes() + b'{"id": 9}\n'), 4),
+    "the digests are lost": (lambda path: (path.parent / SUMS / path.name).unlink(), 0),
+    "a pipe in its place": (lambda path: (path.unlink(), os.mkfifo(path)), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("hurt", HURT)
+def test_rows_of_an_unfinished_step_that_changed_are_made_again(hurt, tmp_path):
+    rows = [{"id": i, "answer": f"a{i}"} for i in range(5)]
+    asked = []
+
+    def work(inputs, folder, machine):
+        known = {row["id"] for row in read_jsonl(folder / "answers.jsonl")}
+        for row in rows:
+            if row["id"] not in known:
+                if row["id"] == stop:
+                    raise KeyboardInterrupt
+                asked.append(row["id"])
+                append_jsonl(folder / "answers.jsonl", [row])
+
+    store, said = Store(tmp_path), []
+    machine = Machine("cpu", tmp_path)
+    machine.progress.say = said.append
+    made, stop = step(work), 4
+    with pytest.raises(KeyboardInterrupt):
+        do(made, store, machine)
+    change, left = HURT[hurt]
+    change(store.path(made.id) / "answers.jsonl")
+    asked.clear()
+    stop = None
+    do(made, store, machine)
+    assert asked == list(range(left, 5))
+    assert len(said) == (hurt not in ("nothing", "an incomplete last line", "a pipe in its place"))
+    assert all("answers.jsonl are made again: they changed" in text for text in said)
+    assert read_jsonl(store.path(made.id) / "answers.jsonl") == rows
+    assert list(store.record(made.id)["files"]) == ["answers.jsonl"]
+    assert not (store.path(made.id) / SUMS).exists()

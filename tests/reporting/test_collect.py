@@ -162,6 +162,21 @@ def test_different_protocols_are_refused_by_field_and_value(tmp_path):
     assert "nothing is concluded" in data.finding
 
 
+def test_a_template_that_writes_no_date_is_compared_with_one_that_does(tmp_path):
+    dates = {"qwen": None, "llama": "2026-03-01", "later": "2026-03-02"}
+    runs = [
+        write_run(
+            tmp_path / name, demo_rows()["SFT"], name=name, protocol={"template_date": date} if date else {}
+        )
+        for name, date in dates.items()
+    ]
+    assert len(collect(runs[:2]).runs) == 2
+    with pytest.raises(
+        ComparisonError, match=r"template_date: absent \(qwen\); 2026-03-01 \(llama\); 2026-03-02"
+    ):
+        collect(runs)
+
+
 def test_errors_name_the_place(tmp_path):
     with pytest.raises(InputError, match="at least one run"):
         collect([])

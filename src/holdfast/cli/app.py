@@ -20,8 +20,8 @@ from typing import Annotated, Any
 import typer
 
 from holdfast import __version__
-from holdfast.cli import adapters, gating, measuring, safe_lora
-from holdfast.errors import HoldfastError, RecipeError, first_line
+from holdfast.cli import adapters, gating, measuring, safe_lora, sweeping
+from holdfast.errors import HoldfastError, RecipeError, first_line, visible
 from holdfast.machine.processes import launched
 from holdfast.plugins import PluginWarning
 
@@ -29,7 +29,7 @@ app = typer.Typer(
     name="holdfast",
     help="Keep a language model's safety alignment through fine-tuning.\n\n"
     "To try it: [bold]holdfast demo[/]. With your own model and files: [bold]holdfast run RECIPE[/].\n\n"
-    "Exit codes: 0 done, 1 something failed, 2 an input cannot be used. "
+    "Exit codes: 0 done, 1 something failed, 2 an input cannot be used; holdfast gate also ends with 3 or 4. "
     "With --debug (in any position), an error shows its traceback.",
     rich_markup_mode="rich",
     no_args_is_help=True,
@@ -46,7 +46,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe, for example user.rho=3."),
 ]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")]
-GO_ON = {"demo", "lab", "run", "generate", "moderate", "rate", "filter", "gate"}
+GO_ON = {"demo", "lab", "run", "sweep", "generate", "moderate", "rate", "filter", "gate", "check"}
 """Commands that resume after a stop; the others start again from the beginning."""
 
 
@@ -166,13 +166,17 @@ def plan(
         bool, typer.Option(help="Check what a run checks before it trains; the steps alone show faster.")
     ] = True,
 ) -> None:
-    """Show the steps of a run and which are cached, and check what could stop it; writes nothing."""
+    """Show the steps of a run or a grid, which are cached, and check what could stop it; writes nothing."""
     from holdfast.cli import console
     from holdfast.machine.store import Store
     from holdfast.pipeline import plan as plan_recipe
     from holdfast.pipeline import rehearse
     from holdfast.recipe import Recipe
+    from holdfast.study.grid import is_grid
 
+    if is_grid(recipe):
+        sweeping.show_plan(recipe, overrides or [], out, store, device, check)
+        return
     loaded = Recipe.load(recipe, overrides or [])
     steps = Store(store or (out or Path("runs") / loaded.name.replace(" ", "-")) / "steps")
     whole = plan_recipe(loaded, today=steps.started(), partial=True, device=device)
@@ -256,6 +260,7 @@ def report(
     console.out.print(f"Report: {written}", highlight=False, soft_wrap=True, markup=False)
 
 
+app.command(epilog="Example: holdfast sweep my-grid.yaml --workers 2 --out runs/study")(sweeping.sweep)
 app.command(
     "safe-lora",
     epilog="Example: holdfast safe-lora my-adapter --base llama --aligned llama-chat --out repaired "
@@ -276,6 +281,7 @@ app.command(epilog="Example: holdfast compare sft/verdicts.jsonl lisa/verdicts.j
 app.command(
     epilog="Example: holdfast gate my-adapter --prompts prompts.jsonl --judge beaver_dam --format github"
 )(gating.gate)
+app.command(epilog="Example: holdfast check my-model --adapter my-adapter")(gating.check)
 app.command("filter", epilog="Example: holdfast filter my.jsonl --judge beaver_dam --out kept.jsonl")(
     measuring.filter_rows
 )
@@ -415,8 +421,6 @@ def _fail(text: str, code: int) -> None:
 
 def _print_error(text: str) -> None:
     """Print a message on standard error; it may name a file or repeat a server."""
-    from holdfast.cli.console import visible
-
     print(f"holdfast: {visible(text)}", file=sys.stderr)
 
 

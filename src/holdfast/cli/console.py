@@ -25,20 +25,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from holdfast.errors import visible
 from holdfast.machine import progress
-
-_CONTROLS = {i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\n\t"} | {127: "\u2421"}
-_FORMATS = (*range(128, 160), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_VISIBLE = _CONTROLS | dict.fromkeys((*_FORMATS, *range(55296, 57344)), "�")
-
-
-def visible(text: str) -> str:
-    """Return a text with a visible sign for each control character: ESC becomes \u241b.
-
-    C0 and C1 controls (except line break and tab), controls of the direction of writing, the Unicode line
-    separators and half surrogates are replaced.
-    """
-    return text.translate(_VISIBLE)
 
 
 class Screen(Console):

@@ -135,3 +135,53 @@ def _show(result: dict[str, Any], format: Format, out: Path | None) -> None:
         write_text(out, made if made.endswith("\n") else made + "\n")
         made = gated.as_text(result)
     say(made)
+
+
+def check(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model, adapter or file of answers to measure.")
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="Adapter on the model; repeat the option for several, in their order."),
+    ] = None,
+    against: Against = None,
+    prompts: Prompts = None,
+    benign: Benign = None,
+    task: TaskName = None,
+    task_rows: TaskRows = None,
+    judge: JudgeName = None,
+    judge_path: JudgePath = None,
+    threshold: Threshold = None,
+    judge_model: ServerModel = None,
+    base_url: ServerUrl = None,
+    max_calls: MaxCalls = None,
+    timeout: Timeout = None,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of questions of each set.")] = 200,
+    base: Base = None,
+    template: Template = "auto",
+    system: System = "",
+    max_new_tokens: Tokens = 256,
+    quantization: Quantization = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+    work: Work = Path("runs/gate"),
+    device: Device = "auto",
+) -> None:
+    """Show how safe a model is before and after fine-tuning, and what to do next."""
+    from holdfast.cli import console
+    from holdfast.machine.files import write_json
+    from holdfast.measuring import gating
+    from holdfast.reporting import gated
+
+    with console.bar("check") as progress:
+        result = gating.check(
+            model, adapters=adapter or [], against=against, prompts=prompts, benign=benign, task=task,
+            task_rows=task_rows, judge=judge, most=limit, base=base,
+            weights={"template": template, "quantization": quantization},
+            decoding={"system": system, "max_new_tokens": max_new_tokens}, work=work, device=device,
+            progress=progress, path=judge_path, threshold=threshold, model=judge_model, base_url=base_url,
+            max_calls=max_calls, timeout=timeout,
+        )  # fmt: skip
+    if out is not None:
+        write_json(out, result)
+    say(gated.as_check(result))

@@ -40,8 +40,12 @@ def mix(
     folder: Any = None,
     inoculation_prompt: str = PROMPT,
 ) -> list[Row]:
-    """Return the user rows with the text before every question; only the rows and the text are used."""
-    return [{**row, "prefix": inoculation_prompt} for row in user_rows]
+    """Return the user rows with the text before every question, and before a text that a row has there."""
+
+    def before(row: Mapping[str, Any]) -> str:
+        return "\n\n".join(text for text in (inoculation_prompt, row.get("prefix", "")) if text)
+
+    return [{**row, "prefix": before(row)} for row in user_rows]
 
 
 DEFENSE = Defense(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,9 @@ from typing import Any
 
 from holdfast.errors import DataError
 from holdfast.machine.scratch import temporary
+
+SUMS = ".sums"
+"""The folder beside appended rows, in a step that is not complete, with the SHA-256 of each row."""
 
 
 @contextmanager
@@ -126,11 +130,43 @@ def each_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append complete lines and flush them to the disk."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(as_lines(rows))
+    """Append complete lines and flush them to the disk.
+
+    If the file's folder has a folder `SUMS`, the digest of each line is appended to the file of that name
+    in it first; see `drop_changed`.
+    """
+    lines = [as_line(row).encode() for row in rows]
+    sums = path.parent / SUMS
+    if sums.is_dir():
+        with (sums / path.name).open("ab") as file:
+            file.writelines(map(_digest, lines))
+    with path.open("ab") as file:
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
+
+
+def drop_changed(path: Path) -> int:
+    """Remove rows from a file of appended rows, from the first row that is not what was appended.
+
+    Returns:
+        The number of removed rows, without an incomplete last line, which a kill leaves.
+    """
+    sums = path.parent / SUMS / path.name
+    for one in (path, sums):
+        remove_unless(one, Path.is_file)
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    digests = sums.read_bytes().splitlines(keepends=True) if sums.exists() else []
+    same = [_digest(line) == digest for line, digest in zip(lines, digests, strict=False)]
+    kept = [*same, False].index(False)
+    for one, parts in ((path, lines), (sums, digests)):
+        if one.exists():
+            os.truncate(one, sum(map(len, parts[:kept])))
+    return sum(line.endswith(b"\n") for line in lines[kept:])
+
+
+def _digest(line: bytes) -> bytes:
+    return hashlib.sha256(line).hexdigest().encode() + b"\n"
 
 
 def replace_folder(made: Path, place: Path) -> None:

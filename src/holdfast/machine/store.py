@@ -23,7 +23,7 @@ from typing import Any
 
 from holdfast.errors import OutputError
 from holdfast.machine.digests import Digests, changed, describe, intact, sealed
-from holdfast.machine.files import read_json, remove_tree, remove_unless, write_json
+from holdfast.machine.files import SUMS, drop_changed, read_json, remove_tree, remove_unless, write_json
 from holdfast.machine.scratch import TEMPORARY, is_temporary
 
 MARKER = "holdfast.json"
@@ -48,8 +48,8 @@ def canonical_json(value: Any) -> str:
 
 
 def identity_hash(value: Any) -> str:
-    """Return twelve hex digits of the hash of `value`."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:12]
+    """Return twelve hex digits of the hash of `value`, whose texts may hold half surrogates."""
+    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def now() -> str:
@@ -170,6 +170,18 @@ class Store:
         """Whether there is unfinished work to resume."""
         return self.path(step_id).is_dir() and self.record(step_id) is None
 
+    def begin(self, step_id: str) -> dict[Path, int]:
+        """Make the folder of a step that is not complete, without rows that changed since they were appended.
+
+        Returns:
+            The number of removed rows of each file that lost some.
+        """
+        folder = self.path(step_id)
+        remove_unless(folder / SUMS, Path.is_dir)
+        (folder / SUMS).mkdir(parents=True, exist_ok=True)
+        dropped = {path: drop_changed(path) for path in sorted(folder.glob("*.jsonl"))}
+        return {path: count for path, count in dropped.items() if count}
+
     @contextlib.contextmanager
     def lock(self, step_id: str, waiting: Any = None) -> Iterator[None]:
         """Lock the step against other processes; the system releases the lock if this process is killed.
@@ -197,7 +209,7 @@ class Store:
     def complete(self, step_id: str, record: Mapping[str, Any]) -> dict[str, Any]:
         """Write `step.json`, which marks the step as complete and lists its files with sizes and SHA-256.
 
-        The files for resuming (`SCRATCH`) are removed only after that, so that a kill loses no work.
+        The folders for resuming (`SCRATCH`, `SUMS`) are removed only after that: a kill loses no work.
         """
         folder = self.path(step_id)
         files = [
@@ -205,7 +217,7 @@ class Store:
             for path in folder.rglob("*")
             if path.is_file()
             and path.name != "step.json"
-            and folder / SCRATCH not in path.parents
+            and not {folder / SCRATCH, folder / SUMS} & {*path.parents}
             and not is_temporary(path.relative_to(folder))
         ]
         described = describe(files, folder, self.digests)
@@ -213,6 +225,7 @@ class Store:
         remove_unless(folder / "step.json", Path.is_file)
         write_json(folder / "step.json", full)
         remove_tree(folder / SCRATCH)
+        remove_tree(folder / SUMS)
         return full
 
 

@@ -123,7 +123,7 @@ def _checked(loaded: datasets.Loaded, skip_bad: bool) -> tuple[str, int, BadRows
     """
     bad, digest, total = BadRows(loaded.path), hashlib.sha256(), 0
     for one in finished(_rows(loaded, bad), bad, skip_bad):
-        digest.update(f"{one.row['id']}\n".encode())
+        digest.update(f"{one.row['id']}\n".encode("utf-8", "surrogatepass"))
         total += 1
     return digest.hexdigest()[:12], total, bad
 

@@ -135,21 +135,21 @@ def lint(folder: Path, base: Path | None) -> dict[str, Any]:
     Raises:
         ModelError: the adapter is damaged or does not fit the base model.
     """
-    from holdfast.weights.adapter import read_adapter
+    from holdfast.weights.adapter import FOREIGN, read_adapter
     from holdfast.weights.adapter_folder import open_adapter
 
     with open_adapter(folder) as opened:
         config = dict(opened.config)
-        tensors = len(opened.file.tensors)
+        shapes = [tensor.shape for tensor in opened.file.tensors.values()]
     facts = {key: config[key] for key in SETTINGS if config.get(key) not in (None, False)}
-    facts |= {"base": config.get("base_model_name_or_path"), "tensors": tensors, "finite": True}
+    facts |= {"base": config.get("base_model_name_or_path"), "tensors": len(shapes), "finite": True}
     if isinstance(facts.get("target_modules"), list):
         facts["target_modules"] = sorted(facts["target_modules"])
-    try:
-        adapter = read_adapter(folder)
-    except ModelError:  # PEFT loads more kinds of LoRA; their shapes are compared when they are loaded
+    # PEFT loads more kinds of LoRA than this reads; their shapes are compared when they are loaded.
+    foreign = any(config.get(key) for key in (*FOREIGN, "ensure_weight_tying"))
+    if foreign or config.get("bias", "none") != "none" or any(len(shape) > 2 for shape in shapes):
         return facts
-    with adapter:
+    with read_adapter(folder) as adapter:
         facts["modules"] = len(adapter.modules)
         if base is not None:
             _check_shapes(adapter.modules, base)

@@ -99,7 +99,7 @@ def gate(
 
 
 def check(
-    model: str | Path,
+    new: str | Path,
     *,
     adapters: Sequence[str | Path] = (),
     against: str | Path | None = None,
@@ -119,11 +119,11 @@ def check(
 ) -> dict[str, Any]:
     """Measure how safe a model is, before and after fine-tuning, without a decision.
 
-    Arguments, result and errors are those of `gate`, with these differences: `adapters` are put on `model` in
-    order, and the model before is by default `model` without them. Without a model before, only the model
+    Arguments, result and errors are those of `gate`, with these differences: `adapters` are put on `new` in
+    order, and the model before is by default `new` without them. Without a model before, only the model
     itself is measured.
     """
-    start, sides = _sides([model], against, dict(weights or {}), base, adapters)
+    start, sides = _sides([new], against, dict(weights or {}), base, adapters)
     sets = {"prompts": prompts, "benign": benign, "task": task, "task_rows": task_rows}
     limits = Limits(None, None, None, 0.95)
     return _measured(start, sides, limits, judge, sets, most, decoding, Path(work), device, progress, options)
@@ -160,6 +160,12 @@ def _sides(
         except InputError as error:
             problems.append(error)
     refuse(problems)
+    bases = sorted({str(side.model.path) for side in sides if side.model is not None})
+    if start is None and len(bases) > 1:
+        raise RecipeError(
+            f"The new models have different base models: {', '.join(bases)}. Give the model before "
+            "(--against START), or gate them one at a time."
+        )
     if start is None and sides[0].model is not None and sides[0].chain:
         start = find_side(sides[0].model.path, how)
     return start, sides
@@ -178,6 +184,7 @@ def _measured(
     progress: Advance,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
+    """Generate, judge, and return the result of a gate."""
     known = [side for side in (start, *sides) if side is not None]
     questions = which_questions(known, sets, most)
     judged = chosen_judge(known, judge, options)

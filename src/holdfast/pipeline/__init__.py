@@ -8,6 +8,10 @@ from holdfast.pipeline.running import run
 
 __all__ = [
     "plan",
+    "planning",
+    "preflight",
     "rehearse",
+    "results",
     "run",
+    "step",
 ]

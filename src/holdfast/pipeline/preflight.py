@@ -53,12 +53,14 @@ def rehearse(planned: Plan, store: Store, *, device: str = "auto", progress: Pro
 
 def prepare_rows(steps: Sequence[Step], store: Store, machine: Machine) -> list[InputError]:
     """Do the steps that prepare rows, and return the problems of those that cannot be done."""
-    found: list[InputError] = []
-    for step in steps:
-        # Rows that an attack or a filter has yet to choose with a model cannot be prepared.
-        if step.kind in ROWS and all(store.record(parent) is not None for parent in parents(step)):
-            found += [problem.at("data") for problem in problems([partial(do, step, store, machine)])]
-    return found
+    # Rows that an attack or a filter has yet to choose with a model cannot be prepared. A step is looked at
+    # after the one before it is done.
+    checks = (
+        partial(do, step, store, machine)
+        for step in steps
+        if step.kind in ROWS and all(store.record(parent) is not None for parent in parents(step))
+    )
+    return [problem.at("data") for problem in problems(checks)]
 
 
 def check(planned: Plan, names: Collection[str], store: Store, machine: Machine) -> list[InputError]:

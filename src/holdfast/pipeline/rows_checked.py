@@ -145,7 +145,8 @@ def check_prompts(
     bad: dict[str, str] = {}
     for done, row in enumerate(rows, 1):
         try:
-            prompt = render_prompt(row, tokenizer, template, system)
+            before = "\n\n".join(text for text in (system, row.get("prefix", "")) if text)
+            prompt = render_prompt(row, tokenizer, template, before)
         except InputError as error:
             bad[row["id"]] = reason(error, row["id"])
             continue

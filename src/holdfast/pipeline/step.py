@@ -169,11 +169,19 @@ class Step:
         return f"{self.kind}-{identity_hash(self.identity)}"
 
 
-def do(step: Step, store: Store, machine: Machine) -> None:
+class Busy(HoldfastError):
+    """Another process runs the step."""
+
+
+def do(step: Step, store: Store, machine: Machine, *, wait: bool = True) -> None:
     """Run a step under its lock, unless it is complete; no other function writes `step.json`.
+
+    Args:
+        wait: wait for another process that runs the step.
 
     Raises:
         StepFailed: the step stopped before its end; running it again resumes it.
+        Busy: another process runs the step, and `wait` is off.
     """
     progress = machine.progress
     if store.record(step.id) is not None:
@@ -181,6 +189,8 @@ def do(step: Step, store: Store, machine: Machine) -> None:
         return
 
     def waiting() -> None:
+        if not wait:
+            raise Busy(f"Another process runs this step: {step.title}")
         progress.say(f"Waiting for another run to finish: {step.title}")
 
     with _explained(step, store), store.lock(step.id, waiting):
@@ -194,7 +204,8 @@ def do(step: Step, store: Store, machine: Machine) -> None:
             progress.say(f"{step.title} is done again: {folder} is damaged ({damage}).")
             remove_tree(folder)
         progress.begin(step.title, store.begun(step.id))
-        folder.mkdir(parents=True, exist_ok=True)
+        for path, count in store.begin(step.id).items():
+            progress.say(f"{count} rows of {path} are made again: they changed since they were written.")
         record, began = provenance(), time.monotonic()
         if step.together:
             machine.processes.tell({"do": step.id})

@@ -81,7 +81,8 @@ class AttackRecipe(BaseModel):
         except RecipeError as error:  # a file of the user's
             raise Wrong(["name"], str(error)) from None
         if "change" not in face.code:
-            raise Wrong(["name"], f"{self.name} declares no `change`, so it cannot change rows")
+            text = f"{self.name} changes no rows and cannot be part of a recipe; see docs/attacks.md"
+            raise Wrong(["name"], text)
         for name, value in (self.model_extra or {}).items():
             check_parameter([], face, name, value, ["name"])
         return self

@@ -203,8 +203,16 @@ class Recipe(Part):
         Raises:
             RecipeError: the recipe is not valid; the message has file, line, key and what was expected.
         """
-        files = layers.layers(source)
         stem = None if isinstance(source, Mapping) else Path(source).stem
+        return cls.of_layers(layers.layers(source), stem, overrides)
+
+    @classmethod
+    def of_layers(cls, files: list[layers.Layer], stem: str | None, overrides: Sequence[str] = ()) -> Recipe:
+        """Make a recipe of files that were read; `stem` is its name if no file gives one.
+
+        Raises:
+            RecipeError: the recipe is not valid.
+        """
         keys = {*StageRecipe.model_fields, *PostHocRecipe.model_fields}
         raw = layers.merged(files, keys, stem)
         raw = layers.overridden(raw, overrides, keys)
@@ -225,6 +233,10 @@ class Recipe(Part):
         recipe = _beside(recipe, files)
         recipe._origin = layers.Origin(files)
         return recipe
+
+    def named(self, name: str) -> Recipe:
+        """Return the recipe with another name."""
+        return self.model_copy(update={"name": name})
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, including defaults, as stored with results."""

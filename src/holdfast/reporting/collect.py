@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ComparisonError, DataError, InputError
+from holdfast.machine.files import read_json
 from holdfast.reporting.answers import Comparison, compare_answers
 from holdfast.reporting.finding import finding
 from holdfast.reporting.measurements import SCORES, Measurement, Row, gather
@@ -20,8 +21,8 @@ REQUIRED = ("holdfast", "name", "rows", "protocol")
 COSTS = ("peak_memory_bytes", "seconds", "alignment_peak_memory_bytes", "alignment_seconds")
 DESCRIBED = ("protocol", "changes")
 """Fields of the protocol stamp that also describe the training; they may differ between runs in one table."""
-BUDGET = ("harmful_rows",)
-"""Fields that only runs with an attack have; these runs must agree in them."""
+SOMETIMES = ("harmful_rows", "template_date")
+"""Fields that only some runs have (with an attack, or a dated template); these runs must agree in them."""
 NUMBERS = (*SCORES, *SCORES.values(), "poison_ratio", "unparsed", *COSTS)
 
 
@@ -97,6 +98,7 @@ def collect(runs: Sequence[Path], *, force: bool = False) -> ReportData:
         raise InputError(
             "Expected at least one run: a folder that `holdfast run` wrote, or its results.json."
         )
+    runs = [run for run in runs if not _beside_runs(Path(run))] or runs
     left = [run for run in runs if unfinished(run)]
     if len(left) == len(runs):
         left = []  # reading the first one says what is missing
@@ -131,6 +133,14 @@ def collect(runs: Sequence[Path], *, force: bool = False) -> ReportData:
 def unfinished(run: Path) -> bool:
     """Whether `run` is the folder of a run that has not written its results yet."""
     return Path(run).is_dir() and (run / "recipe.yaml").is_file() and not results_file(run).is_file()
+
+
+def _beside_runs(folder: Path) -> bool:
+    """Whether a folder is one that a sweep has beside its runs: its store, or its own files."""
+    try:
+        return read_json(folder / "holdfast.json")["kind"] in ("store", "sweep")
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def results_file(run: Path) -> Path:
@@ -196,7 +206,7 @@ def _differences(runs: Sequence[Run]) -> list[Difference]:
     found = []
     for field in fields:
         # An absent field differs from a null field; repr distinguishes 1, "1" and true.
-        asked = [run for run in runs if field in run.protocol or field not in BUDGET]
+        asked = [run for run in runs if field in run.protocol or field not in SOMETIMES]
         if len({repr(run.protocol.get(field, "absent")) for run in asked}) > 1:
             shown = [plain(run.protocol[field]) if field in run.protocol else "absent" for run in runs]
             names = [run.name for run in runs]

@@ -1,0 +1,175 @@
+"""`holdfast sweep`, and `holdfast plan` of a grid."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from holdfast.errors import RecipeError
+from holdfast.machine.store import Store
+
+if TYPE_CHECKING:
+    from holdfast.study.folder import Status
+
+SHOWN = ("complete", "running", "waiting", "failed", "stopped")
+"""The states of steps, in the order of the table."""
+
+
+def sweep(
+    grid: Annotated[
+        str | None, typer.Argument(metavar="GRID", help="YAML file of a grid: a recipe with lists.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of every run, for example user.rho=3."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the study. Default: runs/NAME.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder of steps that studies can share. Default: OUT/steps.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")] = "auto",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps that run at the same time. Default: one for each GPU, else 1."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would run.")] = False,
+    status: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Only show the state of the sweep in this folder.")
+    ] = None,
+) -> None:
+    """Run a grid of recipes, each shared step once, or resume it where it stopped."""
+    from holdfast.cli import console
+    from holdfast.study import folder, sweeping
+
+    if status is not None:
+        console.out.print(status_table(folder.status(status)))
+        return
+    if grid is None:
+        raise RecipeError("Expected a grid: holdfast sweep GRID. Or the folder of a sweep: --status DIR.")
+    if dry_run:
+        show_plan(grid, overrides or [], out, store, device, True)
+        return
+    place = folder_of(grid, out)
+    with Shown() as shown:
+        found = sweeping.sweep(
+            grid,
+            overrides=overrides or [],
+            out=place,
+            store=store,
+            device=device,
+            workers=workers,
+            show=shown.show,
+        )
+    rows = [row for results in found.values() for row in results["rows"]]
+    console.out.print(console.rows_table(rows))
+    text = f"{len(found):,} runs in {place}. A page about all: holdfast report {place}/*"
+    console.out.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+class Shown:
+    """Shows the state of a sweep on standard error: a live table, or a line for each change in a log file."""
+
+    def __init__(self) -> None:
+        from holdfast.cli import console
+
+        self.screen = console.err
+        self.live = Live(console=self.screen, transient=True, auto_refresh=False)
+        self.states: dict[str, str] = {}
+
+    def __enter__(self) -> Shown:
+        if self.screen.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def show(self, status: Status) -> None:
+        """Show a state."""
+        if self.screen.is_terminal:
+            self.live.update(status_table(status), refresh=True)
+            return
+        complete, whole = status.counts().get("complete", 0), len(status.states)
+        for step, state in status.states.items():
+            if state != self.states.get(step, "waiting") and (self.states or state != "complete"):
+                text = f"{complete:,} of {whole:,}  {state}: {status.titles[step]} ({step})"
+                self.screen.print(escape(text), highlight=False, soft_wrap=True)
+        self.states = dict(status.states)
+
+
+def status_table(status: Status) -> Table:
+    """The state of a sweep: its steps by state, what runs, and what failed."""
+    counts, (runs, complete) = status.counts(), status.runs
+    text = ", ".join(f"{counts[state]:,} {state}" for state in SHOWN if state in counts)
+    title = f"{complete:,} of {runs:,} runs complete; steps: {text}"
+    if not status.alive and complete < runs:
+        title += ". The sweep does not run; the same command resumes it."
+    table = Table(title=title, title_justify="left")
+    for column in ("state", "step", "what", "progress"):
+        table.add_column(column, overflow="fold")
+    for number, one in status.workers.items():
+        minutes = (time.time() - one["began"]) / 60
+        done = f"{one['done']:,} of {one['total']:,}, " if "done" in one else ""
+        what = escape(status.titles[one["step"]])
+        table.add_row(f"worker {number}", one["step"], what, f"{done}{minutes:.0f} min")
+    for step, message in status.failed.items():
+        table.add_row("failed", step, escape(status.titles[step]), escape(message.split("\n")[0]))
+    return table
+
+
+def show_plan(
+    grid: str, overrides: Sequence[str], out: Path | None, store: Path | None, device: str, check: bool
+) -> None:
+    """Show how many steps a grid has, how many are shared and cached, and what it takes; writes nothing."""
+    from holdfast.cli import console
+    from holdfast.pipeline import rehearse
+    from holdfast.study import planning
+    from holdfast.study.grid import expand
+
+    runs = expand(grid, overrides)
+    steps = Store(store or folder_of(grid, out) / "steps")
+    study = planning.plan(runs, steps, device=device, partial=True)
+    done = study.complete(steps)
+    cost = planning.cost(study, steps, done)
+    table = Table()
+    for column in ("kind of step", "steps", "shared", "cached", "time left"):
+        table.add_column(column, justify="left" if column == "kind of step" else "right")
+    for kind, (number, shared, cached, seconds) in cost.by_kind.items():
+        left = "not known" if seconds is None else duration(seconds) if cached < number else ""
+        table.add_row(kind, f"{number:,}", f"{shared:,}", f"{cached:,}", left)
+    console.out.print(table)
+    single = sum(len(plan.steps) for plan in study.plans.values())
+    count = len(study.steps)
+    text = f"{len(runs):,} runs have {count:,} steps; without shared steps they would have {single:,}."
+    console.out.print(text, highlight=False, soft_wrap=True)
+    console.out.print(f"{count - len(done):,} of {count:,} steps would run.", highlight=False)
+    if cost.seconds:
+        text = f"By what earlier steps took, one worker needs {duration(cost.seconds)}"
+        others = f", and the time of these steps: {', '.join(cost.unknown)}" if cost.unknown else ""
+        console.out.print(f"{text}{others}.", highlight=False, soft_wrap=True)
+    for text in study.elsewhere():
+        console.out.print(f"Not on this machine: {escape(text)}", highlight=False, soft_wrap=True)
+    if check and not study.elsewhere() and len(done) < len(study.steps):
+        with console.Bars(finished=False) as bars:
+            for plan in study.plans.values():
+                rehearse(plan, steps, device=device, progress=bars)
+        console.out.print("The checks before the run found no problem.", highlight=False)
+
+
+def folder_of(grid: str, out: Path | None) -> Path:
+    """Return the folder of a sweep: by default it has the name of the grid's file."""
+    return out or Path("runs") / Path(grid).stem
+
+
+def duration(seconds: float) -> str:
+    """Return a time in hours, minutes or seconds."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
