@@ -196,7 +196,7 @@ def subjects(place: Path) -> dict[str, tuple[Make, Callable[[Any], Any]]]:
     reply = b"[[7]] Rating: [[3]] #thescore: 4 unsafe\nS1,S3 Harmful request: yes <answer>no</answer> m M"
     return {
         "recipe text": (texts(asked), lambda t: Recipe.load(written("recipe.yaml", t))),
-        "recipe values": (values(recipe), lambda v: Recipe.load(v)),
+        "recipe values": (values(recipe), lambda v: Recipe.load(v if isinstance(v, dict) else {"user": v})),
         "rows in JSONL": (texts(user), rows("rows.jsonl")),
         "values of rows": (
             lambda draw: lines([changed(draw, one) for _ in range(draw.randint(0, 3))]), rows("rows.jsonl")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 
 import pytest
 
-from holdfast.errors import DataError
+import tiny
+from holdfast.errors import DataError, HoldfastError
+from holdfast.recipe import Recipe
 from places import BENCHMARKS
 
 sys.path.insert(0, str(BENCHMARKS))
@@ -88,3 +91,10 @@ def test_a_page_of_several_runs_has_all_of_them(place):
     assert three["bytes"] > one["bytes"]
     text = (place / "of-3.html").read_text()
     assert all(f"copy {i}" in text for i in range(3))
+
+
+def test_a_recipe_may_name_what_no_file_system_accepts(tmp_path):
+    recipe = tiny.recipe(tmp_path)
+    recipe["model"] = {"path": "m" * 5000}
+    with contextlib.suppress(HoldfastError):
+        Recipe.load(recipe)

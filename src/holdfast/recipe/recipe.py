@@ -8,6 +8,7 @@ the fields of `TrainingArguments` are checked by name through the registry.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -285,13 +286,13 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
     """Resolve relative paths: from the working folder first, then from the folder of their recipe file."""
 
     def found(value: str | None, *place: str) -> str | None:
-        if value is None or value in registry.faces("tasks") or Path(value).exists():
+        if value is None or value in registry.faces("tasks") or os.path.exists(value):
             return value
         name, colon, path = value.partition(":")
         named = bool(colon) and name in registry.faces("tasks")  # a file in the format of a known data set
         local = path if named else value
         beside = layers.origin(files, place).folder / local
-        if not local or Path(local).exists() or not beside.exists():
+        if not local or os.path.exists(local) or not os.path.exists(beside):
             return value
         return f"{name}:{beside.resolve()}" if named else str(beside.resolve())
 
