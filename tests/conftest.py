@@ -18,6 +18,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 
+# rich takes COLUMNS at the first import and keeps it; a test that sets COLUMNS must not be that first import.
+os.environ.pop("COLUMNS", None)
+import holdfast.cli.console  # noqa: F401
+
 
 def pytest_configure(config):
     """Hide the GPUs, before torch is imported: a process that has used one cannot be forked.

@@ -14,6 +14,7 @@ def test_every_alignment_is_measured_before_and_after_the_attack(tmp_path, monke
     whole = benchmark.runs()
     assert {"SFT", "Vaccine", "T-Vaccine", "RepNoise", "TAR", "Booster"} < set(whole)
     chosen = {name: whole[name] for name in ("SFT", "T-Vaccine", "T-Vaccine + Lisa + Safe LoRA")}
+    chosen["T-Vaccine + Lisa + Safe LoRA"] += ["user.alignment_steps=1"]  # of two steps, one on user rows
     few = ("alignment.training.max_steps=2", "user.training.max_steps=2", "evaluation.prompts=4",
            "evaluation.task_rows=4", "evaluation.max_new_tokens=4", "data.size=40",
            "data.alignment.size=40")  # fmt: skip

@@ -195,6 +195,8 @@ def plan(
             "The names of the steps are not known, and the checks before the run were left out.",
             highlight=False,
         )
+    elif check and launched().count > 1:
+        console.out.print("The checks before the run need one process: plan without the launcher.")
     elif check and len(cached) < len(planned):
         with console.Bars(finished=False) as bars:
             rehearse(whole, steps, device=device, progress=bars)
