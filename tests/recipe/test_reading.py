@@ -78,6 +78,11 @@ def test_a_wrong_value_on_the_command_line_is_one_sentence(value, message):
     assert len(str(found.value)) < 300
 
 
+def test_a_text_that_no_file_can_hold_is_refused():
+    with pytest.raises(RecipeError, match="alignment: expected a text, found half of a surrogate pair"):
+        Recipe.load({"name": "a", "model": "world", "alignment": "x\udfff"})
+
+
 def test_a_number_that_is_not_finite_is_refused_from_python_too():
     given = {"model": "world", "data": {"task": "world", "alignment": "world"}}
     with pytest.raises(RecipeError, match=r"user\.rho: expected a finite number, found nan"):

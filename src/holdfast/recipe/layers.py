@@ -199,7 +199,10 @@ def own_files(raw: Mapping[str, Any], files: Sequence[Layer]) -> dict[str, Any]:
 
 
 def finite(value: Any, place: tuple[str, ...], files: Sequence[Layer]) -> None:
-    """Raise RecipeError if a recipe has a number that is not finite; the message names its key."""
+    """Raise RecipeError if a recipe has a number that is not finite, or a text that no file can hold.
+
+    The message names its key. A text with half a surrogate pair has no UTF-8 form.
+    """
     if isinstance(value, Mapping):
         for key, part in value.items():
             finite(part, (*place, str(key)), files)
@@ -207,9 +210,15 @@ def finite(value: Any, place: tuple[str, ...], files: Sequence[Layer]) -> None:
         for index, part in enumerate(value):
             finite(part, (*place, str(index)), files)
     elif isinstance(value, float) and not math.isfinite(value):
-        where = Origin(files).line(place)
-        text = f"{'.'.join(place)}: expected a finite number, found {value}"
-        raise RecipeError(f"{where}: {text}." if where else f"{text}.")
+        _refuse(place, files, f"expected a finite number, found {value}")
+    elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        _refuse(place, files, "expected a text, found half of a surrogate pair in it")
+
+
+def _refuse(place: tuple[str, ...], files: Sequence[Layer], found: str) -> None:
+    """Raise RecipeError with the file, line and key of a value."""
+    where, text = Origin(files).line(place), f"{'.'.join(place)}: {found}"
+    raise RecipeError(f"{where}: {text}." if where else f"{text}.")
 
 
 class Origin:
