@@ -49,6 +49,7 @@ class Defense:
             `tuned.out` and returns facts for `step.json`. See `Tuned`.
         check: for post-hoc methods, `check(planned, **parameters)` raises before training starts if the
             repair is not possible. See `Planned`.
+        folders: parameters that name a folder of weights; a recipe's step is identified by its content.
         repairs: what the user stage may train for a post-hoc method: "new", "continue", "full".
         one_of: parameters of which a recipe must give exactly one.
         controls: parameters that turn the method into a control; such results are never shown under the
@@ -80,6 +81,7 @@ class Defense:
     serving: str = ""
     apply: Callable[..., Any] | None = None
     check: Callable[..., None] | None = None
+    folders: tuple[str, ...] = ()
     repairs: tuple[Trains, ...] = ("new", "continue", "full")
     one_of: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()

@@ -20,7 +20,7 @@ from holdfast.machine.processes import launched
 from holdfast.machine.store import now
 from holdfast.measuring import judging, protocol
 from holdfast.pipeline import attacking, data, evaluating, mixing, repairing, stages, user_rows
-from holdfast.pipeline.chain import model_input
+from holdfast.pipeline.chain import model_input, with_folders
 from holdfast.pipeline.step import Check, Code, Content, Made, Step, Work
 from holdfast.pipeline.versions import ANSWERED_BY, REPAIRED_BY, TRAINED_BY, packages
 from holdfast.recipe import Recipe
@@ -296,11 +296,12 @@ class _Planner:
         recipe = self.recipe
         assert recipe.user is not None
         assert recipe.post_hoc is not None
+        face = registry.face("defenses", recipe.post_hoc.defense)
         inputs = {
             "model": self.model["model"],
             **repairing.repair_inputs(recipe, self.folder, self.digests, self.download),
             "method": Code("defenses", recipe.post_hoc.defense),
-            "settings": repair.settings,
+            "settings": with_folders(repair.settings, face, self.digests),
             "tuned": Made(weights[-1]),
             "aligned": Made(trained[0]) if recipe.alignment is not None else None,
             "rows": {name: Made(step) for name, step in repairing.rows(recipe, rows).items()},

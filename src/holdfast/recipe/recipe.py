@@ -296,6 +296,18 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
             return value
         return f"{name}:{beside.resolve()}" if named else str(beside.resolve())
 
+    def folders(stage: str) -> dict[str, Any]:
+        """The folders of weights that a stage's method names."""
+        part: StageRecipe | PostHocRecipe = getattr(recipe, stage)
+        named = registry.face("defenses", part.defense).facts.get("folders", ())
+        given = {name: value for name, value in part.parameters().items() if name in named}
+
+        def each(name: str, value: Any) -> Any:
+            many = isinstance(value, list)
+            return [each(name, one) for one in value] if many else found(value, stage, name)
+
+        return {name: each(name, value) for name, value in given.items()}
+
     data = recipe.data
     alignment = data.alignment
     if alignment is not None:
@@ -312,7 +324,7 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
     }
     path = found(recipe.model.path, "model", "path")
     repair = recipe.post_hoc and recipe.post_hoc.model_copy(
-        update={"base": found(recipe.post_hoc.base, "post_hoc", "base")}
+        update={"base": found(recipe.post_hoc.base, "post_hoc", "base"), **folders("post_hoc")}
     )
 
     def judge_files(judge: Any, *place: str) -> Any:
