@@ -136,6 +136,10 @@ class Recipe(Part):
                 continue
             lora = self.lora(name)
             place = ["model", "lora"] if getattr(self, name).lora is None else [name, "lora"]
+            code = registry.face("defenses", getattr(self, name).defense).code
+            if lora and lora.use_dora and "apply" in code:
+                text = "the method changes updates B A, but DoRA also scales the weights; leave one out"
+                raise Wrong([*place, "use_dora"], text)
             if bits and lora is None:
                 raise Wrong(
                     place, f"{FULL} trains all weights, but {bits} weights cannot be trained; use LoRA"
