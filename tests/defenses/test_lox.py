@@ -163,6 +163,12 @@ def test_what_cannot_be_extrapolated_is_refused(tmp_path):
     zero = save_adapter(tmp_path / "zero", std=0.0, r=2, target_modules=SEVEN)
     with pytest.raises(ModelError, match=r"No linear module of .* differs"):
         lox(zero, tmp_path / "out")
+    broken = save_adapter(tmp_path / "broken", r=2, target_modules=["q_proj"])
+    factors = load_file(broken / "adapter_model.safetensors")
+    next(value for name, value in factors.items() if "1.self_attn.q_proj.lora_A" in name)[0, 0] = np.nan
+    save_file(factors, broken / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q_proj.* not finite"):
+        lox(broken, tmp_path / "out")
     tensors = load_file(aligned / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = np.inf
     save_file(tensors, aligned / "model.safetensors")

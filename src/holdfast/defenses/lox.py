@@ -82,14 +82,15 @@ class Directions:
 
 def of_matrix(d: Matrix, k: int) -> Directions:
     """Return the first k left singular vectors of a matrix."""
+    whole = float(np.vdot(d, d))
+    if not whole:
+        return Directions(d[:, :0], 0.0)
     found = _iterated(d, k) if min(d.shape) > DENSE else None
     if found is None:
         vectors, values, _ = np.linalg.svd(d, full_matrices=False)
         found = _first(vectors, values, k), 0.0
     vectors, error = found
-    whole = float(np.vdot(d, d))
-    energy = float(np.sum(np.square(vectors.T @ d))) / whole if whole else 0.0
-    return Directions(vectors, energy, error)
+    return Directions(vectors, float(np.sum(np.square(vectors.T @ d))) / whole, error)
 
 
 def of_product(b: Matrix, a: Matrix, k: int) -> Directions:
@@ -151,32 +152,24 @@ def lox(
     """
     LoxConfig(k, alpha)
     change = _change_adapter if holds_adapter(Path(aligned)) else _change_model
-    directions = change(Path(aligned), Path(out), base, k, alpha)
-    changed = [one for one in directions if one.energy and alpha]
-    facts = {
-        "modules": len(directions),
-        "changed": len(changed),
-        "energy": sum(one.energy for one in changed) / len(changed) if changed else None,
-        "error": max((one.error for one in changed), default=None),
-    }
-    _write_card(Path(out), facts, k, alpha, holds_adapter(Path(aligned)))
-    return facts
+    return change(Path(aligned), Path(out), base, k, alpha)
 
 
-def _change_adapter(aligned: Path, out: Path, base: Any, k: int, alpha: float) -> list[Directions]:
+def _change_adapter(aligned: Path, out: Path, base: Any, k: int, alpha: float) -> dict[str, Any]:
     """Rewrite B of every module of an adapter."""
     with read_adapter(aligned) as adapter:
 
         def changed(module: Any) -> tuple[Tensor, Matrix, Directions]:
-            b = module.b.read().astype(np.float64)
-            found = of_product(b, module.a.read(), k)
+            b, a = module.b.read().astype(np.float64), module.a.read()
+            _check_finite(module.name, a, b)
+            found = of_product(b, a, k)
             new = b + alpha * (found.vectors @ (found.vectors.T @ b))
             return module.b, from_float32(new.astype(np.float32), module.b.dtype), found
 
-        return _rewrite(aligned, out, [aligned], [adapter.file], adapter.modules, changed, alpha)
+        return _rewrite(aligned, out, [aligned], [adapter.file], adapter.modules, changed, k, alpha)
 
 
-def _change_model(aligned: Path, out: Path, base: Any, k: int, alpha: float) -> list[Directions]:
+def _change_model(aligned: Path, out: Path, base: Any, k: int, alpha: float) -> dict[str, Any]:
     """Rewrite every linear weight of a model."""
     if base is None:
         raise ModelError(f"{aligned} is a model: LoX also needs the model before its alignment, base.")
@@ -184,14 +177,18 @@ def _change_model(aligned: Path, out: Path, base: Any, k: int, alpha: float) -> 
 
         def changed(update: Any) -> tuple[Tensor, Matrix, Directions]:
             d, _, _ = update.load(np.dtype(np.float32))
-            if not np.isfinite(d).all():
-                raise ModelError(f"'{update.name}' holds values that are not finite. Save it again.")
+            _check_finite(update.name, d)
             found = of_matrix(d, k)
             vectors = found.vectors.astype(np.float32)
             return update.target, update.encode(d + np.float32(alpha) * (vectors @ (vectors.T @ d))), found
 
         folders = list(sources.folders.values())
-        return _rewrite(aligned, out, folders, sources.files, sources.updates, changed, alpha)
+        return _rewrite(aligned, out, folders, sources.files, sources.updates, changed, k, alpha)
+
+
+def _check_finite(name: str, *matrices: Matrix) -> None:
+    if not all(np.isfinite(matrix).all() for matrix in matrices):
+        raise ModelError(f"'{name}' holds values that are not finite. Save it again.")
 
 
 def _rewrite(
@@ -201,9 +198,10 @@ def _rewrite(
     files: Iterable[WeightFile],
     modules: Iterable[Any],
     changed: Callable[[Any], tuple[Tensor, Matrix, Directions]],
+    k: int,
     alpha: float,
-) -> list[Directions]:
-    """Copy a folder, and overwrite one tensor for each module unless it stays the same."""
+) -> dict[str, Any]:
+    """Copy a folder, and overwrite one tensor for each module unless it stays the same; returns the facts."""
     directions = []
     with new_folder(out, sources) as copy:
         copy_beside(aligned, copy)
@@ -220,7 +218,19 @@ def _rewrite(
             directions.append(found)
         if not any(found.energy for found in directions):
             raise ModelError(f"No linear module of {aligned} differs from the model before alignment.")
-    return directions
+        facts = _facts(directions, alpha)
+        _write_card(copy, facts, k, alpha, holds_adapter(aligned))
+    return facts
+
+
+def _facts(directions: list[Directions], alpha: float) -> dict[str, Any]:
+    changed = [one for one in directions if one.energy and alpha]
+    return {
+        "modules": len(directions),
+        "changed": len(changed),
+        "energy": sum(one.energy for one in changed) / len(changed) if changed else None,
+        "error": max((one.error for one in changed), default=None),
+    }
 
 
 def _write_card(out: Path, facts: dict[str, Any], k: int, alpha: float, adapter: bool) -> None:
