@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from holdfast import __version__
 from holdfast.reporting import record
+from holdfast.reporting.ability import ability_table
 from holdfast.reporting.agreement import agreement_table
 from holdfast.reporting.charts import plotted, scores_svg
 from holdfast.reporting.collect import ReportData
@@ -50,6 +51,7 @@ def render(data: ReportData) -> str:
         "table": table,
         "judges": judge_table(data),
         "agreement": agreement_table(data.rows),
+        "ability": ability_table(data.rows),
         "costs": cost_tables(data.rows),
         "paired": () if data.differences else differences_table(data.rows),
         "stages_text": stages_text,
