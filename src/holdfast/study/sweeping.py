@@ -55,7 +55,28 @@ def sweep(
         InputError: an input cannot be used; raised before training starts.
         StepFailed: steps failed; those that do not need them are complete. The same call goes on.
     """
-    runs = grid.expand(source, overrides)
+    return run_all(
+        grid.expand(source, overrides),
+        out=out,
+        store=store,
+        device=device,
+        workers=workers,
+        progress=progress,
+        show=show,
+    )
+
+
+def run_all(
+    runs: Sequence[grid.Run],
+    *,
+    out: str | Path,
+    store: str | Path | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    progress: Progress | None = None,
+    show: Callable[[Status], None] = lambda status: None,
+) -> dict[str, dict[str, Any]]:
+    """Run recipes as the runs of one sweep, and return the results by the run's folder; see `sweep`."""
     out = Path(out)
     folder, steps = out / files.NAME, Store(Path(store) if store else out / "steps", read_only=False)
     claim_folder(folder, "sweep")
