@@ -20,7 +20,7 @@ from holdfast.machine.processes import launched
 from holdfast.machine.store import now
 from holdfast.measuring import judging, protocol
 from holdfast.pipeline import ability, attacking, data, evaluating, mixing, repairing, stages, user_rows
-from holdfast.pipeline.chain import model_input
+from holdfast.pipeline.chain import model_input, with_folders
 from holdfast.pipeline.step import Check, Code, Content, Made, Step, Work
 from holdfast.pipeline.versions import ANSWERED_BY, REPAIRED_BY, TRAINED_BY, packages
 from holdfast.recipe import Recipe
@@ -148,7 +148,10 @@ class _Planner:
         if recipe.alignment is not None:
             given = self._rows("alignment", rows)
             trained = (self._train("alignment", recipe.alignment, ALIGNMENT_TRAINING, given, ()),)
-            weights = trained
+            if repairing.hardens(recipe.alignment):
+                trained = (*trained, self._harden(recipe.alignment, trained[0]))
+            weights = trained[-1:]
+        aligned = weights
         name = "base" if recipe.alignment is None else "aligned"
         states.append(self._evaluate(name, f"the {name} model", None, trained, weights, rows["test"]))
         if recipe.user is not None:
@@ -161,7 +164,7 @@ class _Planner:
             state = recipe.name, "the fine-tuned model", recipe.user.defense
             states.append(self._evaluate(*state, trained, weights, rows["test"]))
             for repair in repairing.repairs(recipe):
-                states.append(self._repair(repair, trained, weights, rows))
+                states.append(self._repair(repair, trained, weights, aligned, rows))
             states[1:] = [replace(state, chosen=chosen) for state in states[1:]]
         dtype = self.model["model"]["dtype"].digest
         steps, found = tuple(self.steps.values()), tuple(states)
@@ -201,7 +204,8 @@ class _Planner:
     def _rows(self, stage: str, found: Mapping[str, str]) -> dict[str, Made]:
         """Return the data steps of a stage, by keyword argument of its trainer."""
         roles = {"alignment_dataset": "alignment", "harmful_dataset": "harmful"}
-        further = {name: Made(found[roles[name]]) for name in self.recipe.needs(stage)}
+        needed = [name for name in self.recipe.needs(stage) if name in roles]
+        further = {name: Made(found[roles[name]]) for name in needed}
         return {"train_dataset": Made(found[stage]), **further}
 
     def _chosen(self, rows: str, weights: tuple[str, ...]) -> tuple[dict[str, str | list[str]], str]:
@@ -259,6 +263,8 @@ class _Planner:
     ) -> str:
         """Add a training stage on top of the weights of the steps `below`."""
         recipe = self.recipe
+        if repairing.hardens(part):  # plain SFT, whose weights the method changes afterwards
+            part = part.as_sft()
         parameters = self._parameters(part)
         training = {**defaults, **part.training.given()}
         if stage == "user":
@@ -287,24 +293,44 @@ class _Planner:
         work = stages.train_stage, stages.check_stage
         return self._add(stage, title, detail, inputs, *work, together=True)
 
+    def _harden(self, part: StageRecipe, aligned: str) -> str:
+        """Add the step in which a method changes what plain SFT aligned, before the user stage."""
+        face, recipe = registry.face("defenses", part.defense), self.recipe
+        parameters = self._parameters(part)
+        inputs = {
+            "model": self.model["model"],
+            **repairing.hardening_inputs(recipe, self.folder, self.digests),
+            "method": Code("defenses", part.defense),
+            "settings": with_folders(parameters, face, self.digests),
+            "tuned": Made(aligned),
+            "aligned": None,
+            "rows": {},
+            "packages": packages(REPAIRED_BY),
+        }
+        title = f"aligned weights changed by {face.facts.get('label', part.defense)}"
+        work = repairing.apply, repairing.check
+        return self._add("harden", title, repairing.shown(parameters), inputs, *work)
+
     def _repair(
         self,
         repair: repairing.Repair,
         trained: tuple[str, ...],
         weights: tuple[str, ...],
+        aligned: tuple[str, ...],
         rows: Mapping[str, str],
     ) -> State:
         """Add a repair of the user stage's weights (the last of `weights`), and its evaluation."""
         recipe = self.recipe
         assert recipe.user is not None
         assert recipe.post_hoc is not None
+        face = registry.face("defenses", recipe.post_hoc.defense)
         inputs = {
             "model": self.model["model"],
             **repairing.repair_inputs(recipe, self.folder, self.digests, self.download),
             "method": Code("defenses", recipe.post_hoc.defense),
-            "settings": repair.settings,
+            "settings": with_folders(repair.settings, face, self.digests),
             "tuned": Made(weights[-1]),
-            "aligned": Made(trained[0]) if recipe.alignment is not None else None,
+            "aligned": Made(aligned[0]) if aligned else None,
             "rows": {name: Made(step) for name, step in repairing.rows(recipe, rows).items()},
             "packages": packages(REPAIRED_BY),
         }

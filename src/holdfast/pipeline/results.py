@@ -118,7 +118,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
     """Return one row of the table: a state of the model, its scores and the cost of its last training."""
     scores = read_json(store.path(state.score) / "scores.json")
     stages = {step.split("-")[0]: step for step in state.chain}
-    trainings = [step for step in state.chain if step != stages.get("post_hoc")]
+    trainings = [stages[kind] for kind in ("alignment", "user") if kind in stages]
     trained = records[trainings[-1]] if trainings else {}
     aligned = records[stages["alignment"]] if state.alignment else {}
     known = {state.alignment, state.user, state.post_hoc} - {None}
@@ -164,6 +164,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
         "tokens_per_second": trained.get("training", {}).get("tokens_per_second"),
         "steps": {
             "alignment": stages.get("alignment"),
+            **({"harden": stages["harden"]} if "harden" in stages else {}),
             **state.chosen,
             "user": stages.get("user"),
             "post_hoc": stages.get("post_hoc"),

@@ -20,8 +20,8 @@ from holdfast.reporting.costs import cost_tables
 from holdfast.reporting.curve_charts import curves_svg, shared_limits
 from holdfast.reporting.differences import differences_table
 from holdfast.reporting.layer_charts import layer_table, layers_svg
-from holdfast.reporting.measurements import sweeps
-from holdfast.reporting.table import judge_table, result_table, stages_text
+from holdfast.reporting.measurements import stages_text, sweeps
+from holdfast.reporting.table import judge_table, result_table
 from holdfast.reporting.text import clean, one_line, shorten
 from holdfast.reporting.training import Curves
 
