@@ -40,6 +40,10 @@ def sweep(
         int | None,
         typer.Option(min=1, help="Steps that run at the same time. Default: one for each GPU, else 1."),
     ] = None,
+    launcher: Annotated[
+        str | None,
+        typer.Option(help="Where the steps run: local, slurm or ray. Default: as the grid says, else local."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would run.")] = False,
     status: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Only show the state of the sweep in this folder.")
@@ -55,23 +59,44 @@ def sweep(
     if grid is None:
         raise RecipeError("Expected a grid: holdfast sweep GRID. Or the folder of a sweep: --status DIR.")
     if dry_run:
-        show_plan(grid, overrides or [], out, store, device, True)
+        show_plan(grid, overrides or [], out, store, device, True, launcher)
         return
     place = folder_of(grid, out)
-    with Shown() as shown:
-        found = sweeping.sweep(
-            grid,
-            overrides=overrides or [],
-            out=place,
-            store=store,
-            device=device,
-            workers=workers,
-            show=shown.show,
-        )
+    try:
+        with Shown() as shown:
+            found = sweeping.sweep(
+                grid,
+                overrides=overrides or [],
+                out=place,
+                store=store,
+                device=device,
+                workers=workers,
+                launcher=launcher,
+                show=shown.show,
+            )
+    except KeyboardInterrupt:
+        text = left_text(grid, overrides or [], launcher, place)
+        if text:
+            console.err.print(text, highlight=False, soft_wrap=True, markup=False)
+        raise
     rows = [row for results in found.values() for row in results["rows"]]
     console.out.print(console.rows_table(rows))
     text = f"{len(found):,} runs in {place}. A page about all: holdfast report {place}/*"
     console.out.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def left_text(grid: str, overrides: Sequence[str], launcher: str | None, out: Path) -> str:
+    """Return what runs on after the command ended, and how to watch and stop it; "" if nothing does."""
+    from holdfast.study.grid import launcher as launcher_of
+
+    block = launcher_of(grid, launcher, overrides)
+    watch = f"Watch: holdfast sweep --status {out}"
+    if block.name == "slurm":
+        names = f"squeue --me --noheader --format=%i,%j | grep -- -{out.name}$"
+        return f"The jobs of the sweep stay in the queue of Slurm. {watch}. To cancel them, see: {names}"
+    if block.name == "ray" and block.address is not None:
+        return f"The sweep runs on in the Ray cluster. {watch}"
+    return ""
 
 
 class Shown:
@@ -145,7 +170,8 @@ def status_table(status: Status) -> Table:
     text = ", ".join(f"{counts[state]:,} {state}" for state in SHOWN if state in counts)
     title = f"{complete:,} of {runs:,} runs complete; steps: {text}"
     if not status.alive and complete < runs:
-        title += ". The sweep does not run; the same command resumes it."
+        runs_on = "Its command" if status.workers else "The sweep"
+        title += f". {runs_on} does not run; the same command resumes it."
     table = Table(title=title, title_justify="left")
     for column in ("state", "step", "what", "progress"):
         table.add_column(column, overflow="fold")
@@ -153,24 +179,33 @@ def status_table(status: Status) -> Table:
         minutes = (time.time() - one["began"]) / 60
         done = f"{one['done']:,} of {one['total']:,}, " if "done" in one else ""
         what = escape(status.titles[one["step"]])
-        table.add_row(f"worker {number}", one["step"], what, f"{done}{minutes:.0f} min")
+        table.add_row(number.replace("-", " ", 1), one["step"], what, f"{done}{minutes:.0f} min")
     for step, message in status.failed.items():
         table.add_row("failed", step, escape(status.titles[step]), escape(message.split("\n")[0]))
     return table
 
 
 def show_plan(
-    grid: str, overrides: Sequence[str], out: Path | None, store: Path | None, device: str, check: bool
+    grid: str,
+    overrides: Sequence[str],
+    out: Path | None,
+    store: Path | None,
+    device: str,
+    check: bool,
+    launcher: str | None = None,
 ) -> None:
     """Show how many steps a grid has, how many are shared and cached, and what it takes; writes nothing."""
     from holdfast.cli import console
     from holdfast.pipeline import rehearse
-    from holdfast.study import planning
+    from holdfast.study import planning, resources
     from holdfast.study.grid import expand
+    from holdfast.study.grid import launcher as launcher_of
 
+    block = launcher_of(grid, launcher, overrides)
+    here, device = device, resources.placed(block, device)
     runs = expand(grid, overrides)
     steps = Store(store or folder_of(grid, out) / "steps")
-    study = planning.plan(runs, steps, device=device, partial=True)
+    study = planning.plan(runs, steps, device=device, partial=True, processes=block.together(device))
     done = study.complete(steps)
     cost = planning.cost(study, steps, done)
     table = Table()
@@ -193,7 +228,7 @@ def show_plan(
     if check and not study.elsewhere() and len(done) < len(study.steps):
         with console.Bars(finished=False) as bars:
             for plan in study.plans.values():
-                rehearse(plan, steps, device=device, progress=bars)
+                rehearse(plan, steps, device=here, progress=bars)
         console.out.print("The checks before the run found no problem.", highlight=False)
     console.out.print(f"{count - len(done):,} of {count:,} steps would run.", highlight=False)
 

@@ -90,7 +90,12 @@ def sheet(data: ReportData, found: Grouped) -> Sheet:
         )
         for group in found.groups
     ]
-    columns = ("Method", *(key_text(key, found.keys) for key in found.keys), "Seeds", *(titles[m] for m in metrics))
+    columns = (
+        "Method",
+        *(key_text(key, found.keys) for key in found.keys),
+        "Seeds",
+        *(titles[m] for m in metrics),
+    )
     several = any(len(group.seeds) > 1 for group in found.groups)
     single = any(len(group.seeds) < 2 for group in found.groups)
     notes = []
@@ -99,7 +104,9 @@ def sheet(data: ReportData, found: Grouped) -> Sheet:
     if single:
         notes.append("One seed: the 95 % interval over the answers (Wilson).")
     stamp = data.runs[0].protocol if not data.differences else {}
-    notes += [f"{key}: {value}" for key, value in stamp.items() if key in ("judge", "prompts", "n_prompts", "task")]
+    notes += [
+        f"{key}: {value}" for key, value in stamp.items() if key in ("judge", "prompts", "n_prompts", "task")
+    ]
     return Sheet("Results", columns, tuple(rows), tuple(notes), left=1)
 
 

@@ -158,7 +158,11 @@ def _compared(of: Published, runs: Sequence[Run], model: str | None) -> Compared
                     line.append(Cell(row, column, metric, published, *_average(line)))
                     continue
                 if (row, column) not in measured:
-                    why = "not measured" if any((p.row, p.column) == (row, column) for p in planned) else "no run"
+                    why = (
+                        "not measured"
+                        if any((p.row, p.column) == (row, column) for p in planned)
+                        else "no run"
+                    )
                     line.append(Cell(row, column, metric, published, None, why))
                     continue
                 of_cell, start = measured[row, column]

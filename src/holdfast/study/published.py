@@ -19,7 +19,19 @@ from holdfast.errors import RecipeError, nearest
 from holdfast.recipe.reading import read
 
 FOLDER = Path(__file__).parent.parent / "tables"
-FIELDS = {"paper", "arxiv", "table", "source", "title", "setting", "columns", "mean", "published", "notes", "grid"}
+FIELDS = {
+    "paper",
+    "arxiv",
+    "table",
+    "source",
+    "title",
+    "setting",
+    "columns",
+    "mean",
+    "published",
+    "notes",
+    "grid",
+}
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,9 @@ class Published:
 def names() -> list[str]:
     """The names of all tables, numbers in their order: lisa-2 before lisa-10."""
     found = [path.stem for path in FOLDER.glob("*.yaml")]
-    return sorted(found, key=lambda name: [(not p.isdigit(), int(p) if p.isdigit() else p) for p in name.split("-")])
+    return sorted(
+        found, key=lambda name: [(not p.isdigit(), int(p) if p.isdigit() else p) for p in name.split("-")]
+    )
 
 
 @cache
@@ -118,9 +132,7 @@ def table(name: str) -> Published:
         name=name,
         about=path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# "),
         numbers={
-            str(row): {
-                metric: dict(zip(columns, values, strict=True)) for metric, values in metrics.items()
-            }
+            str(row): {metric: dict(zip(columns, values, strict=True)) for metric, values in metrics.items()}
             for row, metrics in raw["published"].items()
         },
         columns=columns,
