@@ -21,7 +21,7 @@ ALLOWED = {
         "study", "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data",
         "weights", "lab",
     },
-    "study": {"pipeline", "recipe"},
+    "study": {"pipeline", "recipe", "reporting"},
     "pipeline": {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
         "training", "models", "weights", "world",

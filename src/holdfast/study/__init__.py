@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["folder", "grid", "packaged", "planning", "sweeping"]
+__all__ = [
+    "compared", "folder", "grid", "packaged", "planning", "published", "sweeping", "table_sheets", "tables",
+]  # fmt: skip
