@@ -145,7 +145,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
         "poison_ratio": recipe.data.poison_ratio if state.user else None,
         **user_rows.of_row(state.chosen, records),
         **scores,
-        **ability.of_row(state, store),
+        **ability.of_row(state.lm_eval, store),
         "peak_memory_bytes": trained.get("peak_memory_bytes"),
         "peak_memory_kind": trained.get("peak_memory_kind"),
         "seconds": trained.get("seconds"),
@@ -264,7 +264,7 @@ def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, 
             else {}
         ),
         **({"test_rows": _shown(test["taken"])} if "first" in test["taken"].values() else {}),
-        **ability.stamp(state, store),
+        **ability.stamp(state.lm_eval, store),
         **attacking.stamp(recipe, _attacks(plan, records)),
     }
 
