@@ -83,6 +83,7 @@ def plan(
     today: str | None = None,
     partial: bool = False,
     device: str = "auto",
+    processes: Mapping[str, int] | None = None,
 ) -> Plan:
     """Return the steps of `recipe`. Reads files to identify their content; writes nothing, imports no torch.
 
@@ -95,24 +96,34 @@ def plan(
             names them in `elsewhere`, and cannot be run.
         device: the device that computes, which decides about `model.dtype: auto`. torch is imported only for
             a model that is stored with 16 bits.
+        processes: by stage ("alignment", "user"), the number of processes that train together; by default
+            those that were started together with this one, at every stage.
 
     Raises:
         DataError, ModelError: a file or a model is missing or cannot be used.
     """
-    return _Planner(recipe, download, digests or Digests(), today or now()[:10], partial, device).plan()
+    today, digests = today or now()[:10], digests or Digests()
+    return _Planner(recipe, download, digests, today, partial, device, processes).plan()
 
 
 class _Planner:
     """Builds the steps one by one; each method adds a step and returns its id."""
 
     def __init__(
-        self, recipe: Recipe, download: bool, digests: Digests, today: str, partial: bool, device: str
+        self,
+        recipe: Recipe,
+        download: bool,
+        digests: Digests,
+        today: str,
+        partial: bool,
+        device: str,
+        processes: Mapping[str, int] | None,
     ):
         from holdfast.weights.folders import find_model, model_path, writes_date
 
         self.download = download
         self.digests = digests
-        self.processes = launched().count
+        self.processes = processes or dict.fromkeys(("alignment", "user"), launched().count)
         self.steps: dict[str, Step] = {}
         self.partial = partial
         self.elsewhere: dict[str, None] = {}
@@ -283,12 +294,12 @@ class _Planner:
             "rows": dict(rows),
             "chain": [Made(step) for step in below],
             "seed": recipe.seed,
-            "processes": self.processes,  # multiplies the rows of an optimizer step
+            "processes": self.processes[stage],  # multiplies the rows of an optimizer step
             "packages": packages(TRAINED_BY, recipe.model.quantization),
         }
         label = registry.face("defenses", part.defense).facts.get("label", part.defense)
         title = f"alignment with {label}" if stage == "alignment" else f"user fine-tuning with {label}"
-        detail = stages.training_detail(training, trains, self.processes)
+        detail = stages.training_detail(training, trains, self.processes[stage])
         detail += mixing.detail(part.defense, parameters) or repairing.shown_after(parameters)
         work = stages.train_stage, stages.check_stage
         return self._add(stage, title, detail, inputs, *work, together=True)
