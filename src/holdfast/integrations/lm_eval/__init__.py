@@ -1,7 +1,6 @@
-"""Refusal tasks for lm-evaluation-harness, harmful and harmless: YAML files, and the functions that they name.
+"""Refusal tasks for lm-evaluation-harness, harmful and harmless: YAML files, and the functions they name.
 
-    lm_eval --model hf --model_args pretrained=my-model --tasks holdfast_refusal \
-        --include_path $(holdfast lm-eval-tasks)
+lm_eval --include_path $(holdfast lm-eval-tasks) --tasks holdfast_refusal --model hf ...
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The functions that the YAML tasks in this folder name: the questions, and the scores of an answer.
 
-The answers are read by the list of refusals of the judge `keyword`. Harmful prompts and harmless questions are
-tasks of their own, and no group averages them.
+The answers are read by the list of refusals of the judge `keyword`. Harmful prompts and harmless questions
+are tasks of their own, and no group averages them.
 """
 
 from __future__ import annotations
