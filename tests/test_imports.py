@@ -19,8 +19,9 @@ ALLOWED = {
     "__main__": {"cli"},
     "cli": {
         "study", "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data",
-        "weights", "lab",
+        "weights", "lab", "integrations",
     },
+    "integrations": {"data", "evaluation", "measuring", "recipe"},
     "study": {"pipeline", "recipe", "reporting"},
     "pipeline": {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
