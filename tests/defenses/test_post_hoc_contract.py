@@ -1,4 +1,4 @@
-"""What every post-hoc method must keep, over whatever the registry lists.
+"""What every method that changes weights must keep, over whatever the registry lists.
 
 Methods of other packages are listed too: `pytest tests/defenses/test_post_hoc_contract.py -k NAME`. Nothing
 here knows a method by name: `strong` of its declaration changes the weights, `identity` does not, and `repairs`
@@ -20,7 +20,7 @@ from holdfast import registry
 from holdfast.defenses import Tuned
 from pairs import SEVEN, digest, llama, save_adapter, save_pair, weights_of
 
-NAMES = registry.list_defenses("post_hoc")
+NAMES = [name for name, face in registry.faces("defenses").items() if "apply" in face.code]
 CASES = [
     (name, trains)
     for name in NAMES

@@ -110,6 +110,7 @@ def test_every_input_is_read(tmp_path, monkeypatch):
 
     recipe = tiny.recipe(tmp_path)
     recipe["user"] = {"defense": "lisa", "alignment_steps": 2, "training": recipe["user"]["training"]}
+    recipe["alignment"] = {**recipe["alignment"], "defense": "lox"}
     recipe["post_hoc"] = {"defense": "safe_lora", "threshold": 0.5}
     planned = list(pipeline.plan(Recipe.load(recipe)))
     real = running.plan

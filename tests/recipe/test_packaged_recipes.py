@@ -276,7 +276,8 @@ def test_the_papers_settings(name):
     assert recipe.user.training.model_extra == {"bf16": True, "lr_scheduler_type": "constant"}
     assert recipe.model.dtype == ("bfloat16" if recipe.data.attack else "float16")
     if recipe.alignment is not None:
-        assert recipe.alignment.defense == ("vaccine" if "vaccine" in name else "sft")
+        other = next((method for method in ("vaccine", "lox") if method in name), "sft")
+        assert recipe.alignment.defense == other
         assert recipe.lora("alignment").r == rank
         assert len(recipe.lora("alignment").target_modules) == 7
     if recipe.trains("user") == "new":

@@ -19,7 +19,7 @@ from holdfast.reporting import report
 from holdfast.study import local, sweeping
 from holdfast.study.folder import lock, status
 from holdfast.study.worker import work
-from runs import no_pages, numbers, run
+from runs import Inside, no_pages, numbers, run
 from warm import warm
 
 
@@ -38,16 +38,6 @@ class Forked:
 
     def poll(self):
         return self.process.exitcode
-
-
-class Inside:
-    """A worker in this process."""
-
-    def __init__(self, folder, number, environment):
-        work(folder, number)
-
-    def poll(self):
-        return 0
 
 
 def grid(folder, users):

@@ -100,7 +100,10 @@ def left_text(grid: str, overrides: Sequence[str], launcher: str | None, out: Pa
 
 
 class Shown:
-    """Shows the state of a sweep on standard error: a live table, or a line for each change in a log file."""
+    """Shows the state of a sweep on standard error: a live table, or lines in a log file.
+
+    A log file also gets a line of progress each minute, with an estimate of the end.
+    """
 
     def __init__(self) -> None:
         from holdfast.cli import console
@@ -108,6 +111,9 @@ class Shown:
         self.screen = console.err
         self.live = Live(console=self.screen, transient=True, auto_refresh=False)
         self.states: dict[str, str] = {}
+        self.began = self.told = time.monotonic()
+        self.cached = 0
+        self.ran = 0
 
     def __enter__(self) -> Shown:
         if self.screen.is_terminal:
@@ -119,15 +125,43 @@ class Shown:
 
     def show(self, status: Status) -> None:
         """Show a state."""
+        complete = status.counts().get("complete", 0)
+        if not self.states:
+            self.cached = complete
+        self.ran = complete - self.cached
         if self.screen.is_terminal:
+            self.states = dict(status.states)
             self.live.update(status_table(status), refresh=True)
             return
-        complete, whole = status.counts().get("complete", 0), len(status.states)
+        if not self.states and self.cached:
+            self._print(f"{self.cached:,} of {len(status.states):,} steps were complete before.")
         for step, state in status.states.items():
-            if state != self.states.get(step, "waiting") and (self.states or state != "complete"):
-                text = f"{complete:,} of {whole:,}  {state}: {status.titles[step]} ({step})"
-                self.screen.print(escape(text), highlight=False, soft_wrap=True)
+            if state in ("complete", "failed") and self.states and state != self.states.get(step):
+                name = "done  " if state == "complete" else state
+                self._print(f"{complete:,} of {len(status.states):,}  {name} {status.titles[step]} ({step})")
         self.states = dict(status.states)
+        self._progress(status, complete)
+
+    def _progress(self, status: Status, complete: int) -> None:
+        """Print what the workers do and when the sweep may end, each minute."""
+        from holdfast.cli import console
+
+        now = time.monotonic()
+        if now - self.told < console.EVERY:
+            return
+        self.told = now
+        parts = []
+        for one in status.workers.values():
+            count = f" {one['done']:,} of {one['total']:,}" if "done" in one else ""
+            parts.append(status.titles[one["step"]] + count)
+        if self.ran:
+            left = sum(state in ("waiting", "running") for state in status.states.values())
+            parts.append(console.time_left(now - self.began, self.ran, left))
+        if parts:
+            self._print(f"{complete:,} of {len(status.states):,}  ...    {', '.join(parts)}")
+
+    def _print(self, text: str) -> None:
+        self.screen.print(escape(text), highlight=False, soft_wrap=True)
 
 
 def status_table(status: Status) -> Table:
@@ -185,7 +219,6 @@ def show_plan(
     count = len(study.steps)
     text = f"{len(runs):,} runs have {count:,} steps; without shared steps they would have {single:,}."
     console.out.print(text, highlight=False, soft_wrap=True)
-    console.out.print(f"{count - len(done):,} of {count:,} steps would run.", highlight=False)
     if cost.seconds:
         text = f"By what earlier steps took, one worker needs {duration(cost.seconds)}"
         others = f", and the time of these steps: {', '.join(cost.unknown)}" if cost.unknown else ""
@@ -197,6 +230,7 @@ def show_plan(
             for plan in study.plans.values():
                 rehearse(plan, steps, device=here, progress=bars)
         console.out.print("The checks before the run found no problem.", highlight=False)
+    console.out.print(f"{count - len(done):,} of {count:,} steps would run.", highlight=False)
 
 
 def folder_of(grid: str, out: Path | None) -> Path:

@@ -46,9 +46,11 @@ class Defense:
         secret: whether that text is secret; a run then hides it in answers that repeat it.
         serving: one sentence for the model card on how the model must be served.
         apply: for post-hoc methods, `apply(tuned, **parameters)` writes a changed copy of `tuned.source` at
-            `tuned.out` and returns facts for `step.json`. See `Tuned`.
+            `tuned.out` and returns facts for `step.json`. See `Tuned`. A method of the alignment stage with
+            `apply` and without a trainer changes what plain SFT aligned, before the user stage.
         check: for post-hoc methods, `check(planned, **parameters)` raises before training starts if the
             repair is not possible. See `Planned`.
+        folders: parameters that name a folder of weights; a recipe's step is identified by its content.
         repairs: what the user stage may train for a post-hoc method: "new", "continue", "full".
         one_of: parameters of which a recipe must give exactly one.
         controls: parameters that turn the method into a control; such results are never shown under the
@@ -80,6 +82,7 @@ class Defense:
     serving: str = ""
     apply: Callable[..., Any] | None = None
     check: Callable[..., None] | None = None
+    folders: tuple[str, ...] = ()
     repairs: tuple[Trains, ...] = ("new", "continue", "full")
     one_of: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()
@@ -98,9 +101,10 @@ class Tuned:
     """The inputs of a post-hoc method: those that it declares in `needs` and `optional`.
 
     Attributes:
-        source: the folder that the user stage wrote: an adapter, or a model if it trained all weights.
+        source: the folder that the user stage (or the alignment stage) wrote: an adapter, or a model if it
+            trained all weights.
         out: the folder to write, which does not exist yet.
-        trains: what the user stage trained: "new" (an adapter on top of the alignment's), "continue" (the
+        trains: what that stage trained: "new" (an adapter on top of the alignment's), "continue" (the
             alignment's adapter itself) or "full" (all weights).
         base: the folder of the model before alignment.
         aligned: the folder of the aligned model, or of the alignment's adapter on `base`.

@@ -24,30 +24,14 @@ harmful training. Their DARE variant, which drops a random share of the update, 
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from holdfast.defenses import Defense, Planned, Tuned
-from holdfast.errors import ModelError, RecipeError
-from holdfast.weights.adapter import read_adapter
-from holdfast.weights.chains import RECORD
+from holdfast.errors import RecipeError
+from holdfast.weights.averaging import average_model, copy_adapter, copy_weights
+from holdfast.weights.chains import keep_below
 from holdfast.weights.combine import combine
-from holdfast.weights.files import safe_path
-from holdfast.weights.floats import FLOATS, are_finite, from_float32
-from holdfast.weights.reader import Tensor, Weights, open_weights, row_blocks
-from holdfast.weights.writer import (
-    Entry,
-    copy_beside,
-    float_entry,
-    new_folder,
-    raw_entry,
-    write_tensors,
-)
 
 
 @dataclass
@@ -101,86 +85,32 @@ def apply(tuned: Tuned, *, lambda_: float, gamma: float) -> dict[str, Any]:
 
 def _average_adapter(tuned: Tuned, lambda_: float, gamma: float) -> dict[str, Any]:
     """Average a user adapter that is on top of the alignment's ("new") or replaces it ("continue")."""
-    with read_adapter(tuned.source) as adapter:
-        count = len(adapter.modules)
-        if lambda_ == gamma == 0:
-            _copy(tuned, [adapter.file.path])
-            return {"weights": count, "changed": 0}
+    if lambda_ == gamma == 0:
+        count = copy_adapter(tuned.source, tuned.out)
+        _write_card(tuned, "peft", 0.0, 0.0)
+        return {"weights": count, "changed": 0}
     parts = [(tuned.source, 1 - lambda_)]
     of_alignment = gamma if tuned.trains == "new" else lambda_ + gamma
     if of_alignment:
         assert tuned.aligned is not None
         parts.append((tuned.aligned, of_alignment))
     made = combine([path for path, _ in parts], tuned.out, weights=[weight for _, weight in parts])
-    if (tuned.source / RECORD).exists():  # the average is used on top of the same adapters
-        shutil.copyfile(safe_path(tuned.source, RECORD), tuned.out / RECORD)
+    keep_below(tuned.source, tuned.out)  # the average is used on top of the same adapters
     _write_card(tuned, "peft", lambda_, gamma)
     return {"weights": made.modules, "changed": made.modules}
 
 
 def _average_model(tuned: Tuned, lambda_: float, gamma: float) -> dict[str, Any]:
     """Average all weights, in the same files as the tuned model."""
-    with open_weights(tuned.source) as weights:
-        if lambda_ == gamma == 0:
-            _copy(tuned, [file.path for file in weights.files])
-            return {"weights": len(weights), "changed": 0}
-        assert tuned.aligned is not None
-        folders = [tuned.aligned, *([tuned.base] if gamma and tuned.base else [])]
-        with open_weights(folders[0]) as aligned, open_weights(folders[-1]) as base:
-            entries = {
-                name: _entry(tensor, _same(aligned, tensor), _same(base, tensor), lambda_, gamma)
-                for name, tensor in weights.items()
-            }
-            with new_folder(tuned.out, [tuned.source, *folders]) as folder:
-                copy_beside(weights.folder, folder)
-                for file in weights.files:
-                    write_tensors(folder / file.path.name, {name: entries[name] for name in file.tensors})
-        _write_card(tuned, "transformers", lambda_, gamma)
-        changed = sum(tensor.dtype in FLOATS for tensor in weights.values())
-        return {"weights": len(weights), "changed": changed}
-
-
-def _same(weights: Weights, tensor: Tensor) -> Tensor:
-    """Return the tensor of the same name and shape in another model."""
-    found = weights.get(tensor.name)
-    if found is None or found.shape != tensor.shape:
-        has = "no such tensor" if found is None else f"one of shape {list(found.shape)}"
-        raise ModelError(
-            f"'{tensor.name}' has shape {list(tensor.shape)} in {tensor.file.path.parent}, but "
-            f"{weights.folder} has {has}. Only models of one architecture can be averaged."
-        )
-    return found
-
-
-def _entry(tensor: Tensor, aligned: Tensor, base: Tensor, lambda_: float, gamma: float) -> Entry:
-    if tensor.dtype not in FLOATS:
-        return raw_entry(tensor)
-    return float_entry(tensor.dtype, tensor.shape, _blocks(tensor, aligned, base, lambda_, gamma))
-
-
-def _blocks(tensor: Tensor, aligned: Tensor, base: Tensor, lambda_: float, gamma: float) -> Iterator[Any]:
-    """The average by blocks of rows, so that a term with coefficient 0 or 1 rounds nothing."""
-    for rows in row_blocks(tensor):
-        guide = aligned.read(*rows)
-        found = np.float32(1 - lambda_) * tensor.read(*rows) + np.float32(lambda_) * guide
-        if gamma:
-            found += np.float32(gamma) * (guide - base.read(*rows))
-        written = from_float32(found, tensor.dtype)
-        if tensor.shape and not are_finite(written, tensor.dtype):
-            raise ModelError(
-                f"The average of '{tensor.name}' holds values that are not finite (NaN or infinity). Check "
-                "the weights of both models, or use a smaller gamma."
-            )
-        yield written
-
-
-def _copy(tuned: Tuned, files: list[Path]) -> None:
-    """Copy the tuned weights byte for byte."""
-    with new_folder(tuned.out, [tuned.source]) as folder:
-        copy_beside(tuned.source, folder)
-        for file in files:
-            shutil.copyfile(file, folder / file.name)
-    _write_card(tuned, "transformers" if tuned.trains == "full" else "peft", 0.0, 0.0)
+    if lambda_ == gamma == 0:
+        count = copy_weights(tuned.source, tuned.out)
+        _write_card(tuned, "transformers", 0.0, 0.0)
+        return {"weights": count, "changed": 0}
+    assert tuned.aligned is not None
+    base = (tuned.base or tuned.aligned) if gamma else None
+    count, changed = average_model(tuned.source, tuned.out, tuned.aligned, lambda_, base, gamma)
+    _write_card(tuned, "transformers", lambda_, gamma)
+    return {"weights": count, "changed": changed}
 
 
 def _write_card(tuned: Tuned, library: str, lambda_: float, gamma: float) -> None:

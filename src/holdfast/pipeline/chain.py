@@ -10,6 +10,7 @@ from typing import Any
 from holdfast.machine.digests import Digests
 from holdfast.pipeline.step import Content, Machine
 from holdfast.recipe import Recipe
+from holdfast.registry import Face
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,15 @@ def digest_of(folder: Path, digests: Digests) -> Any:
     from holdfast.weights.folders import fingerprint
 
     return fingerprint(folder, digests) if folder.is_dir() else {"elsewhere": str(folder)}
+
+
+def with_folders(values: Mapping[str, Any], face: Face, digests: Digests) -> dict[str, Any]:
+    """Return a method's parameters, with the folders of weights among them identified by their content."""
+    named = face.facts.get("folders", ())
+    return {
+        name: Content(value, digest_of(Path(value), digests)) if name in named and value else value
+        for name, value in values.items()
+    }
 
 
 def model_input(recipe: Recipe, folder: Path, digests: Digests, device: str = "auto") -> dict[str, Any]:

@@ -19,8 +19,8 @@ from holdfast.machine.digests import Digests
 from holdfast.machine.processes import launched
 from holdfast.machine.store import now
 from holdfast.measuring import judging, protocol
-from holdfast.pipeline import attacking, data, evaluating, mixing, repairing, stages, user_rows
-from holdfast.pipeline.chain import model_input
+from holdfast.pipeline import ability, attacking, data, evaluating, mixing, repairing, stages, user_rows
+from holdfast.pipeline.chain import model_input, with_folders
 from holdfast.pipeline.step import Check, Code, Content, Made, Step, Work
 from holdfast.pipeline.versions import ANSWERED_BY, REPAIRED_BY, TRAINED_BY, packages
 from holdfast.recipe import Recipe
@@ -36,6 +36,7 @@ class State:
     Attributes:
         chain: the trainings that led to it, even if a later one continued their adapter, and the repair.
         post_hoc_parameters: the parameters of the repair.
+        lm_eval: the step of lm-evaluation-harness, if the recipe asks for it.
         chosen: the steps that change or select user rows, by kind; a list for several attacks.
     """
 
@@ -48,6 +49,7 @@ class State:
     moderate: tuple[str, ...]
     score: str
     rate: str | None = None
+    lm_eval: str | None = None
     post_hoc_parameters: Mapping[str, Any] | None = None
     chosen: Mapping[str, str | list[str]] = field(default_factory=dict)
 
@@ -157,7 +159,10 @@ class _Planner:
         if recipe.alignment is not None:
             given = self._rows("alignment", rows)
             trained = (self._train("alignment", recipe.alignment, ALIGNMENT_TRAINING, given, ()),)
-            weights = trained
+            if repairing.hardens(recipe.alignment):
+                trained = (*trained, self._harden(recipe.alignment, trained[0]))
+            weights = trained[-1:]
+        aligned = weights
         name = "base" if recipe.alignment is None else "aligned"
         states.append(self._evaluate(name, f"the {name} model", None, trained, weights, rows["test"]))
         if recipe.user is not None:
@@ -170,7 +175,7 @@ class _Planner:
             state = recipe.name, "the fine-tuned model", recipe.user.defense
             states.append(self._evaluate(*state, trained, weights, rows["test"]))
             for repair in repairing.repairs(recipe):
-                states.append(self._repair(repair, trained, weights, rows))
+                states.append(self._repair(repair, trained, weights, aligned, rows))
             states[1:] = [replace(state, chosen=chosen) for state in states[1:]]
         dtype = self.model["model"]["dtype"].digest
         steps, found = tuple(self.steps.values()), tuple(states)
@@ -210,7 +215,8 @@ class _Planner:
     def _rows(self, stage: str, found: Mapping[str, str]) -> dict[str, Made]:
         """Return the data steps of a stage, by keyword argument of its trainer."""
         roles = {"alignment_dataset": "alignment", "harmful_dataset": "harmful"}
-        further = {name: Made(found[roles[name]]) for name in self.recipe.needs(stage)}
+        needed = [name for name in self.recipe.needs(stage) if name in roles]
+        further = {name: Made(found[roles[name]]) for name in needed}
         return {"train_dataset": Made(found[stage]), **further}
 
     def _chosen(self, rows: str, weights: tuple[str, ...]) -> tuple[dict[str, str | list[str]], str]:
@@ -268,6 +274,8 @@ class _Planner:
     ) -> str:
         """Add a training stage on top of the weights of the steps `below`."""
         recipe = self.recipe
+        if repairing.hardens(part):  # plain SFT, whose weights the method changes afterwards
+            part = part.as_sft()
         parameters = self._parameters(part)
         training = {**defaults, **part.training.given()}
         if stage == "user":
@@ -296,24 +304,44 @@ class _Planner:
         work = stages.train_stage, stages.check_stage
         return self._add(stage, title, detail, inputs, *work, together=True)
 
+    def _harden(self, part: StageRecipe, aligned: str) -> str:
+        """Add the step in which a method changes what plain SFT aligned, before the user stage."""
+        face, recipe = registry.face("defenses", part.defense), self.recipe
+        parameters = self._parameters(part)
+        inputs = {
+            "model": self.model["model"],
+            **repairing.hardening_inputs(recipe, self.folder, self.digests),
+            "method": Code("defenses", part.defense),
+            "settings": with_folders(parameters, face, self.digests),
+            "tuned": Made(aligned),
+            "aligned": None,
+            "rows": {},
+            "packages": packages(REPAIRED_BY),
+        }
+        title = f"aligned weights changed by {face.facts.get('label', part.defense)}"
+        work = repairing.apply, repairing.check
+        return self._add("harden", title, repairing.shown(parameters), inputs, *work)
+
     def _repair(
         self,
         repair: repairing.Repair,
         trained: tuple[str, ...],
         weights: tuple[str, ...],
+        aligned: tuple[str, ...],
         rows: Mapping[str, str],
     ) -> State:
         """Add a repair of the user stage's weights (the last of `weights`), and its evaluation."""
         recipe = self.recipe
         assert recipe.user is not None
         assert recipe.post_hoc is not None
+        face = registry.face("defenses", recipe.post_hoc.defense)
         inputs = {
             "model": self.model["model"],
             **repairing.repair_inputs(recipe, self.folder, self.digests, self.download),
             "method": Code("defenses", recipe.post_hoc.defense),
-            "settings": repair.settings,
+            "settings": with_folders(repair.settings, face, self.digests),
             "tuned": Made(weights[-1]),
-            "aligned": Made(trained[0]) if recipe.alignment is not None else None,
+            "aligned": Made(aligned[0]) if aligned else None,
             "rows": {name: Made(step) for name, step in repairing.rows(recipe, rows).items()},
             "packages": packages(REPAIRED_BY),
         }
@@ -400,8 +428,22 @@ class _Planner:
             work = evaluating.rate_answers, evaluating.check_judge
             rate = self._add("rate", title, detail, inputs, *work)
         score = self._score(what, answers, moderate, rate)
+        lm_eval = self._ability(what, user, trained, weights) if options.lm_eval else None
         alignment = recipe.alignment.defense if recipe.alignment else None
-        return State(name, alignment, user, None, trained, generate, moderate, score, rate)
+        return State(name, alignment, user, None, trained, generate, moderate, score, rate, lm_eval)
+
+    def _ability(
+        self, what: str, user: str | None, trained: tuple[str, ...], weights: tuple[str, ...]
+    ) -> str:
+        """Add the general ability of one state, measured by lm-evaluation-harness."""
+        inputs = {
+            **self.model,
+            "chain": [Made(step) for step in weights],
+            "prefix": self._prefix(user, trained),
+            **ability.ability_inputs(self.recipe),
+        }
+        work = ability.measure_ability, ability.check_ability
+        return self._add("lm_eval", f"general ability of {what}", ability.detail(self.recipe), inputs, *work)
 
     def _score(self, what: str, answers: Made, moderate: tuple[str, ...], rate: str | None) -> str:
         """Add the scores of one state: by every judge, the task's grader, and the truth if it is known."""

@@ -17,6 +17,7 @@ from holdfast.pipeline.chain import digest_of, made_in, tokenizer_of
 from holdfast.pipeline.data import rows_of
 from holdfast.pipeline.step import Content, Inputs, Machine
 from holdfast.recipe import Recipe
+from holdfast.recipe.stages import StageRecipe
 from holdfast.weights.folders import model_path
 
 ROWS = {"train_dataset": "user", "alignment_dataset": "alignment", "harmful_dataset": "harmful"}
@@ -86,6 +87,23 @@ def shown_after(parameters: Mapping[str, Any]) -> str:
     return f"; {shown(parameters)}" if parameters else ""
 
 
+def hardens(part: StageRecipe) -> bool:
+    """Whether a method of the alignment stage does not train, but changes what plain SFT aligned."""
+    code = registry.face("defenses", part.defense).code
+    return "apply" in code and "trainer" not in code
+
+
+def hardening_inputs(recipe: Recipe, model: Path, digests: Digests) -> dict[str, Any]:
+    """Return the inputs of a change of the aligned weights, as `repair_inputs` does; it has no `loras`."""
+    trains = recipe.trains("alignment")
+    return {
+        "before_alignment": Content(model, digest_of(model, digests)),
+        "trains": trains,
+        "aligns": trains,
+        "seed": recipe.seed,
+    }
+
+
 def find_base(recipe: Recipe, model: Path, digests: Digests, download: bool = False) -> Path:
     """Return the folder of the model before alignment: `post_hoc.base`, or the run's model if it is not set.
 
@@ -142,7 +160,7 @@ def check(inputs: Inputs, machine: Machine) -> None:
         if method.check is not None:
             method.check(_planned(inputs), **settings)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"post_hoc.{method.name}: {error}.") from None
+        raise RecipeError(f"{method.stages[-1]}.{method.name}: {error}.") from None
 
 
 def _planned(inputs: Inputs) -> Planned:
@@ -153,7 +171,7 @@ def _planned(inputs: Inputs) -> Planned:
     folder = described["base"].folder
 
     def modules(stage: str) -> set[str] | None:
-        lora = inputs["loras"][stage]
+        lora = inputs["loras"][stage] if "loras" in inputs else None
         return None if lora is None else adapted_modules(folder, lora, described["trust_remote_code"])
 
     return Planned(
@@ -172,7 +190,7 @@ def rows(recipe: Recipe, data: Mapping[str, str]) -> dict[str, str]:
 
 
 def apply(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
-    """Write a repaired copy of the user stage's weights, under the same name ("adapter" or "model")."""
+    """Write a changed copy of a stage's weights, under the same name ("adapter" or "model")."""
     from holdfast.models.dtypes import used_dtype
 
     for rest in folder.iterdir():  # left by a run that was stopped

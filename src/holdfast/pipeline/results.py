@@ -16,7 +16,7 @@ from holdfast.evaluation import paired
 from holdfast.machine.files import read_json, read_jsonl, remove_unless, write_json, write_text
 from holdfast.machine.store import Store, claim_folder, now, provenance
 from holdfast.measuring.protocol import decoding, grader
-from holdfast.pipeline import attacking, user_rows
+from holdfast.pipeline import ability, attacking, user_rows
 from holdfast.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
     """Return one row of the table: a state of the model, its scores and the cost of its last training."""
     scores = read_json(store.path(state.score) / "scores.json")
     stages = {step.split("-")[0]: step for step in state.chain}
-    trainings = [step for step in state.chain if step != stages.get("post_hoc")]
+    trainings = [stages[kind] for kind in ("alignment", "user") if kind in stages]
     trained = records[trainings[-1]] if trainings else {}
     aligned = records[stages["alignment"]] if state.alignment else {}
     known = {state.alignment, state.user, state.post_hoc} - {None}
@@ -145,6 +145,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
         "poison_ratio": recipe.data.poison_ratio if state.user else None,
         **user_rows.of_row(state.chosen, records),
         **scores,
+        **ability.of_row(state.lm_eval, store),
         "peak_memory_bytes": trained.get("peak_memory_bytes"),
         "peak_memory_kind": trained.get("peak_memory_kind"),
         "seconds": trained.get("seconds"),
@@ -163,6 +164,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
         "tokens_per_second": trained.get("training", {}).get("tokens_per_second"),
         "steps": {
             "alignment": stages.get("alignment"),
+            **({"harden": stages["harden"]} if "harden" in stages else {}),
             **state.chosen,
             "user": stages.get("user"),
             "post_hoc": stages.get("post_hoc"),
@@ -170,6 +172,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
             "moderate": list(state.moderate),
             "rate": state.rate,
             "score": state.score,
+            **({"lm_eval": state.lm_eval} if state.lm_eval else {}),
         },
     }
 
@@ -261,6 +264,7 @@ def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, 
             else {}
         ),
         **({"test_rows": _shown(test["taken"])} if "first" in test["taken"].values() else {}),
+        **ability.stamp(state.lm_eval, store),
         **attacking.stamp(recipe, _attacks(plan, records)),
     }
 

@@ -136,6 +136,10 @@ class Recipe(Part):
                 continue
             lora = self.lora(name)
             place = ["model", "lora"] if getattr(self, name).lora is None else [name, "lora"]
+            code = registry.face("defenses", getattr(self, name).defense).code
+            if lora and lora.use_dora and "apply" in code:
+                text = "the method changes updates B A, but DoRA also scales the weights; leave one out"
+                raise Wrong([*place, "use_dora"], text)
             if bits and lora is None:
                 raise Wrong(
                     place, f"{FULL} trains all weights, but {bits} weights cannot be trained; use LoRA"
@@ -296,6 +300,18 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
             return value
         return f"{name}:{beside.resolve()}" if named else str(beside.resolve())
 
+    def folders(stage: str) -> dict[str, Any]:
+        """The folders of weights that a stage's method names."""
+        part: StageRecipe | PostHocRecipe = getattr(recipe, stage)
+        named = registry.face("defenses", part.defense).facts.get("folders", ())
+        given = {name: value for name, value in part.parameters().items() if name in named}
+
+        def each(name: str, value: Any) -> Any:
+            many = isinstance(value, list)
+            return [each(name, one) for one in value] if many else found(value, stage, name)
+
+        return {name: each(name, value) for name, value in given.items()}
+
     data = recipe.data
     alignment = data.alignment
     if alignment is not None:
@@ -312,7 +328,7 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
     }
     path = found(recipe.model.path, "model", "path")
     repair = recipe.post_hoc and recipe.post_hoc.model_copy(
-        update={"base": found(recipe.post_hoc.base, "post_hoc", "base")}
+        update={"base": found(recipe.post_hoc.base, "post_hoc", "base"), **folders("post_hoc")}
     )
 
     def judge_files(judge: Any, *place: str) -> Any:

@@ -148,6 +148,10 @@ class StageRecipe(BaseModel):
         """The method's own parameters, as given."""
         return dict(self.model_extra or {})
 
+    def as_sft(self) -> StageRecipe:
+        """The same block for plain SFT."""
+        return StageRecipe(defense="sft", adapter=self.adapter, lora=self.lora, training=self.training)
+
     def check(self, stage: str) -> None:
         """Raise Wrong if the defense is unknown, does not act at this stage, or has no such parameter."""
         face = _face(stage, self.defense)

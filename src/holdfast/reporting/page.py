@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from holdfast import __version__
 from holdfast.reporting import record
+from holdfast.reporting.ability import ability_table
 from holdfast.reporting.agreement import agreement_table
 from holdfast.reporting.charts import plotted, scores_svg
 from holdfast.reporting.collect import ReportData
@@ -19,8 +20,8 @@ from holdfast.reporting.costs import cost_tables
 from holdfast.reporting.curve_charts import curves_svg, shared_limits
 from holdfast.reporting.differences import differences_table
 from holdfast.reporting.layer_charts import layer_table, layers_svg
-from holdfast.reporting.measurements import sweeps
-from holdfast.reporting.table import judge_table, result_table, stages_text
+from holdfast.reporting.measurements import stages_text, sweeps
+from holdfast.reporting.table import judge_table, result_table
 from holdfast.reporting.text import clean, one_line, shorten
 from holdfast.reporting.training import Curves
 
@@ -40,16 +41,18 @@ class CurveChart:
     layers: tuple[tuple[str, ...], ...] = ()
 
 
-def render(data: ReportData) -> str:
+def render(data: ReportData, notes: Sequence[str] = ()) -> str:
     """Return the page. All text passes `_shown` and Jinja's escaping; only our own SVG is not escaped."""
     table = result_table(data)
     scores = [svg for narrow in (False, True) if (svg := scores_svg(data, narrow=narrow)) is not None]
     context = {
         "title": _title(data),
         "data": data,
+        "notes": notes,
         "table": table,
         "judges": judge_table(data),
         "agreement": agreement_table(data.rows),
+        "ability": ability_table(data.rows),
         "costs": cost_tables(data.rows),
         "paired": () if data.differences else differences_table(data.rows),
         "stages_text": stages_text,

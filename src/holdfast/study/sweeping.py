@@ -54,8 +54,30 @@ def sweep(
     block = grid.launcher(source, launcher, overrides)
     if workers is not None:
         block = block.model_copy(update={"workers": workers})
+    return run_all(
+        grid.expand(source, overrides),
+        out=out,
+        store=store,
+        device=device,
+        launcher=block,
+        progress=progress,
+        show=show,
+    )
+
+
+def run_all(
+    runs: Sequence[grid.Run],
+    *,
+    out: str | Path,
+    launcher: resources.Launcher,
+    store: str | Path | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+    show: Callable[[Status], None] = lambda status: None,
+) -> dict[str, dict[str, Any]]:
+    """Run recipes as the runs of one sweep, and return the results by the run's folder; see `sweep`."""
+    block = launcher
     device = resources.placed(block, device)
-    runs = grid.expand(source, overrides)
     out = Path(out).absolute() if block.name != "local" else Path(out)
     folder, steps = out / files.NAME, Store(Path(store) if store else out / "steps", read_only=False)
     claim_folder(folder, "sweep")

@@ -3,6 +3,7 @@
 __all__ = [
     "adapter",
     "adapter_folder",
+    "averaging",
     "card",
     "chains",
     "combine",

@@ -7,6 +7,7 @@ nothing in PEFT's own files says so.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ def write_below(folder: Path, below: Sequence[Path]) -> None:
     if below:
         found = [{"adapter": _name(path), "sha256": _digest(path)} for path in below]
         write_json(folder / RECORD, {BELOW: found}, indent=2)
+
+
+def keep_below(source: Path, folder: Path) -> None:
+    """Copy the record of `source` to another adapter that is used on top of the same adapters."""
+    if (source / RECORD).exists():
+        shutil.copyfile(safe_path(source, RECORD), folder / RECORD)
 
 
 def check_chain(adapters: Sequence[Path], in_order: bool = True) -> None:

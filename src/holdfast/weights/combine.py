@@ -40,6 +40,9 @@ from holdfast.weights.writer import (
     write_tensors,
 )
 
+Weight = float | Mapping[str, float]
+"""The weight of an adapter's update in a sum, or that of each module by name; 0 for a module without one."""
+
 
 @dataclass(frozen=True, eq=False)
 class Chain:
@@ -93,15 +96,15 @@ class Combined:
 
 
 def combine(
-    adapters: Sequence[str | Path], out: str | Path, *, weights: Sequence[float] | None = None
+    adapters: Sequence[str | Path], out: str | Path, *, weights: Sequence[Weight] | None = None
 ) -> Combined:
     """Write one plain PEFT adapter that is equivalent to `adapters` stacked.
 
     Args:
         adapters: adapter folders or Hub ids for one base model, with any ranks, scalings and targets.
         out: a new folder.
-        weights: the factor of each adapter's update in the sum; 1 by default. With weights, the sum may be
-            one for use on top of adapters that are not part of it.
+        weights: the factor of each adapter's update in the sum, or of each of its modules; 1 by default. With
+            weights, the sum may be one for use on top of adapters that are not part of it.
 
     Raises:
         ModelError: an adapter is missing, damaged or not a plain LoRA; or the adapters do not add up; or an
@@ -149,9 +152,12 @@ def open_chain(adapters: Sequence[str | Path], in_order: bool = True) -> Iterato
         yield Chain(opened, _updates(opened, whole), whole)
 
 
-def _weighted(chain: Chain, weights: Sequence[float]) -> Chain:
-    """The chain with each update times the weight of its adapter; those of weight 0 are left out."""
-    factors: dict[Path, float] = {}
+def _weighted(chain: Chain, weights: Sequence[Weight]) -> Chain:
+    """The chain with each update times its weight; updates of weight 0 are left out if others remain.
+
+    A module that no adapter gives a weight by name is left out.
+    """
+    factors: dict[Path, Weight] = {}
     for adapter, weight in zip(chain.adapters, weights, strict=True):
         if adapter.left_alone and weight != 1:
             raise ModelError(
@@ -159,10 +165,17 @@ def _weighted(chain: Chain, weights: Sequence[float]) -> Chain:
                 f"'{adapter.left_alone[0]}', which cannot be weighted. Train without them."
             )
         factors[adapter.file.path] = weight
+
+    def factor(part: LoraModule) -> float | None:
+        weight = factors[part.b.file.path]
+        return weight.get(part.name) if isinstance(weight, Mapping) else weight
+
     updates = {}
     for name, parts in chain.updates.items():
-        kept = [part for part in parts if factors[part.b.file.path]] or parts[:1]
-        updates[name] = [replace(part, scaling=part.scaling * factors[part.b.file.path]) for part in kept]
+        given = [(part, own) for part in parts if (own := factor(part)) is not None]
+        kept = [(part, own) for part, own in given if own] or given[:1]
+        if kept:
+            updates[name] = [replace(part, scaling=part.scaling * own) for part, own in kept]
     return replace(chain, updates=updates)
 
 

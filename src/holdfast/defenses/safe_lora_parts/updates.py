@@ -267,12 +267,7 @@ def _lora_updates(adapter: Adapter, base: Weights, aligned: Adapter | Weights) -
 def _full_updates(tuned: Weights, base: Weights, aligned: Weights) -> tuple[list[Update], tuple[str, ...]]:
     model_type = str(model_config(tuned).get("model_type"))
     linear = linear_weights(tuned)
-    for name, tensor in tuned.items():
-        if len(tensor.shape) > 2 and "expert" in name:
-            raise ModelError(
-                f"'{name}' in {tuned.folder} holds the weights of all experts in one tensor of shape "
-                f"{list(tensor.shape)}, which is not supported. Fine-tune with LoRA on other modules instead."
-            )
+    refuse_fused_experts(tuned)
     if not linear:
         raise ModelError(f"{tuned.folder} holds no linear weights; nothing can be projected.")
     updates: list[Update] = []
@@ -289,6 +284,16 @@ def _full_updates(tuned: Weights, base: Weights, aligned: Weights) -> tuple[list
         updates.append(FullUpdate(name, tensor, pair, pair.aligned, pair.transposed))
     projected = {update.target.name for update in updates}
     return updates, tuple(sorted(name for name in tuned if name not in projected))
+
+
+def refuse_fused_experts(weights: Weights) -> None:
+    """Raise ModelError if a model holds the weights of all experts in one tensor."""
+    for name, tensor in weights.items():
+        if len(tensor.shape) > 2 and "expert" in name:
+            raise ModelError(
+                f"'{name}' in {weights.folder} holds the weights of all experts in one tensor of shape "
+                f"{list(tensor.shape)}, which is not supported. Fine-tune with LoRA on other modules instead."
+            )
 
 
 def _weight_pair(aligned: Tensor, base: Tensor, transposed: bool) -> WeightPair:
