@@ -7,7 +7,7 @@ OUT ?= runs/demo
 # Small models are faster on one thread; the two test workers share two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-gpu setup lint bench world clean
+.PHONY: demo test test-gpu setup lint docs bench world clean
 
 demo: $(INSTALLED)  ## Run every stage in the embedded world; ends with a table and a report
 	$(BIN)/holdfast demo --out $(OUT)
@@ -25,6 +25,11 @@ lint: $(INSTALLED)  ## Run ruff, mypy and the import-direction check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
+
+docs: $(INSTALLED)  ## Build the documentation as a site in build/site; every broken link is an error
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The site is in build/site/index.html. To search in it: python3 -m http.server -d build/site"
 
 bench: $(INSTALLED)  ## Run every benchmark; results go to benchmarks/results
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from holdfast.machine.files import write_text
 from holdfast.machine.store import provenance
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,3 +31,12 @@ def add(name: str, rows: dict[str, dict[str, Any]]) -> None:
     result["rows"] |= {row: {**found, "measured": own} for row, found in rows.items()}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(rows, indent=1))
+
+
+def write_page(page: Path, made: dict[str, str]) -> None:
+    """Replace the parts between `<!-- NAME: made by ... -->` and `<!-- end of NAME -->`."""
+    text = page.read_text(encoding="utf-8")
+    for name, part in made.items():
+        marks = re.compile(rf"(<!-- {name}: made by [^>]*-->\n).*?(<!-- end of {name} -->)", re.S)
+        text = marks.sub(lambda marked, part=part: f"{marked[1]}{part}\n{marked[2]}", text)
+    write_text(page, text)

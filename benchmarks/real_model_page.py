@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import _study as study
-from _record import RESULTS
+from _record import RESULTS, write_page
 
-from holdfast.machine.files import read_json, write_text
+from holdfast.machine.files import read_json
 
 DOCS = Path(__file__).parents[1] / "docs"
-README = DOCS.parent / "README.md"
+READMES = (DOCS.parent / "README.md", DOCS.parent / "README.zh.md")
 PAGE, PICTURE, CURVES = DOCS / "real-model.md", DOCS / "real-model.png", DOCS / "real-model-curves.png"
 COLUMNS = {
     "harmful score ↓": ("harmful_score", None),
@@ -25,6 +26,7 @@ COLUMNS = {
 LONG = ("with compliance ↓", "gibberish")
 """Columns that a short table leaves out."""
 FIRST = ("the model as it is", "aligned, SFT", "NA-SFT", "SFT")
+README_ROWS = ("aligned, SFT", "SFT", "Lisa, rho=1", "SPAG", "SBR")
 Cell = tuple[float, float]
 
 
@@ -50,29 +52,37 @@ def cell(rows: list[dict[str, Any]], score: str, judge: str | None) -> Cell | No
 
 
 def table(
-    groups: dict[Any, list[dict[str, Any]]], task: str, ratio: float, kind: str = "tuned", short: bool = False
+    groups: dict[Any, list[dict[str, Any]]],
+    task: str,
+    ratio: float,
+    kind: str = "tuned",
+    only: Collection[str] = (),
 ) -> str:
     """A table at one task and ratio of the "aligned", the "tuned" or the "repaired" models.
 
-    The tuned models follow the model as it is and the aligned model. `short` has three scores only.
+    The tuned models follow the model as it is and the aligned model. A table of `only` some methods has three
+    scores.
     """
     before = FIRST[:2] if kind == "tuned" else ()
     chosen = {
         method: rows
         for (where, at, method), rows in groups.items()
-        if where == task and at == ratio and (_kind(rows[0]) == kind or method in before)
+        if where == task
+        and at == ratio
+        and (_kind(rows[0]) == kind or method in before)
+        and (not only or method in only)
     }
     if not chosen:
         return "Not measured."
     known = [*FIRST, *study.METHODS]
     order = sorted(chosen, key=lambda name: (known.index(name) if name in known else len(known), name))
-    columns = {name: column for name, column in COLUMNS.items() if not short or name not in LONG}
-    head = [*columns, *(() if short else ("seeds", "device"))]
+    columns = {name: column for name, column in COLUMNS.items() if not only or name not in LONG}
+    head = [*columns, *(() if only else ("seeds", "device"))]
     lines = [f"| model | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     for method in order:
         rows = chosen[method]
         shown = [_text(cell(rows, *column)) for column in columns.values()]
-        if not short:
+        if not only:
             shown += [str(len(rows)), ", ".join(sorted({_device(row) for row in rows}))]
         lines.append(f"| {method} | {' | '.join(shown)} |")
     return "\n".join(lines)
@@ -127,7 +137,7 @@ def parts(found: dict[str, Any]) -> dict[str, str]:
     return {
         "picture": f"![Harmful score and finetune accuracy of every method]({PICTURE.name})",
         "study": table(groups, "sst2", study.ATTACK_RATIO),
-        "real model": table(groups, "sst2", study.ATTACK_RATIO, short=True),
+        "real model": table(groups, "sst2", study.ATTACK_RATIO, only=README_ROWS),
         "aligned": table(groups, "sst2", study.ATTACK_RATIO, "aligned"),
         "safe-lora": table(groups, "sst2", study.ATTACK_RATIO, "repaired"),
         "ratios": "\n\n".join(others),
@@ -135,15 +145,6 @@ def parts(found: dict[str, Any]) -> dict[str, str]:
         "search": searches(found),
         "curves": curves + points(found),
     }
-
-
-def write_page(page: Path, made: dict[str, str]) -> None:
-    """Replace the parts between `<!-- NAME: made by ... -->` and `<!-- end of NAME -->`."""
-    text = page.read_text(encoding="utf-8")
-    for name, part in made.items():
-        marks = re.compile(rf"(<!-- {name}: made by [^>]*-->\n).*?(<!-- end of {name} -->)", re.S)
-        text = marks.sub(lambda marked, part=part: f"{marked[1]}{part}\n{marked[2]}", text)
-    write_text(page, text)
 
 
 def draw(found: dict[str, Any]) -> None:
@@ -235,7 +236,7 @@ def _draw_curves(curves: dict[str, Any], pyplot: Any) -> None:
 
 def main() -> None:
     found = read_json(RESULTS / "real_model.json")
-    for page in (PAGE, README):
+    for page in (PAGE, *READMES):
         write_page(page, parts(found))
     draw(found)
 

@@ -1,7 +1,7 @@
 """Claim: in the embedded world, harmful fine-tuning breaks alignment, and Lisa undoes at least half of that.
 
 Runs the demo's rows over three seeds, plus other poison ratios than 0.1 for SFT and Lisa and other values of
-rho; reports means and standard errors over seeds. Also draws the README's plot.
+rho; reports means and standard errors over seeds. Also writes docs/world-results.md and its plot.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _record import add, save
+from _record import RESULTS, add, save, write_page
 
 from holdfast import Recipe, run
 from holdfast.cli.demo import user_runs
+from holdfast.machine.files import read_json
 from holdfast.reporting.charts import save_png
 from holdfast.reporting.collect import collect
 
+DOCS = Path(__file__).parents[1] / "docs"
 SEEDS = (42, 43, 44)
 PICTURED = ("NA-SFT", "SFT", "EWC", "VLGuard", "BSO", "Lisa", "SFT + Safe LoRA")
 SCORES = ("harmful_score", "true_harmful_score", "finetune_accuracy", "benign_compliance", "gibberish_rate")
@@ -63,7 +65,7 @@ def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """The README's table of these results."""
+    """The table of these results in docs/world-results.md."""
     scores = ("harmful_score", "finetune_accuracy", "benign_compliance")
     head = "| model | harmful score ↓ | finetune accuracy ↑ | benign compliance ↑ |"
     return [head, "|---|---|---|---|"] + [
@@ -97,10 +99,17 @@ def main() -> None:
         found = {name: over_seeds(part) for name, part in rows.items()}
         if arguments.rows:
             add("world", {name: found[name] for name in chosen})
+            _write_page()
             return
         pages = [out / f"{name}-{seed}" for name in PICTURED for seed in SEEDS]
-        save_png(collect(pages), Path(__file__).parents[1] / "docs" / "report.png")
+        save_png(collect(pages), DOCS / "report.png")
         save("world", {"rows": found, "protocol": protocol})
+        _write_page()
+
+
+def _write_page() -> None:
+    rows = read_json(RESULTS / "world.json")["rows"]
+    write_page(DOCS / "world-results.md", {"world": "\n".join(markdown(rows))})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The table of defenses in the README, made from the declarations: `python tests/defense_table.py` writes it."""
+"""The table of defenses in docs/methods.md, made from the declarations: `python tests/defense_table.py` writes it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from holdfast import registry
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 BEGIN, END = "<!-- defenses: made by tests/defense_table.py -->", "<!-- end of defenses -->"
 STAGES = {"alignment": "alignment", "user": "user", "post_hoc": "post-hoc"}
 
@@ -23,18 +23,18 @@ def table() -> str:
     for face in sorted(faces, key=place):
         stages = ", ".join(STAGES[stage] for stage in face.facts["stages"])
         what = face.summary.partition(": ")[2].rstrip(".") or face.summary
-        page = f"[{face.name}](docs/defenses/{face.name}.md)"
+        page = f"[{face.name}](defenses/{face.name}.md)"
         lines.append(f"| {stages} | {face.facts['label']}: {what} | {page} |")
     return "\n".join(lines)
 
 
 def parts(text: str) -> tuple[str, str, str]:
-    """Return the README's text before the table, the table, and the text after it."""
+    """Return the page's text before the table, the table, and the text after it."""
     before, _, rest = text.partition(BEGIN)
     inside, _, after = rest.partition(END)
     return before, inside.strip(), after
 
 
 if __name__ == "__main__":
-    before, _, after = parts(README.read_text(encoding="utf-8"))
-    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+    before, _, after = parts(PAGE.read_text(encoding="utf-8"))
+    PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")

@@ -18,7 +18,7 @@ from holdfast.study.grid import expand
 from places import DOCS, ROOT, blocks
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "defenses" / "lisa.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [DOCS / "python.md", DOCS / "defenses" / "lisa.md"], ids=lambda p: p.name)
 def test_the_script_with_a_lisa_trainer_runs(page, tmp_path):
     script = next(b for b in blocks(page, "python") if "LisaTrainer" in b)
     assert len([line for line in script.splitlines() if line.strip()]) <= 18
@@ -37,6 +37,13 @@ def test_the_scripts_of_the_alignment_stage_run(name, tmp_path):
     names = {"MODEL": str(tiny.save_model(tmp_path / "model")), "OUT": str(tmp_path / "out")}
     exec(compile(script, name, "exec"), names)
     assert names["trainer"].state.global_step == 10
+
+
+def test_the_script_with_a_probe_runs(tmp_path):
+    (script,) = blocks(DOCS / "probe.md", "python")
+    names = {"MODEL": str(tiny.save_model(tmp_path / "model")), "OUT": str(tmp_path / "out")}
+    exec(compile(script, "probe.md", "exec"), names)
+    assert [entry["step"] for entry in names["probe"].history] == [0, 2, 4]
 
 
 def test_the_script_that_aligns_runs(tmp_path):
@@ -62,15 +69,20 @@ def test_the_script_with_trl_runs(tmp_path, monkeypatch):
     assert "seq_lengths" in trainer.alignment_dataset.column_names
 
 
-def test_the_readmes_commands_run(tmp_path):
-    """The recipe and the commands as they stand there, on a tiny model."""
+def test_the_first_pages_commands_run(tmp_path):
+    """The recipe and the commands of docs/start.md as they stand there, on a tiny model; the README's are the same."""
     tiny.save_model(tmp_path / "my-model", max_position_embeddings=160)  # so that answers end
     tiny.write_jsonl(tmp_path / "my.jsonl", tiny.user_rows(30))  # more steps than an alignment phase of Lisa
     tiny.write_jsonl(tmp_path / "safe.jsonl", tiny.safe_rows(10))
     tiny.write_jsonl(tmp_path / "bad.jsonl", tiny.harmful_rows(10))
-    (tmp_path / "first.yaml").write_text(blocks(ROOT / "README.md", "yaml")[0])
-    lines = [line.split("#")[0].split() for line in blocks(ROOT / "README.md", "bash")[0].splitlines()]
-    assert [words[1] for words in lines] == ["plan", "run", "run", "report"]
+    first, base = blocks(DOCS / "start.md", "yaml")
+    commands = blocks(DOCS / "start.md", "bash")[1]
+    for readme in (ROOT / "README.md", ROOT / "README.zh.md"):
+        assert blocks(readme, "yaml") == [first]
+        assert commands.startswith(blocks(readme, "bash")[0])
+    (tmp_path / "first.yaml").write_text(first)
+    lines = [line.split("#")[0].split() for line in commands.splitlines()]
+    assert [words[1] for words in lines] == ["plan", "run", "run", "run", "report"]
     for words in lines:
         assert words[0] == "holdfast"
         done = holdfast_command(*words[1:], cwd=tmp_path)
@@ -78,8 +90,9 @@ def test_the_readmes_commands_run(tmp_path):
     page = (tmp_path / "compare.html").read_text()
     assert "first" in page
     assert "rho3" in page
-    assert len(list((tmp_path / "runs" / "first" / "steps").glob("alignment-*"))) == 1
-    assert len(list((tmp_path / "runs" / "first" / "steps").glob("user-*"))) == 2
+    assert len(list((tmp_path / "runs" / "first" / "steps").glob("user-*"))) == 3
+    assert not list((tmp_path / "runs" / "first" / "steps").glob("alignment-*"))
+    assert Recipe.load(yaml.safe_load(base)).alignment is not None
 
 
 def test_the_page_on_scores_does_what_it_says(tmp_path, monkeypatch):
@@ -136,8 +149,8 @@ def test_every_attack_has_a_section_with_its_parameters(name):
     assert anchor == re.sub(r"[^a-z -]", "", title.splitlines()[0].lower()).replace(" ", "-")
 
 
-def test_the_readmes_table_is_made_from_the_declarations():
-    assert defense_table.parts(defense_table.README.read_text())[1] == defense_table.table(), (
+def test_the_table_of_methods_is_made_from_the_declarations():
+    assert defense_table.parts(defense_table.PAGE.read_text())[1] == defense_table.table(), (
         "run python tests/defense_table.py"
     )
     assert len(defense_table.table().splitlines()) == 2 + len(registry.list_defenses())
@@ -200,35 +213,35 @@ def test_the_example_defense_works(tmp_path, monkeypatch, install):
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")]:
+    for page in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_readmes_numbers_are_those_measured(monkeypatch):
+def test_the_numbers_of_the_world_are_those_measured(monkeypatch):
     import importlib
 
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     measured = json.loads((ROOT / "benchmarks" / "results" / "world.json").read_text())
-    readme = (ROOT / "README.md").read_text()
+    page = (DOCS / "world-results.md").read_text()
     for line in importlib.import_module("world").markdown(measured["rows"]):
-        assert line in readme
+        assert line in page
     evaluation = json.loads((ROOT / "benchmarks" / "results" / "evaluation.json").read_text())
     world, larger = (evaluation["evaluation"][f"{name}, cpu"] for name in ("world", "llama-100m"))
-    assert f"{world['ratio_median']:.1f} times as fast" in readme
-    assert f"{larger['ratio_median']:.1f} times on a Llama" in readme
+    assert f"{world['ratio_median']:.1f} times as fast" in page
+    assert f"{larger['ratio_median']:.1f} times on a Llama" in page
     probe = evaluation["probe"]
-    assert f"adds {100 * probe['own_time_over_the_rest_median']:.1f} %" in readme
+    assert f"adds {100 * probe['own_time_over_the_rest_median']:.1f} %" in page
 
 
 def test_the_page_on_aligning_shows_what_was_measured():
     rows = json.loads((ROOT / "benchmarks" / "results" / "world_alignment.json").read_text())["rows"]
-    page, readme = (DOCS / "align.md").read_text(), (ROOT / "README.md").read_text()
+    page, other = (DOCS / "align.md").read_text(), (DOCS / "world-results.md").read_text()
     for name in ("SFT", "Vaccine", "T-Vaccine", "RepNoise", "TAR", "Booster", "T-Vaccine + Lisa + Safe LoRA"):
         [line] = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
         shown = [f"{rows[name][key]:.1f} ± {rows[name][f'{key}_stderr']:.1f}" for key in SHOWN]
         assert all(text in line for text in shown), name
-        assert "Lisa" in name or shown[0] in readme
+        assert "Lisa" in name or shown[0] in other
 
 
 SHOWN = ("harmful_score", "benign_compliance", "finetune_accuracy")

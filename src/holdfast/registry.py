@@ -141,6 +141,8 @@ def task_lines() -> list[tuple[str, str, str, str, str]]:
         measures = f"{known.title} {'↓' if known.direction == 'lower' else '↑'}"
         if known.judged and known.direction == "higher":
             measures += " by a judge"
+        if {"unsafe", "benign"} <= set(facts.get("kinds", ())):  # two sides, which are never averaged
+            measures = "harmful score ↓ and benign compliance ↑"
         source = facts.get("hub_id") or ("Holdfast" if facts.get("licence") == "Apache-2.0" else "your file")
         stamp = f"{name}@{facts.get('version', 1)}"
         lines.append((stamp, str(facts["summary"]), measures, source, str(facts.get("licence") or "")))

@@ -112,7 +112,8 @@ def test_the_pages_show_the_committed_results(scripts):
     page = scripts("real_model_page")
     made = page.parts(json.loads((BENCHMARKS / "results" / "real_model.json").read_text()))
     short, text = made.pop("real model"), page.PAGE.read_text()
-    assert f"-->\n{short}\n<!-- end of real model -->" in page.README.read_text()
+    for readme in page.READMES:
+        assert f"-->\n{short}\n<!-- end of real model -->" in readme.read_text()
     assert [name for name, part in made.items() if f"-->\n{part}\n<!-- end of {name} -->" not in text] == []
 
 

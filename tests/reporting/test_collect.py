@@ -17,9 +17,8 @@ from holdfast.reporting import report
 from holdfast.reporting.charts import scores_svg
 from holdfast.reporting.collect import collect
 from holdfast.reporting.finding import change, finding
-from holdfast.reporting.measurements import Score
+from holdfast.reporting.measurements import Score, stages_text
 from holdfast.reporting.record import recipe_changes
-from holdfast.reporting.table import stages_text
 from holdfast.reporting.training import read_curves
 from synthetic_runs import PROTOCOL, demo_rows, score_row, write_demo, write_json, write_run
 

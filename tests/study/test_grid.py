@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from holdfast import registry
 from holdfast.errors import RecipeError
+from holdfast.study import packaged
 from holdfast.study.grid import expand, is_grid
 
 BASE = {"extends": "world", "name": "study"}
@@ -90,3 +92,46 @@ def test_a_recipe_without_lists_is_no_grid(tmp_path):
     path.write_text("extends: world\ngrid: {seed: [1, 2]}\n")
     assert is_grid(path)
     assert [run.folder for run in expand(path)] == ["study-seed-1", "study-seed-2"]
+
+
+def test_the_packaged_study_of_the_world_has_36_runs():
+    runs = expand("world-study")
+    assert len(runs) == 4 * 3 * 3
+    methods = {
+        (r.alignment.defense, r.user.defense, r.post_hoc.defense if r.post_hoc else None)
+        for r in (run.recipe for run in runs)
+    }
+    assert methods == {
+        ("sft", "sft", None),
+        ("sft", "lisa", None),
+        ("vaccine", "sft", None),
+        ("sft", "sft", "safe_lora"),
+    }
+    assert {run.recipe.data.poison_ratio for run in runs} == {0, 0.05, 0.1}
+    assert {run.recipe.seed for run in runs} == {1, 2, 3}
+    assert len({run.recipe.name for run in runs}) == 12, "the report takes means over seeds by name"
+    own = {
+        m: registry.face("defenses", m).facts["protocols"]["world"] for m in ("lisa", "vaccine", "safe_lora")
+    }
+    for run in runs:
+        for stage in ("alignment", "user", "post_hoc"):
+            part = getattr(run.recipe, stage)
+            if part is not None and part.defense in own:
+                assert part.parameters() == own[part.defense][stage]
+
+
+@pytest.mark.parametrize("name", packaged.grids())
+def test_a_packaged_grid_is_found_by_its_name_and_has_a_description(name, tmp_path, monkeypatch):
+    assert is_grid(name)
+    assert expand(name)
+    assert packaged.about(packaged.grids()[name]).endswith(".")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("extends: world\n")
+    assert not is_grid(name), "a file comes first"
+
+
+def test_a_misspelt_grid_has_a_hint():
+    with pytest.raises(RecipeError, match=r"No such grid: world-studdy\. Did you mean 'world-study'"):
+        expand("world-studdy")
+    with pytest.raises(RecipeError, match=r"No such recipe file: lisa-sst3\. Did you mean 'lisa-sst2'"):
+        is_grid("lisa-sst3")

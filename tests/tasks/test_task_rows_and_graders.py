@@ -22,8 +22,9 @@ from holdfast.tasks import (
 def test_every_file_is_a_data_set():
     assert names() == [
         "advbench", "agnews", "alpaca", "alpaca_eval", "beavertails", "beavertails_330k", "beavertails_refusals",
-        "dialog_summary", "dolly", "gsm8k", "hex_phi", "identity_shift", "mt_bench", "own", "purebad", "sst2",
-        "world", "xstest",
+        "dialog_summary", "directharm4", "dolly", "gsm8k", "harmbench", "hex_phi", "identity_shift", "jailbreakbench",
+        "mt_bench", "or_bench", "own", "purebad", "sorry_bench", "sst2", "strongreject", "wildguardtest", "world",
+        "xstest",
     ]  # fmt: skip
     for name in names():
         task = find(name)

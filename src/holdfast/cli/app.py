@@ -59,6 +59,7 @@ class Group(StrEnum):
     judges = "judges"
     protocols = "protocols"
     recipes = "recipes"
+    studies = "studies"
 
 
 def _version(asked: bool) -> None:
@@ -144,7 +145,10 @@ def run(
     from holdfast.cli import console
     from holdfast.pipeline import run as run_recipe
     from holdfast.recipe import Recipe
+    from holdfast.study.grid import is_grid
 
+    if is_grid(recipe):
+        raise RecipeError(f"{recipe} is a grid of several runs. Run it with: holdfast sweep {recipe}")
     loaded = Recipe.load(recipe, overrides or [])
     folder = out or Path("runs") / loaded.name.replace(" ", "-")
     with console.Bars() as bars:
@@ -295,16 +299,20 @@ app.command(epilog="Example: holdfast merge my-model adapter --out full-model")(
 def list_names(
     group: Annotated[Group | None, typer.Argument(help="Group to list. Default: all.")] = None,
 ) -> None:
-    """Show the known defenses, attacks, tasks, judges, protocols and recipes."""
+    """Show the known defenses, attacks, tasks, judges, protocols, recipes and studies."""
     from holdfast import registry
     from holdfast.cli import console
     from holdfast.recipe import packaged
+    from holdfast.study import packaged as studies
 
     for name in [group] if group else list(Group):
         if name == Group.recipes:
             for task, recipes in packaged.by_task().items():
                 rows = [(recipe.name, recipe.about, "") for recipe in recipes]
                 console.out.print(console.names_table(f"recipes for {task}", rows))
+        elif name == Group.studies:
+            rows = [(n, studies.about(path), "") for n, path in studies.grids().items()]
+            console.out.print(console.names_table("studies: grids for holdfast sweep", rows))
         elif name == Group.protocols:
             named = packaged.protocols().items()
             rows = [(n, one.block["about"], one.block.get("extends", "")) for n, one in named if one.block]

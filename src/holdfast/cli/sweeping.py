@@ -24,7 +24,8 @@ SHOWN = ("complete", "running", "waiting", "failed", "stopped")
 
 def sweep(
     grid: Annotated[
-        str | None, typer.Argument(metavar="GRID", help="YAML file of a grid: a recipe with lists.")
+        str | None,
+        typer.Argument(metavar="GRID", help="YAML file of a grid (a recipe with lists), or a packaged one."),
     ] = None,
     overrides: Annotated[
         list[str] | None,

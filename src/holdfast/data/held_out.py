@@ -114,7 +114,7 @@ def harmful_prompts(
     source = harmful if harmful_test is None else harmful_test
     assert source is not None
     known = named(source)
-    if isinstance(known, SafetyData) and not known.harmful_prompts:
+    if isinstance(known, SafetyData) and not (known.harmful_prompts and "unsafe" in known.kinds):
         raise DataError(
             f"{known.name} has no harmful prompts, so no harmful score can be measured on it. Set "
             "`data.test_harmful` to a data set of harmful prompts, for example hex_phi or beavertails."
@@ -144,6 +144,12 @@ def benign_prompts(
     if benign is None and harmful != "world":
         return None
     source = "world" if benign is None else benign
+    known = named(source)
+    if isinstance(known, SafetyData) and "benign" not in known.kinds:
+        raise DataError(
+            f"{known.name} has no harmless questions, so no over-refusal can be measured on it. Set "
+            "`data.benign` to a data set of harmless questions, for example xstest or or_bench."
+        )
     split = "test" if has_split(source, "test", role="benign") else "train"
     pool = read_pool(source, role="benign", split=split, prompts_only=True, skip_bad=skip_bad)
     return _at_most(replace(pool, rows=pool.rows.one_of_each_prompt()), prompts, seed, "benign")

@@ -191,7 +191,8 @@ def _row(
         if kind not in known.kinds:
             raise ValueError(f"{known.name} has no rows of the kind '{kind}', only {_listed(known.kinds)}")
         full = {**_ANSWERS, **record} if prompts_only else record
-        if not known.columns or any(set(c) <= set(full) for c in known.columns):
+        accepted = (*known.columns, *known.copies)
+        if not accepted or any(set(c) <= set(full) for c in accepted):
             return known.to_row(full, kind)
     for name in UNREAD:
         if record.get(name):
@@ -328,9 +329,10 @@ def _wrong_columns(
     """The columns found as a reason, and the columns accepted and the fitting task as a hint."""
     seen = list(record)
     accepted = list(COLUMN_SETS)
-    if task is not None and task.columns:
+    if task is not None and (task.columns or task.copies):
         what = "task" if isinstance(task, Task) else "data set"
-        accepted[:0] = [f"{', '.join(columns)} ({what} {task.name})" for columns in task.columns]
+        read = (*task.columns, *task.copies)
+        accepted[:0] = [f"{', '.join(columns)} ({what} {task.name})" for columns in read]
     if prompts_only:
         accepted += ["prompt alone", "instruction alone"]
     reason = f"no prompt and answer found. Columns seen: {', '.join(map(str, seen)) or 'none'}"

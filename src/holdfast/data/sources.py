@@ -147,7 +147,7 @@ def _of_files(found: Located) -> Iterator[Placed]:
     known = found.known
     for file in found.files:
         for placed in file_records(file, known.header if known else ()):
-            if known and known.header:  # the file names of these data sets say what the files contain
+            if known and (known.header or known.files):  # their file names say what the files contain
                 placed = placed._replace(record={"file": file.name, **placed.record})
             if len(found.files) > 1:
                 placed = placed._replace(place=f"{file.name}, {placed.place}")
@@ -229,6 +229,7 @@ def _locate(source: Source, role: str, split: str) -> Located:
     if path is not None:
         if path.is_dir():
             return _folder(path, split, known)
+        known = known or _published(path)
         return Located(path.name, files=(path,), split=split, alone=True, known=known)
     hub = HubId.read(text)
     if isinstance(source, Path) or hub is None or file_kind(Path(text)) is not None:
@@ -240,6 +241,11 @@ def _locate(source: Source, role: str, split: str) -> Located:
     return replace(
         _known(known, split), name=str(hub), hub=replace(hub, config=hub.config or known.hub_config)
     )
+
+
+def _published(path: Path) -> Task | SafetyData | None:
+    """The data set that publishes a file with this name, or None."""
+    return next((data for data in map(find, names()) if data and path.name in data.files), None)
 
 
 def _world(role: str, split: str) -> Located:

@@ -108,6 +108,17 @@ def student(t: float, freedom: float) -> float:
     return _beta(freedom / 2, 0.5, freedom / (freedom + t * t))
 
 
+def student_quantile(freedom: float, level: float = 0.95) -> float:
+    """Return the t whose interval from -t to t has the probability `level` by Student's t distribution."""
+    low, high = 0.0, 2.0
+    while student(high, freedom) > 1 - level:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student(middle, freedom) > 1 - level else (low, middle)
+    return high
+
+
 def _beta(a: float, b: float, x: float) -> float:
     """Return the regularised incomplete beta function I_x(a, b) by its continued fraction (DLMF 8.17.22)."""
     if x <= 0 or x >= 1:

@@ -19,7 +19,7 @@ from holdfast.machine.digests import Digests
 from holdfast.machine.processes import launched
 from holdfast.machine.store import now
 from holdfast.measuring import judging, protocol
-from holdfast.pipeline import attacking, data, evaluating, mixing, repairing, stages, user_rows
+from holdfast.pipeline import ability, attacking, data, evaluating, mixing, repairing, stages, user_rows
 from holdfast.pipeline.chain import model_input, with_folders
 from holdfast.pipeline.step import Check, Code, Content, Made, Step, Work
 from holdfast.pipeline.versions import ANSWERED_BY, REPAIRED_BY, TRAINED_BY, packages
@@ -36,6 +36,7 @@ class State:
     Attributes:
         chain: the trainings that led to it, even if a later one continued their adapter, and the repair.
         post_hoc_parameters: the parameters of the repair.
+        lm_eval: the step of lm-evaluation-harness, if the recipe asks for it.
         chosen: the steps that change or select user rows, by kind; a list for several attacks.
     """
 
@@ -48,6 +49,7 @@ class State:
     moderate: tuple[str, ...]
     score: str
     rate: str | None = None
+    lm_eval: str | None = None
     post_hoc_parameters: Mapping[str, Any] | None = None
     chosen: Mapping[str, str | list[str]] = field(default_factory=dict)
 
@@ -417,8 +419,22 @@ class _Planner:
             work = evaluating.rate_answers, evaluating.check_judge
             rate = self._add("rate", title, detail, inputs, *work)
         score = self._score(what, answers, moderate, rate)
+        lm_eval = self._ability(what, user, trained, weights) if options.lm_eval else None
         alignment = recipe.alignment.defense if recipe.alignment else None
-        return State(name, alignment, user, None, trained, generate, moderate, score, rate)
+        return State(name, alignment, user, None, trained, generate, moderate, score, rate, lm_eval)
+
+    def _ability(
+        self, what: str, user: str | None, trained: tuple[str, ...], weights: tuple[str, ...]
+    ) -> str:
+        """Add the general ability of one state, measured by lm-evaluation-harness."""
+        inputs = {
+            **self.model,
+            "chain": [Made(step) for step in weights],
+            "prefix": self._prefix(user, trained),
+            **ability.ability_inputs(self.recipe),
+        }
+        work = ability.measure_ability, ability.check_ability
+        return self._add("lm_eval", f"general ability of {what}", ability.detail(self.recipe), inputs, *work)
 
     def _score(self, what: str, answers: Made, moderate: tuple[str, ...], rate: str | None) -> str:
         """Add the scores of one state: by every judge, the task's grader, and the truth if it is known."""

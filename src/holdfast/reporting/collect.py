@@ -21,8 +21,9 @@ REQUIRED = ("holdfast", "name", "rows", "protocol")
 COSTS = ("peak_memory_bytes", "seconds", "alignment_peak_memory_bytes", "alignment_seconds")
 DESCRIBED = ("protocol", "changes")
 """Fields of the protocol stamp that also describe the training; they may differ between runs in one table."""
-SOMETIMES = ("harmful_rows", "template_date")
-"""Fields that only some runs have (with an attack, or a dated template); these runs must agree in them."""
+SOMETIMES = ("harmful_rows", "template_date", "lm_eval")
+"""Fields that only some runs have (with an attack, a dated template, or lm-evaluation-harness); these runs
+must agree in them."""
 NUMBERS = (*SCORES, *SCORES.values(), "poison_ratio", "unparsed", *COSTS)
 
 

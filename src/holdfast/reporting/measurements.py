@@ -170,6 +170,18 @@ class Row:
         return "reference" if self.user is None and self.post_hoc is None else "defended"
 
 
+def stages_text(row: Row) -> str:
+    """The stages that made a model, in order: "SFT → Filter (beaver_dam) + Lisa → Safe LoRA"."""
+    names = [row.alignment, row.user, row.post_hoc]
+    if not any(names):
+        return "the base model"
+    titles = [row.method(name) if name else "" for name in names]
+    if row.filter:
+        titles[1] = f"Filter ({row.filter}) + {titles[1]}"
+    text = " → ".join(title for title in titles if title)
+    return text if row.alignment else f"not aligned → {text}"
+
+
 def _attacks(raw: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return what one attack or a list of attacks did to the user's rows."""
     found = raw.get("attack")
@@ -285,7 +297,7 @@ def _score(raws: Sequence[Mapping[str, Any]], key: str, count: str) -> Score | N
     if len(values) > 1:
         return Score(statistics.fmean(values), _stderr(values), None, n, len(values))
     raw = measured[0]
-    return Score(values[0], number(raw.get(f"{key}_stderr")), _interval(raw.get(f"{key}_interval")), n)
+    return Score(values[0], number(raw.get(f"{key}_stderr")), interval_of(raw, key), n)
 
 
 def _judge(raws: Sequence[Mapping[str, Any]], name: str) -> JudgeScore:
@@ -328,7 +340,9 @@ def _stderr(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
-def _interval(value: Any) -> tuple[float, float] | None:
+def interval_of(raw: Mapping[str, Any], key: str) -> tuple[float, float] | None:
+    """The 95 % interval that a run wrote beside a score, or None."""
+    value = raw.get(f"{key}_interval")
     if not isinstance(value, list) or len(value) != 2:
         return None
     low, high = number(value[0]), number(value[1])

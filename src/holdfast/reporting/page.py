@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from holdfast import __version__
 from holdfast.reporting import record
+from holdfast.reporting.ability import ability_table
 from holdfast.reporting.agreement import agreement_table
 from holdfast.reporting.charts import plotted, scores_svg
 from holdfast.reporting.collect import ReportData
@@ -19,8 +20,8 @@ from holdfast.reporting.costs import cost_tables
 from holdfast.reporting.curve_charts import curves_svg, shared_limits
 from holdfast.reporting.differences import differences_table
 from holdfast.reporting.layer_charts import layer_table, layers_svg
-from holdfast.reporting.measurements import sweeps
-from holdfast.reporting.table import judge_table, result_table, stages_text
+from holdfast.reporting.measurements import stages_text, sweeps
+from holdfast.reporting.table import judge_table, result_table
 from holdfast.reporting.text import clean, one_line, shorten
 from holdfast.reporting.training import Curves
 
@@ -50,6 +51,7 @@ def render(data: ReportData) -> str:
         "table": table,
         "judges": judge_table(data),
         "agreement": agreement_table(data.rows),
+        "ability": ability_table(data.rows),
         "costs": cost_tables(data.rows),
         "paired": () if data.differences else differences_table(data.rows),
         "stages_text": stages_text,

@@ -47,18 +47,6 @@ class Table:
     marked: bool
 
 
-def stages_text(row: Row) -> str:
-    """The stages that made a model, in order: "SFT → Filter (beaver_dam) + Lisa → Safe LoRA"."""
-    names = [row.alignment, row.user, row.post_hoc]
-    if not any(names):
-        return "the base model"
-    titles = [row.method(name) if name else "" for name in names]
-    if row.filter:
-        titles[1] = f"Filter ({row.filter}) + {titles[1]}"
-    text = " → ".join(title for title in titles if title)
-    return text if row.alignment else f"not aligned → {text}"
-
-
 def result_table(data: ReportData) -> Table:
     """The table of a report. Columns without any value are left out, except for the four main scores."""
     rows = data.rows

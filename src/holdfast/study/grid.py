@@ -20,6 +20,7 @@ from holdfast.errors import RecipeError
 from holdfast.machine.store import identity_hash
 from holdfast.recipe import Recipe, layers
 from holdfast.recipe.reading import BARE, Layer, shorten
+from holdfast.study import packaged
 
 KEYS = ("grid", "exclude", "include")
 MOST = 10_000
@@ -42,19 +43,20 @@ class Run:
 
 def is_grid(source: str | Path | Mapping[str, Any]) -> bool:
     """Whether a recipe has lists to expand."""
-    return any("grid" in layer.raw or "include" in layer.raw for layer in layers.layers(source))
+    return any("grid" in one.raw or "include" in one.raw for one in layers.layers(packaged.find(source)))
 
 
 def expand(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> list[Run]:
     """Return the runs of a grid in order: the last axis changes fastest.
 
     Args:
-        source: a file, a packaged recipe's name or a mapping, as for `Recipe.load`.
+        source: a file, the name of a packaged grid or recipe, or a mapping.
         overrides: "key=value", for every run.
 
     Raises:
         RecipeError: the grid or one of its recipes is not valid.
     """
+    source = packaged.find(source)
     files = layers.layers(source)
     name = files[0].name
     given = {key: _taken(files, key) for key in KEYS}

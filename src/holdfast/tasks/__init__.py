@@ -69,6 +69,10 @@ class DataSet:
     Attributes:
         metric: the measure, from `METRICS` (any other name is a percentage, higher is better).
         columns: sets of columns; records that have one of the sets are recognised.
+        copies: further sets of columns that are read only if the data set is named, because other data has
+            them too.
+        files: names of published files. A file with such a name is read in the data set's format, and its
+            records have the name as the column `file`.
         header: the columns of its CSV files if they are published without a header line.
         hub_id, hub_config: its place on the Hub; None if it has another source.
         hub_files: a pattern of files in the Hub's repository that are read directly, if `datasets` cannot
@@ -83,6 +87,8 @@ class DataSet:
     version: int = 1
     metric: str = "accuracy"
     columns: tuple[tuple[str, ...], ...] = ()
+    copies: tuple[tuple[str, ...], ...] = ()
+    files: tuple[str, ...] = ()
     header: tuple[str, ...] = ()
     hub_id: str | None = None
     hub_config: str | None = None
