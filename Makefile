@@ -29,7 +29,7 @@ lint: $(INSTALLED)  ## Run ruff, mypy and the import-direction check
 docs: $(INSTALLED)  ## Build the documentation as a site in build/site; every broken link is an error
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "The site is in build/site/index.html."
+	@echo "The site is in build/site/index.html. To search in it: python3 -m http.server -d build/site"
 
 bench: $(INSTALLED)  ## Run every benchmark; results go to benchmarks/results
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done

@@ -244,6 +244,7 @@ def versions() -> dict[str, str]:
         "numpy",
         "safetensors",
         "bitsandbytes",
+        "lm_eval",
     ):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

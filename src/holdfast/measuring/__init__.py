@@ -1,6 +1,7 @@
 """Measuring on files and in recipes: generate, moderate, rate, score, compare, filter, gate."""
 
 __all__ = [
+    "ability",
     "comparing",
     "filtering",
     "gating",

@@ -32,7 +32,7 @@ def generate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str
     described, most = inputs["model"], inputs["max_new_tokens"]
     tokenizer = tokenizer_of(described)
     template = resolve_template(tokenizer, inputs["template"])
-    before, secret = _before(inputs["prefix"])
+    before, secret = before_questions(inputs["prefix"])
     ahead = "\n\n".join(text for text in (before, inputs["system"]) if text)
     base, adapters = weights(described["base"].folder, inputs["chain"])
     model = load_model(base, adapters, device=machine.device, **loading(described))
@@ -69,7 +69,7 @@ def generate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str
     }
 
 
-def _before(prefix: Mapping[str, Any] | None) -> tuple[str, bool]:
+def before_questions(prefix: Mapping[str, Any] | None) -> tuple[str, bool]:
     """Return the text before every question, and whether it is secret."""
     if prefix is None:
         return "", False

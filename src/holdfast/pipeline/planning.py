@@ -19,7 +19,7 @@ from holdfast.machine.digests import Digests
 from holdfast.machine.processes import launched
 from holdfast.machine.store import now
 from holdfast.measuring import judging, protocol
-from holdfast.pipeline import attacking, data, evaluating, mixing, repairing, stages, user_rows
+from holdfast.pipeline import ability, attacking, data, evaluating, mixing, repairing, stages, user_rows
 from holdfast.pipeline.chain import model_input, with_folders
 from holdfast.pipeline.step import Check, Code, Content, Made, Step, Work
 from holdfast.pipeline.versions import ANSWERED_BY, REPAIRED_BY, TRAINED_BY, packages
@@ -36,6 +36,7 @@ class State:
     Attributes:
         chain: the trainings that led to it, even if a later one continued their adapter, and the repair.
         post_hoc_parameters: the parameters of the repair.
+        lm_eval: the step of lm-evaluation-harness, if the recipe asks for it.
         chosen: the steps that change or select user rows, by kind; a list for several attacks.
     """
 
@@ -48,6 +49,7 @@ class State:
     moderate: tuple[str, ...]
     score: str
     rate: str | None = None
+    lm_eval: str | None = None
     post_hoc_parameters: Mapping[str, Any] | None = None
     chosen: Mapping[str, str | list[str]] = field(default_factory=dict)
 
@@ -81,6 +83,7 @@ def plan(
     today: str | None = None,
     partial: bool = False,
     device: str = "auto",
+    processes: Mapping[str, int] | None = None,
 ) -> Plan:
     """Return the steps of `recipe`. Reads files to identify their content; writes nothing, imports no torch.
 
@@ -93,24 +96,34 @@ def plan(
             names them in `elsewhere`, and cannot be run.
         device: the device that computes, which decides about `model.dtype: auto`. torch is imported only for
             a model that is stored with 16 bits.
+        processes: by stage ("alignment", "user"), the number of processes that train together; by default
+            those that were started together with this one, at every stage.
 
     Raises:
         DataError, ModelError: a file or a model is missing or cannot be used.
     """
-    return _Planner(recipe, download, digests or Digests(), today or now()[:10], partial, device).plan()
+    today, digests = today or now()[:10], digests or Digests()
+    return _Planner(recipe, download, digests, today, partial, device, processes).plan()
 
 
 class _Planner:
     """Builds the steps one by one; each method adds a step and returns its id."""
 
     def __init__(
-        self, recipe: Recipe, download: bool, digests: Digests, today: str, partial: bool, device: str
+        self,
+        recipe: Recipe,
+        download: bool,
+        digests: Digests,
+        today: str,
+        partial: bool,
+        device: str,
+        processes: Mapping[str, int] | None,
     ):
         from holdfast.weights.folders import find_model, model_path, writes_date
 
         self.download = download
         self.digests = digests
-        self.processes = launched().count
+        self.processes = processes or dict.fromkeys(("alignment", "user"), launched().count)
         self.steps: dict[str, Step] = {}
         self.partial = partial
         self.elsewhere: dict[str, None] = {}
@@ -281,12 +294,12 @@ class _Planner:
             "rows": dict(rows),
             "chain": [Made(step) for step in below],
             "seed": recipe.seed,
-            "processes": self.processes,  # multiplies the rows of an optimizer step
+            "processes": self.processes[stage],  # multiplies the rows of an optimizer step
             "packages": packages(TRAINED_BY, recipe.model.quantization),
         }
         label = registry.face("defenses", part.defense).facts.get("label", part.defense)
         title = f"alignment with {label}" if stage == "alignment" else f"user fine-tuning with {label}"
-        detail = stages.training_detail(training, trains, self.processes)
+        detail = stages.training_detail(training, trains, self.processes[stage])
         detail += mixing.detail(part.defense, parameters) or repairing.shown_after(parameters)
         work = stages.train_stage, stages.check_stage
         return self._add(stage, title, detail, inputs, *work, together=True)
@@ -415,8 +428,22 @@ class _Planner:
             work = evaluating.rate_answers, evaluating.check_judge
             rate = self._add("rate", title, detail, inputs, *work)
         score = self._score(what, answers, moderate, rate)
+        lm_eval = self._ability(what, user, trained, weights) if options.lm_eval else None
         alignment = recipe.alignment.defense if recipe.alignment else None
-        return State(name, alignment, user, None, trained, generate, moderate, score, rate)
+        return State(name, alignment, user, None, trained, generate, moderate, score, rate, lm_eval)
+
+    def _ability(
+        self, what: str, user: str | None, trained: tuple[str, ...], weights: tuple[str, ...]
+    ) -> str:
+        """Add the general ability of one state, measured by lm-evaluation-harness."""
+        inputs = {
+            **self.model,
+            "chain": [Made(step) for step in weights],
+            "prefix": self._prefix(user, trained),
+            **ability.ability_inputs(self.recipe),
+        }
+        work = ability.measure_ability, ability.check_ability
+        return self._add("lm_eval", f"general ability of {what}", ability.detail(self.recipe), inputs, *work)
 
     def _score(self, what: str, answers: Made, moderate: tuple[str, ...], rate: str | None) -> str:
         """Add the scores of one state: by every judge, the task's grader, and the truth if it is known."""

@@ -16,7 +16,7 @@ from holdfast.evaluation import paired
 from holdfast.machine.files import read_json, read_jsonl, remove_unless, write_json, write_text
 from holdfast.machine.store import Store, claim_folder, now, provenance
 from holdfast.measuring.protocol import decoding, grader
-from holdfast.pipeline import attacking, user_rows
+from holdfast.pipeline import ability, attacking, user_rows
 from holdfast.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
         "poison_ratio": recipe.data.poison_ratio if state.user else None,
         **user_rows.of_row(state.chosen, records),
         **scores,
+        **ability.of_row(state.lm_eval, store),
         "peak_memory_bytes": trained.get("peak_memory_bytes"),
         "peak_memory_kind": trained.get("peak_memory_kind"),
         "seconds": trained.get("seconds"),
@@ -171,6 +172,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
             "moderate": list(state.moderate),
             "rate": state.rate,
             "score": state.score,
+            **({"lm_eval": state.lm_eval} if state.lm_eval else {}),
         },
     }
 
@@ -262,6 +264,7 @@ def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, 
             else {}
         ),
         **({"test_rows": _shown(test["taken"])} if "first" in test["taken"].values() else {}),
+        **ability.stamp(state.lm_eval, store),
         **attacking.stamp(recipe, _attacks(plan, records)),
     }
 

@@ -16,6 +16,9 @@ TRAINED_BY = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 ANSWERED_BY = ("torch", "transformers", "peft", "tokenizers")
 """Packages whose version can change an answer, or a verdict of a judge that loads a model."""
 
+ABILITY_BY = (*ANSWERED_BY, "lm_eval")
+"""Packages whose version can change a result of lm-evaluation-harness."""
+
 REPAIRED_BY = ("numpy", "safetensors", "torch", "peft")
 """Packages whose version can change the result of a post-hoc method."""
 

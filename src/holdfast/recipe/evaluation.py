@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainSerializer, WrapValidator, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, WrapValidator, model_validator
 
 from holdfast import registry
 from holdfast.errors import RecipeError, nearest
@@ -140,6 +140,26 @@ class Endpoint(Part):
     timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
 
 
+class LmEval(Part):
+    """Tasks of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), by their names.
+
+    `limit` is the number of questions of each task, and `num_fewshot` replaces the tasks' own number of
+    examples. `include_path` is a folder with tasks of your own as YAML files.
+    """
+
+    tasks: list[str] = Field(min_length=1)
+    limit: int | None = Field(None, ge=1)
+    num_fewshot: int | None = Field(None, ge=0)
+    batch_size: int = Field(8, ge=1)
+    include_path: str | None = None
+
+
+def _tasks(value: Any) -> Any:
+    """Read a name or a list of names as `{tasks: [...]}`."""
+    names = [value] if isinstance(value, str) else value
+    return {"tasks": names} if isinstance(names, list) else value
+
+
 class Evaluation(Decoding):
     """The prompts, the decoding and the judges; defaults are Lisa's: 1000 prompts, 512 new tokens.
 
@@ -147,6 +167,7 @@ class Evaluation(Decoding):
     a task that only a judge can grade. `system` is a text before every question, after the text that a method
     of the user stage adds. Sampling uses the recipe's seed. A judge that leaves a larger share of the answers
     unparsed than `max_unparsed` has failed.
+    `lm_eval` also measures general ability on tasks of lm-evaluation-harness.
     `attacked: true` asks the harmful prompts as the attacks of `data.attack` do, for example with a trigger.
     `take: first` tests on the first rows of the test files, in their order and with duplicates.
     """
@@ -156,6 +177,7 @@ class Evaluation(Decoding):
         default_factory=lambda: [JudgeRecipe(name="keyword")]
     )
     rater: RaterOrNone | None = None
+    lm_eval: Annotated[LmEval | None, BeforeValidator(_tasks)] = None
     max_unparsed: float = Field(0.05, ge=0, le=1)
     prompts: int = Field(1000, ge=1)
     mixed_prompts: bool = False

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from holdfast import __version__
 from holdfast.reporting import record
+from holdfast.reporting.ability import ability_table
 from holdfast.reporting.agreement import agreement_table
 from holdfast.reporting.charts import plotted, scores_svg
 from holdfast.reporting.collect import ReportData
@@ -40,16 +41,18 @@ class CurveChart:
     layers: tuple[tuple[str, ...], ...] = ()
 
 
-def render(data: ReportData) -> str:
+def render(data: ReportData, notes: Sequence[str] = ()) -> str:
     """Return the page. All text passes `_shown` and Jinja's escaping; only our own SVG is not escaped."""
     table = result_table(data)
     scores = [svg for narrow in (False, True) if (svg := scores_svg(data, narrow=narrow)) is not None]
     context = {
         "title": _title(data),
         "data": data,
+        "notes": notes,
         "table": table,
         "judges": judge_table(data),
         "agreement": agreement_table(data.rows),
+        "ability": ability_table(data.rows),
         "costs": cost_tables(data.rows),
         "paired": () if data.differences else differences_table(data.rows),
         "stages_text": stages_text,

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-__all__ = ["folder", "grid", "packaged", "planning", "sweeping"]
+__all__ = ["folder", "grid", "packaged", "planning", "resources", "sweeping"]

@@ -1,7 +1,7 @@
 """HarmBench: the 200 standard behaviours, harmful requests in seven categories (Mazeika et al. 2024).
 
-Columns: `Behavior`, `FunctionalCategory`, `SemanticCategory`, `Tags`, `ContextString`, `BehaviorID`, as in the
-authors' `harmbench_behaviors_text_all.csv`, or `prompt`, `category`, as in the Hub's copy of the standard
+Columns: `Behavior`, `FunctionalCategory`, `SemanticCategory`, `Tags`, `ContextString`, `BehaviorID`, as in
+the authors' `harmbench_behaviors_text_all.csv`, or `prompt`, `category`, as in the Hub's copy of the standard
 behaviours. Copyright behaviours, and behaviours that need a context, are left out.
 """
 
