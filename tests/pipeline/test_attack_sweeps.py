@@ -142,5 +142,5 @@ def test_sweeps_that_are_refused(tmp_path, sweep, more, says):
 def test_an_attack_that_sets_the_epochs_leaves_no_steps_to_sweep(tmp_path):
     recipe = swept(tmp_path, {"steps": [3]})
     recipe["data"] = {**recipe["data"], "attack": "long_training"}
-    with pytest.raises(RecipeError, match="attack_sweep[.]steps: data[.]attack sets the epochs"):
+    with pytest.raises(RecipeError, match=r"attack_sweep[.]steps: data[.]attack sets the epochs"):
         Recipe.load(recipe)
