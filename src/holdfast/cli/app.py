@@ -303,6 +303,17 @@ app.command(epilog="Example: holdfast combine alignment user --out adapter")(ada
 app.command(epilog="Example: holdfast merge my-model adapter --out full-model")(adapters.merge)
 
 
+@app.command(
+    "lm-eval-tasks",
+    epilog="Example: lm_eval --include_path $(holdfast lm-eval-tasks) --tasks holdfast_refusal",
+)
+def lm_eval_tasks() -> None:
+    """Print the folder with refusal tasks for lm-evaluation-harness."""
+    from holdfast.integrations.lm_eval import FOLDER
+
+    typer.echo(FOLDER)
+
+
 @app.command("list", epilog="Example: holdfast list defenses")
 def list_names(
     group: Annotated[Group | None, typer.Argument(help="Group to list. Default: all.")] = None,
