@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from holdfast.cli import pushing
+
 Adapters = Annotated[
     list[str],
     typer.Argument(metavar="ADAPTER...", help="Adapter folders or Hub ids, in the order of training."),
@@ -23,17 +25,19 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
-def combine(adapters: Adapters, out: Out) -> None:
+def combine(adapters: Adapters, out: Out, push: pushing.Push = None, public: pushing.Public = False) -> None:
     """Combine adapters (alignment and user delta) into one plain PEFT adapter with the same answers."""
     from holdfast.cli import console
     from holdfast.weights.combine import combine as combine_adapters
 
+    pushing.check(push, public)
     made = combine_adapters(adapters, out)
     console.out.print(
         f"{made.folder}: one adapter of rank {made.rank} on {made.modules} modules"
         + (f", {made.padded} of them filled up with zeros." if made.padded else "."),
         highlight=False, soft_wrap=True, markup=False,
     )  # fmt: skip
+    pushing.push(made.folder, push, public)
 
 
 def merge(
@@ -41,13 +45,17 @@ def merge(
     adapters: Adapters,
     out: Out,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights. Default: unchanged.")] = None,
+    push: pushing.Push = None,
+    public: pushing.Public = False,
 ) -> None:
     """Write a full model with adapters added to its weights, shard by shard."""
     from holdfast.cli import console
     from holdfast.weights.merge import merge as merge_adapters
 
+    pushing.check(push, public)
     made = merge_adapters(base, adapters, out, dtype=dtype and dtype.value)
     console.out.print(
         f"{made.folder}: {made.changed} of {made.tensors} tensors changed, {made.nbytes / 1e9:.2f} GB.",
         highlight=False, soft_wrap=True, markup=False,
     )  # fmt: skip
+    pushing.push(made.folder, push, public)

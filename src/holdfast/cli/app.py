@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from holdfast import __version__
-from holdfast.cli import adapters, gating, measuring, safe_lora, sweeping, tables
+from holdfast.cli import adapters, gating, measuring, pushing, safe_lora, sweeping, tables
 from holdfast.errors import HoldfastError, RecipeError, first_line, visible
 from holdfast.machine.processes import launched
 from holdfast.plugins import PluginWarning
@@ -143,6 +143,8 @@ def run(
         Path | None, typer.Option(help="Folder of steps that runs can share. Default: OUT/steps.")
     ] = None,
     device: Device = "auto",
+    push: pushing.Push = None,
+    public: pushing.Public = False,
     verbose: Verbose = False,
 ) -> None:
     """Run a recipe, or resume it where it stopped; ends with a table and a report."""
@@ -154,11 +156,13 @@ def run(
     if is_grid(recipe):
         raise RecipeError(f"{recipe} is a grid of several runs. Run it with: holdfast sweep {recipe}")
     loaded = Recipe.load(recipe, overrides or [])
+    pushing.check_run(loaded, push, public)
     folder = out or Path("runs") / loaded.name.replace(" ", "-")
     with console.Bars(verbose=verbose) as bars:
         results = run_recipe(loaded, out=folder, store=store, device=device, progress=bars)
     if launched().main:
         _done(bars.ran, results["rows"], folder)
+        pushing.push_run(folder, push, public)
 
 
 @app.command(epilog="Example: holdfast plan my-recipe.yaml user.rho=3")
