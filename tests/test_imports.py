@@ -22,7 +22,7 @@ ALLOWED = {
         "weights", "lab", "integrations",
     },
     "integrations": {"data", "evaluation", "measuring", "recipe"},
-    "study": {"pipeline", "recipe"},
+    "study": {"pipeline", "recipe", "reporting"},
     "pipeline": {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
         "training", "models", "weights", "world",

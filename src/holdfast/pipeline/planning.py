@@ -297,6 +297,8 @@ class _Planner:
             "processes": self.processes[stage],  # multiplies the rows of an optimizer step
             "packages": packages(TRAINED_BY, recipe.model.quantization),
         }
+        if "base" in recipe.needs(stage) and not repairing.hardens(getattr(recipe, stage)):
+            inputs |= repairing.alignment_inputs(recipe, stage, self.folder, self.digests, self.download)
         label = registry.face("defenses", part.defense).facts.get("label", part.defense)
         title = f"alignment with {label}" if stage == "alignment" else f"user fine-tuning with {label}"
         detail = stages.training_detail(training, trains, self.processes[stage])

@@ -57,6 +57,7 @@ class Recipe(Part):
         self._check_user_data()
         self._check_adapter()
         self._check_weights()
+        self._check_bases()
         if self.post_hoc is not None:
             self._check_post_hoc(self.post_hoc)
         return self
@@ -155,6 +156,27 @@ class Recipe(Part):
                 choice = "write user.adapter: continue" if bits else "write model.adapters: merge"
                 raise Wrong([*place, "use_dora"], text + choice)
 
+    def _check_bases(self) -> None:
+        """A method that needs the model before alignment must get it, and nothing else may be given one."""
+        if self.alignment is not None and self.alignment.base is not None:
+            raise Wrong(["alignment", "base"], "the alignment starts from model.path; leave this out")
+        for name in ("user", "post_hoc"):
+            part: StageRecipe | PostHocRecipe | None = getattr(self, name)
+            if part is None:
+                continue
+            needs = "base" in self.needs(name)
+            if needs and self.alignment is None and part.base is None:
+                text = f"{part.defense} needs the model before alignment, but alignment is none. Add an "
+                raise Wrong([name], f"{text}alignment stage, or give the model before alignment: {name}.base")
+            if self.alignment is not None and part.base is not None:
+                text = (
+                    "the base is model.path, from which the alignment stage starts. Leave it out, or write "
+                )
+                raise Wrong([name, "base"], f"{text}alignment: none if model.path is already aligned")
+            if part.base is not None and not needs and "base" not in self.may_use(name):
+                text = f"{part.defense} does not use the model before alignment; leave it out"
+                raise Wrong([name, "base"], text)
+
     def _check_post_hoc(self, repair: PostHocRecipe) -> None:
         """The update that the method repairs must be separate from others, and its inputs must be on disk."""
         repair.check()
@@ -162,14 +184,6 @@ class Recipe(Part):
         who = f"{repair.defense} repairs"
         if self.user is None:
             raise Wrong(["post_hoc"], f"{who} what the user stage trained, but user is none; leave one out")
-        if "base" in needs and self.alignment is None and repair.base is None:
-            text = f"{repair.defense} needs the model before alignment, but alignment is none. Add an "
-            raise Wrong(
-                ["post_hoc"], f"{text}alignment stage, or give the model before alignment: post_hoc.base"
-            )
-        if self.alignment is not None and repair.base is not None:
-            text = "the base is model.path, from which the alignment stage starts. Leave it out, or write "
-            raise Wrong(["post_hoc", "base"], f"{text}alignment: none if model.path is already aligned")
         if "alignment_dataset" in needs:
             self._need_alignment_data(f"post_hoc.defense {repair.defense}")
         self._need_harmful_rows("post_hoc")
@@ -327,6 +341,7 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
         for key in ("user", "harmful", "test", "test_harmful", "benign")
     }
     path = found(recipe.model.path, "model", "path")
+    user = recipe.user and recipe.user.model_copy(update={"base": found(recipe.user.base, "user", "base")})
     repair = recipe.post_hoc and recipe.post_hoc.model_copy(
         update={"base": found(recipe.post_hoc.base, "post_hoc", "base"), **folders("post_hoc")}
     )
@@ -355,6 +370,7 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
     return recipe.model_copy(
         update={
             "evaluation": recipe.evaluation.model_copy(update={"judges": judges}),
+            "user": user,
             "post_hoc": repair,
             "model": recipe.model.model_copy(update={"path": path}),
             "data": data.model_copy(
