@@ -69,7 +69,7 @@ def plan(
     processes: Mapping[str, int] | None = None,
 ) -> Study:
     """Return the steps of the runs; see `holdfast.plan` for the arguments."""
-    today = store.started()
+    today, known = store.started(), dict[Any, Any]()
     return Study(
         {
             run.folder: planning.plan(
@@ -80,6 +80,7 @@ def plan(
                 partial=partial,
                 device=device,
                 processes=processes,
+                known=known,
             )
             for run in runs
         }
