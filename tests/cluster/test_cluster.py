@@ -60,10 +60,12 @@ def notes(out):
     return found
 
 
-def wait_for(what, seconds=600):
+def wait_for(what, process=None, seconds=900):
     last = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < last
+        if process is not None and process.poll() is not None:
+            pytest.fail(process.communicate()[0])
         time.sleep(0.02)
     return found
 
@@ -124,7 +126,7 @@ def test_whatever_is_killed_the_numbers_are_those_of_single_runs(launcher, tmp_p
     killer = Killer(out, kinds)
     killer.start()
     head = start(file, out)
-    wait_for(lambda: "user" not in killer.left)
+    wait_for(lambda: "user" not in killer.left, head)
     head.kill()
     head.communicate()
     ended(start(file, out))
@@ -163,7 +165,7 @@ def test_ctrl_c_leaves_the_jobs_running_and_the_same_command_finds_them(launcher
     file, singles = grid(tmp_path, launcher, epochs=20)
     out = tmp_path / "out"
     head = start(file, out)
-    wait_for(lambda: training(out))
+    wait_for(lambda: training(out), head)
     head.send_signal(signal.SIGINT)
     text = ended(head, 130)
     assert {"slurm": "stay in the queue of Slurm", "ray": "runs on in the Ray cluster"}[
@@ -217,7 +219,7 @@ def test_a_killed_job_and_a_killed_slurmctld(launcher, tmp_path):
     file, singles = grid(tmp_path, launcher, users=[SFT], epochs=40)
     out = tmp_path / "out"
     head = start(file, out)
-    (pid,) = wait_for(lambda: training(out))
+    (pid,) = wait_for(lambda: training(out), head)
     job = psutil.Process(pid).parent()
     assert "submitit.core._submit" in job.cmdline()
     job.kill()
@@ -234,7 +236,7 @@ def test_a_killed_ray_cluster_ends_the_command_and_the_same_command_goes_on(laun
     file, singles = grid(tmp_path, launcher, users=[SFT], epochs=40)
     out = tmp_path / "out"
     head = start(file, out)
-    wait_for(lambda: training(out))
+    wait_for(lambda: training(out), head)
     ray.kill()
     assert "Run the same command again" in ended(head, 1)
     ray.start()

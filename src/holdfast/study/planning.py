@@ -19,6 +19,13 @@ from holdfast.recipe import Recipe
 from holdfast.study.grid import Run
 
 
+CHANGED = (
+    "The files that the recipes name, or the code of Holdfast, changed since the sweep began. Run the same "
+    "command again."
+)
+"""What a worker says whose plan has other steps than that of the sweep."""
+
+
 @dataclass(frozen=True)
 class Study:
     """The plans of all runs of a grid, by folder.
