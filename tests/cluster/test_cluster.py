@@ -18,6 +18,7 @@ import yaml
 
 import tiny
 from holdfast.study.folder import status
+from places import DOCS
 from runs import left, numbers, run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
@@ -249,3 +250,13 @@ def test_ray_is_started_here_if_the_grid_has_no_address(tmp_path):
     file, singles = grid(tmp_path, {"name": "ray", "workers": 2}, users=[SFT])
     ended(start(file, tmp_path / "out"))
     same(tmp_path / "out", tmp_path, singles)
+
+
+@pytest.mark.parametrize("name", ["slurm", "ray"])
+def test_the_files_of_the_page_run(name, tmp_path, request):
+    request.getfixturevalue(name)
+    short = ["alignment.training.max_steps=20", "user.training.max_steps=20", "evaluation.prompts=10"]
+    command = [sys.executable, "-m", "holdfast", "sweep", DOCS / "cluster" / f"{name}.yaml", *short]
+    out = tmp_path / "out"
+    subprocess.run([*command, "--out", out, "--device", "cpu"], check=True, capture_output=True)
+    assert len(list(out.glob("*/results.json"))) == 4

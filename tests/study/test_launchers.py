@@ -341,3 +341,14 @@ def test_ray_gets_a_task_for_each_step_that_is_ready(tmp_path, monkeypatch):
     assert "the node is gone" in files.failures(tmp_path)["user-2"]
     assert ray.asked[0] == {"name": "alignment alignment-0", "max_retries": 2, "num_gpus": 0, "num_cpus": 2}
     assert read_json(Path(tmp_path) / "study.json")["steps"]
+
+
+def test_the_page_shows_the_files_that_were_run():
+    from places import DOCS, blocks
+
+    shown = blocks(DOCS / "cluster.md", "yaml")
+    for name in ("slurm", "ray"):
+        file = DOCS / "cluster" / f"{name}.yaml"
+        assert file.read_text() in [block.rstrip() + "\n" for block in shown]
+        assert grid.launcher(file).name == name
+        assert len(grid.expand(file)) == 4
