@@ -96,6 +96,7 @@ def plan(
     partial: bool = False,
     device: str = "auto",
     processes: Mapping[str, int] | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> Plan:
     """Return the steps of `recipe`. Reads files to identify their content; writes nothing, imports no torch.
 
@@ -110,12 +111,13 @@ def plan(
             a model that is stored with 16 bits.
         processes: by stage ("alignment", "user"), the number of processes that train together; by default
             those that were started together with this one, at every stage.
+        known: what earlier plans read from files; plans that are made together share it, and no other.
 
     Raises:
         DataError, ModelError: a file or a model is missing or cannot be used.
     """
     today, digests = today or now()[:10], digests or Digests()
-    return _Planner(recipe, download, digests, today, partial, device, processes).plan()
+    return _Planner(recipe, download, digests, today, partial, device, processes, known).plan()
 
 
 class _Planner:
@@ -130,11 +132,13 @@ class _Planner:
         partial: bool,
         device: str,
         processes: Mapping[str, int] | None,
+        known: dict[Any, Any] | None,
     ):
         from holdfast.weights.folders import find_model, model_path, writes_date
 
         self.download = download
         self.digests = digests
+        self.known = {} if known is None else known
         self.processes = processes or dict.fromkeys(("alignment", "user"), launched().count)
         self.steps: dict[str, Step] = {}
         self.partial = partial
@@ -147,8 +151,11 @@ class _Planner:
         date = (recipe.model.template_date or today) if dated else None
         model = recipe.model.model_copy(update={"template_date": date})
         self.recipe = recipe = recipe.model_copy(update={"model": model})
+        described = repr(recipe.model), self.folder, device
+        if described not in self.known:
+            self.known[described] = model_input(recipe, self.folder, digests, device)
         self.model: dict[str, Any] = {
-            "model": model_input(recipe, self.folder, digests, device),
+            "model": self.known[described],
             "template": recipe.model.template,
         }
 
@@ -224,7 +231,7 @@ class _Planner:
         for role, detail in data.data_details(self.recipe).items():
             inputs: dict[str, Any] = {"role": role, "elsewhere": True}
             with self._noted():
-                inputs = data.role_inputs(self.recipe, role)
+                inputs = data.role_inputs(self.recipe, role, self.known)
             found[role] = self._add("data", f"{role} rows", detail, inputs, data.make_rows)
         manifest = self._add(
             "manifest",
@@ -408,7 +415,9 @@ class _Planner:
 
     def _judge(self, judge: JudgeRecipe) -> dict[str, Any]:
         """Return a judge as inputs: its settings, the content of its model, its code and its packages."""
-        content = judging.judge_identity(judge, self.digests, self.download)
+        if repr(judge) not in self.known:
+            self.known[repr(judge)] = judging.judge_identity(judge, self.digests, self.download)
+        content = self.known[repr(judge)]
         loads = judging.judge_folder(judge) is not None
         return {
             "judge": Content(judge, {**content, "code": Code("judges", judge.name)}),
