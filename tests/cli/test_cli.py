@@ -16,7 +16,7 @@ import holdfast
 import tiny
 from commands import holdfast_command as command
 from commands import refused
-from runs import no_pages
+from runs import Inside, no_pages
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_the_full_demo_adds_a_control_and_every_defense():
     assert alignments == set(registry.list_defenses("alignment"))
     repairs = {recipe.post_hoc.defense for recipe in loaded.values() if recipe.post_hoc}
     assert repairs == set(registry.list_defenses("post_hoc"))
-    assert len(demo_runs(full=True)) > len(demo_runs()) == 7
+    assert len(demo_runs(full=True)) > len(demo_runs()) == 6
     # The attack is the same after every alignment.
     assert loaded["T-Vaccine"].user == loaded["Vaccine"].user == loaded["SFT"].user
     assert loaded["T-Vaccine"].data == loaded["SFT"].data
@@ -246,6 +246,7 @@ def test_the_demo_compares_its_rows(tmp_path, monkeypatch):
     """The real demo on few steps: every row, a report, a summary."""
     from holdfast.cli.demo import demo, demo_runs
     from holdfast.recipe import Recipe
+    from holdfast.study import sweeping
 
     load = Recipe.load
     few = ["alignment.training.max_steps=2", "user.training.max_steps=2", "evaluation.prompts=4",
@@ -257,15 +258,32 @@ def test_the_demo_compares_its_rows(tmp_path, monkeypatch):
         return load(source, [*few, *overrides, *phases])
 
     monkeypatch.setattr(Recipe, "load", loaded)
+    monkeypatch.setattr(sweeping, "start_worker", Inside)
     with no_pages():  # but the last, which compares them
-        results = demo(tmp_path / "demo", seeds=2, device="cpu")
+        results = demo(tmp_path / "demo", seeds=2, device="cpu", workers=1)
     names = [row["name"] for row in results["rows"]]
     assert set(names) == {"base", "aligned", "T-Vaccine + Lisa", *demo_runs()}
     assert names.count("Lisa") == 2
-    assert names.count("aligned") == 6, "by SFT, Vaccine and T-Vaccine, for two seeds"
+    assert names.count("aligned") == 4, "by SFT and T-Vaccine, for two seeds"
     page = (tmp_path / "demo" / "report.html").read_text()
-    assert all(f"aligned, {by}" in page for by in ("SFT", "Vaccine", "T-Vaccine"))
+    assert all(f"aligned, {by}" in page for by in ("SFT", "T-Vaccine"))
     assert "Alignment time" in page
     assert "Layers drawn: T-Vaccine" in page
     assert "NA-SFT" in page
     assert Path(holdfast.__file__).exists()
+
+
+def test_the_demo_says_which_rows_are_not_typical_of_their_method():
+    from holdfast.cli import demo
+
+    saved = Path(__file__).parents[2] / "benchmarks" / "results"
+    measured = {}
+    for file in ("world.json", "world_alignment.json"):
+        measured |= json.loads((saved / file).read_text())["rows"]
+    for name, scores in demo.SEEDS.items():
+        assert [round(score, 1) for score in measured[name]["harmful_score_by_seed"]] == list(scores)
+    rows = [{"name": "SFT", "harmful_score": 85.7}, {"name": "T-Vaccine", "harmful_score": 14.7}]
+    [text] = demo.unusual(rows)
+    assert text.startswith("T-Vaccine: this seed is not typical. Its harmful score is 14.7 here;")
+    assert "14.7, 98.0, 89.3 (mean 67.3)" in text
+    assert not demo.unusual([*rows, *rows]), "means over seeds"

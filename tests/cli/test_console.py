@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import logging
 
 import pytest
 
 import tiny
 from commands import holdfast_command as command
 from holdfast import errors
-from holdfast.cli import app, console
+from holdfast.cli import app, console, sweeping
 from holdfast.recipe import Recipe
+from holdfast.study.folder import Status
 
 EVIL = "\x1b]0;title\x07\x1b[2J\x9b31m\u202eabc\u2028\x7f\r\ud800"
 
@@ -113,6 +115,71 @@ def test_a_log_file_gets_a_line_of_progress_with_an_estimate(monkeypatch, capsys
             now[0] += 40
     lines = [line for line in capsys.readouterr().err.splitlines() if "left" in line]
     assert lines == [
-        "... 3 of 20, loss 1.500, 350 tokens/s, about 11 min left",
-        "... 5 of 20, loss 1.500, 350 tokens/s, about 10 min left",
+        "...    user fine-tuning: 3 of 20, loss 1.500, 350 tokens/s, about 11 min left",
+        "...    user fine-tuning: 5 of 20, loss 1.500, 350 tokens/s, about 10 min left",
     ]
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_log_file_has_one_line_a_step_and_counts_the_cached_ones(capsys, verbose):
+    with console.Bars(verbose=verbose) as bars:
+        for index in range(3):
+            bars.end(f"old {index}", True, None)
+        bars.begin("new", True)
+        bars.say("once")
+        bars.say("once")
+        bars.end("new", False, 2.0)
+    cached = [f"cached old {index}" for index in range(3)]
+    rest = ["once", "done   new (resumed) 2.0 s"]
+    count = "cached 3 steps were complete before (-v lists them)"
+    assert capsys.readouterr().err.splitlines() == ([*cached, *rest] if verbose else [*rest, count])
+
+
+def test_a_warning_of_the_library_is_printed_once(capsys):
+    app._quiet()
+    for _ in range(2):
+        logging.getLogger("holdfast.defenses.bso").warning("%s: scaled", "LisaTrainer")
+    assert capsys.readouterr().err == "LisaTrainer: scaled\n"
+
+
+def test_a_sweep_in_a_log_file_says_what_is_done_and_when_it_may_end(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    titles = {name: f"step {name}" for name in "abcd"}
+    workers = {"0": {"step": "c", "done": 5, "total": 10}}
+
+    def status(*states):
+        return Status(dict(zip(titles, states, strict=True)), titles, workers, {}, (1, 0))
+
+    with sweeping.Shown() as shown:
+        shown.show(status("complete", "running", "waiting", "waiting"))
+        now[0] = 59.0
+        shown.show(status("complete", "complete", "running", "waiting"))
+        now[0] = 61.0
+        shown.show(status("complete", "complete", "running", "waiting"))
+    assert capsys.readouterr().err.splitlines() == [
+        "1 of 4 steps were complete before.",
+        "2 of 4  done   step b (b)",
+        "2 of 4  ...    step c 5 of 10, about 2 min left",
+    ]
+    assert shown.ran == 1
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_no_name_is_cut_in_80_columns(several):
+    name = "a-very-long-name-of-a-run-with-everything-in-it-and-a-seed-of-42 and words"
+    share = {"harmful_score": 100.0, "harmful_score_stderr": 10.0, "benign_compliance": 100.0}
+    row = {
+        **share, "name": name, "alignment": "sft", "user": None, "poison_ratio": 0.125, "labels": {"sft": "SFT"},
+        "steps": {"score": "x"}, "finetune_accuracy": 100.0, "finetune_accuracy_stderr": 10.0,
+        "benign_compliance_stderr": 10.0, "alignment_seconds": 12345.0, "seconds": 12345.0,
+    }  # fmt: skip
+    rows = [row, {**row, "alignment": "vaccine", "labels": {"vaccine": "Vaccine"}, "steps": {"score": "y"}}]
+    file = io.StringIO()
+    console.Screen(file=file, width=80).print(console.rows_table(rows if several else rows[:1]))
+    text = file.getvalue()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    assert text.count("100.0 ± 10.0") == 3 * (1 + several), "no number is broken"
+    width = text.index("harmful")
+    names = "".join(line[:width] for line in text.splitlines())
+    assert "".join(name.split()) in "".join(names.split())

@@ -52,8 +52,10 @@ def test_bad_rows_are_dropped_and_counted(jsonl):
 
 
 def test_the_commands_say_how_many(jsonl, tmp_path):
-    jsonl("a.jsonl", broken(2, good=20))
-    done = command("mix", "--user", "a.jsonl", "--out", "out", "--skip-bad", cwd=tmp_path)
+    jsonl("rows-of-mix.jsonl", broken(2, good=20))
+    done = command("mix", "--user", "rows-of-mix.jsonl", "--out", "out", "--skip-bad", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "a.jsonl: 2 rows cannot be used and are dropped." in done.stdout
+    told = done.stdout + done.stderr
+    assert "rows-of-mix.jsonl: 2 of 22 rows cannot be used and are dropped." in told
+    assert told.count("are dropped") == 1
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["user"]["size"] == 18

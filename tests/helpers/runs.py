@@ -15,6 +15,17 @@ from holdfast.machine.store import Store
 from holdfast.pipeline.data import make_rows, role_inputs, rows_of
 from holdfast.pipeline.step import Inputs, Machine
 from holdfast.recipe import Recipe
+from holdfast.study.worker import work
+
+
+class Inside:
+    """A worker of a sweep in this process, to replace `sweeping.start_worker`."""
+
+    def __init__(self, folder, number, environment):
+        work(folder, number)
+
+    def poll(self):
+        return 0
 
 
 class Seen(Progress):

@@ -6,6 +6,7 @@ planning, reporting or `--help`.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from holdfast import __version__
-from holdfast.cli import adapters, gating, measuring, safe_lora, sweeping
+from holdfast.cli import adapters, gating, measuring, safe_lora, sweeping, tables
 from holdfast.errors import HoldfastError, RecipeError, first_line, visible
 from holdfast.machine.processes import launched
 from holdfast.plugins import PluginWarning
@@ -46,6 +47,9 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe, for example user.rho=3."),
 ]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Also list the steps that were complete before.")
+]
 GO_ON = {"demo", "lab", "run", "sweep", "generate", "moderate", "rate", "filter", "gate", "check"}
 """Commands that resume after a stop; the others start again from the beginning."""
 
@@ -92,17 +96,15 @@ def demo(
     """Run the embedded world through every stage and write a report: minutes on two CPU cores."""
     if launched().count > 1:
         raise RecipeError("holdfast demo runs in one process. Under a launcher: holdfast run world.")
-    from holdfast.cli import console
     from holdfast.cli.demo import demo as run_demo
+    from holdfast.cli.demo import next_steps, unusual
 
-    with console.Bars() as bars:
-
-        def named(prefix: str) -> console.Bars:
-            bars.prefix = prefix
-            return bars
-
-        results = run_demo(out, seeds=seeds, full=full, device=device, progress=named)
-    _done(bars, results["rows"], out)
+    with sweeping.Shown() as shown:
+        results = run_demo(out, seeds=seeds, full=full, device=device, show=shown.show)
+    _done(shown.ran, results["rows"], out)
+    for text in unusual(results["rows"]):
+        measuring.say(text)
+    measuring.say(next_steps(out))
 
 
 @app.command(epilog="Example: holdfast lab --rows my-rows --out runs/lab")
@@ -112,6 +114,7 @@ def lab(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("runs/lab"),
     device: Device = "auto",
+    verbose: Verbose = False,
 ) -> None:
     """Show what defenses do to a real model of 135 million parameters: minutes on a GPU, hours on a CPU."""
     if launched().count > 1:
@@ -121,14 +124,14 @@ def lab(
     from holdfast.lab import ABOUT
 
     console.out.print(ABOUT, highlight=False)
-    with console.Bars() as bars:
+    with console.Bars(verbose=verbose) as bars:
 
         def named(prefix: str) -> console.Bars:
             bars.prefix = prefix
             return bars
 
         results = run_lab(rows, out, device=device, progress=named)
-    _done(bars, results["rows"], out)
+    _done(bars.ran, results["rows"], out)
 
 
 @app.command(epilog="Example: holdfast run my-recipe.yaml user.rho=3 --out runs/rho3")
@@ -140,6 +143,7 @@ def run(
         Path | None, typer.Option(help="Folder of steps that runs can share. Default: OUT/steps.")
     ] = None,
     device: Device = "auto",
+    verbose: Verbose = False,
 ) -> None:
     """Run a recipe, or resume it where it stopped; ends with a table and a report."""
     from holdfast.cli import console
@@ -151,10 +155,10 @@ def run(
         raise RecipeError(f"{recipe} is a grid of several runs. Run it with: holdfast sweep {recipe}")
     loaded = Recipe.load(recipe, overrides or [])
     folder = out or Path("runs") / loaded.name.replace(" ", "-")
-    with console.Bars() as bars:
+    with console.Bars(verbose=verbose) as bars:
         results = run_recipe(loaded, out=folder, store=store, device=device, progress=bars)
     if launched().main:
-        _done(bars, results["rows"], folder)
+        _done(bars.ran, results["rows"], folder)
 
 
 @app.command(epilog="Example: holdfast plan my-recipe.yaml user.rho=3")
@@ -179,7 +183,7 @@ def plan(
     from holdfast.study.grid import is_grid
 
     if is_grid(recipe):
-        sweeping.show_plan(recipe, overrides or [], out, store, device, check)
+        sweeping.show_plan(recipe, overrides or [], sweeping.folder_of(recipe, out), store, device, check)
         return
     loaded = Recipe.load(recipe, overrides or [])
     steps = Store(store or (out or Path("runs") / loaded.name.replace(" ", "-")) / "steps")
@@ -191,7 +195,6 @@ def plan(
     if loaded.protocol:
         told = console.protocol_text(loaded.protocol, loaded.changes())
         console.out.print(told, highlight=False, markup=False)
-    console.out.print(f"{len(planned) - len(cached)} of {len(planned)} steps would run.", highlight=False)
     for text in whole.elsewhere:
         console.out.print(f"Not on this machine: {text}", highlight=False, soft_wrap=True, markup=False)
     if whole.elsewhere:
@@ -205,6 +208,7 @@ def plan(
         with console.Bars(finished=False) as bars:
             rehearse(whole, steps, device=device, progress=bars)
         console.out.print("The checks before the run found no problem.", highlight=False)
+    console.out.print(f"{len(planned) - len(cached)} of {len(planned)} steps would run.", highlight=False)
 
 
 @app.command(
@@ -231,7 +235,6 @@ def mix(
 ) -> None:
     """Mix harmful rows into user rows, and write a manifest that describes the mix."""
     from holdfast.cli import console
-    from holdfast.data import dropped_rows
     from holdfast.data import mix as mix_rows
 
     if user is None and task is None:
@@ -240,8 +243,6 @@ def mix(
         out, user=user, task=task, harmful=harmful, test=test, harmful_test=test_harmful, size=size,
         poison_ratio=poison_ratio, seed=seed, skip_bad=skip_bad,
     )  # fmt: skip
-    for name, count in dropped_rows(folder).items():
-        measuring.say(f"{name}: {count:,} rows cannot be used and are dropped.")
     console.out.print(f"{folder}", highlight=False, soft_wrap=True, markup=False)
 
 
@@ -254,18 +255,25 @@ def report(
     force: Annotated[
         bool, typer.Option("--force", help="Compare runs even if their protocol stamps differ.")
     ] = False,
+    csv: Annotated[Path | None, typer.Option(help="Also write each method's scores to this file.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="Also write them as a LaTeX table.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write them as a Markdown table.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write them as JSON, with the stamp.")] = None,
 ) -> None:
     """Write one HTML page about one or more runs. Runs measured differently are refused."""
     from holdfast.cli import console
+    from holdfast.reporting import export, unfinished
     from holdfast.reporting import report as write_report
-    from holdfast.reporting import unfinished
 
     written = write_report(runs, out, force=force)
+    files = {"csv": csv, "latex": latex, "markdown": markdown, "json": json}
+    export(runs, {kind: file for kind, file in files.items() if file is not None}, force=force)
     for run in filter(unfinished, runs):
         console.err.print(f"Left out: {run} is not finished.", highlight=False, soft_wrap=True, markup=False)
     console.out.print(f"Report: {written}", highlight=False, soft_wrap=True, markup=False)
 
 
+app.command(epilog="Example: holdfast table lisa-3 --runs runs/lisa-3")(tables.table)
 app.command(epilog="Example: holdfast sweep my-grid.yaml --workers 2 --out runs/study")(sweeping.sweep)
 app.command(
     "safe-lora",
@@ -293,6 +301,17 @@ app.command("filter", epilog="Example: holdfast filter my.jsonl --judge beaver_d
 )
 app.command(epilog="Example: holdfast combine alignment user --out adapter")(adapters.combine)
 app.command(epilog="Example: holdfast merge my-model adapter --out full-model")(adapters.merge)
+
+
+@app.command(
+    "lm-eval-tasks",
+    epilog="Example: lm_eval --include_path $(holdfast lm-eval-tasks) --tasks holdfast_refusal",
+)
+def lm_eval_tasks() -> None:
+    """Print the folder with refusal tasks for lm-evaluation-harness."""
+    from holdfast.integrations.lm_eval import FOLDER
+
+    typer.echo(FOLDER)
 
 
 @app.command("list", epilog="Example: holdfast list defenses")
@@ -341,10 +360,10 @@ def _origin(facts: Mapping[str, Any]) -> str:
     return "; ".join(str(part) for part in parts if part)
 
 
-def _done(bars: object, rows: list[dict], out: Path) -> None:
+def _done(ran: int, rows: list[dict], out: Path) -> None:
     from holdfast.cli import console
 
-    if not getattr(bars, "ran", 0):
+    if not ran:
         console.out.print("Nothing to do: every step of this recipe is complete.", highlight=False)
     console.out.print(console.rows_table(rows))
     console.out.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True, markup=False)
@@ -352,6 +371,8 @@ def _done(bars: object, rows: list[dict], out: Path) -> None:
 
 def _quiet() -> None:
     """Turn off the progress bars and advice of the libraries; errors are still shown."""
+    from holdfast.cli import console
+
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -359,6 +380,10 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("always", category=PluginWarning)
     warnings.showwarning = _show_warning
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a missing optional package
+    ours = logging.getLogger("holdfast")
+    if not any(isinstance(handler, console.OnceHandler) for handler in ours.handlers):
+        ours.addHandler(console.OnceHandler())
 
 
 def _show_warning(

@@ -6,11 +6,13 @@ model or a server never reaches a terminal, where it could hide text, move the c
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -51,16 +53,19 @@ EVERY = 60.0
 
 
 class Bars(progress.Progress):
-    """Draws progress on standard error; in a log file, each step has one line and no bar.
+    """Draws progress on standard error; in a log file, a line for each step and one each minute.
 
     Args:
         finished: print a line for each finished step.
+        verbose: also print a line for each step that was complete before; they are counted otherwise.
     """
 
-    def __init__(self, prefix: str = "", finished: bool = True) -> None:
-        self.prefix, self.finished = prefix, finished
+    def __init__(self, prefix: str = "", finished: bool = True, verbose: bool = False) -> None:
+        self.prefix, self.finished, self.verbose = prefix, finished, verbose
         self.first: tuple[float, int] | None = None
         self.told = (0.0, 0)
+        self.title = ""
+        self.said: set[str] = set()
         self.ran = 0
         self.cached = 0
         self.bars = Progress(
@@ -82,15 +87,16 @@ class Bars(progress.Progress):
 
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
+        if self.finished and self.ran and self.cached and not self.verbose:
+            steps = "1 step was" if self.cached == 1 else f"{self.cached:,} steps were"
+            err.print(f"[dim]cached[/] {steps} complete before (-v lists them)", highlight=False)
 
     def begin(self, title: str, resumed: bool) -> None:
         """Show a bar for the step."""
-        text = f"{self.prefix}{title}" + (" (resumed)" if resumed else "")
+        self.title = f"{self.prefix}{title}" + (" (resumed)" if resumed else "")
         self._remove()  # a step that failed
         self.first = None
-        self.task = self.bars.add_task(escape(text), total=None, facts="")
-        if not err.is_terminal and self.finished:
-            err.print(f"[dim]...[/] {escape(text)}", highlight=False)
+        self.task = self.bars.add_task(escape(self.title), total=None, facts="")
 
     def advance(self, done: int, total: int, **facts: Any) -> None:
         """Move the bar, and show loss, state and speed beside it."""
@@ -115,27 +121,29 @@ class Bars(progress.Progress):
         if now - self.told[0] < EVERY or done <= before:
             return
         self.told = now, done
-        left = (now - began) / (done - before) * (total - done)
-        text = ", ".join([f"{done:,} of {total:,}", *shown, f"about {left / 60:.0f} min left"])
-        err.print(f"[dim]...[/] {escape(text)}", highlight=False)
+        left = time_left(now - began, done - before, total - done)
+        text = ", ".join([f"{self.title}: {done:,} of {total:,}", *shown, left])
+        err.print(f"[dim]...[/]    {escape(text)}", highlight=False, soft_wrap=True)
 
     def end(self, title: str, cached: bool, seconds: float | None) -> None:
         """Replace the bar by one line for the step."""
         self._remove()
         self.ran += not cached
         self.cached += cached
-        if not self.finished:
-            return
-        mark, tail = (
-            ("[dim]cached[/]", "") if cached else ("[green]done[/]  ", f" [dim]{seconds or 0:.1f} s[/]")
-        )
-        err.print(f"{mark} {escape(self.prefix + title)}{tail}", highlight=False)
+        text = escape(self.prefix + title if cached or not self.title else self.title)
+        self.title = ""
+        if self.finished and cached and self.verbose:
+            err.print(f"[dim]cached[/] {text}", highlight=False, soft_wrap=True)
+        elif self.finished and not cached:
+            tail = f" [dim]{seconds or 0:.1f} s[/]"
+            err.print(f"[green]done[/]   {text}{tail}", highlight=False, soft_wrap=True)
 
     def checking(self, begins: bool) -> None:
         """Show a bar for the checks before a run."""
         self._remove()
         if begins:
-            self.task = self.bars.add_task("checks before the run", total=None, facts="")
+            self.title = "checks before the run"
+            self.task = self.bars.add_task(self.title, total=None, facts="")
 
     def _remove(self) -> None:
         if self.task is not None:
@@ -143,8 +151,30 @@ class Bars(progress.Progress):
             self.task = None
 
     def say(self, text: str) -> None:
-        """Print a message."""
-        err.print(escape(text), highlight=False)
+        """Print a message, the first time only."""
+        if text not in self.said:
+            self.said.add(text)
+            err.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def time_left(seconds: float, done: float, left: float) -> str:
+    """An estimate of the time that `left` units take, if `done` units took `seconds`."""
+    return f"about {max(1, seconds / done * left / 60):.0f} min left"
+
+
+class OnceHandler(logging.Handler):
+    """Prints each warning of Holdfast once on standard error."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a warning."""
+        text = record.getMessage()
+        if text not in self.said:
+            self.said.add(text)
+            err.print(escape(text), highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -157,11 +187,22 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
         bars.end(title, False, time.monotonic() - began)
 
 
+def _results(head: Sequence[str], caption: str) -> Table:
+    """A table of results that fits 80 columns: the first column folds, so that no name is cut."""
+    table = Table(caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for index, column in enumerate(head):
+        words = column.replace(" ", "\n").replace("\n↓", " ↓").replace("\n↑", " ↑")
+        if index == 0:
+            table.add_column(column, overflow="fold")
+        else:  # a number is never broken
+            table.add_column(words, justify="right", no_wrap=True)
+    return table
+
+
 def scores_table(scores: Mapping[str, Any]) -> Table:
     """The results of `holdfast score`; arrows show which direction is better."""
-    table = Table(caption="percent ± standard error, 95 % interval; ↓ lower is better, ↑ higher is better")
-    for column in ("score", "", "95 %", "n"):
-        table.add_column(column, justify="left" if column == "score" else "right")
+    caption = "percent ± standard error, 95 % interval; ↓ lower is better, ↑ higher is better"
+    table = _results(("score", "", "95\N{NO-BREAK SPACE}%", "n"), caption)
     names = [
         (f"{found['title']} ↓ ({judge})", "harmful_score", "n", found)
         for judge, found in scores["judges"].items()
@@ -184,16 +225,17 @@ def scores_table(scores: Mapping[str, Any]) -> Table:
 def differences_table(found: Mapping[str, Any]) -> Table:
     """The results of `holdfast compare`."""
     several = " (Holm-corrected for all scores)" if len(found) > 1 else ""
-    table = Table(caption=f"second minus first, on the same prompts; p{several}: McNemar or sign-flip test")
-    for column in ("score", "first", "second", "difference", "95 %", "p", "n", ""):
-        table.add_column(column, justify="left" if column in ("score", "") else "right")
+    caption = f"second minus first, on the same prompts; p{several}: McNemar or sign-flip test\n"
+    caption += "not clear: not distinguishable at 5 %"
+    table = _results(("score", "first", "second", "diff.", "95\N{NO-BREAK SPACE}%", "p", "n", ""), caption)
     for name, one in found.items():
         low_high = f"{one['interval'][0]:+.1f} to {one['interval'][1]:+.1f}" if one["interval"] else ""
-        told = "different" if one["p_holm"] <= 0.05 else "not distinguishable"
-        left = f"\n{one['left_out']} left out" if one["left_out"] else ""
+        told = "different" if one["p_holm"] <= 0.05 else "not clear"
+        left = f" ({one['left_out']} left out)" if one["left_out"] else ""
         table.add_row(
-            escape(name.replace("_", " ")), f"{one['first']:.1f}", f"{one['second']:.1f}",
-            f"{one['difference']:+.1f}", low_high, f"{one['p_holm']:.2g}", f"{one['n']}{left}", told,
+            escape((one.get("title") or name.replace("_", " ")) + left), f"{one['first']:.1f}",
+            f"{one['second']:.1f}", f"{one['difference']:+.1f}", low_high, f"{one['p_holm']:.2g}",
+            str(one["n"]), told,
         )  # fmt: skip
     return table
 
@@ -210,12 +252,13 @@ def rows_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """The results of one or more runs; arrows show which direction is better."""
     rows = list(rows)
     several = len({row["alignment"] for row in rows} - {None}) > 1
-    table = Table(caption="percent ± standard error; ↓ lower is better, ↑ higher is better")
     task = " / ".join(dict.fromkeys(row.get("task_title", "finetune accuracy") for row in rows))
-    for column in ("model", "harmful rows", "harmful score ↓", f"{task} ↑", "benign compliance ↑"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for column in ("alignment", "training") if several else ("training",):
-        table.add_column(column, justify="right")
+    harm = " / ".join(dict.fromkeys(map(harm_title, rows)))
+    times = ("alignment", "training") if several else ("training",)
+    table = _results(
+        ("model", "harmful rows", f"{harm} ↓", f"{task} ↑", "benign compliance ↑", *times),
+        "percent ± standard error; ↓ lower is better, ↑ higher is better",
+    )
     seen = set()
     for row in rows:
         if row["steps"]["score"] in seen:
@@ -234,6 +277,12 @@ def rows_table(rows: Iterable[Mapping[str, Any]]) -> Table:
             _seconds(row["seconds"]),
         )
     return table
+
+
+def harm_title(row: Mapping[str, Any]) -> str:
+    """The name of a row's harmful score: "attack success rate" if its judge only looks for refusals."""
+    judge = (row.get("judges") or {}).get(row.get("judge")) or {}
+    return str(judge.get("title") or "harmful score")
 
 
 def _seconds(value: float | None) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.live import Live
@@ -40,6 +40,15 @@ def sweep(
         int | None,
         typer.Option(min=1, help="Steps that run at the same time. Default: one for each GPU, else 1."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="For a table of a paper: world, smollm2, or a model instead of the paper's."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="For a table of a paper: the number of seeds.")] = 1,
+    launcher: Annotated[
+        str | None,
+        typer.Option(help="Where the steps run: local, slurm or ray. Default: as the grid says, else local."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would run.")] = False,
     status: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Only show the state of the sweep in this folder.")
@@ -54,28 +63,53 @@ def sweep(
         return
     if grid is None:
         raise RecipeError("Expected a grid: holdfast sweep GRID. Or the folder of a sweep: --status DIR.")
+    place = folder_of(grid if model is None else f"{grid}-{Path(model).name}", out)
+    source = of_table(grid, model, seeds)
     if dry_run:
-        show_plan(grid, overrides or [], out, store, device, True)
+        show_plan(source, overrides or [], place, store, device, True, launcher)
         return
-    place = folder_of(grid, out)
-    with Shown() as shown:
-        found = sweeping.sweep(
-            grid,
-            overrides=overrides or [],
-            out=place,
-            store=store,
-            device=device,
-            workers=workers,
-            show=shown.show,
-        )
+    try:
+        with Shown() as shown:
+            found = sweeping.sweep(
+                source,
+                overrides=overrides or [],
+                out=place,
+                store=store,
+                device=device,
+                workers=workers,
+                launcher=launcher,
+                show=shown.show,
+            )
+    except KeyboardInterrupt:
+        text = left_text(grid, overrides or [], launcher, place)
+        if text:
+            console.err.print(text, highlight=False, soft_wrap=True, markup=False)
+        raise
     rows = [row for results in found.values() for row in results["rows"]]
     console.out.print(console.rows_table(rows))
     text = f"{len(found):,} runs in {place}. A page about all: holdfast report {place}/*"
     console.out.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
+def left_text(grid: str, overrides: Sequence[str], launcher: str | None, out: Path) -> str:
+    """Return what runs on after the command ended, and how to watch and stop it; "" if nothing does."""
+    from holdfast.study.grid import launcher as launcher_of
+
+    block = launcher_of(grid, launcher, overrides)
+    watch = f"Watch: holdfast sweep --status {out}"
+    if block.name == "slurm":
+        names = f"squeue --me --noheader --format=%i,%j | grep -- -{out.name}$"
+        return f"The jobs of the sweep stay in the queue of Slurm. {watch}. To cancel them, see: {names}"
+    if block.name == "ray" and block.address is not None:
+        return f"The sweep runs on in the Ray cluster. {watch}"
+    return ""
+
+
 class Shown:
-    """Shows the state of a sweep on standard error: a live table, or a line for each change in a log file."""
+    """Shows the state of a sweep on standard error: a live table, or lines in a log file.
+
+    A log file also gets a line of progress each minute, with an estimate of the end.
+    """
 
     def __init__(self) -> None:
         from holdfast.cli import console
@@ -83,6 +117,9 @@ class Shown:
         self.screen = console.err
         self.live = Live(console=self.screen, transient=True, auto_refresh=False)
         self.states: dict[str, str] = {}
+        self.began = self.told = time.monotonic()
+        self.cached = 0
+        self.ran = 0
 
     def __enter__(self) -> Shown:
         if self.screen.is_terminal:
@@ -94,15 +131,43 @@ class Shown:
 
     def show(self, status: Status) -> None:
         """Show a state."""
+        complete = status.counts().get("complete", 0)
+        if not self.states:
+            self.cached = complete
+        self.ran = complete - self.cached
         if self.screen.is_terminal:
+            self.states = dict(status.states)
             self.live.update(status_table(status), refresh=True)
             return
-        complete, whole = status.counts().get("complete", 0), len(status.states)
+        if not self.states and self.cached:
+            self._print(f"{self.cached:,} of {len(status.states):,} steps were complete before.")
         for step, state in status.states.items():
-            if state != self.states.get(step, "waiting") and (self.states or state != "complete"):
-                text = f"{complete:,} of {whole:,}  {state}: {status.titles[step]} ({step})"
-                self.screen.print(escape(text), highlight=False, soft_wrap=True)
+            if state in ("complete", "failed") and self.states and state != self.states.get(step):
+                name = "done  " if state == "complete" else state
+                self._print(f"{complete:,} of {len(status.states):,}  {name} {status.titles[step]} ({step})")
         self.states = dict(status.states)
+        self._progress(status, complete)
+
+    def _progress(self, status: Status, complete: int) -> None:
+        """Print what the workers do and when the sweep may end, each minute."""
+        from holdfast.cli import console
+
+        now = time.monotonic()
+        if now - self.told < console.EVERY:
+            return
+        self.told = now
+        parts = []
+        for one in status.workers.values():
+            count = f" {one['done']:,} of {one['total']:,}" if "done" in one else ""
+            parts.append(status.titles[one["step"]] + count)
+        if self.ran:
+            left = sum(state in ("waiting", "running") for state in status.states.values())
+            parts.append(console.time_left(now - self.began, self.ran, left))
+        if parts:
+            self._print(f"{complete:,} of {len(status.states):,}  ...    {', '.join(parts)}")
+
+    def _print(self, text: str) -> None:
+        self.screen.print(escape(text), highlight=False, soft_wrap=True)
 
 
 def status_table(status: Status) -> Table:
@@ -111,7 +176,8 @@ def status_table(status: Status) -> Table:
     text = ", ".join(f"{counts[state]:,} {state}" for state in SHOWN if state in counts)
     title = f"{complete:,} of {runs:,} runs complete; steps: {text}"
     if not status.alive and complete < runs:
-        title += ". The sweep does not run; the same command resumes it."
+        runs_on = "Its command" if status.workers else "The sweep"
+        title += f". {runs_on} does not run; the same command resumes it."
     table = Table(title=title, title_justify="left")
     for column in ("state", "step", "what", "progress"):
         table.add_column(column, overflow="fold")
@@ -119,24 +185,45 @@ def status_table(status: Status) -> Table:
         minutes = (time.time() - one["began"]) / 60
         done = f"{one['done']:,} of {one['total']:,}, " if "done" in one else ""
         what = escape(status.titles[one["step"]])
-        table.add_row(f"worker {number}", one["step"], what, f"{done}{minutes:.0f} min")
+        table.add_row(number.replace("-", " ", 1), one["step"], what, f"{done}{minutes:.0f} min")
     for step, message in status.failed.items():
         table.add_row("failed", step, escape(status.titles[step]), escape(message.split("\n")[0]))
     return table
 
 
+def of_table(grid: str, model: str | None, seeds: int) -> str | Mapping[str, Any]:
+    """Return the grid of a paper's table for a model and several seeds; any other grid unchanged."""
+    from holdfast.study import published, tables
+
+    if grid in published.names() and not Path(grid).is_file():
+        return tables.grid(grid, model, seeds)
+    if model is not None or seeds > 1:
+        text = "--model and --seeds are for the tables of papers (holdfast table shows them)."
+        raise RecipeError(f"{text} For {grid}, write model.path=PATH, or a list of seeds in the grid.")
+    return grid
+
+
 def show_plan(
-    grid: str, overrides: Sequence[str], out: Path | None, store: Path | None, device: str, check: bool
+    grid: str | Mapping[str, Any],
+    overrides: Sequence[str],
+    out: Path,
+    store: Path | None,
+    device: str,
+    check: bool,
+    launcher: str | None = None,
 ) -> None:
     """Show how many steps a grid has, how many are shared and cached, and what it takes; writes nothing."""
     from holdfast.cli import console
     from holdfast.pipeline import rehearse
-    from holdfast.study import planning
+    from holdfast.study import planning, resources
     from holdfast.study.grid import expand
+    from holdfast.study.grid import launcher as launcher_of
 
+    block = launcher_of(grid, launcher, overrides)
+    here, device = device, resources.placed(block, device)
     runs = expand(grid, overrides)
-    steps = Store(store or folder_of(grid, out) / "steps")
-    study = planning.plan(runs, steps, device=device, partial=True)
+    steps = Store(store or out / "steps")
+    study = planning.plan(runs, steps, device=device, partial=True, processes=block.together(device))
     done = study.complete(steps)
     cost = planning.cost(study, steps, done)
     table = Table()
@@ -150,7 +237,6 @@ def show_plan(
     count = len(study.steps)
     text = f"{len(runs):,} runs have {count:,} steps; without shared steps they would have {single:,}."
     console.out.print(text, highlight=False, soft_wrap=True)
-    console.out.print(f"{count - len(done):,} of {count:,} steps would run.", highlight=False)
     if cost.seconds:
         text = f"By what earlier steps took, one worker needs {duration(cost.seconds)}"
         others = f", and the time of these steps: {', '.join(cost.unknown)}" if cost.unknown else ""
@@ -160,8 +246,9 @@ def show_plan(
     if check and not study.elsewhere() and len(done) < len(study.steps):
         with console.Bars(finished=False) as bars:
             for plan in study.plans.values():
-                rehearse(plan, steps, device=device, progress=bars)
+                rehearse(plan, steps, device=here, progress=bars)
         console.out.print("The checks before the run found no problem.", highlight=False)
+    console.out.print(f"{count - len(done):,} of {count:,} steps would run.", highlight=False)
 
 
 def folder_of(grid: str, out: Path | None) -> Path:

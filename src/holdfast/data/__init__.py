@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from holdfast.data.held_out import grading_task, holds_out
 from holdfast.data.jsonl import read_placed, read_rows, write_rows
-from holdfast.data.mixing import dropped_bad_rows, dropped_rows, mix
+from holdfast.data.mixing import dropped_bad_rows, mix
 from holdfast.data.places import places_of
 from holdfast.data.pool import numbered
 from holdfast.data.prepare import Prepared, alignment_rows, harmful_rows, overlaps, test_rows, user_rows
@@ -17,7 +17,6 @@ __all__ = [
     "alignment_rows",
     "bad_rows",
     "dropped_bad_rows",
-    "dropped_rows",
     "fingerprint",
     "grading_task",
     "harmful_rows",

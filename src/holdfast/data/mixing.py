@@ -69,12 +69,6 @@ def mix(
     return Path(out)
 
 
-def dropped_rows(folder: Path) -> dict[str, int]:
-    """Return the number of rows that `mix` dropped because they cannot be used, by source."""
-    manifest = read_json(folder / "manifest.json")
-    return {**dropped_bad_rows(manifest["test"]), **dropped_bad_rows(manifest["user"])}
-
-
 def dropped_bad_rows(manifest: Mapping[str, Any]) -> dict[str, int]:
     """Return the number of bad rows that were dropped, by source; a source without bad rows has no key."""
     found = {source["source"]: source.get("bad_rows_dropped", 0) for source in manifest["sources"]}

@@ -105,8 +105,6 @@ def make_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
     datasets.write_rows(folder / "rows.jsonl", rows)
     write_json(folder / "manifest.json", part.manifest)
     dropped = datasets.dropped_bad_rows(part.manifest)
-    for name, count in dropped.items():
-        machine.progress.say(f"{name}: {count:,} rows cannot be used and are dropped (data.skip_bad).")
     return {"rows": len(part.rows), **({"bad_rows_dropped": dropped} if dropped else {})}
 
 

@@ -19,7 +19,17 @@ from holdfast.machine.digests import Digests
 from holdfast.machine.processes import launched
 from holdfast.machine.store import now
 from holdfast.measuring import judging, protocol
-from holdfast.pipeline import ability, attacking, data, evaluating, mixing, repairing, stages, user_rows
+from holdfast.pipeline import (
+    ability,
+    attacking,
+    data,
+    evaluating,
+    mixing,
+    repairing,
+    stages,
+    user_rows,
+    weight_attacks,
+)
 from holdfast.pipeline.chain import model_input, with_folders
 from holdfast.pipeline.step import Check, Code, Content, Made, Step, Work
 from holdfast.pipeline.versions import ANSWERED_BY, REPAIRED_BY, TRAINED_BY, packages
@@ -38,6 +48,7 @@ class State:
         post_hoc_parameters: the parameters of the repair.
         lm_eval: the step of lm-evaluation-harness, if the recipe asks for it.
         chosen: the steps that change or select user rows, by kind; a list for several attacks.
+        tampered: the attack on its weights.
     """
 
     name: str
@@ -52,6 +63,7 @@ class State:
     lm_eval: str | None = None
     post_hoc_parameters: Mapping[str, Any] | None = None
     chosen: Mapping[str, str | list[str]] = field(default_factory=dict)
+    tampered: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,7 @@ def plan(
     today: str | None = None,
     partial: bool = False,
     device: str = "auto",
+    processes: Mapping[str, int] | None = None,
 ) -> Plan:
     """Return the steps of `recipe`. Reads files to identify their content; writes nothing, imports no torch.
 
@@ -95,11 +108,14 @@ def plan(
             names them in `elsewhere`, and cannot be run.
         device: the device that computes, which decides about `model.dtype: auto`. torch is imported only for
             a model that is stored with 16 bits.
+        processes: by stage ("alignment", "user"), the number of processes that train together; by default
+            those that were started together with this one, at every stage.
 
     Raises:
         DataError, ModelError: a file or a model is missing or cannot be used.
     """
-    return _Planner(recipe, download, digests or Digests(), today or now()[:10], partial, device).plan()
+    today, digests = today or now()[:10], digests or Digests()
+    return _Planner(recipe, download, digests, today, partial, device, processes).plan()
 
 
 TITLES = {
@@ -115,13 +131,20 @@ class _Planner:
     """Builds the steps one by one; each method adds a step and returns its id."""
 
     def __init__(
-        self, recipe: Recipe, download: bool, digests: Digests, today: str, partial: bool, device: str
+        self,
+        recipe: Recipe,
+        download: bool,
+        digests: Digests,
+        today: str,
+        partial: bool,
+        device: str,
+        processes: Mapping[str, int] | None,
     ):
         from holdfast.weights.folders import find_model, model_path, writes_date
 
         self.download = download
         self.digests = digests
-        self.processes = launched().count
+        self.processes = processes or dict.fromkeys(("alignment", "user"), launched().count)
         self.steps: dict[str, Step] = {}
         self.partial = partial
         self.elsewhere: dict[str, None] = {}
@@ -160,25 +183,36 @@ class _Planner:
             if repairing.hardens(recipe.alignment):
                 trained = (*trained, self._harden(recipe.alignment, trained[0]))
             weights = trained[-1:]
-        aligned = weights
         name = "base" if recipe.alignment is None else "aligned"
         states.append(self._evaluate(name, f"the {name} model", None, trained, weights, rows["test"]))
         if recipe.user is not None:
-            chosen, last = self._chosen(rows["user"], weights)
-            rows = {**rows, "user": last}
-            buffer = self._harmful_adapter("user", rows, weights)
-            step = self._train("user", recipe.user, USER_TRAINING, self._rows("user", rows), weights, buffer)
-            trained = (*trained, step)
-            below = {"new": weights, "continue": weights[:-1], "full": ()}[recipe.trains("user")]
-            weights = (*below, step)
-            state = recipe.name, "the fine-tuned model", recipe.user.defense
-            states.append(self._evaluate(*state, trained, weights, rows["test"]))
-            for repair in repairing.repairs(recipe):
-                states.append(self._repair(repair, trained, weights, aligned, rows))
-            states[1:] = [replace(state, chosen=chosen) for state in states[1:]]
+            states += self._tuned(rows, trained, weights)
+        elif recipe.post_hoc_attack is not None:
+            states.append(self._tamper(states[0], weights, rows["test"]))
         dtype = self.model["model"]["dtype"].digest
         steps, found = tuple(self.steps.values()), tuple(states)
         return Plan(recipe, steps, found, rows["manifest"], self.folder, tuple(self.elsewhere), dtype)
+
+    def _tuned(
+        self, rows: Mapping[str, str], trained: tuple[str, ...], aligned: tuple[str, ...]
+    ) -> list[State]:
+        """Add the user stage on top of the weights of the steps `aligned`, and what comes after it."""
+        recipe, test = self.recipe, rows["test"]
+        assert recipe.user is not None
+        chosen, last = self._chosen(rows["user"], aligned)
+        rows = {**rows, "user": last}
+        buffer = self._harmful_adapter("user", rows, aligned)
+        step = self._train("user", recipe.user, USER_TRAINING, self._rows("user", rows), aligned, buffer)
+        trained = (*trained, step)
+        below = {"new": aligned, "continue": aligned[:-1], "full": ()}[recipe.trains("user")]
+        weights = (*below, step)
+        state = recipe.name, "the fine-tuned model", recipe.user.defense
+        states = [self._evaluate(*state, trained, weights, test)]
+        for repair in repairing.repairs(recipe):
+            states.append(self._repair(repair, trained, weights, aligned, rows))
+        if recipe.post_hoc_attack is not None:
+            states += [self._tamper(one, (*below, one.chain[-1]), test) for one in states]
+        return [replace(state, chosen=chosen) for state in states]
 
     def _add(
         self,
@@ -300,7 +334,7 @@ class _Planner:
             "rows": dict(rows),
             "chain": [Made(step) for step in below],
             "seed": recipe.seed,
-            "processes": self.processes,  # multiplies the rows of an optimizer step
+            "processes": self.processes[stage],  # multiplies the rows of an optimizer step
             "packages": packages(TRAINED_BY, recipe.model.quantization),
             **({"buffer": Made(buffer)} if buffer else {}),
         }
@@ -308,7 +342,7 @@ class _Planner:
             inputs |= repairing.alignment_inputs(recipe, stage, self.folder, self.digests, self.download)
         label = registry.face("defenses", part.defense).facts.get("label", part.defense)
         title = TITLES[kind or stage].format(label=label)
-        detail = stages.training_detail(training, trains, self.processes)
+        detail = stages.training_detail(training, trains, self.processes[stage])
         detail += mixing.detail(part.defense, parameters) or repairing.shown_after(parameters)
         work = stages.train_stage, stages.check_stage
         return self._add(kind or stage, title, detail, inputs, *work, together=True)
@@ -375,6 +409,31 @@ class _Planner:
         chain = (*trained, step), (*weights[:-1], step)
         state = self._evaluate(repair.name, repair.name, recipe.user.defense, *chain, rows["test"])
         return replace(state, post_hoc=recipe.post_hoc.defense, post_hoc_parameters=repair.parameters)
+
+    def _tamper(self, state: State, weights: tuple[str, ...], test: str) -> State:
+        """Add the attack on the weights of a state, and the evaluation of the result."""
+        attack = self.recipe.post_hoc_attack
+        assert attack is not None
+        inputs: dict[str, Any] = {"elsewhere": True}
+        with self._noted():
+            inputs = weight_attacks.attack_inputs(self.recipe)
+        inputs = {
+            **self.model,
+            "chain": [Made(step) for step in weights],
+            **inputs,
+            "packages": packages(tuple({*ANSWERED_BY, *REPAIRED_BY}), self.recipe.model.quantization),
+        }
+        name = f"{state.name}, then {attack.label[0].lower()}{attack.label[1:]}"
+        work = weight_attacks.change_weights, weight_attacks.check_attack
+        detail = repairing.shown(attack.parameters())
+        step = self._add("tamper", f"{attack.label} of {state.name}", detail, inputs, *work)
+        found = self._evaluate(name, name, state.user, (*state.chain, step), (step,), test)
+        return replace(
+            found,
+            post_hoc=state.post_hoc,
+            post_hoc_parameters=state.post_hoc_parameters,
+            tampered=attack.name,
+        )
 
     @staticmethod
     def _parameters(part: StageRecipe) -> dict[str, Any]:

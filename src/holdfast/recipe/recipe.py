@@ -21,8 +21,9 @@ from holdfast.machine.store import identity_hash
 from holdfast.recipe import layers, named
 from holdfast.recipe.data import AnchoringRecipe, Data
 from holdfast.recipe.evaluation import Evaluation
-from holdfast.recipe.model import FULL, Lora, Model, Part, Wrong, from_text
+from holdfast.recipe.model import FULL, Lora, Model, Part, Wrong, from_text, none_or_text
 from holdfast.recipe.stages import TRAINING, PostHocRecipe, StageRecipe, as_stage
+from holdfast.recipe.weight_attack import PostHocAttackRecipe
 from holdfast.weights.adapter import MUTATING
 
 ROWS_NEEDED = {
@@ -45,6 +46,7 @@ class Recipe(Part):
     alignment: Annotated[StageRecipe | None, BeforeValidator(as_stage)] = StageRecipe()
     user: Annotated[StageRecipe | None, BeforeValidator(as_stage)] = StageRecipe()
     post_hoc: Annotated[PostHocRecipe | None, BeforeValidator(as_stage)] = None
+    post_hoc_attack: Annotated[PostHocAttackRecipe | None, none_or_text("name")] = None
     evaluation: Annotated[Evaluation, from_text("protocol")] = Field(default_factory=Evaluation)
 
     _origin: layers.Origin = PrivateAttr(default_factory=layers.Origin)
@@ -65,6 +67,8 @@ class Recipe(Part):
         self._check_bases()
         if self.post_hoc is not None:
             self._check_post_hoc(self.post_hoc)
+        if self.post_hoc_attack is not None:
+            self._check_post_hoc_attack(self.post_hoc_attack)
         return self
 
     def needs(self, stage: str) -> tuple[str, ...]:
@@ -219,6 +223,17 @@ class Recipe(Part):
                 )
                 raise Wrong(["post_hoc"], text)
 
+    def _check_post_hoc_attack(self, attack: PostHocAttackRecipe) -> None:
+        """An attack on weights needs harmful prompts, and adapters that can be added to the weights."""
+        if attack.harmful is None and self.data.harmful is None:
+            text = "give a file of harmful rows here, or as data.harmful"
+            raise Wrong(["post_hoc_attack", "harmful"], text)
+        for stage in ("alignment", "user"):
+            lora = self.lora(stage) if getattr(self, stage) is not None else None
+            if lora and lora.use_dora and self.trains(stage) != "full":
+                text = f"{attack.name} needs the weights, to which DoRA in the {stage} stage cannot be added"
+                raise Wrong(["post_hoc_attack"], f"{text}; leave one out")
+
     def _need_alignment_data(self, who: str) -> None:
         if self.data.alignment is None:
             raise ValueError(f"{who} needs data.alignment: a file of prompts with safe answers")
@@ -306,6 +321,8 @@ class Recipe(Part):
             known = registry.face("defenses", self.post_hoc.defense).parameters
             method = {k: p.default for k, p in known.items() if k != "seed"}  # the default is the run's
             found["post_hoc"] |= method | self.post_hoc.parameters()
+        if self.post_hoc_attack is not None:
+            found["post_hoc_attack"] |= self.post_hoc_attack.parameters()
         return found
 
     def where(self, key: Sequence[str]) -> str:
@@ -371,6 +388,13 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
     judges = [judge_files(judge, "evaluation", "judges") for judge in recipe.evaluation.judges]
     screen = data.filter and judge_files(data.filter, "data", "filter")
 
+    tamper = recipe.post_hoc_attack and recipe.post_hoc_attack.model_copy(
+        update={
+            key: found(getattr(recipe.post_hoc_attack, key), "post_hoc_attack", key)
+            for key in ("harmful", "harmless")
+        }
+    )
+
     def anchors(attack: Any, *place: str) -> Any:
         if not isinstance(attack, AnchoringRecipe):
             return attack
@@ -389,6 +413,7 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
             "evaluation": recipe.evaluation.model_copy(update={"judges": judges}),
             "user": user,
             "post_hoc": repair,
+            "post_hoc_attack": tamper,
             "model": recipe.model.model_copy(update={"path": path}),
             "data": data.model_copy(
                 update={**sources, "alignment": alignment, "attack": attack, "filter": screen}

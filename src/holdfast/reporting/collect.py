@@ -99,11 +99,11 @@ def collect(runs: Sequence[Path], *, force: bool = False) -> ReportData:
         raise InputError(
             "Expected at least one run: a folder that `holdfast run` wrote, or its results.json."
         )
-    runs = [run for run in runs if not _beside_runs(Path(run))] or runs
+    runs = [run for run in runs if not beside_runs(Path(run))] or runs
     left = [run for run in runs if unfinished(run)]
     if len(left) == len(runs):
         left = []  # reading the first one says what is missing
-    loaded = [_load(path) for path in _distinct([run for run in runs if run not in left])]
+    loaded = [load(path) for path in _distinct([run for run in runs if run not in left])]
     differences = _differences(loaded)
     if differences and not force:
         raise ComparisonError(_explain(differences))
@@ -136,7 +136,7 @@ def unfinished(run: Path) -> bool:
     return Path(run).is_dir() and (run / "recipe.yaml").is_file() and not results_file(run).is_file()
 
 
-def _beside_runs(folder: Path) -> bool:
+def beside_runs(folder: Path) -> bool:
     """Whether a folder is one that a sweep has beside its runs: its store, or its own files."""
     try:
         return read_json(folder / "holdfast.json")["kind"] in ("store", "sweep")
@@ -153,7 +153,12 @@ def _distinct(runs: Sequence[Path]) -> list[Path]:
     return list({results_file(Path(run)).resolve(): Path(run) for run in runs}.values())
 
 
-def _load(given: Path) -> Run:
+def load(given: Path) -> Run:
+    """Read the results of one run, given by its folder or its `results.json`.
+
+    Raises:
+        DataError: there are none, or they are damaged.
+    """
     path = results_file(given)
     if not path.is_file():
         found = "a folder without one" if given.is_dir() else "nothing" if not path.exists() else "no file"

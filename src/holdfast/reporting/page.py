@@ -41,13 +41,14 @@ class CurveChart:
     layers: tuple[tuple[str, ...], ...] = ()
 
 
-def render(data: ReportData) -> str:
+def render(data: ReportData, notes: Sequence[str] = ()) -> str:
     """Return the page. All text passes `_shown` and Jinja's escaping; only our own SVG is not escaped."""
     table = result_table(data)
     scores = [svg for narrow in (False, True) if (svg := scores_svg(data, narrow=narrow)) is not None]
     context = {
         "title": _title(data),
         "data": data,
+        "notes": notes,
         "table": table,
         "judges": judge_table(data),
         "agreement": agreement_table(data.rows),

@@ -8,13 +8,14 @@ from pathlib import Path
 from holdfast.errors import OutputError
 
 
-def report(runs: Sequence[Path], out: Path, *, force: bool = False) -> Path:
+def report(runs: Sequence[Path], out: Path, *, force: bool = False, notes: Sequence[str] = ()) -> Path:
     """Write a page that compares `runs`, and return its path.
 
     Args:
         runs: folders of runs, or their `results.json`.
         out: the HTML file to write; an earlier report is replaced, any other file is not.
         force: compare although the protocol stamps differ; the page then lists the differences.
+        notes: sentences to print below the summary of the page.
 
     Raises:
         InputError: no run was given.
@@ -28,7 +29,7 @@ def report(runs: Sequence[Path], out: Path, *, force: bool = False) -> Path:
 
     out = Path(out)
     _check_writable(out)
-    page = render(collect(runs, force=force))
+    page = render(collect(runs, force=force), notes=notes)
     try:
         write_text(out, page)
     except OSError as error:

@@ -60,7 +60,13 @@ class Study:
 
 
 def plan(
-    runs: Iterable[Run], store: Store, *, device: str = "auto", download: bool = False, partial: bool = False
+    runs: Iterable[Run],
+    store: Store,
+    *,
+    device: str = "auto",
+    download: bool = False,
+    partial: bool = False,
+    processes: Mapping[str, int] | None = None,
 ) -> Study:
     """Return the steps of the runs; see `holdfast.plan` for the arguments."""
     today = store.started()
@@ -73,17 +79,19 @@ def plan(
                 today=today,
                 partial=partial,
                 device=device,
+                processes=processes,
             )
             for run in runs
         }
     )
 
 
-def replan(recipes: Mapping[str, Any], store: Store, device: str) -> Study:
+def replan(
+    recipes: Mapping[str, Any], store: Store, device: str, processes: Mapping[str, int] | None = None
+) -> Study:
     """Return the study of recipes that an earlier plan completed, by folder."""
-    return plan(
-        [Run(name, Recipe.model_validate(raw)) for name, raw in recipes.items()], store, device=device
-    )
+    runs = [Run(name, Recipe.model_validate(raw)) for name, raw in recipes.items()]
+    return plan(runs, store, device=device, processes=processes)
 
 
 def check(study: Study, store: Store, device: str, progress: Progress | None = None) -> None:
