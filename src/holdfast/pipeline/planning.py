@@ -120,6 +120,15 @@ def plan(
     return _Planner(recipe, download, digests, today, partial, device, processes, known).plan()
 
 
+TITLES = {
+    "alignment": "alignment with {label}",
+    "user": "user fine-tuning with {label}",
+    "harmful_adapter": "adapter on the harmful rows",
+    "refusal_adapter": "adapter on the alignment rows, above the harmful one",
+}
+"""The titles of trainings, by kind of step."""
+
+
 class _Planner:
     """Builds the steps one by one; each method adds a step and returns its id."""
 
@@ -199,7 +208,8 @@ class _Planner:
         assert recipe.user is not None
         chosen, last = self._chosen(rows["user"], aligned)
         rows = {**rows, "user": last}
-        step = self._train("user", recipe.user, USER_TRAINING, self._rows("user", rows), aligned)
+        buffer = self._harmful_adapter("user", rows, aligned)
+        step = self._train("user", recipe.user, USER_TRAINING, self._rows("user", rows), aligned, buffer)
         trained = (*trained, step)
         below = {"new": aligned, "continue": aligned[:-1], "full": ()}[recipe.trains("user")]
         weights = (*below, step)
@@ -301,21 +311,28 @@ class _Planner:
         defaults: Mapping[str, Any],
         rows: Mapping[str, Made],
         below: tuple[str, ...],
+        buffer: str | None = None,
+        kind: str | None = None,
     ) -> str:
-        """Add a training stage on top of the weights of the steps `below`."""
+        """Add a training stage on top of the weights of the steps `below`.
+
+        Args:
+            buffer: the step of an adapter above these, which the result is used without.
+            kind: the kind of step, if it is not the stage.
+        """
         recipe = self.recipe
         if repairing.hardens(part):  # plain SFT, whose weights the method changes afterwards
             part = part.as_sft()
         parameters = self._parameters(part)
         training = {**defaults, **part.training.given()}
-        if stage == "user":
+        if stage == "user" and kind is None:
             training |= recipe.data.attack_training()
         trains = recipe.trains(stage)
         # Single LoRA continues the alignment stage's adapter.
         lora = None if trains == "full" else recipe.lora("alignment" if trains == "continue" else stage)
         inputs = {
             **self.model,
-            "stage": stage,
+            "stage": kind or stage,
             "method": Code("defenses", part.defense),
             "parameters": parameters,
             "training": Content(training, {k: v for k, v in training.items() if k not in NOT_IDENTITY}),
@@ -326,15 +343,28 @@ class _Planner:
             "seed": recipe.seed,
             "processes": self.processes[stage],  # multiplies the rows of an optimizer step
             "packages": packages(TRAINED_BY, recipe.model.quantization),
+            **({"buffer": Made(buffer)} if buffer else {}),
         }
-        if "base" in recipe.needs(stage) and not repairing.hardens(getattr(recipe, stage)):
+        if kind is None and "base" in recipe.needs(stage) and not repairing.hardens(getattr(recipe, stage)):
             inputs |= repairing.alignment_inputs(recipe, stage, self.folder, self.digests, self.download)
         label = registry.face("defenses", part.defense).facts.get("label", part.defense)
-        title = f"alignment with {label}" if stage == "alignment" else f"user fine-tuning with {label}"
+        title = TITLES[kind or stage].format(label=label)
         detail = stages.training_detail(training, trains, self.processes[stage])
         detail += mixing.detail(part.defense, parameters) or repairing.shown_after(parameters)
         work = stages.train_stage, stages.check_stage
-        return self._add(stage, title, detail, inputs, *work, together=True)
+        return self._add(kind or stage, title, detail, inputs, *work, together=True)
+
+    def _harmful_adapter(self, stage: str, rows: Mapping[str, str], below: tuple[str, ...]) -> str | None:
+        """Add the adapter that plain SFT trains on the harmful rows, if the stage's method needs it."""
+        if not {"harmful_adapter", "refusal_adapter"} & set(self.recipe.needs(stage)):
+            return None
+        return self._beside("harmful_adapter", rows["harmful"], below, None)
+
+    def _beside(self, kind: str, rows: str, below: tuple[str, ...], buffer: str | None) -> str:
+        """Add an adapter that is trained like the user's, with plain SFT and on other rows."""
+        assert self.recipe.user is not None
+        part, given = self.recipe.user.as_sft(), {"train_dataset": Made(rows)}
+        return self._train("user", part, USER_TRAINING, given, below, buffer, kind)
 
     def _harden(self, part: StageRecipe, aligned: str) -> str:
         """Add the step in which a method changes what plain SFT aligned, before the user stage."""
@@ -377,6 +407,10 @@ class _Planner:
             "rows": {name: Made(step) for name, step in repairing.rows(recipe, rows).items()},
             "packages": packages(REPAIRED_BY),
         }
+        buffer = self._harmful_adapter("post_hoc", rows, aligned)
+        if buffer is not None:
+            refusal = self._beside("refusal_adapter", rows["alignment"], aligned, buffer)
+            inputs["refusal_adapter"] = Made(refusal)
         title, detail = f"repair with {repairing.label(recipe)}", repairing.shown(repair.given)
         step = self._add("post_hoc", title, detail, inputs, repairing.apply, repairing.check)
         chain = (*trained, step), (*weights[:-1], step)
