@@ -19,7 +19,7 @@ ALLOWED = {
     "__main__": {"cli"},
     "cli": {
         "study", "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data",
-        "weights", "lab",
+        "weights", "lab", "integrations",
     },
     "integrations": {"registry", "defenses", "weights"},
     "study": {"pipeline", "recipe"},
