@@ -21,8 +21,8 @@ ALLOWED = {
         "study", "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data",
         "weights", "lab", "integrations",
     },
-    "integrations": {"registry", "defenses", "weights"},
-    "study": {"pipeline", "recipe"},
+    "integrations": {"data", "defenses", "evaluation", "measuring", "recipe", "registry", "weights"},
+    "study": {"pipeline", "recipe", "reporting"},
     "pipeline": {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
         "training", "models", "weights", "world",

@@ -33,7 +33,8 @@ def test_every_method_with_a_trainer_has_classes():
         config, trainer = (getattr(ready, text) for text in ready.names(one))
         assert issubclass(trainer, trl.SFTTrainer)
         assert issubclass(trainer, one.mixins)
-        assert issubclass(config, (trl.SFTConfig,)) and issubclass(config, registry.get_defense(name).config)
+        assert issubclass(config, trl.SFTConfig)
+        assert issubclass(config, registry.get_defense(name).config)
         assert {config.__name__, trainer.__name__} <= set(dir(ready))
     from holdfast.integrations.trl import LisaSFTTrainer
 
@@ -42,13 +43,15 @@ def test_every_method_with_a_trainer_has_classes():
         ready.LiaSFTTrainer  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["guardspace", "sbr", "spag", "tar"])
-def test_methods_that_no_other_test_trains_on_trl(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "options"), [("guardspace", {}), ("sbr", {}), ("spag", {}), ("tar", {"inner_steps": 1})]
+)
+def test_methods_that_no_other_test_trains_on_trl(name, options, tmp_path):
     """With TRL's own defaults: bfloat16, checkpointing."""
     found = methods()[name]
     config, trainer = ready.classes(found)
     args = config(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=2, learning_rate=1e-2,
-                  per_device_train_batch_size=4, logging_steps=1)  # fmt: skip
+                  per_device_train_batch_size=4, logging_steps=1, **options)  # fmt: skip
     rows = {"alignment_dataset": trainers.ALIGNMENT, "harmful_dataset": trainers.HARMFUL}
     made = trainer(model=trainers.model(), args=args, processing_class=trainers.TOKENIZER,
                    train_dataset=Dataset.from_list(trainers.USER), **{need: rows[need] for need in found.needs})  # fmt: skip
@@ -76,7 +79,7 @@ def test_trls_script(files, tmp_path):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
     line = ["trl", "--config", str(tmp_path / "c.yaml"), "--rho", "2", "--alignment_steps", "1", "--finetune_steps", "2",
             "--model_name_or_path", str(files / "model"), "--dataset_name", str(files / "data"), "--use_peft",
-            "--lora_target_modules", "q_proj", "--output_dir", str(tmp_path / "out")]  # fmt: skip
+            "--lora_target_modules", "q_proj", "v_proj", "--output_dir", str(tmp_path / "out")]  # fmt: skip
     app(line, standalone_mode=False)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     checkpoint = tmp_path / "out" / "checkpoint-4"

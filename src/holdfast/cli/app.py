@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from holdfast import __version__
-from holdfast.cli import adapters, gating, measuring, safe_lora, sweeping
+from holdfast.cli import adapters, gating, measuring, safe_lora, sweeping, tables
 from holdfast.errors import HoldfastError, RecipeError, first_line, visible
 from holdfast.machine.processes import launched
 from holdfast.plugins import PluginWarning
@@ -183,7 +183,7 @@ def plan(
     from holdfast.study.grid import is_grid
 
     if is_grid(recipe):
-        sweeping.show_plan(recipe, overrides or [], out, store, device, check)
+        sweeping.show_plan(recipe, overrides or [], sweeping.folder_of(recipe, out), store, device, check)
         return
     loaded = Recipe.load(recipe, overrides or [])
     steps = Store(store or (out or Path("runs") / loaded.name.replace(" ", "-")) / "steps")
@@ -255,18 +255,25 @@ def report(
     force: Annotated[
         bool, typer.Option("--force", help="Compare runs even if their protocol stamps differ.")
     ] = False,
+    csv: Annotated[Path | None, typer.Option(help="Also write each method's scores to this file.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="Also write them as a LaTeX table.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write them as a Markdown table.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write them as JSON, with the stamp.")] = None,
 ) -> None:
     """Write one HTML page about one or more runs. Runs measured differently are refused."""
     from holdfast.cli import console
+    from holdfast.reporting import export, unfinished
     from holdfast.reporting import report as write_report
-    from holdfast.reporting import unfinished
 
     written = write_report(runs, out, force=force)
+    files = {"csv": csv, "latex": latex, "markdown": markdown, "json": json}
+    export(runs, {kind: file for kind, file in files.items() if file is not None}, force=force)
     for run in filter(unfinished, runs):
         console.err.print(f"Left out: {run} is not finished.", highlight=False, soft_wrap=True, markup=False)
     console.out.print(f"Report: {written}", highlight=False, soft_wrap=True, markup=False)
 
 
+app.command(epilog="Example: holdfast table lisa-3 --runs runs/lisa-3")(tables.table)
 app.command(epilog="Example: holdfast sweep my-grid.yaml --workers 2 --out runs/study")(sweeping.sweep)
 app.command(
     "safe-lora",
@@ -307,6 +314,17 @@ def trl(context: typer.Context) -> None:
     from holdfast.integrations.trl import run_script
 
     run_script(context.args)
+
+
+@app.command(
+    "lm-eval-tasks",
+    epilog="Example: lm_eval --include_path $(holdfast lm-eval-tasks) --tasks holdfast_refusal",
+)
+def lm_eval_tasks() -> None:
+    """Print the folder with refusal tasks for lm-evaluation-harness."""
+    from holdfast.integrations.lm_eval import FOLDER
+
+    typer.echo(FOLDER)
 
 
 @app.command("list", epilog="Example: holdfast list defenses")

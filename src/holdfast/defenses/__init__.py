@@ -31,8 +31,9 @@ class Defense:
         stages: the stages at which it acts: "alignment", "user", "post_hoc".
         paper: the source of the method.
         needs: its inputs in addition to `train_dataset`. For a trainer (or its `mix`): "alignment_dataset",
-            "harmful_dataset". For a post-hoc method: "base" and "aligned" (the model before and after
-            alignment), "train_dataset", "alignment_dataset", "harmful_dataset" (rows) and "tokenizer".
+            "harmful_dataset", and "base" and "aligned" together (folders, as for a post-hoc method). For a
+            post-hoc method: "base" and "aligned" (the model before and after alignment), "train_dataset",
+            "alignment_dataset", "harmful_dataset" (rows) and "tokenizer".
         optional: inputs that a post-hoc method also gets if the run has them.
         config: its `TrainingArguments` with the method's own fields; a plain dataclass for a post-hoc method.
         trainer: its `transformers.Trainer`.
@@ -48,8 +49,8 @@ class Defense:
         apply: for post-hoc methods, `apply(tuned, **parameters)` writes a changed copy of `tuned.source` at
             `tuned.out` and returns facts for `step.json`. See `Tuned`. A method of the alignment stage with
             `apply` and without a trainer changes what plain SFT aligned, before the user stage.
-        check: for post-hoc methods, `check(planned, **parameters)` raises before training starts if the
-            repair is not possible. See `Planned`.
+        check: for methods that change weights or need "base", `check(planned, **parameters)` raises before
+            training starts if that is not possible. See `Planned`.
         folders: parameters that name a folder of weights; a recipe's step is identified by its content.
         repairs: what the user stage may train for a post-hoc method: "new", "continue", "full".
         one_of: parameters of which a recipe must give exactly one.

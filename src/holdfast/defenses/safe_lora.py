@@ -32,14 +32,13 @@ import numpy as np
 from holdfast import __version__
 from holdfast.defenses import Defense, Planned, Tuned
 from holdfast.defenses.safe_lora_parts.config import SafeLoraConfig
+from holdfast.defenses.safe_lora_parts.directions import modules_with_direction
 from holdfast.defenses.safe_lora_parts.result import RECORD, SafeLoraResult
 from holdfast.defenses.safe_lora_parts.updates import Sources, open_sources
 from holdfast.defenses.safe_lora_parts.work import Work
 from holdfast.errors import RecipeError
 from holdfast.machine.files import write_json
 from holdfast.weights.card import name_base
-from holdfast.weights.matching import check_pair, find_weight, linear_weights
-from holdfast.weights.reader import open_weights
 from holdfast.weights.writer import copy_beside, new_folder, overwrite
 
 
@@ -179,19 +178,7 @@ def check(planned: Planned, **parameters: Any) -> None:
         ValueError: `num_layers` is too large.
         ModelError: the weights of the base cannot be read, or are of another architecture.
     """
-    with open_weights(planned.base or planned.model) as base, open_weights(planned.model) as model:
-        found = linear_weights(model)
-        for name, weight in found.items():
-            check_pair(weight, find_weight(base, name))
-    modules = set(found)
-    adapted = [part for part in (planned.tuned_modules, planned.aligned_modules) if part is not None]
-    modules = set.intersection(*adapted) if adapted else modules
-    if not modules:
-        raise RecipeError(
-            "post_hoc: the alignment's LoRA adapts none of the modules of the user's, so that there is no "
-            "direction to repair by. Give both common target_modules."
-        )
-    SafeLoraConfig(**parameters).check_modules(len(modules))
+    SafeLoraConfig(**parameters).check_modules(len(modules_with_direction(planned)))
 
 
 DEFENSE = Defense(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from holdfast.defenses.safe_lora import checked, versions
 from holdfast.defenses.safe_lora_parts.result import SafeLoraResult
-from holdfast.defenses.safe_lora_parts.updates import Sources, fingerprint, is_adapter, lora_updates
+from holdfast.defenses.safe_lora_parts.updates import Sources, fingerprint_files, is_adapter, lora_updates
 from holdfast.defenses.safe_lora_parts.work import Work
 from holdfast.errors import ModelError, RecipeError, nearest
 from holdfast.integrations.held import held_adapter, held_weights
@@ -132,7 +132,7 @@ def _source(given: Any, opened: Adapter | Weights) -> dict[str, str]:
     if not isinstance(given, str | Path):
         return {"path": type(given).__name__, "fingerprint": "in memory"}
     files = [opened.file] if isinstance(opened, Adapter) else opened.files
-    return {"path": str(given), "fingerprint": fingerprint(files)}
+    return {"path": str(given), "fingerprint": fingerprint_files(files)}
 
 
 def _add(peft_model: Any, old: str, new: str, rewritten: dict[str, NDArray[np.uint8]]) -> None:

@@ -19,7 +19,17 @@ from holdfast.machine.digests import Digests
 from holdfast.machine.processes import launched
 from holdfast.machine.store import now
 from holdfast.measuring import judging, protocol
-from holdfast.pipeline import ability, attacking, data, evaluating, mixing, repairing, stages, user_rows
+from holdfast.pipeline import (
+    ability,
+    attacking,
+    data,
+    evaluating,
+    mixing,
+    repairing,
+    stages,
+    user_rows,
+    weight_attacks,
+)
 from holdfast.pipeline.chain import model_input, with_folders
 from holdfast.pipeline.step import Check, Code, Content, Made, Step, Work
 from holdfast.pipeline.versions import ANSWERED_BY, REPAIRED_BY, TRAINED_BY, packages
@@ -38,6 +48,7 @@ class State:
         post_hoc_parameters: the parameters of the repair.
         lm_eval: the step of lm-evaluation-harness, if the recipe asks for it.
         chosen: the steps that change or select user rows, by kind; a list for several attacks.
+        tampered: the attack on its weights.
     """
 
     name: str
@@ -52,6 +63,7 @@ class State:
     lm_eval: str | None = None
     post_hoc_parameters: Mapping[str, Any] | None = None
     chosen: Mapping[str, str | list[str]] = field(default_factory=dict)
+    tampered: str | None = None
 
 
 @dataclass(frozen=True)
@@ -162,24 +174,35 @@ class _Planner:
             if repairing.hardens(recipe.alignment):
                 trained = (*trained, self._harden(recipe.alignment, trained[0]))
             weights = trained[-1:]
-        aligned = weights
         name = "base" if recipe.alignment is None else "aligned"
         states.append(self._evaluate(name, f"the {name} model", None, trained, weights, rows["test"]))
         if recipe.user is not None:
-            chosen, last = self._chosen(rows["user"], weights)
-            rows = {**rows, "user": last}
-            step = self._train("user", recipe.user, USER_TRAINING, self._rows("user", rows), weights)
-            trained = (*trained, step)
-            below = {"new": weights, "continue": weights[:-1], "full": ()}[recipe.trains("user")]
-            weights = (*below, step)
-            state = recipe.name, "the fine-tuned model", recipe.user.defense
-            states.append(self._evaluate(*state, trained, weights, rows["test"]))
-            for repair in repairing.repairs(recipe):
-                states.append(self._repair(repair, trained, weights, aligned, rows))
-            states[1:] = [replace(state, chosen=chosen) for state in states[1:]]
+            states += self._tuned(rows, trained, weights)
+        elif recipe.post_hoc_attack is not None:
+            states.append(self._tamper(states[0], weights, rows["test"]))
         dtype = self.model["model"]["dtype"].digest
         steps, found = tuple(self.steps.values()), tuple(states)
         return Plan(recipe, steps, found, rows["manifest"], self.folder, tuple(self.elsewhere), dtype)
+
+    def _tuned(
+        self, rows: Mapping[str, str], trained: tuple[str, ...], aligned: tuple[str, ...]
+    ) -> list[State]:
+        """Add the user stage on top of the weights of the steps `aligned`, and what comes after it."""
+        recipe, test = self.recipe, rows["test"]
+        assert recipe.user is not None
+        chosen, last = self._chosen(rows["user"], aligned)
+        rows = {**rows, "user": last}
+        step = self._train("user", recipe.user, USER_TRAINING, self._rows("user", rows), aligned)
+        trained = (*trained, step)
+        below = {"new": aligned, "continue": aligned[:-1], "full": ()}[recipe.trains("user")]
+        weights = (*below, step)
+        state = recipe.name, "the fine-tuned model", recipe.user.defense
+        states = [self._evaluate(*state, trained, weights, test)]
+        for repair in repairing.repairs(recipe):
+            states.append(self._repair(repair, trained, weights, aligned, rows))
+        if recipe.post_hoc_attack is not None:
+            states += [self._tamper(one, (*below, one.chain[-1]), test) for one in states]
+        return [replace(state, chosen=chosen) for state in states]
 
     def _add(
         self,
@@ -297,6 +320,8 @@ class _Planner:
             "processes": self.processes[stage],  # multiplies the rows of an optimizer step
             "packages": packages(TRAINED_BY, recipe.model.quantization),
         }
+        if "base" in recipe.needs(stage) and not repairing.hardens(getattr(recipe, stage)):
+            inputs |= repairing.alignment_inputs(recipe, stage, self.folder, self.digests, self.download)
         label = registry.face("defenses", part.defense).facts.get("label", part.defense)
         title = f"alignment with {label}" if stage == "alignment" else f"user fine-tuning with {label}"
         detail = stages.training_detail(training, trains, self.processes[stage])
@@ -350,6 +375,31 @@ class _Planner:
         chain = (*trained, step), (*weights[:-1], step)
         state = self._evaluate(repair.name, repair.name, recipe.user.defense, *chain, rows["test"])
         return replace(state, post_hoc=recipe.post_hoc.defense, post_hoc_parameters=repair.parameters)
+
+    def _tamper(self, state: State, weights: tuple[str, ...], test: str) -> State:
+        """Add the attack on the weights of a state, and the evaluation of the result."""
+        attack = self.recipe.post_hoc_attack
+        assert attack is not None
+        inputs: dict[str, Any] = {"elsewhere": True}
+        with self._noted():
+            inputs = weight_attacks.attack_inputs(self.recipe)
+        inputs = {
+            **self.model,
+            "chain": [Made(step) for step in weights],
+            **inputs,
+            "packages": packages(tuple({*ANSWERED_BY, *REPAIRED_BY}), self.recipe.model.quantization),
+        }
+        name = f"{state.name}, then {attack.label[0].lower()}{attack.label[1:]}"
+        work = weight_attacks.change_weights, weight_attacks.check_attack
+        detail = repairing.shown(attack.parameters())
+        step = self._add("tamper", f"{attack.label} of {state.name}", detail, inputs, *work)
+        found = self._evaluate(name, name, state.user, (*state.chain, step), (step,), test)
+        return replace(
+            found,
+            post_hoc=state.post_hoc,
+            post_hoc_parameters=state.post_hoc_parameters,
+            tampered=attack.name,
+        )
 
     @staticmethod
     def _parameters(part: StageRecipe) -> dict[str, Any]:

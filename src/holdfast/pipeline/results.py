@@ -140,6 +140,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
         "role": role(state),
         "headline": headline,
         "post_hoc_parameters": state.post_hoc_parameters,
+        **tampering(state, stages, records),
         "repair": records[stages["post_hoc"]].get("repair") if state.post_hoc else None,
         "seed": recipe.seed,
         "poison_ratio": recipe.data.poison_ratio if state.user else None,
@@ -168,6 +169,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
             **state.chosen,
             "user": stages.get("user"),
             "post_hoc": stages.get("post_hoc"),
+            **({"tamper": stages["tamper"]} if state.tampered else {}),
             "generate": state.generate,
             "moderate": list(state.moderate),
             "rate": state.rate,
@@ -177,15 +179,24 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
     }
 
 
+def tampering(state: State, stages: Mapping[str, str], records: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts of an attack on the weights, for a row; {} without one."""
+    if state.tampered is None:
+        return {}
+    facts = registry.face("attacks", state.tampered).facts
+    found = records[stages["tamper"]].get("tampered", {})
+    return {"post_hoc_attack": {**found, "headline": facts.get("headline", "")}}
+
+
 def role(state: State) -> str:
     """Return the role of a state in a comparison.
 
-    "reference": before fine-tuning; "undefended": plain training at every stage; "control": a control instead
-    of the repair, which shows how much the repair itself contributes; "defended": any other.
+    "reference": before fine-tuning and attacks; "undefended": plain training at every stage; "control": a
+    control instead of the repair, which shows how much the repair itself contributes; "defended": any other.
     """
     known = {state.alignment, state.user, state.post_hoc} - {None}
     facts = {name: registry.face("defenses", str(name)).facts for name in known}
-    if state.user is None and state.post_hoc is None:
+    if state.user is None and state.post_hoc is None and state.tampered is None:
         return "reference"
     given = state.post_hoc_parameters or {}
     controls = facts[state.post_hoc].get("controls", ()) if state.post_hoc else ()

@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class TrainingJob:
         model_title: its name in the card and in the adapter's configuration, without a path.
         adapters: the adapters below, in order.
         rows: by argument of the trainer ("train_dataset", "alignment_dataset", ...), as prompt + completion.
+        folders: folders of weights that the method reads, by argument of the trainer ("base", "aligned").
         logs: the folder for TensorBoard, if the recipe asks for it.
     """
 
@@ -75,6 +76,7 @@ class TrainingJob:
     adapters: Sequence[Path]
     rows: Mapping[str, Sequence[Mapping[str, Any]]]
     seed: int
+    folders: Mapping[str, Path] = field(default_factory=dict)
     logs: Path | None = None
 
 
@@ -104,7 +106,9 @@ def train(
         **job.model_options,
     )
     assert job.defense.trainer is not None
-    trainer = job.defense.trainer(model=model, args=config, processing_class=job.tokenizer, **job.rows)
+    trainer = job.defense.trainer(
+        model=model, args=config, processing_class=job.tokenizer, **job.rows, **job.folders
+    )
     _check_processes(trainer, processes)
     total = planned_steps(trainer)
     config.save_steps = config.logging_steps * math.ceil(total / CHECKPOINTS / config.logging_steps)

@@ -13,4 +13,5 @@ __all__ = [
     "packaged",
     "reading",
     "stages",
+    "weight_attack",
 ]

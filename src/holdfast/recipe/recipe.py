@@ -21,8 +21,9 @@ from holdfast.machine.store import identity_hash
 from holdfast.recipe import layers, named
 from holdfast.recipe.data import AnchoringRecipe, Data
 from holdfast.recipe.evaluation import Evaluation
-from holdfast.recipe.model import FULL, Lora, Model, Part, Wrong, from_text
+from holdfast.recipe.model import FULL, Lora, Model, Part, Wrong, from_text, none_or_text
 from holdfast.recipe.stages import TRAINING, PostHocRecipe, StageRecipe, as_stage
+from holdfast.recipe.weight_attack import PostHocAttackRecipe
 from holdfast.weights.adapter import MUTATING
 
 
@@ -37,6 +38,7 @@ class Recipe(Part):
     alignment: Annotated[StageRecipe | None, BeforeValidator(as_stage)] = StageRecipe()
     user: Annotated[StageRecipe | None, BeforeValidator(as_stage)] = StageRecipe()
     post_hoc: Annotated[PostHocRecipe | None, BeforeValidator(as_stage)] = None
+    post_hoc_attack: Annotated[PostHocAttackRecipe | None, none_or_text("name")] = None
     evaluation: Annotated[Evaluation, from_text("protocol")] = Field(default_factory=Evaluation)
 
     _origin: layers.Origin = PrivateAttr(default_factory=layers.Origin)
@@ -57,8 +59,11 @@ class Recipe(Part):
         self._check_user_data()
         self._check_adapter()
         self._check_weights()
+        self._check_bases()
         if self.post_hoc is not None:
             self._check_post_hoc(self.post_hoc)
+        if self.post_hoc_attack is not None:
+            self._check_post_hoc_attack(self.post_hoc_attack)
         return self
 
     def needs(self, stage: str) -> tuple[str, ...]:
@@ -155,6 +160,27 @@ class Recipe(Part):
                 choice = "write user.adapter: continue" if bits else "write model.adapters: merge"
                 raise Wrong([*place, "use_dora"], text + choice)
 
+    def _check_bases(self) -> None:
+        """A method that needs the model before alignment must get it, and nothing else may be given one."""
+        if self.alignment is not None and self.alignment.base is not None:
+            raise Wrong(["alignment", "base"], "the alignment starts from model.path; leave this out")
+        for name in ("user", "post_hoc"):
+            part: StageRecipe | PostHocRecipe | None = getattr(self, name)
+            if part is None:
+                continue
+            needs = "base" in self.needs(name)
+            if needs and self.alignment is None and part.base is None:
+                text = f"{part.defense} needs the model before alignment, but alignment is none. Add an "
+                raise Wrong([name], f"{text}alignment stage, or give the model before alignment: {name}.base")
+            if self.alignment is not None and part.base is not None:
+                text = (
+                    "the base is model.path, from which the alignment stage starts. Leave it out, or write "
+                )
+                raise Wrong([name, "base"], f"{text}alignment: none if model.path is already aligned")
+            if part.base is not None and not needs and "base" not in self.may_use(name):
+                text = f"{part.defense} does not use the model before alignment; leave it out"
+                raise Wrong([name, "base"], text)
+
     def _check_post_hoc(self, repair: PostHocRecipe) -> None:
         """The update that the method repairs must be separate from others, and its inputs must be on disk."""
         repair.check()
@@ -162,14 +188,6 @@ class Recipe(Part):
         who = f"{repair.defense} repairs"
         if self.user is None:
             raise Wrong(["post_hoc"], f"{who} what the user stage trained, but user is none; leave one out")
-        if "base" in needs and self.alignment is None and repair.base is None:
-            text = f"{repair.defense} needs the model before alignment, but alignment is none. Add an "
-            raise Wrong(
-                ["post_hoc"], f"{text}alignment stage, or give the model before alignment: post_hoc.base"
-            )
-        if self.alignment is not None and repair.base is not None:
-            text = "the base is model.path, from which the alignment stage starts. Leave it out, or write "
-            raise Wrong(["post_hoc", "base"], f"{text}alignment: none if model.path is already aligned")
         if "alignment_dataset" in needs:
             self._need_alignment_data(f"post_hoc.defense {repair.defense}")
         self._need_harmful_rows("post_hoc")
@@ -190,6 +208,17 @@ class Recipe(Part):
                     f"{who} updates B A, but DoRA in the {stage} stage also scales the weights; leave one out"
                 )
                 raise Wrong(["post_hoc"], text)
+
+    def _check_post_hoc_attack(self, attack: PostHocAttackRecipe) -> None:
+        """An attack on weights needs harmful prompts, and adapters that can be added to the weights."""
+        if attack.harmful is None and self.data.harmful is None:
+            text = "give a file of harmful rows here, or as data.harmful"
+            raise Wrong(["post_hoc_attack", "harmful"], text)
+        for stage in ("alignment", "user"):
+            lora = self.lora(stage) if getattr(self, stage) is not None else None
+            if lora and lora.use_dora and self.trains(stage) != "full":
+                text = f"{attack.name} needs the weights, to which DoRA in the {stage} stage cannot be added"
+                raise Wrong(["post_hoc_attack"], f"{text}; leave one out")
 
     def _need_alignment_data(self, who: str) -> None:
         if self.data.alignment is None:
@@ -275,6 +304,8 @@ class Recipe(Part):
             known = registry.face("defenses", self.post_hoc.defense).parameters
             method = {k: p.default for k, p in known.items() if k != "seed"}  # the default is the run's
             found["post_hoc"] |= method | self.post_hoc.parameters()
+        if self.post_hoc_attack is not None:
+            found["post_hoc_attack"] |= self.post_hoc_attack.parameters()
         return found
 
     def where(self, key: Sequence[str]) -> str:
@@ -327,6 +358,7 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
         for key in ("user", "harmful", "test", "test_harmful", "benign")
     }
     path = found(recipe.model.path, "model", "path")
+    user = recipe.user and recipe.user.model_copy(update={"base": found(recipe.user.base, "user", "base")})
     repair = recipe.post_hoc and recipe.post_hoc.model_copy(
         update={"base": found(recipe.post_hoc.base, "post_hoc", "base"), **folders("post_hoc")}
     )
@@ -338,6 +370,13 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
 
     judges = [judge_files(judge, "evaluation", "judges") for judge in recipe.evaluation.judges]
     screen = data.filter and judge_files(data.filter, "data", "filter")
+
+    tamper = recipe.post_hoc_attack and recipe.post_hoc_attack.model_copy(
+        update={
+            key: found(getattr(recipe.post_hoc_attack, key), "post_hoc_attack", key)
+            for key in ("harmful", "harmless")
+        }
+    )
 
     def anchors(attack: Any, *place: str) -> Any:
         if not isinstance(attack, AnchoringRecipe):
@@ -355,7 +394,9 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
     return recipe.model_copy(
         update={
             "evaluation": recipe.evaluation.model_copy(update={"judges": judges}),
+            "user": user,
             "post_hoc": repair,
+            "post_hoc_attack": tamper,
             "model": recipe.model.model_copy(update={"path": path}),
             "data": data.model_copy(
                 update={**sources, "alignment": alignment, "attack": attack, "filter": screen}

@@ -6,6 +6,7 @@ An actor in the cluster hands out the tasks, so that they run on if the command 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -146,7 +147,11 @@ class Tasks:
         Raises:
             OutputError: there is no cluster at the address.
         """
-        options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+        options: dict[str, Any] = {
+            "namespace": NAMESPACE,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
         if self.address is None:
             options |= {"include_dashboard": False, "address": "local"}
             if self.sweep.launcher.workers:
@@ -154,8 +159,7 @@ class Tasks:
         else:
             options["address"] = self.address
         try:
-            with contextlib.redirect_stderr(None), contextlib.redirect_stdout(None):
-                self.ray.init(**options)
+            self.ray.init(**options)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             where = self.address or "this machine"
             raise OutputError(f"Cannot use Ray on {where}: {error}") from None

@@ -205,30 +205,38 @@ class Jobs:
             level[name] = 1 + max((level.get(parent, 0) for parent in waits[name]), default=0)
         for depth in sorted(set(level.values())):
             alike: dict[Any, list[str]] = {}
-            seen: Counter[Any] = Counter()
             for name in [name for name in names if level[name] == depth]:
                 jobs = tuple(self.places[parent].job for parent in waits[name])
-                kind = self.sweep.study.steps[name].kind
-                own = tuple(self.places[parent].id for parent in waits[name])
-                alike.setdefault((kind, jobs, seen[kind, own] if jobs else 0), []).append(name)
-                seen[kind, own] += 1
-            for (kind, _, _), group in alike.items():
+                alike.setdefault((self.sweep.study.steps[name].kind, jobs), []).append(name)
+            for (kind, _), group in alike.items():
                 for part, dependency in self._parts(group, waits):
                     self._array(kind, part, dependency)
 
-    def _parts(self, group: list[str], waits: dict[str, list[str]]) -> Iterable[tuple[list[str], str]]:
-        """Yield the arrays of a group, with their dependencies."""
-        group = sorted(group, key=lambda name: [self.places[p].index or 0 for p in waits[name]])
-        columns = list(zip(*([self.places[p] for p in waits[name]] for name in group), strict=True))
+    def _parts(self, group: list[str], waits: Mapping[str, list[str]]) -> Iterable[tuple[list[str], str]]:
+        """Yield the arrays of a group, each with what it waits for."""
+        # Steps that read the same element of an array, such as the verdicts of two judges, are in two arrays.
+        several: dict[int, list[str]] = {}
+        seen: Counter[tuple[str, ...]] = Counter()
+        shared = self._dependency(group, waits) is not None
+        for name in group:
+            own = tuple(self.places[parent].id for parent in waits[name])
+            several.setdefault(0 if shared else seen[own], []).append(name)
+            seen[own] += 1
+        for part in several.values():
+            dependency = self._dependency(part, waits)
+            size = 1 if dependency is None else LONGEST
+            for start in range(0, len(part), size):
+                piece = part[start : start + size]
+                own_one = dependency if size > 1 else self._dependency(piece, waits)
+                yield piece, own_one or ""
+
+    def _dependency(self, group: Sequence[str], waits: Mapping[str, list[str]]) -> str | None:
+        """Return what an array of these steps waits for; None if Slurm has no word for it."""
+        columns = zip(*([self.places[parent] for parent in waits[name]] for name in group), strict=True)
         found = [_dependency(column) for column in columns]
-        if len(group) > LONGEST or None in found:
-            size = LONGEST if not columns else 1
-            for start in range(0, len(group), size):
-                part = group[start : start + size]
-                ids = [f"afterok:{self.places[p].id}" for p in waits[part[0]]] if size == 1 else []
-                yield part, ",".join(dict.fromkeys(ids))
-        else:
-            yield group, ",".join(dict.fromkeys(text for text in found if text))
+        if None in found:
+            return None
+        return ",".join(dict.fromkeys(text for text in found if text))
 
     def _array(self, kind: str, names: list[str], dependency: str) -> None:
         """Submit an array."""
@@ -278,7 +286,7 @@ class Jobs:
 
 
 def _dependency(column: Sequence[Place]) -> str | None:
-    """Return what an array waits for whose elements read these steps, in order; None if it has no word."""
+    """Return what an array waits for whose elements read these steps, in order; None if there is no word."""
     if len({place.id for place in column}) == 1:
         return f"afterok:{column[0].id}"
     same = len({place.job for place in column}) == 1 and column[0].size == len(column)

@@ -199,7 +199,7 @@ def open_sources(adapter: str | Path, base: str | Path, aligned: str | Path) -> 
             folder, files, notes = lora.folder, [lora.file], list(lora.notes)
             updates, left_alone = lora_updates(lora, bases, opened), lora.left_alone
         read = {"adapter": files, "base": bases.files, "aligned": aligned_files}
-        prints = {role: fingerprint(opened) for role, opened in read.items()}
+        prints = {role: fingerprint_files(opened) for role, opened in read.items()}
         for role, given in (("base", base), ("aligned", aligned)):
             if prints["adapter"] == prints[role] and same_content(read["adapter"], read[role]):
                 raise ModelError(
@@ -307,7 +307,7 @@ def _weight_pair(aligned: Tensor, base: Tensor, transposed: bool) -> WeightPair:
     return WeightPair(aligned, base, transposed)
 
 
-def fingerprint(files: Sequence[WeightFile]) -> str:
+def fingerprint_files(files: Sequence[WeightFile]) -> str:
     """Twelve hex digits of a sample of each weight file, for the record; files that differ may share them."""
     import hashlib
 
