@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 
@@ -44,7 +45,8 @@ def test_every_method_with_a_trainer_has_classes():
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("guardspace", {}), ("sbr", {}), ("spag", {}), ("tar", {"inner_steps": 1})]
+    ("name", "options"),
+    [("guardspace", {}), ("sbr", {}), ("spag", {}), ("tar", {"inner_steps": 1, "inner_subsample": 1})],
 )
 def test_methods_that_no_other_test_trains_on_trl(name, options, tmp_path):
     """With TRL's own defaults: bfloat16, checkpointing."""
@@ -89,7 +91,8 @@ def test_trls_script(files, tmp_path):
     run = json.loads((checkpoint / "method" / "run.json").read_text())
     assert run["rho"] == 2
     assert trl.SFTTrainer.__name__ == "SFTTrainer", "the replaced names are back"
-    assert trl.scripts.sft.make_parser is not None
+    saved = torch.load(checkpoint / "training_args.bin", weights_only=False)
+    assert (saved.defense, saved.rho) == ("lisa", 2)
 
 
 REFUSED = {

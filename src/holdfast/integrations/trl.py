@@ -23,9 +23,9 @@ def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(name)
     for found in methods().values():
-        if name in names(found):
-            config, trainer = classes(found)
-            return config if name == config.__name__ else trainer
+        if name.replace("SFTScriptConfig", "SFTConfig") in names(found):
+            classes(found), script_options(found)  # they are in `globals()` now
+            return globals()[name]
     known = ", ".join(sorted(names(found)[1] for found in methods().values()))
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'. Trainers: {known}")
 
@@ -55,6 +55,27 @@ def classes(found: Method) -> tuple[type, type]:
     return globals()[config], globals()[trainer]
 
 
+def script_options(found: Method) -> type:
+    """Return the config for TRL's script: that of the method with the options of `run_script`."""
+    config, _ = classes(found)
+    name = config.__name__.replace("SFTConfig", "SFTScriptConfig")
+    if name not in globals():
+        members: dict[str, Any] = {
+            "__module__": __name__,
+            "__doc__": f"{config.__name__} with the method and the places of its rows.",
+            "__annotations__": {
+                "defense": str,
+                "alignment_dataset": str | None,
+                "harmful_dataset": str | None,
+            },
+            "defense": field(default=found.name, metadata={"help": "The method, such as lisa."}),
+            "alignment_dataset": _rows("Alignment rows: harmful questions with refusals."),
+            "harmful_dataset": _rows("Harmful questions."),
+        }
+        globals()[name] = dataclass(type(name, (config,), members))
+    return globals()[name]
+
+
 def run_script(arguments: Sequence[str]) -> None:
     """Run TRL's SFT script with the trainer of a method.
 
@@ -69,23 +90,8 @@ def run_script(arguments: Sequence[str]) -> None:
     from trl.scripts import sft
 
     found = method(_defense(arguments))
-    config, trainer = classes(found)
-    options = dataclass(
-        type(
-            config.__name__,
-            (config,),
-            {
-                "__module__": __name__,
-                "__annotations__": dict.fromkeys(
-                    ("defense", "alignment_dataset", "harmful_dataset"), str | None
-                ),
-                "defense": field(default=found.name, metadata={"help": "The method, such as lisa."}),
-                "alignment_dataset": _rows("Alignment rows: harmful questions with refusals."),
-                "harmful_dataset": _rows("Harmful questions."),
-            },
-        )
-    )
-    with _replaced((trl, sft), SFTConfig=options):
+    _, trainer = classes(found)
+    with _replaced((trl, sft), SFTConfig=script_options(found)):
         parser = sft.make_parser(prog="holdfast trl")
         script, training, model, data = parser.parse_args_and_config(list(arguments))
     places = {kind: getattr(training, kind) for kind in ("alignment_dataset", "harmful_dataset")}
