@@ -49,6 +49,7 @@ class State:
         lm_eval: the step of lm-evaluation-harness, if the recipe asks for it.
         chosen: the steps that change or select user rows, by kind; a list for several attacks.
         tampered: the attack on its weights.
+        point: the point of an attack sweep at which it was trained.
     """
 
     name: str
@@ -64,6 +65,7 @@ class State:
     post_hoc_parameters: Mapping[str, Any] | None = None
     chosen: Mapping[str, str | list[str]] = field(default_factory=dict)
     tampered: str | None = None
+    point: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ class _Planner:
         date = (recipe.model.template_date or today) if dated else None
         model = recipe.model.model_copy(update={"template_date": date})
         self.recipe = recipe = recipe.model_copy(update={"model": model})
+        self.at = ""  # the point of an attack sweep, for titles
         described = repr(recipe.model), self.folder, device
         if described not in self.known:
             self.known[described] = model_input(recipe, self.folder, digests, device)
@@ -192,7 +195,13 @@ class _Planner:
             weights = trained[-1:]
         name = "base" if recipe.alignment is None else "aligned"
         states.append(self._evaluate(name, f"the {name} model", None, trained, weights, rows["test"]))
-        if recipe.user is not None:
+        if recipe.user is not None and recipe.attack_sweep is not None:
+            for point in recipe.attack_sweep.each():
+                self.recipe, self.at = recipe.at(point), f" at {point.shown}"
+                tuned = self._tuned(rows, trained, weights)
+                states += [replace(state, point=point.given()) for state in tuned]
+            self.recipe, self.at = recipe, ""
+        elif recipe.user is not None:
             states += self._tuned(rows, trained, weights)
         elif recipe.post_hoc_attack is not None:
             states.append(self._tamper(states[0], weights, rows["test"]))
@@ -231,6 +240,8 @@ class _Planner:
         check: Check | None = None,
         together: bool = False,
     ) -> str:
+        if kind not in ("attack", "change", "filter"):  # which the points of an attack sweep share
+            title += self.at
         step = Step(kind, title, detail, inputs, work, check, together)
         self.steps.setdefault(step.id, step)
         return step.id
