@@ -14,6 +14,7 @@ __all__ = [
     "merge",
     "own_tokenizer",
     "patterns",
+    "pushing",
     "reader",
     "writer",
 ]
