@@ -80,8 +80,8 @@ def _main(
     ] = False,
 ) -> None:
     _quiet()
-    if not launched().main and context.invoked_subcommand != "run":
-        raise typer.Exit  # only a run has work for several processes
+    if not launched().main and context.invoked_subcommand not in ("run", "trl"):
+        raise typer.Exit  # only a training has work for several processes
 
 
 @app.command(epilog="Example: holdfast demo --out demo --seeds 3")
@@ -305,6 +305,19 @@ app.command("filter", epilog="Example: holdfast filter my.jsonl --judge beaver_d
 )
 app.command(epilog="Example: holdfast combine alignment user --out adapter")(adapters.combine)
 app.command(epilog="Example: holdfast merge my-model adapter --out full-model")(adapters.merge)
+
+
+@app.command(
+    "trl",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    epilog="Example: holdfast trl --defense lisa --alignment_dataset safe.jsonl --rho 1 "
+    "--model_name_or_path my-model --dataset_name my-data --use_peft --output_dir out",
+)
+def trl(context: typer.Context) -> None:
+    """Run TRL's SFT script with the trainer of a method: TRL's options, and --defense and its parameters."""
+    from holdfast.integrations.trl import run_script
+
+    run_script(context.args)
 
 
 @app.command(
