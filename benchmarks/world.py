@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from _record import RESULTS, add, save, write_page
+from _world_attacks import attack_runs
 
 from holdfast import Recipe, run
 from holdfast.cli.demo import user_runs
@@ -44,7 +45,8 @@ def runs() -> dict[str, list[str]]:
         f"SFT + Safe LoRA, {control}": [*shown["SFT + Safe LoRA"], f"post_hoc.control={control}"]
         for control in ("drop", "random")
     }
-    return {**others, **controls, **ratios, **swept, **terms, **weights, **plain}
+    attacks = attack_runs(shown)
+    return {**others, **controls, **ratios, **swept, **terms, **weights, **plain, **attacks}
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -78,13 +80,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="keep the runs here (resumes); default: a temporary folder")
     parser.add_argument("--rows", metavar="A;B", help="run only these rows, and add them to the results file")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="run only the first of the seeds")
     arguments = parser.parse_args()
     chosen = arguments.rows.split(";") if arguments.rows else list(runs())
     with tempfile.TemporaryDirectory() as temporary:
         out = arguments.out or Path(temporary)
         rows: dict[str, list[dict[str, Any]]] = {}
         protocol = {}
-        for seed in SEEDS:
+        for seed in SEEDS[: arguments.seeds]:
             for name in chosen:
                 changes = runs()[name]
                 named = [f"name={name}"] if name in PICTURED else []

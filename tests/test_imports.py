@@ -19,9 +19,10 @@ ALLOWED = {
     "__main__": {"cli"},
     "cli": {
         "study", "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data",
-        "weights", "lab",
+        "weights", "lab", "integrations",
     },
-    "study": {"pipeline", "recipe"},
+    "integrations": {"data", "defenses", "evaluation", "measuring", "recipe", "registry", "weights"},
+    "study": {"pipeline", "recipe", "reporting"},
     "pipeline": {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
         "training", "models", "weights", "world",
@@ -135,7 +136,7 @@ def test_light_parts_import_nothing_heavy(code):
 
 def test_the_public_names():
     assert holdfast.__all__ == [
-        "Defense", "Recipe", "SafetyProbe", "__version__", "compare", "gate", "generate", "get_defense", "list_defenses",
+        "Defense", "Recipe", "SafetyProbe", "__version__", "apply_safe_lora", "compare", "gate", "generate", "get_defense", "list_defenses",
         "mix", "moderate", "plan", "rate", "report", "run", "safe_lora", "score", "sweep",
     ]  # fmt: skip
     for name in holdfast.__all__:

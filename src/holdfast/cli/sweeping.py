@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.live import Live
@@ -40,6 +40,11 @@ def sweep(
         int | None,
         typer.Option(min=1, help="Steps that run at the same time. Default: one for each GPU, else 1."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="For a table of a paper: world, smollm2, or a model instead of the paper's."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="For a table of a paper: the number of seeds.")] = 1,
     launcher: Annotated[
         str | None,
         typer.Option(help="Where the steps run: local, slurm or ray. Default: as the grid says, else local."),
@@ -58,14 +63,15 @@ def sweep(
         return
     if grid is None:
         raise RecipeError("Expected a grid: holdfast sweep GRID. Or the folder of a sweep: --status DIR.")
+    place = folder_of(grid if model is None else f"{grid}-{Path(model).name}", out)
+    source = of_table(grid, model, seeds)
     if dry_run:
-        show_plan(grid, overrides or [], out, store, device, True, launcher)
+        show_plan(source, overrides or [], place, store, device, True, launcher)
         return
-    place = folder_of(grid, out)
     try:
         with Shown() as shown:
             found = sweeping.sweep(
-                grid,
+                source,
                 overrides=overrides or [],
                 out=place,
                 store=store,
@@ -185,10 +191,22 @@ def status_table(status: Status) -> Table:
     return table
 
 
+def of_table(grid: str, model: str | None, seeds: int) -> str | Mapping[str, Any]:
+    """Return the grid of a paper's table for a model and several seeds; any other grid unchanged."""
+    from holdfast.study import published, tables
+
+    if grid in published.names() and not Path(grid).is_file():
+        return tables.grid(grid, model, seeds)
+    if model is not None or seeds > 1:
+        text = "--model and --seeds are for the tables of papers (holdfast table shows them)."
+        raise RecipeError(f"{text} For {grid}, write model.path=PATH, or a list of seeds in the grid.")
+    return grid
+
+
 def show_plan(
-    grid: str,
+    grid: str | Mapping[str, Any],
     overrides: Sequence[str],
-    out: Path | None,
+    out: Path,
     store: Path | None,
     device: str,
     check: bool,
@@ -204,7 +222,7 @@ def show_plan(
     block = launcher_of(grid, launcher, overrides)
     here, device = device, resources.placed(block, device)
     runs = expand(grid, overrides)
-    steps = Store(store or folder_of(grid, out) / "steps")
+    steps = Store(store or out / "steps")
     study = planning.plan(runs, steps, device=device, partial=True, processes=block.together(device))
     done = study.complete(steps)
     cost = planning.cost(study, steps, done)

@@ -4,6 +4,7 @@ __all__ = [
     "ability",
     "comparing",
     "filtering",
+    "gate_answers",
     "gating",
     "generating",
     "judging",

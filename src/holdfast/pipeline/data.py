@@ -140,7 +140,7 @@ def data_details(recipe: Recipe) -> dict[str, str]:
     if data.alignment is not None:
         wanted = data.alignment
         found["alignment"] = f"{_count(wanted.size)} {wanted.kind} rows of {wanted.source}"
-    if "harmful_dataset" in (*recipe.needs("alignment"), *recipe.needs("user"), *recipe.needs("post_hoc")):
+    if any("harmful" in recipe.reads(stage) for stage in ("alignment", "user", "post_hoc")):
         named, size = data.alignment_harmful()
         found["harmful"] = f"{_count(size)} harmful rows of {named}, for the method"
     share = f"{100 * data.poison_ratio:g} % harmful"

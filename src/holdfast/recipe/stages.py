@@ -134,12 +134,14 @@ class StageRecipe(BaseModel):
     """A stage: the name of a defense, its own parameters, LoRA and training arguments.
 
     `adapter` says what the user stage trains: "new" (double LoRA: a new adapter), "continue" (single LoRA:
-    the alignment adapter), or None (as in the defense's paper).
+    the alignment adapter), or None (as in the defense's paper). `base` is the model before alignment, for a
+    user stage whose method needs it in a run whose `model.path` is already aligned.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     defense: str = "sft"
+    base: str | None = None
     adapter: Literal["new", "continue"] | None = None
     lora: LoraOrNone | None = None
     training: Training = Training()

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "→": r"$\rightarrow$", "–": "--",
     "<": r"$<$", ">": r"$>$",
 }  # fmt: skip
@@ -29,6 +30,43 @@ class Sheet:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
     left: int = 1
+
+
+def text(sheets: Sequence[Sheet], width: int = 110) -> str:
+    """The tables in plain text, at most `width` wide: columns that do not fit follow in another block."""
+    parts = []
+    for sheet in sheets:
+        rows = [sheet.columns, *sheet.rows]
+        widths = [max(len(row[n]) for row in rows) for n in range(len(sheet.columns))]
+        lines = [sheet.title]
+        for columns in _blocks(widths, sheet.left, width):
+            lines += ["", *_block(rows, widths, sheet.left, columns)]
+        parts.append("\n".join(lines))
+        parts += ["\n".join(sheet.notes)] if sheet.notes else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _blocks(widths: Sequence[int], left: int, width: int) -> list[list[int]]:
+    """The columns of each block; the first `left` columns are part of every block."""
+    blocks = [list(range(left))]
+    for column in range(left, len(widths)):
+        used = sum(widths[n] + 2 for n in [*blocks[-1], column]) - 2
+        if used > width and len(blocks[-1]) > left:
+            blocks.append(list(range(left)))
+        blocks[-1].append(column)
+    return blocks
+
+
+def _block(
+    rows: Sequence[Sequence[str]], widths: Sequence[int], left: int, columns: Sequence[int]
+) -> list[str]:
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [row[n].ljust(widths[n]) if n < left else row[n].rjust(widths[n]) for n in columns]
+        lines.append("  ".join(cells).rstrip())
+        if number == 0:
+            lines.append("-" * (sum(widths[n] + 2 for n in columns) - 2))
+    return lines
 
 
 def markdown(sheets: Sequence[Sheet]) -> str:
@@ -56,9 +94,9 @@ def latex(sheets: Sequence[Sheet]) -> str:
     for sheet in sheets:
         columns = "".join("l" if n < sheet.left else "r" for n in range(len(sheet.columns)))
         lines = [
-            r"\begin{table}", r"\centering", rf"\caption{{{escape(sheet.title)}}}", rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule", _row(sheet.columns), r"\midrule", *(_row(row) for row in sheet.rows), r"\bottomrule",
-            r"\end{tabular}",
+            r"\begin{table}", r"\centering", rf"\caption{{{escape(sheet.title)}}}",
+            rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _row(sheet.columns), r"\midrule",
+            *(_row(row) for row in sheet.rows), r"\bottomrule", r"\end{tabular}",
         ]  # fmt: skip
         lines += [rf"\par\footnotesize {escape(note)}" for note in sheet.notes]
         parts.append("\n".join([*lines, r"\end{table}"]))

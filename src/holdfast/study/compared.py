@@ -25,7 +25,7 @@ from holdfast.study.published import Published
 
 STAGES = ("alignment", "user", "post_hoc")
 ALWAYS = ("data.task", "data.poison_ratio", "data.filter", "data.attack")
-"""Keys that must always agree, besides the methods with their parameters and the keys that the table varies."""
+"""Keys that must always agree, besides the methods, their parameters, and the keys that the table varies."""
 
 IGNORED = ("name", "seed", "protocol", "evaluation.batch_tokens")
 NO_METHOD = ("training", "lora", "adapter", "base")
@@ -120,7 +120,7 @@ def compare(of: Published, runs: Sequence[Run], model: str | None = None) -> Com
 
 
 def _by_model(of: Published, runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Return the runs by model; if the table itself compares models, all of them but the small ones together."""
+    """Return the runs by model; all large models together if the table compares models."""
     varied = {key for one in tables.cells(of) for key in one.settings}
     found: dict[str, list[Run]] = {}
     for run in runs:
@@ -136,6 +136,7 @@ def _compared(of: Published, runs: Sequence[Run], model: str | None) -> Compared
     cells: list[Cell] = []
     stamps: list[Values] = []
     changes: dict[str, None] = {}
+    possible = {(one.row, one.column) for one in planned}
     left = 0
     recipes = {} if not runs or not planned else {
         run.folder: run.recipe for run in expand(tables.grid(of.name, variant))
@@ -158,11 +159,7 @@ def _compared(of: Published, runs: Sequence[Run], model: str | None) -> Compared
                     line.append(Cell(row, column, metric, published, *_average(line)))
                     continue
                 if (row, column) not in measured:
-                    why = (
-                        "not measured"
-                        if any((p.row, p.column) == (row, column) for p in planned)
-                        else "no run"
-                    )
+                    why = "not measured" if (row, column) in possible else "no run"
                     line.append(Cell(row, column, metric, published, None, why))
                     continue
                 of_cell, start = measured[row, column]
@@ -219,12 +216,12 @@ def _of_method(key: str) -> bool:
 
 def _flat(recipe: Recipe | Mapping[str, Any]) -> Values:
     """The keys of a recipe with the defaults of its methods; None and an empty block are left out."""
-    if not isinstance(recipe, Recipe):
-        try:
-            recipe = Recipe.model_validate(recipe)
-        except ValueError:  # a method of another package or version
-            return dict(_leaves(recipe))
-    return dict(_leaves(recipe.whole()))
+    if isinstance(recipe, Recipe):
+        return dict(_leaves(recipe.whole()))
+    try:
+        return dict(_leaves(Recipe.model_validate(recipe).whole()))
+    except ValueError:  # a method of another package or version
+        return dict(_leaves(recipe))
 
 
 def _leaves(value: Mapping[str, Any], place: str = "") -> list[tuple[str, Any]]:

@@ -18,7 +18,6 @@ from holdfast.pipeline.step import Machine, Step
 from holdfast.recipe import Recipe
 from holdfast.study.grid import Run
 
-
 CHANGED = (
     "The files that the recipes name, or the code of Holdfast, changed since the sweep began. Run the same "
     "command again."

@@ -19,24 +19,13 @@ from holdfast.errors import RecipeError, nearest
 from holdfast.recipe.reading import read
 
 FOLDER = Path(__file__).parent.parent / "tables"
-FIELDS = {
-    "paper",
-    "arxiv",
-    "table",
-    "source",
-    "title",
-    "setting",
-    "columns",
-    "mean",
-    "published",
-    "notes",
-    "grid",
-}
+TEXTS = ("paper", "arxiv", "table", "source", "title", "setting")
+FIELDS = {*TEXTS, "columns", "mean", "published", "notes", "grid"}
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of the tables: its title and unit, its largest value, which direction is better, and decimals."""
+    """A metric of the tables: title, unit, largest value, which direction is better, and decimals."""
 
     title: str
     unit: str
@@ -107,10 +96,11 @@ class Published:
 
 def names() -> list[str]:
     """The names of all tables, numbers in their order: lisa-2 before lisa-10."""
-    found = [path.stem for path in FOLDER.glob("*.yaml")]
-    return sorted(
-        found, key=lambda name: [(not p.isdigit(), int(p) if p.isdigit() else p) for p in name.split("-")]
-    )
+
+    def parts(name: str) -> list[tuple[bool, int | str]]:
+        return [(not part.isdigit(), int(part) if part.isdigit() else part) for part in name.split("-")]
+
+    return sorted((path.stem for path in FOLDER.glob("*.yaml")), key=parts)
 
 
 @cache
@@ -139,5 +129,5 @@ def table(name: str) -> Published:
         mean=raw.get("mean"),
         notes=tuple(raw.get("notes", ())),
         grid=raw.get("grid", {}),
-        **{key: str(raw[key]) for key in ("paper", "arxiv", "table", "source", "title", "setting")},
+        **{key: str(raw[key]) for key in TEXTS},
     )

@@ -89,9 +89,7 @@ def grid(name: str, model: str | None = None, seeds: int = 1) -> Settings:
     """
     of = table(name)
     if not of.grid:
-        raise RecipeError(
-            f"{name} has no grid: its protocol is not known in full. See: holdfast table {name}"
-        )
+        raise RecipeError(f"{name} has no grid: its protocol is not known. See: holdfast table {name}")
     keys, planned = base(of, model), cells(of, model)
     if keys is None or not planned:
         raise RecipeError(f"{name} has no runs on {model}. Leave out --model for the paper's own.")

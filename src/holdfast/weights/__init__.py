@@ -12,6 +12,7 @@ __all__ = [
     "folders",
     "matching",
     "merge",
+    "orthogonal",
     "own_tokenizer",
     "patterns",
     "reader",

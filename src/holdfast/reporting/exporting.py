@@ -18,7 +18,8 @@ from holdfast.reporting.text import NOT_MEASURED, score_text
 TITLES = {
     "harmful_score": "Harmful score", "finetune_accuracy": "Finetune accuracy", "task_score": "Task score",
     "harmonic_mean": "Harmonic mean", "benign_compliance": "Benign compliance",
-    "over_refusal_rate": "Over-refusal", "gibberish_rate": "Gibberish", "true_harmful_score": "True harmful score",
+    "over_refusal_rate": "Over-refusal", "gibberish_rate": "Gibberish",
+    "true_harmful_score": "True harmful score",
 }  # fmt: skip
 SHOWN = tuple(key for key in TITLES if key not in ("harmonic_mean", "true_harmful_score"))
 """The metrics of the LaTeX table; the other files have all of them."""
@@ -38,6 +39,8 @@ def export(runs: Sequence[Path], files: dict[str, Path], *, force: bool = False)
         ComparisonError: the protocol stamps differ and `force` is off.
         OutputError: a file cannot be written.
     """
+    if not files:
+        return
     for file in files.values():
         if file.is_dir():
             raise OutputError(f"Expected a file to write, found a folder: {file}.")
@@ -51,7 +54,7 @@ def export(runs: Sequence[Path], files: dict[str, Path], *, force: bool = False)
 
 
 def records(found: Grouped) -> list[dict[str, Any]]:
-    """A record for each group: method, grid keys, seeds, and of each metric mean, n, error and 95 % interval."""
+    """A record for each group: method, grid keys, seeds, and each metric's mean, n, error and interval."""
     return [_record(group, found.keys, found.metrics()) for group in found.groups]
 
 
@@ -61,10 +64,10 @@ def _record(group: Group, keys: Sequence[str], metrics: Sequence[str]) -> dict[s
     told["seeds"] = len(group.seeds) or 1
     for metric in metrics:
         mean = group.means.get(metric)
-        low, high = (mean and mean.interval) or (None, None)
+        low, high = (mean.interval if mean else None) or (None, None)
         told |= {
-            metric: _rounded(mean and mean.value),
-            f"{metric}_stderr": _rounded(mean and mean.stderr),
+            metric: _rounded(mean.value if mean else None),
+            f"{metric}_stderr": _rounded(mean.stderr if mean else None),
             f"{metric}_low": _rounded(low),
             f"{metric}_high": _rounded(high),
         }
