@@ -99,6 +99,7 @@ def plan(
     partial: bool = False,
     device: str = "auto",
     processes: Mapping[str, int] | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> Plan:
     """Return the steps of `recipe`. Reads files to identify their content; writes nothing, imports no torch.
 
@@ -113,12 +114,22 @@ def plan(
             a model that is stored with 16 bits.
         processes: by stage ("alignment", "user"), the number of processes that train together; by default
             those that were started together with this one, at every stage.
+        known: what earlier plans read from files; plans that are made together share it, and no other.
 
     Raises:
         DataError, ModelError: a file or a model is missing or cannot be used.
     """
     today, digests = today or now()[:10], digests or Digests()
-    return _Planner(recipe, download, digests, today, partial, device, processes).plan()
+    return _Planner(recipe, download, digests, today, partial, device, processes, known).plan()
+
+
+TITLES = {
+    "alignment": "alignment with {label}",
+    "user": "user fine-tuning with {label}",
+    "harmful_adapter": "adapter on the harmful rows",
+    "refusal_adapter": "adapter on the alignment rows, above the harmful one",
+}
+"""The titles of trainings, by kind of step."""
 
 
 class _Planner:
@@ -133,11 +144,13 @@ class _Planner:
         partial: bool,
         device: str,
         processes: Mapping[str, int] | None,
+        known: dict[Any, Any] | None,
     ):
         from holdfast.weights.folders import find_model, model_path, writes_date
 
         self.download = download
         self.digests = digests
+        self.known = {} if known is None else known
         self.processes = processes or dict.fromkeys(("alignment", "user"), launched().count)
         self.steps: dict[str, Step] = {}
         self.partial = partial
@@ -151,8 +164,11 @@ class _Planner:
         model = recipe.model.model_copy(update={"template_date": date})
         self.recipe = recipe = recipe.model_copy(update={"model": model})
         self.at = ""  # the point of an attack sweep, for titles
+        described = repr(recipe.model), self.folder, device
+        if described not in self.known:
+            self.known[described] = model_input(recipe, self.folder, digests, device)
         self.model: dict[str, Any] = {
-            "model": model_input(recipe, self.folder, digests, device),
+            "model": self.known[described],
             "template": recipe.model.template,
         }
 
@@ -202,7 +218,8 @@ class _Planner:
         assert recipe.user is not None
         chosen, last = self._chosen(rows["user"], aligned)
         rows = {**rows, "user": last}
-        step = self._train("user", recipe.user, USER_TRAINING, self._rows("user", rows), aligned)
+        buffer = self._harmful_adapter("user", rows, aligned)
+        step = self._train("user", recipe.user, USER_TRAINING, self._rows("user", rows), aligned, buffer)
         trained = (*trained, step)
         below = {"new": aligned, "continue": aligned[:-1], "full": ()}[recipe.trains("user")]
         weights = (*below, step)
@@ -236,7 +253,7 @@ class _Planner:
         for role, detail in data.data_details(self.recipe).items():
             inputs: dict[str, Any] = {"role": role, "elsewhere": True}
             with self._noted():
-                inputs = data.role_inputs(self.recipe, role)
+                inputs = data.role_inputs(self.recipe, role, self.known)
             found[role] = self._add("data", f"{role} rows", detail, inputs, data.make_rows)
         manifest = self._add(
             "manifest",
@@ -321,21 +338,28 @@ class _Planner:
         defaults: Mapping[str, Any],
         rows: Mapping[str, Made],
         below: tuple[str, ...],
+        buffer: str | None = None,
+        kind: str | None = None,
     ) -> str:
-        """Add a training stage on top of the weights of the steps `below`."""
+        """Add a training stage on top of the weights of the steps `below`.
+
+        Args:
+            buffer: the step of an adapter above these, which the result is used without.
+            kind: the kind of step, if it is not the stage.
+        """
         recipe = self.recipe
         if repairing.hardens(part):  # plain SFT, whose weights the method changes afterwards
             part = part.as_sft()
         parameters = self._parameters(part)
         training = {**defaults, **part.training.given()}
-        if stage == "user":
+        if stage == "user" and kind is None:
             training |= recipe.data.attack_training()
         trains = recipe.trains(stage)
         # Single LoRA continues the alignment stage's adapter.
         lora = None if trains == "full" else recipe.lora("alignment" if trains == "continue" else stage)
         inputs = {
             **self.model,
-            "stage": stage,
+            "stage": kind or stage,
             "method": Code("defenses", part.defense),
             "parameters": parameters,
             "training": Content(training, {k: v for k, v in training.items() if k not in NOT_IDENTITY}),
@@ -346,15 +370,28 @@ class _Planner:
             "seed": recipe.seed,
             "processes": self.processes[stage],  # multiplies the rows of an optimizer step
             "packages": packages(TRAINED_BY, recipe.model.quantization),
+            **({"buffer": Made(buffer)} if buffer else {}),
         }
-        if "base" in recipe.needs(stage) and not repairing.hardens(getattr(recipe, stage)):
+        if kind is None and "base" in recipe.needs(stage) and not repairing.hardens(getattr(recipe, stage)):
             inputs |= repairing.alignment_inputs(recipe, stage, self.folder, self.digests, self.download)
         label = registry.face("defenses", part.defense).facts.get("label", part.defense)
-        title = f"alignment with {label}" if stage == "alignment" else f"user fine-tuning with {label}"
+        title = TITLES[kind or stage].format(label=label)
         detail = stages.training_detail(training, trains, self.processes[stage])
         detail += mixing.detail(part.defense, parameters) or repairing.shown_after(parameters)
         work = stages.train_stage, stages.check_stage
-        return self._add(stage, title, detail, inputs, *work, together=True)
+        return self._add(kind or stage, title, detail, inputs, *work, together=True)
+
+    def _harmful_adapter(self, stage: str, rows: Mapping[str, str], below: tuple[str, ...]) -> str | None:
+        """Add the adapter that plain SFT trains on the harmful rows, if the stage's method needs it."""
+        if not {"harmful_adapter", "refusal_adapter"} & set(self.recipe.needs(stage)):
+            return None
+        return self._beside("harmful_adapter", rows["harmful"], below, None)
+
+    def _beside(self, kind: str, rows: str, below: tuple[str, ...], buffer: str | None) -> str:
+        """Add an adapter that is trained like the user's, with plain SFT and on other rows."""
+        assert self.recipe.user is not None
+        part, given = self.recipe.user.as_sft(), {"train_dataset": Made(rows)}
+        return self._train("user", part, USER_TRAINING, given, below, buffer, kind)
 
     def _harden(self, part: StageRecipe, aligned: str) -> str:
         """Add the step in which a method changes what plain SFT aligned, before the user stage."""
@@ -397,6 +434,10 @@ class _Planner:
             "rows": {name: Made(step) for name, step in repairing.rows(recipe, rows).items()},
             "packages": packages(REPAIRED_BY),
         }
+        buffer = self._harmful_adapter("post_hoc", rows, aligned)
+        if buffer is not None:
+            refusal = self._beside("refusal_adapter", rows["alignment"], aligned, buffer)
+            inputs["refusal_adapter"] = Made(refusal)
         title, detail = f"repair with {repairing.label(recipe)}", repairing.shown(repair.given)
         step = self._add("post_hoc", title, detail, inputs, repairing.apply, repairing.check)
         chain = (*trained, step), (*weights[:-1], step)
@@ -435,7 +476,9 @@ class _Planner:
 
     def _judge(self, judge: JudgeRecipe) -> dict[str, Any]:
         """Return a judge as inputs: its settings, the content of its model, its code and its packages."""
-        content = judging.judge_identity(judge, self.digests, self.download)
+        if repr(judge) not in self.known:
+            self.known[repr(judge)] = judging.judge_identity(judge, self.digests, self.download)
+        content = self.known[repr(judge)]
         loads = judging.judge_folder(judge) is not None
         return {
             "judge": Content(judge, {**content, "code": Code("judges", judge.name)}),

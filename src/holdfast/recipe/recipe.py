@@ -27,6 +27,14 @@ from holdfast.recipe.stages import TRAINING, PostHocRecipe, StageRecipe, as_stag
 from holdfast.recipe.weight_attack import PostHocAttackRecipe
 from holdfast.weights.adapter import MUTATING
 
+ROWS_NEEDED = {
+    "alignment_dataset": ("alignment",),
+    "harmful_dataset": ("harmful",),
+    "harmful_adapter": ("harmful",),
+    "refusal_adapter": ("alignment", "harmful"),
+}
+"""The roles of rows behind an input that a method needs; an adapter is trained on them."""
+
 
 class Recipe(Part):
     """One run: model, data, the stages, evaluation. See docs/recipes.md."""
@@ -52,10 +60,7 @@ class Recipe(Part):
             if stage is None:
                 continue
             stage.check(name)
-            needs = self.needs(name)
-            if "alignment_dataset" in needs:
-                self._need_alignment_data(f"{name}.defense {stage.defense}")
-            self._need_harmful_rows(name)
+            self._need_rows(name)
         if self.alignment is not None:
             self._need_alignment_data("the alignment stage")
         self._check_user_data()
@@ -77,6 +82,10 @@ class Recipe(Part):
     def may_use(self, stage: str) -> tuple[str, ...]:
         """The inputs that a stage's defense also gets if the run has them."""
         return self._declared(stage, "optional")
+
+    def reads(self, stage: str) -> set[str]:
+        """The roles of the rows that a stage's defense needs beyond its own, "alignment" or "harmful"."""
+        return {role for name in self.needs(stage) for role in ROWS_NEEDED.get(name, ())}
 
     def _declared(self, stage: str, fact: str) -> tuple[str, ...]:
         part: StageRecipe | PostHocRecipe | None = getattr(self, stage)
@@ -145,7 +154,13 @@ class Recipe(Part):
         """Refuse combinations of LoRA, quantisation and stacking that would not do what their names say."""
         bits = self.model.quantization
         for name in ("alignment", "user"):
-            if getattr(self, name) is None or self.trains(name) == "continue":
+            if getattr(self, name) is None:
+                continue
+            buffered = "harmful_adapter" in self.needs(name)
+            if buffered and self.trains(name) != "new":
+                text = "the adapter below is taken away afterwards, which needs a new LoRA above it"
+                raise Wrong([name], f"{getattr(self, name).defense}: {text}")
+            if self.trains(name) == "continue":
                 continue
             lora = self.lora(name)
             place = ["model", "lora"] if getattr(self, name).lora is None else [name, "lora"]
@@ -162,7 +177,8 @@ class Recipe(Part):
                 raise Wrong([*place, "init_lora_weights"], text)
             if bits == "int8" and lora and lora.use_dora:
                 raise Wrong([*place, "use_dora"], "DoRA does not run on int8 weights; use quantization: nf4")
-            stacked = name == "user" and self.alignment is not None and self.trains("alignment") == "new"
+            aligned = self.alignment is not None and self.trains("alignment") == "new"
+            stacked = name == "user" and (aligned or buffered)
             if lora and lora.use_dora and stacked and self.model.adapters == "stack":
                 text = "DoRA would scale the base weights without the alignment adapter; "
                 choice = "write user.adapter: continue" if bits else "write model.adapters: merge"
@@ -196,9 +212,7 @@ class Recipe(Part):
         who = f"{repair.defense} repairs"
         if self.user is None:
             raise Wrong(["post_hoc"], f"{who} what the user stage trained, but user is none; leave one out")
-        if "alignment_dataset" in needs:
-            self._need_alignment_data(f"post_hoc.defense {repair.defense}")
-        self._need_harmful_rows("post_hoc")
+        self._need_rows("post_hoc")
         trains, aligns = self.trains("user"), self.alignment and self.trains("alignment")
         if trains == "continue" and trains not in facts.get("repairs", (trains,)):
             text = f"{who} the user's update, which adapter: continue ({self.user.defense}) does not keep "
@@ -264,8 +278,11 @@ class Recipe(Part):
         if self.data.alignment is None:
             raise ValueError(f"{who} needs data.alignment: a file of prompts with safe answers")
 
-    def _need_harmful_rows(self, stage: str) -> None:
-        if "harmful_dataset" in self.needs(stage) and self.data.alignment_harmful()[0] is None:
+    def _need_rows(self, stage: str) -> None:
+        """The rows that a stage's defense needs must be there."""
+        if "alignment" in self.reads(stage):
+            self._need_alignment_data(f"{stage}.defense {getattr(self, stage).defense}")
+        if "harmful" in self.reads(stage) and self.data.alignment_harmful()[0] is None:
             defense = getattr(self, stage).defense
             text = f"{stage}.defense {defense} needs harmful rows: give a file of them here, or as "
             raise Wrong(["data", "alignment", "harmful"], f"{text}data.harmful")

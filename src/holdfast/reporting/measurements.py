@@ -237,12 +237,16 @@ def sweeps(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def _once(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """Rows that share a score step are one measurement, even if they come from different runs."""
+    """Rows that share a score step are one measurement, even if they come from different runs.
+
+    A row that also has results of lm-evaluation-harness is kept instead of one without them.
+    """
     kept: dict[str, Measurement] = {}
     for measurement in measurements:
         score_step = measurement.steps.get("score")
         key = f"step {score_step}" if score_step else repr(sorted(measurement.raw.items(), key=str))
-        kept.setdefault(key, measurement)
+        if key not in kept or ("lm_eval" in measurement.raw and "lm_eval" not in kept[key].raw):
+            kept[key] = measurement
     return list(kept.values())
 
 
