@@ -27,9 +27,14 @@ SFT, LISA = {"defense": "sft"}, {"defense": "lisa", "alignment_steps": 1, "finet
 
 
 def grid(folder, launcher, users=(SFT, LISA), epochs=1, **changes):
-    """Write a grid of user stages, and return its file and the recipe of each run, by folder."""
+    """Write a grid of user stages, and return its file and the recipe of each run, by folder.
+
+    Args:
+        epochs: of both trainings; a training of one epoch is too short to be killed in the middle.
+    """
     recipe = tiny.recipe(folder / "in", name="study", **changes)
     training = {**recipe.pop("user")["training"], "num_train_epochs": epochs}
+    recipe["alignment"]["training"] = training
     users = [{**user, "training": training} for user in users]
     file = folder / "grid.yaml"
     file.write_text(yaml.safe_dump({**recipe, "grid": {"user": users}, "launcher": launcher}))
