@@ -16,7 +16,7 @@ from holdfast.evaluation import paired
 from holdfast.machine.files import read_json, read_jsonl, remove_unless, write_json, write_text
 from holdfast.machine.store import Store, claim_folder, now, provenance
 from holdfast.measuring.protocol import decoding, grader
-from holdfast.pipeline import ability, attack_sweeps, attacking, user_rows
+from holdfast.pipeline import ability, attack_sweeps, attacking, tracking, user_rows
 from holdfast.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, An
     from holdfast.reporting import report
 
     report([out], page)
+    if len(cached) < len(plan.steps):
+        tracking.log_scores(out, plan.recipe, results)
     return results
 
 
