@@ -246,7 +246,7 @@ def test_the_demo_compares_its_rows(tmp_path, monkeypatch):
     """The real demo on few steps: every row, a report, a summary."""
     from holdfast.cli.demo import demo, demo_runs
     from holdfast.recipe import Recipe
-    from holdfast.study import sweeping
+    from holdfast.study import local
 
     load = Recipe.load
     few = ["alignment.training.max_steps=2", "user.training.max_steps=2", "evaluation.prompts=4",
@@ -258,7 +258,7 @@ def test_the_demo_compares_its_rows(tmp_path, monkeypatch):
         return load(source, [*few, *overrides, *phases])
 
     monkeypatch.setattr(Recipe, "load", loaded)
-    monkeypatch.setattr(sweeping, "start_worker", Inside)
+    monkeypatch.setattr(local, "start_worker", Inside)
     with no_pages():  # but the last, which compares them
         results = demo(tmp_path / "demo", seeds=2, device="cpu", workers=1)
     names = [row["name"] for row in results["rows"]]

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from holdfast.cli import pushing
+
 Adapters = Annotated[
     list[str],
     typer.Argument(metavar="ADAPTER...", help="Adapter folders or Hub ids, in the order of training."),
@@ -35,12 +37,15 @@ def combine(
     weights: Annotated[
         str | None, typer.Option(metavar="W1,W2,...", help="Factor of each adapter in the sum. Default: 1.")
     ] = None,
+    push: pushing.Push = None,
+    public: pushing.Public = False,
 ) -> None:
     """Combine adapters (alignment and user delta) into one plain PEFT adapter with the same answers."""
     from holdfast.cli import console
     from holdfast.errors import RecipeError
     from holdfast.weights.combine import combine as combine_adapters
 
+    pushing.check(push, public)
     if share is not None and not orthogonal:
         raise RecipeError("--share is a part of --orthogonal. Give both, or leave it out.")
     amount = (1.0 if share is None else share) if orthogonal else None
@@ -51,6 +56,7 @@ def combine(
         + (f"; {made.overlap:.1%} of the others lay in the first one's directions." if made.overlap else "."),
         highlight=False, soft_wrap=True, markup=False,
     )  # fmt: skip
+    pushing.push(made.folder, push, public)
 
 
 def _numbers(text: str | None) -> list[float] | None:
@@ -70,13 +76,17 @@ def merge(
     adapters: Adapters,
     out: Out,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights. Default: unchanged.")] = None,
+    push: pushing.Push = None,
+    public: pushing.Public = False,
 ) -> None:
     """Write a full model with adapters added to its weights, shard by shard."""
     from holdfast.cli import console
     from holdfast.weights.merge import merge as merge_adapters
 
+    pushing.check(push, public)
     made = merge_adapters(base, adapters, out, dtype=dtype and dtype.value)
     console.out.print(
         f"{made.folder}: {made.changed} of {made.tensors} tensors changed, {made.nbytes / 1e9:.2f} GB.",
         highlight=False, soft_wrap=True, markup=False,
     )  # fmt: skip
+    pushing.push(made.folder, push, public)

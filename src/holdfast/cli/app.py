@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from holdfast import __version__
-from holdfast.cli import adapters, gating, measuring, safe_lora, sweeping, tables
+from holdfast.cli import adapters, gating, measuring, pushing, safe_lora, sweeping, tables
 from holdfast.errors import HoldfastError, RecipeError, first_line, visible
 from holdfast.machine.processes import launched
 from holdfast.plugins import PluginWarning
@@ -80,8 +80,8 @@ def _main(
     ] = False,
 ) -> None:
     _quiet()
-    if not launched().main and context.invoked_subcommand != "run":
-        raise typer.Exit  # only a run has work for several processes
+    if not launched().main and context.invoked_subcommand not in ("run", "trl"):
+        raise typer.Exit  # only a training has work for several processes
 
 
 @app.command(epilog="Example: holdfast demo --out demo --seeds 3")
@@ -143,6 +143,8 @@ def run(
         Path | None, typer.Option(help="Folder of steps that runs can share. Default: OUT/steps.")
     ] = None,
     device: Device = "auto",
+    push: pushing.Push = None,
+    public: pushing.Public = False,
     verbose: Verbose = False,
 ) -> None:
     """Run a recipe, or resume it where it stopped; ends with a table and a report."""
@@ -154,11 +156,13 @@ def run(
     if is_grid(recipe):
         raise RecipeError(f"{recipe} is a grid of several runs. Run it with: holdfast sweep {recipe}")
     loaded = Recipe.load(recipe, overrides or [])
+    pushing.check_run(loaded, push, public)
     folder = out or Path("runs") / loaded.name.replace(" ", "-")
     with console.Bars(verbose=verbose) as bars:
         results = run_recipe(loaded, out=folder, store=store, device=device, progress=bars)
     if launched().main:
         _done(bars.ran, results["rows"], folder)
+        pushing.push_run(folder, push, public)
 
 
 @app.command(epilog="Example: holdfast plan my-recipe.yaml user.rho=3")
@@ -301,6 +305,19 @@ app.command("filter", epilog="Example: holdfast filter my.jsonl --judge beaver_d
 )
 app.command(epilog="Example: holdfast combine alignment user --out adapter")(adapters.combine)
 app.command(epilog="Example: holdfast merge my-model adapter --out full-model")(adapters.merge)
+
+
+@app.command(
+    "trl",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    epilog="Example: holdfast trl --defense lisa --alignment_dataset safe.jsonl --rho 1 "
+    "--model_name_or_path my-model --dataset_name my-data --use_peft --output_dir out",
+)
+def trl(context: typer.Context) -> None:
+    """Run TRL's SFT script with the trainer of a method: TRL's options, and --defense and its parameters."""
+    from holdfast.integrations.trl import run_script
+
+    run_script(context.args)
 
 
 @app.command(

@@ -57,6 +57,7 @@ class State:
         lm_eval: the step of lm-evaluation-harness, if the recipe asks for it.
         chosen: the steps that change or select user rows, by kind; a list for several attacks.
         tampered: the attack on its weights.
+        point: the point of an attack sweep at which it was trained.
     """
 
     name: str
@@ -72,6 +73,7 @@ class State:
     post_hoc_parameters: Mapping[str, Any] | None = None
     chosen: Mapping[str, str | list[str]] = field(default_factory=dict)
     tampered: str | None = None
+    point: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def plan(
     partial: bool = False,
     device: str = "auto",
     processes: Mapping[str, int] | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> Plan:
     """Return the steps of `recipe`. Reads files to identify their content; writes nothing, imports no torch.
 
@@ -118,12 +121,13 @@ def plan(
             a model that is stored with 16 bits.
         processes: by stage ("alignment", "user"), the number of processes that train together; by default
             those that were started together with this one, at every stage.
+        known: what earlier plans read from files; plans that are made together share it, and no other.
 
     Raises:
         DataError, ModelError: a file or a model is missing or cannot be used.
     """
     today, digests = today or now()[:10], digests or Digests()
-    return _Planner(recipe, download, digests, today, partial, device, processes).plan()
+    return _Planner(recipe, download, digests, today, partial, device, processes, known).plan()
 
 
 TITLES = {
@@ -148,11 +152,13 @@ class _Planner:
         partial: bool,
         device: str,
         processes: Mapping[str, int] | None,
+        known: dict[Any, Any] | None,
     ):
         from holdfast.weights.folders import find_model, model_path, writes_date
 
         self.download = download
         self.digests = digests
+        self.known = {} if known is None else known
         self.processes = processes or dict.fromkeys(("alignment", "user"), launched().count)
         self.steps: dict[str, Step] = {}
         self.partial = partial
@@ -165,8 +171,12 @@ class _Planner:
         date = (recipe.model.template_date or today) if dated else None
         model = recipe.model.model_copy(update={"template_date": date})
         self.recipe = recipe = recipe.model_copy(update={"model": model})
+        self.at = ""  # the point of an attack sweep, for titles
+        described = repr(recipe.model), self.folder, device
+        if described not in self.known:
+            self.known[described] = model_input(recipe, self.folder, digests, device)
         self.model: dict[str, Any] = {
-            "model": model_input(recipe, self.folder, digests, device),
+            "model": self.known[described],
             "template": recipe.model.template,
         }
 
@@ -194,7 +204,13 @@ class _Planner:
             weights = trained[-1:]
         name = "base" if recipe.alignment is None else "aligned"
         states.append(self._evaluate(name, f"the {name} model", None, trained, weights, rows["test"]))
-        if recipe.user is not None:
+        if recipe.user is not None and recipe.attack_sweep is not None:
+            for point in recipe.attack_sweep.each():
+                self.recipe, self.at = recipe.at(point), f" at {point.shown}"
+                tuned = self._tuned(rows, trained, weights)
+                states += [replace(state, point=point.given()) for state in tuned]
+            self.recipe, self.at = recipe, ""
+        elif recipe.user is not None:
             states += self._tuned(rows, trained, weights)
         elif recipe.post_hoc_attack is not None:
             states.append(self._tamper(states[0], weights, rows["test"]))
@@ -233,6 +249,8 @@ class _Planner:
         check: Check | None = None,
         together: bool = False,
     ) -> str:
+        if kind not in ("attack", "change", "filter"):  # which the points of an attack sweep share
+            title += self.at
         step = Step(kind, title, detail, inputs, work, check, together)
         self.steps.setdefault(step.id, step)
         return step.id
@@ -243,7 +261,7 @@ class _Planner:
         for role, detail in data.data_details(self.recipe).items():
             inputs: dict[str, Any] = {"role": role, "elsewhere": True}
             with self._noted():
-                inputs = data.role_inputs(self.recipe, role)
+                inputs = data.role_inputs(self.recipe, role, self.known)
             found[role] = self._add("data", f"{role} rows", detail, inputs, data.make_rows)
         manifest = self._add(
             "manifest",
@@ -475,7 +493,9 @@ class _Planner:
 
     def _judge(self, judge: JudgeRecipe) -> dict[str, Any]:
         """Return a judge as inputs: its settings, the content of its model, its code and its packages."""
-        content = judging.judge_identity(judge, self.digests, self.download)
+        if repr(judge) not in self.known:
+            self.known[repr(judge)] = judging.judge_identity(judge, self.digests, self.download)
+        content = self.known[repr(judge)]
         loads = judging.judge_folder(judge) is not None
         return {
             "judge": Content(judge, {**content, "code": Code("judges", judge.name)}),

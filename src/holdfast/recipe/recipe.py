@@ -19,6 +19,7 @@ from holdfast import registry
 from holdfast.errors import RecipeError
 from holdfast.machine.store import identity_hash
 from holdfast.recipe import layers, named
+from holdfast.recipe.attack_sweep import AttackPoint, AttackSweep
 from holdfast.recipe.data import AnchoringRecipe, Data
 from holdfast.recipe.evaluation import Evaluation
 from holdfast.recipe.model import FULL, Lora, Model, Part, Wrong, from_text, none_or_text
@@ -47,6 +48,7 @@ class Recipe(Part):
     user: Annotated[StageRecipe | None, BeforeValidator(as_stage)] = StageRecipe()
     post_hoc: Annotated[PostHocRecipe | None, BeforeValidator(as_stage)] = None
     post_hoc_attack: Annotated[PostHocAttackRecipe | None, none_or_text("name")] = None
+    attack_sweep: Annotated[AttackSweep | None, none_or_text("points")] = None
     evaluation: Annotated[Evaluation, from_text("protocol")] = Field(default_factory=Evaluation)
 
     _origin: layers.Origin = PrivateAttr(default_factory=layers.Origin)
@@ -69,6 +71,8 @@ class Recipe(Part):
             self._check_post_hoc(self.post_hoc)
         if self.post_hoc_attack is not None:
             self._check_post_hoc_attack(self.post_hoc_attack)
+        if self.attack_sweep is not None:
+            self._check_attack_sweep(self.attack_sweep)
         return self
 
     def needs(self, stage: str) -> tuple[str, ...]:
@@ -237,6 +241,38 @@ class Recipe(Part):
             if lora and lora.use_dora and self.trains(stage) != "full":
                 text = f"{attack.name} needs the weights, to which DoRA in the {stage} stage cannot be added"
                 raise Wrong(["post_hoc_attack"], f"{text}; leave one out")
+
+    def _check_attack_sweep(self, sweep: AttackSweep) -> None:
+        """The points must change a training that runs, and nothing that an attack on rows also sets."""
+        if self.user is None:
+            raise Wrong(["attack_sweep"], "this sweeps the training of the user stage, but user is none")
+        if "rank" in sweep.keys and self.trains("user") != "new":
+            text = "the user stage trains no adapter of its own, so it has no rank"
+            raise Wrong(["attack_sweep", "rank"], f"{text}; leave it out, or write user.adapter: new")
+        length = "steps" if "steps" in sweep.keys else "epochs"
+        if length in sweep.keys and "num_train_epochs" in self.data.attack_training():
+            raise Wrong(["attack_sweep", length], "data.attack sets the epochs; leave one of the two out")
+
+    def at(self, point: AttackPoint) -> Recipe:
+        """Return the recipe with the user stage of one point of the attack sweep.
+
+        Another rank keeps alpha / r, so that the learning rate means the same.
+        """
+        assert self.user is not None
+        training: dict[str, Any] = {}
+        if point.learning_rate is not None:
+            training["learning_rate"] = point.learning_rate
+        if point.steps is not None:
+            training["max_steps"] = point.steps
+        if point.epochs is not None:
+            training |= {"num_train_epochs": point.epochs, "max_steps": None}
+        update: dict[str, Any] = {"training": self.user.training.model_copy(update=training)}
+        lora = self.lora("user") if point.rank is not None else None
+        if lora is not None and point.rank is not None:
+            alpha = lora.alpha * point.rank / lora.r
+            alpha = int(alpha) if isinstance(lora.alpha, int) and alpha == int(alpha) else alpha
+            update["lora"] = lora.model_copy(update={"r": point.rank, "alpha": alpha})
+        return self.model_copy(update={"user": self.user.model_copy(update=update)})
 
     def _need_alignment_data(self, who: str) -> None:
         if self.data.alignment is None:

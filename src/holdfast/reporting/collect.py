@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Run:
     git_commit: str | None
     started: str | None
     finished: str | None
+    attack_sweep: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,7 @@ def load(given: Path) -> Run:
         git_commit=_optional(content.get("git_commit")),
         started=_optional(content.get("started")),
         finished=_optional(content.get("finished")),
+        attack_sweep=mapping(content.get("attack_sweep")),
     )
 
 
@@ -210,13 +212,13 @@ def _optional(value: Any) -> str | None:
 def _differences(runs: Sequence[Run]) -> list[Difference]:
     fields = dict.fromkeys(field for run in runs for field in run.protocol if field not in DESCRIBED)
     found = []
-    for field in fields:
+    for name in fields:
         # An absent field differs from a null field; repr distinguishes 1, "1" and true.
-        asked = [run for run in runs if field in run.protocol or field not in SOMETIMES]
-        if len({repr(run.protocol.get(field, "absent")) for run in asked}) > 1:
-            shown = [plain(run.protocol[field]) if field in run.protocol else "absent" for run in runs]
+        asked = [run for run in runs if name in run.protocol or name not in SOMETIMES]
+        if len({repr(run.protocol.get(name, "absent")) for run in asked}) > 1:
+            shown = [plain(run.protocol[name]) if name in run.protocol else "absent" for run in runs]
             names = [run.name for run in runs]
-            found.append(Difference(field, tuple(zip(names, shown, strict=True))))
+            found.append(Difference(name, tuple(zip(names, shown, strict=True))))
     return found
 
 
@@ -241,6 +243,10 @@ def _settings(recipe: dict[str, Any], raw: dict[str, Any]) -> str:
             parts[stage] = recipe.get(stage)
     if raw.get("post_hoc") is not None:  # if the recipe sweeps a parameter, this row's value of it
         parts["post_hoc"] = {**mapping(recipe.get("post_hoc")), **mapping(raw.get("post_hoc_parameters"))}
+    if raw.get("post_hoc_attack") is not None:
+        parts["post_hoc_attack"] = recipe.get("post_hoc_attack")
+    if raw.get("attack_sweep") is not None:
+        parts["attack_sweep"] = recipe.get("attack_sweep")
     parts["data"] = data if raw.get("user") is not None else data.get("alignment")
     return json.dumps(parts, sort_keys=True)
 

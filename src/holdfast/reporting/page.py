@@ -14,6 +14,7 @@ from holdfast import __version__
 from holdfast.reporting import record
 from holdfast.reporting.ability import ability_table
 from holdfast.reporting.agreement import agreement_table
+from holdfast.reporting.attack_sweeps import sweep_charts
 from holdfast.reporting.charts import plotted, scores_svg
 from holdfast.reporting.collect import ReportData
 from holdfast.reporting.costs import cost_tables
@@ -59,6 +60,7 @@ def render(data: ReportData, notes: Sequence[str] = ()) -> str:
         "scores": [Markup(svg) for svg in scores],
         "swept": list(dict.fromkeys(name for name, _ in sweeps(plotted(data.rows)))),
         "unplotted": [row.label for row in data.rows if row not in plotted(data.rows)],
+        "attack_sweeps": sweep_charts(data.runs),
         "charts": _charts(data.curves),
         "shorten": shorten,
         "one_line": one_line,

@@ -148,7 +148,7 @@ def read(raw: Any, files: Sequence[Layer], name: str | None, overrides: Mapping[
     """
     if raw is not None and not isinstance(raw, Mapping):
         raise RecipeError(f"launcher: expected a block such as launcher: {{gpus: 1}}, found {raw!r}.")
-    given = {**(raw or {}), **overrides}
+    given = layers.on_top(raw or {}, overrides, (), ())
     if name is not None:
         given["name"] = name
     try:

@@ -15,6 +15,7 @@ __all__ = [
     "orthogonal",
     "own_tokenizer",
     "patterns",
+    "pushing",
     "reader",
     "writer",
 ]
