@@ -15,6 +15,14 @@ Adapters = Annotated[
 Out = Annotated[Path, typer.Option(help="New folder.")]
 
 
+class Server(StrEnum):
+    """The servers whose rules for LoRA are known."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+    tgi = "tgi"
+
+
 class Dtype(StrEnum):
     """The dtypes in which weights can be written."""
 
@@ -23,17 +31,26 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
-def combine(adapters: Adapters, out: Out) -> None:
+def combine(
+    adapters: Adapters,
+    out: Out,
+    server: Annotated[
+        Server | None, typer.Option("--for", help="Check that this server can serve the adapter.")
+    ] = None,
+) -> None:
     """Combine adapters (alignment and user delta) into one plain PEFT adapter with the same answers."""
     from holdfast.cli import console
     from holdfast.weights.combine import combine as combine_adapters
 
-    made = combine_adapters(adapters, out)
+    made = combine_adapters(adapters, out, server=server and server.value)
     console.out.print(
         f"{made.folder}: one adapter of rank {made.rank} on {made.modules} modules"
         + (f", {made.padded} of them filled up with zeros." if made.padded else "."),
         highlight=False, soft_wrap=True, markup=False,
     )  # fmt: skip
+    if made.serve:
+        line = f"To serve it with {server}: {made.serve.replace('FOLDER', str(made.folder))}"
+        console.out.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def merge(

@@ -13,7 +13,7 @@ from typing import Any
 
 from holdfast.defenses.safe_lora import safe_lora
 from holdfast.integrations.axolotl_keys import HoldfastKeys
-from holdfast.integrations.hosted import check_parameters, hosted, own_rows
+from holdfast.integrations.hosted import check_parameters, hosted, own_rows, rendered
 from holdfast.integrations.prompt_sets import read_questions
 from holdfast.probe import SafetyProbe
 from holdfast.weights.merge import merge
@@ -64,17 +64,18 @@ def trainer_class(cfg: Mapping[str, Any]) -> type | None:
 
     given = {kind: getattr(block, kind) for kind in found.needs}
 
-    def load_rows(tokenizer: Any, args: Any) -> dict[str, Any]:
+    def load_rows(made: Mapping[str, Any]) -> dict[str, Any]:
+        args, tokenizer = made["args"], made["processing_class"]
         args.max_length = cfg.get("sequence_len") or args.max_length
         return {kind: rows(kind, source, cfg, tokenizer, args.seed) for kind, source in given.items()}
 
-    return hosted(found, block.parameters, load_rows, AxolotlTrainer, "Axolotl")
+    return hosted(found, block.parameters, load_rows, (AxolotlTrainer,), "Axolotl")
 
 
 def rows(kind: str, source: Any, cfg: Any, tokenizer: Any, seed: int) -> Any:
     """Return alignment or harmful rows: from a source of ours, or tokenised by axolotl like `datasets:`."""
     if isinstance(source, str):
-        return own_rows(kind, source, tokenizer, seed)
+        return rendered(own_rows(kind, source, seed), tokenizer)
     from copy import deepcopy
 
     from axolotl.utils.data import prepare_datasets

@@ -20,31 +20,29 @@ class Hosted:
     Attributes:
         method: the method.
         parameters: its parameters.
-        load_rows: returns the rows that the method needs, as keyword arguments, for a tokenizer and the
-            training arguments.
+        load_rows: returns the rows that the method needs, as keyword arguments, for the arguments that the
+            host passes.
     """
 
     method: Method
     parameters: Mapping[str, Any]
-    load_rows: Callable[[Any, Any], dict[str, Any]]
+    load_rows: Callable[[Mapping[str, Any]], dict[str, Any]]
 
-    def __init__(self, *positional: Any, args: Any = None, processing_class: Any = None, **kwargs: Any):
-        become_arguments(args, self.method, self.parameters)
-        rows = type(self).load_rows(processing_class, args)
-        both: dict[str, Any] = {"args": args, "processing_class": processing_class}
-        super().__init__(*positional, **both, **rows, **kwargs)
+    def __init__(self, **given: Any):
+        become_arguments(given["args"], self.method, self.parameters)
+        super().__init__(**given, **type(self).load_rows(given))
 
 
 def hosted(
     found: Method,
     parameters: Mapping[str, Any],
-    load_rows: Callable[[Any, Any], dict[str, Any]],
-    trainer: type,
+    load_rows: Callable[[Mapping[str, Any]], dict[str, Any]],
+    bases: tuple[type, ...],
     host: str,
 ) -> type:
-    """Return the class of a method on the trainer class of a host."""
-    name = f"{found.stem}{host}Trainer"
-    made = combined(name, (Hosted, *found.mixins, trainer), __name__, f"{found.stem} on {trainer.__name__}.")
+    """Return the class of a method on the trainer class of a host, the last one in `bases`."""
+    text = f"{found.stem} on {bases[-1].__name__}."
+    made = combined(f"{found.stem}{host}Trainer", (Hosted, *found.mixins, *bases), __name__, text)
     made.method, made.parameters = found, dict(parameters)  # type: ignore[attr-defined]
     made.load_rows = staticmethod(load_rows)  # type: ignore[attr-defined]
     return made
@@ -106,21 +104,25 @@ def named_method(name: str, host: str) -> Method:
     return method("lisa" if name == "bso_lisa" else name)
 
 
-def own_rows(kind: str, source: str, tokenizer: Any, seed: int) -> list[dict[str, Any]]:
-    """Read rows from a source of ours, and render them with the tokenizer's chat template, else as Alpaca.
+def own_rows(kind: str, source: str, seed: int) -> list[dict[str, Any]]:
+    """Read rows from a source of ours: `instruction`, `input`, `output`, or `messages`.
 
     Args:
         kind: "alignment_dataset" or "harmful_dataset".
         source: a file, the name of a data set or a Hub id; see docs/data.md.
+        seed: the seed of the order.
 
     Raises:
         DataError: the source cannot be read, or its rows are not as required.
     """
     read = datasets.alignment_rows if kind == "alignment_dataset" else datasets.harmful_rows
-    template = prompting.resolve_template(tokenizer)
     try:
-        return [
-            prompting.training_row(row, tokenizer, template) for row in read(source=source, seed=seed).rows
-        ]
+        return list(read(source=source, seed=seed).rows)
     except InputError as error:
         raise type(error)(f"{kind}: {error}") from None
+
+
+def rendered(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    """Render rows of `own_rows` with the tokenizer's chat template, else with the Alpaca prompt."""
+    template = prompting.resolve_template(tokenizer)
+    return [prompting.training_row(row, tokenizer, template) for row in rows]

@@ -15,5 +15,6 @@ __all__ = [
     "own_tokenizer",
     "patterns",
     "reader",
+    "serving",
     "writer",
 ]

@@ -31,6 +31,7 @@ from holdfast.weights.card import public_name, write_card
 from holdfast.weights.chains import check_chain
 from holdfast.weights.own_tokenizer import copy_tokenizer
 from holdfast.weights.reader import Tensor
+from holdfast.weights.serving import how_to_serve
 from holdfast.weights.writer import (
     Entry,
     float_entry,
@@ -87,16 +88,22 @@ class Combined:
         rank: r of every module.
         modules: the number of adapted modules.
         padded: the number of modules that needed less than r.
+        serve: the options of the server that it was checked for.
     """
 
     folder: Path
     rank: int
     modules: int
     padded: int
+    serve: str = ""
 
 
 def combine(
-    adapters: Sequence[str | Path], out: str | Path, *, weights: Sequence[Weight] | None = None
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[Weight] | None = None,
+    server: str | None = None,
 ) -> Combined:
     """Write one plain PEFT adapter that is equivalent to `adapters` stacked.
 
@@ -105,15 +112,18 @@ def combine(
         out: a new folder.
         weights: the factor of each adapter's update in the sum, or of each of its modules; 1 by default. With
             weights, the sum may be one for use on top of adapters that are not part of it.
+        server: "vllm", "sglang" or "tgi": check that this server can serve the result.
 
     Raises:
         ModelError: an adapter is missing, damaged or not a plain LoRA; or the adapters do not add up; or an
-            adapter with a weight other than 1 has copies of whole tensors (`modules_to_save`).
+            adapter with a weight other than 1 has copies of whole tensors (`modules_to_save`); or `server`
+            cannot serve the result.
         OutputError: `out` is not new, is inside an adapter folder, or cannot be written.
     """
     with open_chain(adapters, in_order=weights is None) as chain:
         chain = _weighted(chain, weights) if weights is not None else chain
         rank = chain.rank
+        serve = how_to_serve(_config(chain), chain.updates, server) if server is not None else ""
         tensors: dict[str, Entry] = {}
         for name in sorted(chain.updates, key=natural):
             tensors |= _stacked(name, chain.updates[name], rank)
@@ -125,7 +135,7 @@ def combine(
             copy_tokenizer(chain.folders, folder)
             write_card(folder, "combined", chain.base, chain.folders)
         needed = [sum(part.rank for part in parts) for parts in chain.updates.values()]
-        return Combined(Path(out), rank, len(needed), sum(n < rank for n in needed))
+        return Combined(Path(out), rank, len(needed), sum(n < rank for n in needed), serve)
 
 
 @contextmanager
