@@ -22,7 +22,9 @@ ALLOWED = {
         "study", "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data",
         "weights", "lab", "integrations",
     },
-    "integrations": {"data", "defenses", "evaluation", "measuring", "recipe", "registry", "weights"},
+    "integrations": {
+        "data", "defenses", "evaluation", "measuring", "probe", "recipe", "registry", "weights",
+    },
     "study": {"pipeline", "recipe", "reporting"},
     "pipeline": {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
