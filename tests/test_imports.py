@@ -30,7 +30,9 @@ ALLOWED = {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
         "training", "models", "weights", "world",
     },
-    "measuring": {"recipe", "registry", "evaluation", "data", "tasks", "models", "weights", "chat"},
+    "measuring": {
+        "recipe", "registry", "attacks", "training", "evaluation", "data", "tasks", "models", "weights", "chat",
+    },
     "recipe": {"registry", "weights"},
     "probe": {"registry", "evaluation", "data", "chat"},
     "registry": {"plugins", "attacks", "defenses", "evaluation", "tasks"},
