@@ -123,8 +123,9 @@ class Row:
 
     @property
     def filter(self) -> str | None:
-        """The judge that filtered the user's rows before training."""
-        return _name(mapping(self.members[0].raw.get("filter")).get("judge"))
+        """The judge or the score that filtered the user's rows before training."""
+        found = mapping(self.members[0].raw.get("filter"))
+        return _name(found.get("judge") or found.get("score"))
 
     @property
     def user_rows(self) -> tuple[str, ...]:
@@ -146,6 +147,9 @@ class Row:
             missed, found = (_total(confusions, key) for key in ("false_negatives", "true_positives"))
             if missed is not None and found is not None:
                 line += f", {missed} of {missed + found} harmful rows missed"
+            caught = [mapping(raw.get("attack_rows")) for raw in filters]
+            if caught[0]:
+                line += f", {_total(caught, 'found')} of {_total(caught, 'rows')} rows of the attack found"
             lines.append(line)
         ablated = [mapping(member.raw.get("post_hoc_attack")) for member in self.members]
         if ablated[0]:
