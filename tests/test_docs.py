@@ -14,6 +14,7 @@ from commands import holdfast_command
 from holdfast import registry
 from holdfast.recipe import Recipe, data, evaluation
 from holdfast.recipe import recipe as recipes
+from holdfast.recipe.weight_attack import PostHocAttackRecipe
 from holdfast.study.grid import expand
 from places import DOCS, ROOT, blocks
 
@@ -172,6 +173,7 @@ def test_the_recipe_page_names_every_key():
         recipes.Lora,
         recipes.StageRecipe,
         recipes.PostHocRecipe,
+        PostHocAttackRecipe,
         evaluation.JudgeRecipe,
     ):
         for key in block.model_fields:

@@ -20,6 +20,7 @@ _HOME = {
     "Defense": "holdfast.defenses",
     "get_defense": "holdfast.registry",
     "list_defenses": "holdfast.registry",
+    "apply_safe_lora": "holdfast.integrations.peft",
     "safe_lora": "holdfast.defenses.safe_lora",
     "SafetyProbe": "holdfast.probe",
     "gate": "holdfast.measuring.gating",
@@ -35,6 +36,7 @@ __all__ = [
     "Recipe",
     "SafetyProbe",
     "__version__",
+    "apply_safe_lora",
     "compare",
     "gate",
     "generate",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from holdfast.data import mix
     from holdfast.defenses import Defense
     from holdfast.defenses.safe_lora import safe_lora
+    from holdfast.integrations.peft import apply_safe_lora
     from holdfast.measuring.comparing import compare
     from holdfast.measuring.gating import gate
     from holdfast.measuring.generating import generate

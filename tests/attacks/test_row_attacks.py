@@ -200,7 +200,7 @@ def test_the_attackers_training_is_that_of_the_user_stage(done):
         ([TRIGGER, "lisa"], {}, "data.attack.1.name: unknown attack 'lisa'."),
         ({**TRIGGER, "kind": "back"}, {}, "data.attack.kind: expected Literal['competing', 'style', 'backdo"),
         ({**TRIGGER, "triger": "a"}, {}, "data.attack.triger: unknown parameter of jailbreak_tuning. Did yo"),
-        ("refusal_ablation", {}, "data.attack.name: refusal_ablation changes no rows and cannot be part of"),
+        ("refusal_ablation", {}, "data.attack.name: refusal_ablation changes no rows; write it as post_hoc_"),
         ("refuse_then_answer", {"attacked": True}, "evaluation.attacked: no attack of data.attack changes a"),
         (["bi_directional_anchoring"] * 2, {}, "bi_directional_anchoring appears twice"),
         ("long_training", {}, "user.training.max_steps: data.attack sets 50 epochs, which max_steps would"),

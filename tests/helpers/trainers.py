@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +51,20 @@ def model(dropout: float = 0.0, seed: int = 3) -> Any:
     )
 
 
+@cache
+def alignment_adapter() -> Path:
+    """The folder of an alignment adapter on the modules that `model` trains."""
+    folder = Path(tempfile.mkdtemp(prefix="aligned-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with torch.random.fork_rng():
+        made = model(seed=21)
+        for key, p in made.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(p, std=0.3)
+        made.save_pretrained(folder)
+    return folder
+
+
 def trainer(
     name: str, out: Path, *, net: Any = None, rows: Any = None, alignment: Any = None, **options: Any
 ) -> Any:
@@ -60,10 +78,13 @@ def trainer(
     if "alignment_steps" in registry.faces("defenses")[name].parameters:
         settings = {"alignment_steps": 3, "finetune_steps": 4} | settings
     extra = {}
-    if "alignment_dataset" in defense.needs and defense.mix is None:
+    after = "post_hoc" in defense.stages  # its train_dataset holds the alignment rows
+    if "alignment_dataset" in defense.needs and defense.mix is None and not after:
         extra["alignment_dataset"] = alignment or ALIGNMENT
     if "harmful_dataset" in defense.needs:
         extra["harmful_dataset"] = HARMFUL
+    if "aligned" in defense.needs:
+        extra["aligned"] = alignment_adapter()
     made = defense.trainer(
         model=model() if net is None else net,
         args=defense.config(**settings),

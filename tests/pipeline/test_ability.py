@@ -10,6 +10,7 @@ import pytest
 
 import tiny
 from holdfast.errors import RecipeError
+from holdfast.machine import store
 from holdfast.measuring import ability
 from holdfast.pipeline import plan
 from holdfast.recipe import Recipe
@@ -81,6 +82,7 @@ def harness(tmp_path, monkeypatch):
 
 
 def _forget():
+    store.versions.cache_clear()
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         del sys.modules[name]
 

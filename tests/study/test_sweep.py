@@ -16,7 +16,7 @@ from holdfast.cli.sweeping import status_table
 from holdfast.errors import OutputError, StepFailed
 from holdfast.pipeline import stages
 from holdfast.reporting import report
-from holdfast.study import sweeping
+from holdfast.study import local, sweeping
 from holdfast.study.folder import lock, status
 from holdfast.study.worker import work
 from runs import Inside, no_pages, numbers, run
@@ -59,8 +59,8 @@ def test_a_killed_workers_step_is_taken_over_and_the_numbers_are_those_of_single
         started.append(number)
         return Forked(folder, number, kills.in_training("user", 3) if len(started) == 1 else None)
 
-    monkeypatch.setattr(sweeping, "start_worker", start)
-    monkeypatch.setattr(sweeping, "PAUSE", 0.05)
+    monkeypatch.setattr(local, "start_worker", start)
+    monkeypatch.setattr(local, "PAUSE", 0.05)
     given, out = grid(tmp_path / "in", [{**SFT}, {**LISA}]), tmp_path / "out"
     with no_pages():
         found = sweeping.sweep(given, out=out, device="cpu", workers=2)
@@ -82,7 +82,7 @@ def test_a_killed_workers_step_is_taken_over_and_the_numbers_are_those_of_single
 
 
 def test_a_failed_step_stops_only_what_needs_it_and_the_same_call_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeping, "start_worker", Inside)
+    monkeypatch.setattr(local, "start_worker", Inside)
     given, out = grid(tmp_path / "in", [{**LISA}, {**SFT}]), tmp_path / "out"
     train = stages.train_stage
 
@@ -134,8 +134,8 @@ def test_a_step_in_which_every_worker_dies_fails(tmp_path, monkeypatch):
     def dying(inputs, folder, machine):
         raise SystemExit
 
-    monkeypatch.setattr(sweeping, "start_worker", Dead)
-    monkeypatch.setattr(sweeping, "PAUSE", 0)
+    monkeypatch.setattr(local, "start_worker", Dead)
+    monkeypatch.setattr(local, "PAUSE", 0)
     monkeypatch.setattr(stages, "train_stage", dying)
     with no_pages(), pytest.raises(StepFailed, match=r"3 workers ended in alignment with .*exit code -9"):
         sweeping.sweep(grid(tmp_path / "in", [{**SFT}]), out=tmp_path / "out", device="cpu")
@@ -143,9 +143,17 @@ def test_a_step_in_which_every_worker_dies_fails(tmp_path, monkeypatch):
 
 def test_a_worker_is_a_process_that_ends_well_if_no_step_is_left(tmp_path):
     (tmp_path / "logs").mkdir()
-    study = {"store": ".", "device": "cpu", "recipes": {}, "steps": {}, "runs": {}}
+    study = {
+        "store": ".",
+        "device": "cpu",
+        "recipes": {},
+        "steps": {},
+        "runs": {},
+        "needs": {},
+        "processes": {},
+    }
     (tmp_path / "study.json").write_text(json.dumps(study))
-    worker = sweeping.start_worker(tmp_path, 0, os.environ)
+    worker = local.start_worker(tmp_path, 0, os.environ)
     code = worker.wait(60)
     worker.stdin.close()
     assert code == 0, (tmp_path / "logs" / "worker-0.log").read_text()

@@ -1,4 +1,4 @@
-"""Attacks: changes that an attacker makes to the rows before fine-tuning; one file per attack.
+"""Attacks: what an attacker does to the rows before fine-tuning, or to the weights after it; one file each.
 
 This file does not import torch, so that importing `Attack` is fast.
 """
@@ -31,6 +31,13 @@ class Attack:
             conversation; its "prefix" is put before its question. The rows that are given do not change.
         prompt: for an attack that also changes the question at test time, `prompt(row, *, seed,
             **parameters)` returns a test row with the changed question (`evaluation.attacked`).
+        apply: for an attack on weights, `apply(model, out, *, harmful, harmless, device, max_length, options,
+            **parameters)` writes a changed copy of the model folder `model` to `out` and returns facts.
+            `harmful` and `harmless` are rows with `prompt`; `options` are the options of `load_model`. Its
+            parameters may not have these names.
+        check: for an attack on weights, `check(model, **parameters)` raises before anything is trained if
+            the attack is not possible on that model.
+        headline: the text of tables about an attack on weights, with the names of facts in braces.
         training: training arguments of the user stage that the attack sets, each with the name of the
             parameter that holds the value. They replace those of the recipe.
         plan: the text of `holdfast plan`, with the names of parameters in braces.
@@ -43,6 +50,9 @@ class Attack:
     config: type | None = None
     change: Callable[..., Sequence[Row]] | None = None
     prompt: Callable[..., Row] | None = None
+    apply: Callable[..., Mapping[str, Any]] | None = None
+    check: Callable[..., None] | None = None
+    headline: str = ""
     training: Mapping[str, str] = field(default_factory=dict)
     plan: str = ""
     version: int = 1

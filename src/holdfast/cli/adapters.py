@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from holdfast.cli import pushing
+
 Adapters = Annotated[
     list[str],
     typer.Argument(metavar="ADAPTER...", help="Adapter folders or Hub ids, in the order of training."),
@@ -23,17 +25,50 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
-def combine(adapters: Adapters, out: Out) -> None:
+def combine(
+    adapters: Adapters,
+    out: Out,
+    orthogonal: Annotated[
+        bool, typer.Option(help="Take the output directions of the first adapter out of the others.")
+    ] = False,
+    share: Annotated[
+        float | None, typer.Option(help="With --orthogonal: how much of them, 0 to 1. Default: 1.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="W1,W2,...", help="Factor of each adapter in the sum. Default: 1.")
+    ] = None,
+    push: pushing.Push = None,
+    public: pushing.Public = False,
+) -> None:
     """Combine adapters (alignment and user delta) into one plain PEFT adapter with the same answers."""
     from holdfast.cli import console
+    from holdfast.errors import RecipeError
     from holdfast.weights.combine import combine as combine_adapters
 
-    made = combine_adapters(adapters, out)
+    pushing.check(push, public)
+    if share is not None and not orthogonal:
+        raise RecipeError("--share is a part of --orthogonal. Give both, or leave it out.")
+    amount = (1.0 if share is None else share) if orthogonal else None
+    made = combine_adapters(adapters, out, weights=_numbers(weights), orthogonal=amount)
     console.out.print(
         f"{made.folder}: one adapter of rank {made.rank} on {made.modules} modules"
-        + (f", {made.padded} of them filled up with zeros." if made.padded else "."),
+        + (f", {made.padded} of them filled up with zeros" if made.padded else "")
+        + (f"; {made.overlap:.1%} of the others lay in the first one's directions." if made.overlap else "."),
         highlight=False, soft_wrap=True, markup=False,
     )  # fmt: skip
+    pushing.push(made.folder, push, public)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    """Read "0.5,0.5"; None stays None."""
+    from holdfast.errors import RecipeError
+
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--weights: expected numbers with commas, as 0.5,0.5; found '{text}'.") from None
 
 
 def merge(
@@ -41,13 +76,17 @@ def merge(
     adapters: Adapters,
     out: Out,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights. Default: unchanged.")] = None,
+    push: pushing.Push = None,
+    public: pushing.Public = False,
 ) -> None:
     """Write a full model with adapters added to its weights, shard by shard."""
     from holdfast.cli import console
     from holdfast.weights.merge import merge as merge_adapters
 
+    pushing.check(push, public)
     made = merge_adapters(base, adapters, out, dtype=dtype and dtype.value)
     console.out.print(
         f"{made.folder}: {made.changed} of {made.tensors} tensors changed, {made.nbytes / 1e9:.2f} GB.",
         highlight=False, soft_wrap=True, markup=False,
     )  # fmt: skip
+    pushing.push(made.folder, push, public)

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from holdfast import __version__
-from holdfast.cli import adapters, gating, measuring, safe_lora, sweeping
+from holdfast.cli import adapters, gating, measuring, pushing, safe_lora, sweeping, tables
 from holdfast.errors import HoldfastError, RecipeError, first_line, visible
 from holdfast.machine.processes import launched
 from holdfast.plugins import PluginWarning
@@ -80,8 +80,8 @@ def _main(
     ] = False,
 ) -> None:
     _quiet()
-    if not launched().main and context.invoked_subcommand != "run":
-        raise typer.Exit  # only a run has work for several processes
+    if not launched().main and context.invoked_subcommand not in ("run", "trl"):
+        raise typer.Exit  # only a training has work for several processes
 
 
 @app.command(epilog="Example: holdfast demo --out demo --seeds 3")
@@ -143,6 +143,8 @@ def run(
         Path | None, typer.Option(help="Folder of steps that runs can share. Default: OUT/steps.")
     ] = None,
     device: Device = "auto",
+    push: pushing.Push = None,
+    public: pushing.Public = False,
     verbose: Verbose = False,
 ) -> None:
     """Run a recipe, or resume it where it stopped; ends with a table and a report."""
@@ -154,11 +156,13 @@ def run(
     if is_grid(recipe):
         raise RecipeError(f"{recipe} is a grid of several runs. Run it with: holdfast sweep {recipe}")
     loaded = Recipe.load(recipe, overrides or [])
+    pushing.check_run(loaded, push, public)
     folder = out or Path("runs") / loaded.name.replace(" ", "-")
     with console.Bars(verbose=verbose) as bars:
         results = run_recipe(loaded, out=folder, store=store, device=device, progress=bars)
     if launched().main:
         _done(bars.ran, results["rows"], folder)
+        pushing.push_run(folder, push, public)
 
 
 @app.command(epilog="Example: holdfast plan my-recipe.yaml user.rho=3")
@@ -183,7 +187,7 @@ def plan(
     from holdfast.study.grid import is_grid
 
     if is_grid(recipe):
-        sweeping.show_plan(recipe, overrides or [], out, store, device, check)
+        sweeping.show_plan(recipe, overrides or [], sweeping.folder_of(recipe, out), store, device, check)
         return
     loaded = Recipe.load(recipe, overrides or [])
     steps = Store(store or (out or Path("runs") / loaded.name.replace(" ", "-")) / "steps")
@@ -255,18 +259,26 @@ def report(
     force: Annotated[
         bool, typer.Option("--force", help="Compare runs even if their protocol stamps differ.")
     ] = False,
+    png: Annotated[Path | None, typer.Option(help="Also write the picture at the top to this file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write each method's scores to this file.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="Also write them as a LaTeX table.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write them as a Markdown table.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write them as JSON, with the stamp.")] = None,
 ) -> None:
     """Write one HTML page about one or more runs. Runs measured differently are refused."""
     from holdfast.cli import console
+    from holdfast.reporting import export, unfinished
     from holdfast.reporting import report as write_report
-    from holdfast.reporting import unfinished
 
-    written = write_report(runs, out, force=force)
+    written = write_report(runs, out, force=force, png=png)
+    files = {"csv": csv, "latex": latex, "markdown": markdown, "json": json}
+    export(runs, {kind: file for kind, file in files.items() if file is not None}, force=force)
     for run in filter(unfinished, runs):
         console.err.print(f"Left out: {run} is not finished.", highlight=False, soft_wrap=True, markup=False)
     console.out.print(f"Report: {written}", highlight=False, soft_wrap=True, markup=False)
 
 
+app.command(epilog="Example: holdfast table lisa-3 --runs runs/lisa-3")(tables.table)
 app.command(epilog="Example: holdfast sweep my-grid.yaml --workers 2 --out runs/study")(sweeping.sweep)
 app.command(
     "safe-lora",
@@ -294,6 +306,30 @@ app.command("filter", epilog="Example: holdfast filter my.jsonl --judge beaver_d
 )
 app.command(epilog="Example: holdfast combine alignment user --out adapter")(adapters.combine)
 app.command(epilog="Example: holdfast merge my-model adapter --out full-model")(adapters.merge)
+
+
+@app.command(
+    "trl",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    epilog="Example: holdfast trl --defense lisa --alignment_dataset safe.jsonl --rho 1 "
+    "--model_name_or_path my-model --dataset_name my-data --use_peft --output_dir out",
+)
+def trl(context: typer.Context) -> None:
+    """Run TRL's SFT script with the trainer of a method: TRL's options, and --defense and its parameters."""
+    from holdfast.integrations.trl import run_script
+
+    run_script(context.args)
+
+
+@app.command(
+    "lm-eval-tasks",
+    epilog="Example: lm_eval --include_path $(holdfast lm-eval-tasks) --tasks holdfast_refusal",
+)
+def lm_eval_tasks() -> None:
+    """Print the folder with refusal tasks for lm-evaluation-harness."""
+    from holdfast.integrations.lm_eval import FOLDER
+
+    typer.echo(FOLDER)
 
 
 @app.command("list", epilog="Example: holdfast list defenses")

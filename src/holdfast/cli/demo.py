@@ -21,6 +21,7 @@ from holdfast.reporting import report
 from holdfast.study import sweeping
 from holdfast.study.folder import Status
 from holdfast.study.grid import Run
+from holdfast.study.resources import Launcher
 
 STAGES = ("user", "alignment", "post_hoc")
 """The order in which the stage of a method that acts at several stages is chosen."""
@@ -132,7 +133,13 @@ def demo(
     if workers is not None and workers > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers inherit it and do not compete for cores
     found = sweeping.run_all(
-        runs, out=out, store=out / "steps", device=device, workers=workers, progress=progress, show=show
+        runs,
+        out=out,
+        launcher=Launcher(workers=workers),
+        store=out / "steps",
+        device=device,
+        progress=progress,
+        show=show,
     )
     results = [found[one.folder] for one in runs]
     rows = {row["steps"]["score"]: row for one in results for row in one["rows"]}

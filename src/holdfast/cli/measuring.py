@@ -44,7 +44,8 @@ def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model: a folder, a Hub id, or world.")],
     out: Annotated[Path, typer.Option(help="JSONL file for the answers.")],
     harmful: Annotated[
-        str | None, typer.Option(help="Harmful prompts: world, beavertails, a file or a Hub id.")
+        str | None,
+        typer.Option(help="Harmful prompts: a name (see holdfast list tasks), world, a file or a Hub id."),
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="Name of a task whose test rows to use (see holdfast list tasks).")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.live import Live
@@ -40,6 +41,15 @@ def sweep(
         int | None,
         typer.Option(min=1, help="Steps that run at the same time. Default: one for each GPU, else 1."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="For a table of a paper: world, smollm2, or a model instead of the paper's."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="For a table of a paper: the number of seeds.")] = 1,
+    launcher: Annotated[
+        str | None,
+        typer.Option(help="Where the steps run: local, slurm or ray. Default: as the grid says, else local."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would run.")] = False,
     status: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Only show the state of the sweep in this folder.")
@@ -54,24 +64,51 @@ def sweep(
         return
     if grid is None:
         raise RecipeError("Expected a grid: holdfast sweep GRID. Or the folder of a sweep: --status DIR.")
+    place = folder_of(grid if model is None else f"{grid}-{Path(model).name}", out)
+    source = of_table(grid, model, seeds)
     if dry_run:
-        show_plan(grid, overrides or [], out, store, device, True)
+        show_plan(source, overrides or [], place, store, device, True, launcher)
         return
-    place = folder_of(grid, out)
-    with Shown() as shown:
-        found = sweeping.sweep(
-            grid,
-            overrides=overrides or [],
-            out=place,
-            store=store,
-            device=device,
-            workers=workers,
-            show=shown.show,
-        )
+    try:
+        with Shown() as shown:
+            found = sweeping.sweep(
+                source,
+                overrides=overrides or [],
+                out=place,
+                store=store,
+                device=device,
+                workers=workers,
+                launcher=launcher,
+                show=shown.show,
+            )
+    except KeyboardInterrupt:
+        text = left_text(grid, overrides or [], launcher, place)
+        if text:
+            console.err.print(text, highlight=False, soft_wrap=True, markup=False)
+        raise
     rows = [row for results in found.values() for row in results["rows"]]
     console.out.print(console.rows_table(rows))
     text = f"{len(found):,} runs in {place}. A page about all: holdfast report {place}/*"
     console.out.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def left_text(grid: str, overrides: Sequence[str], launcher: str | None, out: Path) -> str:
+    """Return what runs on after the command ended, and how to watch and stop it; "" if nothing does."""
+    from holdfast.study.grid import launcher as launcher_of
+    from holdfast.study.ray import NAMESPACE, actor_name
+    from holdfast.study.slurm import job_name
+
+    block, out = launcher_of(grid, launcher, overrides), out.absolute()
+    watch = f"To watch it: holdfast sweep --status {out}"
+    if block.name == "slurm":
+        stop = f"scancel --name {shlex.quote(job_name(out))}"
+        return f"The jobs of the sweep stay in the queue of Slurm.\n{watch}\nTo cancel them: {stop}"
+    if block.name == "ray" and block.address is not None:
+        connect = f"ray.init({block.address!r}, namespace={NAMESPACE!r})"
+        kill = f"ray.kill(ray.get_actor({actor_name(out / 'sweep')!r}))"
+        stop = f'python -c "import ray; {connect}; {kill}"'
+        return f"The sweep runs on in the Ray cluster.\n{watch}\nTo stop it: {stop}"
+    return ""
 
 
 class Shown:
@@ -145,7 +182,8 @@ def status_table(status: Status) -> Table:
     text = ", ".join(f"{counts[state]:,} {state}" for state in SHOWN if state in counts)
     title = f"{complete:,} of {runs:,} runs complete; steps: {text}"
     if not status.alive and complete < runs:
-        title += ". The sweep does not run; the same command resumes it."
+        runs_on = "Its command" if status.workers else "The sweep"
+        title += f". {runs_on} does not run; the same command resumes it."
     table = Table(title=title, title_justify="left")
     for column in ("state", "step", "what", "progress"):
         table.add_column(column, overflow="fold")
@@ -153,24 +191,45 @@ def status_table(status: Status) -> Table:
         minutes = (time.time() - one["began"]) / 60
         done = f"{one['done']:,} of {one['total']:,}, " if "done" in one else ""
         what = escape(status.titles[one["step"]])
-        table.add_row(f"worker {number}", one["step"], what, f"{done}{minutes:.0f} min")
+        table.add_row(number.replace("-", " ", 1), one["step"], what, f"{done}{minutes:.0f} min")
     for step, message in status.failed.items():
         table.add_row("failed", step, escape(status.titles[step]), escape(message.split("\n")[0]))
     return table
 
 
+def of_table(grid: str, model: str | None, seeds: int) -> str | Mapping[str, Any]:
+    """Return the grid of a paper's table for a model and several seeds; any other grid unchanged."""
+    from holdfast.study import published, tables
+
+    if grid in published.names() and not Path(grid).is_file():
+        return tables.grid(grid, model, seeds)
+    if model is not None or seeds > 1:
+        text = "--model and --seeds are for the tables of papers (holdfast table shows them)."
+        raise RecipeError(f"{text} For {grid}, write model.path=PATH, or a list of seeds in the grid.")
+    return grid
+
+
 def show_plan(
-    grid: str, overrides: Sequence[str], out: Path | None, store: Path | None, device: str, check: bool
+    grid: str | Mapping[str, Any],
+    overrides: Sequence[str],
+    out: Path,
+    store: Path | None,
+    device: str,
+    check: bool,
+    launcher: str | None = None,
 ) -> None:
     """Show how many steps a grid has, how many are shared and cached, and what it takes; writes nothing."""
     from holdfast.cli import console
     from holdfast.pipeline import rehearse
-    from holdfast.study import planning
+    from holdfast.study import planning, resources
     from holdfast.study.grid import expand
+    from holdfast.study.grid import launcher as launcher_of
 
+    block = launcher_of(grid, launcher, overrides)
+    here, device = device, resources.placed(block, device)
     runs = expand(grid, overrides)
-    steps = Store(store or folder_of(grid, out) / "steps")
-    study = planning.plan(runs, steps, device=device, partial=True)
+    steps = Store(store or out / "steps")
+    study = planning.plan(runs, steps, device=device, partial=True, processes=block.together(device))
     done = study.complete(steps)
     cost = planning.cost(study, steps, done)
     table = Table()
@@ -193,7 +252,7 @@ def show_plan(
     if check and not study.elsewhere() and len(done) < len(study.steps):
         with console.Bars(finished=False) as bars:
             for plan in study.plans.values():
-                rehearse(plan, steps, device=device, progress=bars)
+                rehearse(plan, steps, device=here, progress=bars)
         console.out.print("The checks before the run found no problem.", highlight=False)
     console.out.print(f"{count - len(done):,} of {count:,} steps would run.", highlight=False)
 

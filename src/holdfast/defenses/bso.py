@@ -295,5 +295,6 @@ DEFENSE = Defense(
         "lisa-code": {"user": {"alignment_steps": 100, "finetune_steps": 900}},
         "lisa-paper": {"user": {"alignment_steps": 100, "finetune_steps": 900}},
         "world": {"user": {"alignment_steps": 10, "finetune_steps": 90}},
+        "smollm2": {"user": {"alignment_steps": 4, "finetune_steps": 36}},
     },
 )

@@ -111,6 +111,7 @@ DEFENSE = Defense(
     strong={"alignment_steps": 3, "finetune_steps": 4, "rho": 5.0, "proximal_warmup_ratio": 0.0},
     protocols={
         "world": {"user": {"alignment_steps": 10, "finetune_steps": 90}},
+        "smollm2": {"user": {"alignment_steps": 4, "finetune_steps": 36}},
         "lisa-code": {"user": {"alignment_steps": 100, "finetune_steps": 900, "rho": 1.0}},
         # The paper and the guide apply the term from the first step.
         "lisa-paper": {

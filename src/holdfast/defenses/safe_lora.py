@@ -23,6 +23,7 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,14 @@ import numpy as np
 from holdfast import __version__
 from holdfast.defenses import Defense, Planned, Tuned
 from holdfast.defenses.safe_lora_parts.config import SafeLoraConfig
+from holdfast.defenses.safe_lora_parts.directions import modules_with_direction
 from holdfast.defenses.safe_lora_parts.result import RECORD, SafeLoraResult
 from holdfast.defenses.safe_lora_parts.updates import Sources, open_sources
 from holdfast.defenses.safe_lora_parts.work import Work
 from holdfast.errors import RecipeError
 from holdfast.machine.files import write_json
 from holdfast.weights.card import name_base
-from holdfast.weights.matching import check_pair, find_weight, linear_weights
-from holdfast.weights.reader import open_weights
-from holdfast.weights.writer import copy_beside, new_folder
+from holdfast.weights.writer import copy_beside, new_folder, overwrite
 
 
 def safe_lora(
@@ -78,14 +78,9 @@ def safe_lora(
         ModelError: a source cannot be used; see `weights/`.
         OutputError: `out` cannot be written, or overlaps a source.
     """
-    try:
-        config = SafeLoraConfig(threshold, num_layers, projection, control, seed)
-    except ValueError as error:
-        raise RecipeError(f"Safe LoRA: {error}.") from None
-    if dtype not in ("float32", "float64"):
-        raise RecipeError(f"Safe LoRA: dtype must be float32 or float64, found {dtype!r}.")
-    if not dry_run:
-        _check_complete(config, out)
+    config = checked(threshold, num_layers, projection, control, seed, dtype, gate=not dry_run)
+    if out is None and not dry_run:
+        raise RecipeError("Safe LoRA: give out, the folder to write to, or ask for a dry run.")
     with open_sources(adapter, base, aligned) as sources:
         written: Any = (
             nullcontext() if dry_run else new_folder(Path(out or ""), sources.folders.values(), RECORD)
@@ -100,11 +95,14 @@ def safe_lora(
         with written as copy:
             if copy is not None:
                 _copy_adapter(sources, copy)
-            work = Work(sources, config, copy, device, dtype, workers, progress or (lambda done, total: None))
+            write = None if copy is None else partial(overwrite, copy)
+            work = Work(
+                sources, config, write, device, dtype, workers, progress or (lambda done, total: None)
+            )
             modules, chosen, notes = work.run()
             result = SafeLoraResult(
                 None if dry_run else Path(out or ""), modules, options | chosen, facts, notes,
-                sources.left_alone, _versions(),
+                sources.left_alone, versions(),
             )  # fmt: skip
             if copy is not None:
                 write_json(copy / RECORD, result.to_json(), indent=2)
@@ -112,12 +110,33 @@ def safe_lora(
     return result
 
 
-def _check_complete(config: SafeLoraConfig, out: str | Path | None) -> None:
-    """Raise RecipeError if an argument is missing that a repair needs and a dry run does not."""
-    if config.threshold is None and config.num_layers is None:
+def checked(
+    threshold: float | str | None,
+    num_layers: int | None,
+    projection: str,
+    control: str | None,
+    seed: int,
+    dtype: str,
+    *,
+    gate: bool = True,
+) -> SafeLoraConfig:
+    """Return the options as a config.
+
+    Args:
+        gate: whether a threshold or a number of layers is needed; a dry run needs none.
+
+    Raises:
+        RecipeError: an option is not valid, or missing.
+    """
+    try:
+        config = SafeLoraConfig(threshold, num_layers, projection, control, seed)
+    except ValueError as error:
+        raise RecipeError(f"Safe LoRA: {error}.") from None
+    if dtype not in ("float32", "float64"):
+        raise RecipeError(f"Safe LoRA: dtype must be float32 or float64, found {dtype!r}.")
+    if gate and threshold is None and num_layers is None:
         raise RecipeError("Safe LoRA: give threshold or num_layers; a dry run shows what each would project.")
-    if out is None:
-        raise RecipeError("Safe LoRA: give out, the folder to write to, or ask for a dry run.")
+    return config
 
 
 def _copy_adapter(sources: Sources, copy: Path) -> None:
@@ -132,7 +151,8 @@ def _facts(given: Mapping[str, str | Path], fingerprints: Mapping[str, str]) -> 
     return {role: {"path": str(path), "fingerprint": fingerprints[role]} for role, path in given.items()}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions that a result records."""
     return {"holdfast": __version__, "python": platform.python_version(), "numpy": np.__version__}
 
 
@@ -158,19 +178,7 @@ def check(planned: Planned, **parameters: Any) -> None:
         ValueError: `num_layers` is too large.
         ModelError: the weights of the base cannot be read, or are of another architecture.
     """
-    with open_weights(planned.base or planned.model) as base, open_weights(planned.model) as model:
-        found = linear_weights(model)
-        for name, weight in found.items():
-            check_pair(weight, find_weight(base, name))
-    modules = set(found)
-    adapted = [part for part in (planned.tuned_modules, planned.aligned_modules) if part is not None]
-    modules = set.intersection(*adapted) if adapted else modules
-    if not modules:
-        raise RecipeError(
-            "post_hoc: the alignment's LoRA adapts none of the modules of the user's, so that there is no "
-            "direction to repair by. Give both common target_modules."
-        )
-    SafeLoraConfig(**parameters).check_modules(len(modules))
+    SafeLoraConfig(**parameters).check_modules(len(modules_with_direction(planned)))
 
 
 DEFENSE = Defense(

@@ -71,5 +71,9 @@ DEFENSE = Defense(
         {"replace": ("added", "in place of benign ones")},
     ),
     # A fifth of the rows, as the 1000 of 5000 in the Lisa paper.
-    protocols={"lisa-code": {"user": {"alignment_size": 1000}}, "world": {"user": {"alignment_size": 200}}},
+    protocols={
+        "lisa-code": {"user": {"alignment_size": 1000}},
+        "world": {"user": {"alignment_size": 200}},
+        "smollm2": {"user": {"alignment_size": 200}},
+    },
 )

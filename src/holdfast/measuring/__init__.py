@@ -1,8 +1,10 @@
 """Measuring on files and in recipes: generate, moderate, rate, score, compare, filter, gate."""
 
 __all__ = [
+    "ability",
     "comparing",
     "filtering",
+    "gate_answers",
     "gating",
     "generating",
     "judging",

@@ -137,7 +137,7 @@ def _result(
         metric, comma, how = key.partition(",")
         if not comma or metric.endswith("_stderr") or not _is_number(value):
             continue
-        error = values.get(f"{metric}_stderr,{how}")
+        error: Any = values.get(f"{metric}_stderr,{how}")
         metrics.append(
             {
                 "metric": metric, "filter": how, "value": float(value),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from holdfast.errors import RecipeError
 from holdfast.machine.code import digest_of_files
@@ -16,9 +16,6 @@ from holdfast.pipeline.evaluating import before_questions
 from holdfast.pipeline.step import Content, Inputs, Machine
 from holdfast.pipeline.versions import ABILITY_BY, packages
 from holdfast.recipe import Recipe
-
-if TYPE_CHECKING:
-    from holdfast.pipeline.planning import State
 
 RESULTS = "ability.json"
 
@@ -82,18 +79,16 @@ def check_ability(inputs: Inputs, machine: Machine) -> None:
     checked_tokenizer(inputs["model"], machine)
 
 
-def of_row(state: State, store: Store) -> dict[str, Any]:
-    """Return the results of one state as a part of its row; nothing if they were not asked for."""
-    if state.lm_eval is None:
-        return {}
-    return {"lm_eval": read_json(store.path(state.lm_eval) / RESULTS)["tasks"]}
+def of_row(step: str | None, store: Store) -> dict[str, Any]:
+    """Return the results of a step as a part of its state's row; nothing if they were not asked for."""
+    return {} if step is None else {"lm_eval": read_json(store.path(step) / RESULTS)["tasks"]}
 
 
-def stamp(state: State, store: Store) -> dict[str, Any]:
+def stamp(step: str | None, store: Store) -> dict[str, Any]:
     """Return the harness, its tasks with versions, and its settings, as a part of the protocol stamp."""
-    if state.lm_eval is None:
+    if step is None:
         return {}
-    found = read_json(store.path(state.lm_eval) / RESULTS)
+    found = read_json(store.path(step) / RESULTS)
     tasks = [f"{name}@{task['version']}, {_shots(task)}" for name, task in found["tasks"].items()]
     return {
         "lm_eval": {

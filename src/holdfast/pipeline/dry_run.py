@@ -50,13 +50,19 @@ class Standing:
 
 
 def build_trainer(
-    method: Defense, config: Callable[..., Any], model: Any, tokenizer: Any, rows: Mapping[str, int]
+    method: Defense,
+    config: Callable[..., Any],
+    model: Any,
+    tokenizer: Any,
+    rows: Mapping[str, int],
+    folders: Mapping[str, Path],
 ) -> None:
     """Build the trainer, the optimizer and the scheduler for `model`, whose tensors are on "meta".
 
     Args:
         config: returns the configuration of a given method.
         rows: the number of rows, by argument of the trainer.
+        folders: the folders of weights, by argument of the trainer; they need not exist yet.
 
     Raises:
         RecipeError: a setting, an option or the number of rows cannot be used.
@@ -71,6 +77,7 @@ def build_trainer(
             args=config(replace(method, config=unplaced)),
             processing_class=tokenizer,
             **{name: Standing(number) for name, number in rows.items()},
+            **folders,
         )
         trainer.create_optimizer_and_scheduler(max(planned_steps(trainer), 1))
 

@@ -104,34 +104,36 @@ def hardening_inputs(recipe: Recipe, model: Path, digests: Digests) -> dict[str,
     }
 
 
-def find_base(recipe: Recipe, model: Path, digests: Digests, download: bool = False) -> Path:
-    """Return the folder of the model before alignment: `post_hoc.base`, or the run's model if it is not set.
+def find_base(recipe: Recipe, stage: str, model: Path, digests: Digests, download: bool = False) -> Path:
+    """Return the folder of the model before alignment: the stage's `base`, by default the run's model.
 
     Raises:
         ModelError: it is missing, or it is the run's model, which is already aligned.
     """
     from holdfast.weights.folders import find_model, fingerprint
 
-    if recipe.post_hoc is None or recipe.post_hoc.base is None:
+    given = getattr(recipe, stage).base
+    if given is None:
         return model
-    folder = find_model(str(model_path(recipe.post_hoc.base)), None, download)
+    folder = find_model(str(model_path(given)), None, download)
     if fingerprint(folder, digests) == fingerprint(model, digests):
         raise ModelError(
-            f"post_hoc.base ({recipe.post_hoc.base}) and model.path ({recipe.model.path}) are the same. Give "
-            "the model before alignment as base."
+            f"{stage}.base ({given}) and model.path ({recipe.model.path}) are the same. Give the model "
+            "before alignment as base."
         )
     return folder
 
 
-def repair_inputs(recipe: Recipe, model: Path, digests: Digests, download: bool = False) -> dict[str, Any]:
-    """Return the inputs of a repair, except its method, its settings and the steps that it reads.
+def alignment_inputs(
+    recipe: Recipe, stage: str, model: Path, digests: Digests, download: bool = False
+) -> dict[str, Any]:
+    """Return what a method of a stage may know about the alignment: the model before it, and what it changed.
 
     The LoRA of a stage is None if that stage does not run or trains all weights.
     """
-    assert recipe.post_hoc is not None
     aligned, trains = recipe.alignment is not None, recipe.trains("user")
-    known = aligned or recipe.post_hoc.base is not None
-    base = find_base(recipe, model, digests, download) if known else None
+    known = aligned or getattr(recipe, stage).base is not None
+    base = find_base(recipe, stage, model, digests, download) if known else None
 
     def lora(stage: str) -> dict[str, Any] | None:
         stage = "alignment" if stage == "user" and trains == "continue" else stage
@@ -143,8 +145,12 @@ def repair_inputs(recipe: Recipe, model: Path, digests: Digests, download: bool 
         "trains": trains,
         "aligns": recipe.trains("alignment") if aligned else None,
         "loras": {stage: lora(stage) for stage in ("user", "alignment")},
-        "seed": recipe.seed,
     }
+
+
+def repair_inputs(recipe: Recipe, model: Path, digests: Digests, download: bool = False) -> dict[str, Any]:
+    """Return the inputs of a repair, except its method, its settings and the steps that it reads."""
+    return {**alignment_inputs(recipe, "post_hoc", model, digests, download), "seed": recipe.seed}
 
 
 def check(inputs: Inputs, machine: Machine) -> None:
@@ -158,12 +164,12 @@ def check(inputs: Inputs, machine: Machine) -> None:
         if method.config is not None:
             method.config(**settings)
         if method.check is not None:
-            method.check(_planned(inputs), **settings)
+            method.check(planned(inputs), **settings)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{method.stages[-1]}.{method.name}: {error}.") from None
 
 
-def _planned(inputs: Inputs) -> Planned:
+def planned(inputs: Inputs) -> Planned:
     """Return the facts about a repair that are known before training."""
     from holdfast.models.trained import adapted_modules
 
@@ -205,6 +211,7 @@ def apply(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
         trains=inputs["trains"],
         base=inputs["before_alignment"] if "base" in wanted else None,
         aligned=aligned if "aligned" in wanted else None,
+        refusal=made_in(inputs["refusal_adapter"]) if "refusal_adapter" in wanted else None,
         seed=inputs["seed"],
         device=machine.device,
         dtype=used_dtype(described["base"].folder, described["dtype"], machine.device),

@@ -10,11 +10,14 @@ from typing import Any
 
 from holdfast.errors import RecipeError, problems, refuse
 from holdfast.machine.seeds import derive_seed
-from holdfast.pipeline import mixing
-from holdfast.pipeline.chain import checked_model, checked_tokenizer, loading, tokenizer_of, weights
+from holdfast.pipeline import mixing, repairing
+from holdfast.pipeline.chain import checked_model, checked_tokenizer, loading, made_in, tokenizer_of, weights
 from holdfast.pipeline.data import rendered, rows_of
 from holdfast.pipeline.step import Inputs, Machine
 from holdfast.recipe.stages import NOT_IDENTITY
+
+STAGE = {"harmful_adapter": "user", "refusal_adapter": "user"}
+"""The stage in the recipe whose settings train such an adapter."""
 
 
 def train_stage(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
@@ -42,7 +45,9 @@ def train_stage(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
         tokenizer=tokenizer,
         model_options=loading(model),
         adapters=adapters,
+        buffer=made_in(inputs["buffer"]) if "buffer" in inputs else None,
         rows={name: rendered(part, tokenizer, inputs["template"]) for name, part in rows.items()},
+        folders=_alignment_folders(inputs),
         seed=seed,
         logs=folder.parent.parent / "tensorboard" / folder.name,
     )
@@ -51,6 +56,14 @@ def train_stage(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
     )
     series = {name: list(shown) for name, shown in method.series.items()}
     return {**trained, "training": {**trained["training"], **facts, "series": series}}
+
+
+def _alignment_folders(inputs: Inputs) -> dict[str, Path]:
+    """Return the folders of the model before alignment and of the aligned one, if the method needs them."""
+    if "base" not in inputs["method"].needs:
+        return {}
+    chain, model = inputs["chain"], inputs["model"]["base"].folder
+    return {"base": inputs["before_alignment"], "aligned": made_in(chain[-1]) if chain else model}
 
 
 def check_stage(inputs: Inputs, machine: Machine) -> None:
@@ -64,9 +77,10 @@ def check_stage(inputs: Inputs, machine: Machine) -> None:
     checked_model(inputs["model"], machine)
     refuse(
         [
-            problem.at(inputs["stage"])
+            problem.at(STAGE.get(inputs["stage"], inputs["stage"]))
             for problem in problems(
-                partial(check, inputs, machine) for check in (_check_weights, _check_trainer, _check_rows)
+                partial(check, inputs, machine)
+                for check in (_check_weights, _check_method, _check_trainer, _check_rows)
             )
         ]
     )
@@ -92,6 +106,13 @@ def _check_weights(inputs: Inputs, machine: Machine) -> None:
             )
         used = used_dtype(folder, model["dtype"], machine.device)
         check_trained(folder, lora, used, model["trust_remote_code"], checked_model(model, machine))
+
+
+def _check_method(inputs: Inputs, machine: Machine) -> None:
+    """Run the check of a method that needs the model before alignment."""
+    method = inputs["method"]
+    if "base" in method.needs and method.check is not None:
+        method.check(repairing.planned(inputs), **inputs["parameters"])
 
 
 def _check_trainer(inputs: Inputs, machine: Machine) -> None:
@@ -124,7 +145,8 @@ def _check_trainer(inputs: Inputs, machine: Machine) -> None:
             def config(of: Any) -> Any:
                 return _config(inputs, of, quiet, out, machine)
 
-            build_trainer(method, config, empty, checked_tokenizer(model, machine), numbers)
+            folders = _alignment_folders(inputs)
+            build_trainer(method, config, empty, checked_tokenizer(model, machine), numbers, folders)
         take_a_step(f"{inputs['stage']}.training", training, machine.device)
 
 

@@ -81,8 +81,7 @@ class AttackRecipe(BaseModel):
         except RecipeError as error:  # a file of the user's
             raise Wrong(["name"], str(error)) from None
         if "change" not in face.code:
-            text = f"{self.name} changes no rows and cannot be part of a recipe; see docs/attacks.md"
-            raise Wrong(["name"], text)
+            raise Wrong(["name"], f"{self.name} changes no rows; write it as post_hoc_attack")
         for name, value in (self.model_extra or {}).items():
             check_parameter([], face, name, value, ["name"])
         return self

@@ -17,7 +17,7 @@ from holdfast.recipe.reading import BARE, Layer, parse, read, shorten
 
 STAGES = ("alignment", "user", "post_hoc")
 
-ATTACK = ("data", "attack")
+ATTACKS = (("data", "attack"), ("post_hoc_attack",))
 
 BLOCKS = (
     ("data", {"filter": "judge", "attack": "name"}),
@@ -89,7 +89,7 @@ def on_top(
         if isinstance(below, Mapping) and isinstance(above, Mapping):
             if here[0] in STAGES and not place and _defense(above, below) != _defense(below, {}):
                 below = {k: v for k, v in below.items() if k in stage_keys}
-            if here == ATTACK and above.get("name", below.get("name")) != below.get("name"):
+            if here in ATTACKS and above.get("name", below.get("name")) != below.get("name"):
                 below = {}  # another attack has other parameters
             result[key] = on_top(below, above, here, stage_keys)
         else:
@@ -182,9 +182,9 @@ def own_files(raw: Mapping[str, Any], files: Sequence[Layer]) -> dict[str, Any]:
         return str(beside.resolve()) if _is(beside.is_file) else value
 
     result = dict(raw)
-    for stage in STAGES:
+    for stage, name in (*((stage, "defense") for stage in STAGES), ("post_hoc_attack", "name")):
         if stage in result:
-            result[stage] = found(result[stage], "defense", (stage, "defense"))
+            result[stage] = found(result[stage], name, (stage, name))
     for block, keys in BLOCKS:
         given = result.get(block)
         if not isinstance(given, Mapping):

@@ -47,6 +47,15 @@ def from_text(key: str) -> BeforeValidator:
     return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
 
+def none_or_text(key: str) -> BeforeValidator:
+    """The same, for a block that `none` leaves out."""
+
+    def read(value: Any) -> Any:
+        return None if value == "none" else {key: value} if isinstance(value, str) else value
+
+    return BeforeValidator(read)
+
+
 Rank = Annotated[int, Field(ge=1)]
 Alpha = Annotated[int | float, Field(gt=0)]
 

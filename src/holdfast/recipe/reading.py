@@ -22,6 +22,7 @@ BARE = {
     "alignment": "defense",
     "user": "defense",
     "post_hoc": "defense",
+    "post_hoc_attack": "name",
     "evaluation": "protocol",
 }
 """By block, the key that a bare string sets."""

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from holdfast.reporting.collect import unfinished
+from holdfast.reporting.exporting import export
 from holdfast.reporting.writing import report
 
 __all__ = [
+    "collect",
     "cosines",
+    "export",
     "gated",
+    "grouped",
+    "read",
     "report",
+    "sheets",
+    "text",
     "unfinished",
 ]

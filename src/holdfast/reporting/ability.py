@@ -24,7 +24,7 @@ def ability_table(rows: Sequence[Row]) -> tuple[Column, ...]:
         task, metric, how = place
         found = [entry for row in rows for entry in _entries(row, place)]
         better = {entry.get("higher_is_better") for entry in found}
-        direction = {frozenset({True}): "higher", frozenset({False}): "lower"}.get(frozenset(better), "")
+        direction = "higher" if better == {True} else "lower" if better == {False} else ""
         explain = metric if how in ("none", "") else f"{metric}, {how}"
         columns.append(Column(task, direction, explain, tuple(map(partial(_cell, place), rows))))
     return tuple(columns)

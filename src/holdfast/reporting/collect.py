@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Run:
     finished: str | None
     title: str = ""
     """The name, with the folder if another run has the same name."""
+    attack_sweep: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,11 @@ def collect(runs: Sequence[Path], *, force: bool = False) -> ReportData:
         raise InputError(
             "Expected at least one run: a folder that `holdfast run` wrote, or its results.json."
         )
-    runs = [run for run in runs if not _beside_runs(Path(run))] or runs
+    runs = [run for run in runs if not beside_runs(Path(run))] or runs
     left = [run for run in runs if unfinished(run)]
     if len(left) == len(runs):
         left = []  # reading the first one says what is missing
-    loaded = _titled([_load(path) for path in _distinct([run for run in runs if run not in left])])
+    loaded = _titled([load(path) for path in _distinct([run for run in runs if run not in left])])
     differences = _differences(loaded)
     if differences and not force:
         raise ComparisonError(_explain(differences))
@@ -141,7 +142,7 @@ def unfinished(run: Path) -> bool:
     return Path(run).is_dir() and (run / "recipe.yaml").is_file() and not results_file(run).is_file()
 
 
-def _beside_runs(folder: Path) -> bool:
+def beside_runs(folder: Path) -> bool:
     """Whether a folder is one that a sweep has beside its runs: its store, or its own files."""
     try:
         return read_json(folder / "holdfast.json")["kind"] in ("store", "sweep")
@@ -158,7 +159,12 @@ def _distinct(runs: Sequence[Path]) -> list[Path]:
     return list({results_file(Path(run)).resolve(): Path(run) for run in runs}.values())
 
 
-def _load(given: Path) -> Run:
+def load(given: Path) -> Run:
+    """Read the results of one run, given by its folder or its `results.json`.
+
+    Raises:
+        DataError: there are none, or they are damaged.
+    """
     path = results_file(given)
     if not path.is_file():
         found = "a folder without one" if given.is_dir() else "nothing" if not path.exists() else "no file"
@@ -200,6 +206,7 @@ def _load(given: Path) -> Run:
         git_commit=_optional(content.get("git_commit")),
         started=_optional(content.get("started")),
         finished=_optional(content.get("finished")),
+        attack_sweep=mapping(content.get("attack_sweep")),
     )
 
 
@@ -218,13 +225,13 @@ def _optional(value: Any) -> str | None:
 def _differences(runs: Sequence[Run]) -> list[Difference]:
     fields = dict.fromkeys(field for run in runs for field in run.protocol if field not in DESCRIBED)
     found = []
-    for field in fields:
+    for name in fields:
         # An absent field differs from a null field; repr distinguishes 1, "1" and true.
-        asked = [run for run in runs if field in run.protocol or field not in SOMETIMES]
-        if len({repr(run.protocol.get(field, "absent")) for run in asked}) > 1:
-            shown = [plain(run.protocol[field]) if field in run.protocol else "absent" for run in runs]
+        asked = [run for run in runs if name in run.protocol or name not in SOMETIMES]
+        if len({repr(run.protocol.get(name, "absent")) for run in asked}) > 1:
+            shown = [plain(run.protocol[name]) if name in run.protocol else "absent" for run in runs]
             names = [run.title for run in runs]
-            found.append(Difference(field, tuple(zip(names, shown, strict=True))))
+            found.append(Difference(name, tuple(zip(names, shown, strict=True))))
     return found
 
 
@@ -249,6 +256,10 @@ def _settings(recipe: dict[str, Any], raw: dict[str, Any]) -> str:
             parts[stage] = recipe.get(stage)
     if raw.get("post_hoc") is not None:  # if the recipe sweeps a parameter, this row's value of it
         parts["post_hoc"] = {**mapping(recipe.get("post_hoc")), **mapping(raw.get("post_hoc_parameters"))}
+    if raw.get("post_hoc_attack") is not None:
+        parts["post_hoc_attack"] = recipe.get("post_hoc_attack")
+    if raw.get("attack_sweep") is not None:
+        parts["attack_sweep"] = recipe.get("attack_sweep")
     parts["data"] = data if raw.get("user") is not None else data.get("alignment")
     return json.dumps(parts, sort_keys=True)
 

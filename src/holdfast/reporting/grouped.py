@@ -57,6 +57,19 @@ def mean(values: Sequence[float], n: int | None = None) -> Mean:
     return Mean(value, error, (value - reach, value + reach), tuple(values), n)
 
 
+def mean_of(raws: Sequence[Mapping[str, Any]], metric: str) -> Mean | None:
+    """A metric over rows of `results.json` that differ in the seed; None if none of them has it."""
+    measured = [(raw, value) for raw in raws if (value := number(raw.get(metric))) is not None]
+    if not measured:
+        return None
+    counts = [count for raw, _ in measured if (count := number(raw.get(SCORES.get(metric, "")))) is not None]
+    n = round(sum(counts)) if counts else None
+    if len(measured) > 1:
+        return mean([value for _, value in measured], n)
+    raw, value = measured[0]
+    return Mean(value, number(raw.get(f"{metric}_stderr")), interval_of(raw, metric), (value,), n)
+
+
 @dataclass(frozen=True)
 class Group:
     """The runs of one method with the same values of all grid keys, over seeds.
@@ -215,7 +228,7 @@ def _block(key: str) -> int:
 
 def _group(rows: Sequence[Row], keys: Mapping[str, Any]) -> Group:
     members = sorted((one for row in rows for one in row.members), key=lambda one: one.seed or 0)
-    means = {metric: found for metric in METRICS if (found := _mean([m.raw for m in members], metric))}
+    means = {metric: found for metric in METRICS if (found := mean_of([m.raw for m in members], metric))}
     first = rows[0]
     return Group(
         method=stages_text(first),
@@ -226,18 +239,6 @@ def _group(rows: Sequence[Row], keys: Mapping[str, Any]) -> Group:
         means=means,
         rows=tuple(rows),
     )
-
-
-def _mean(raws: Sequence[Mapping[str, Any]], metric: str) -> Mean | None:
-    measured = [(raw, value) for raw in raws if (value := number(raw.get(metric))) is not None]
-    if not measured:
-        return None
-    counts = [count for raw, _ in measured if (count := number(raw.get(SCORES.get(metric, "")))) is not None]
-    n = round(sum(counts)) if counts else None
-    if len(measured) > 1:
-        return mean([value for _, value in measured], n)
-    raw, value = measured[0]
-    return Mean(value, number(raw.get(f"{metric}_stderr")), interval_of(raw, metric), (value,), n)
 
 
 def _in_order(points: Sequence[tuple[Any, Mean]]) -> Sequence[tuple[Any, Mean]]:

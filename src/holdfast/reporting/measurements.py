@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from holdfast.reporting.attack_sweeps import line_of
 from holdfast.reporting.read import mapping, number
 from holdfast.reporting.text import method_name
 
@@ -121,16 +122,7 @@ class Row:
     def repaired(self) -> str:
         """The method's text about the repair, over all seeds; empty if the results lack it."""
         found = [mapping(member.raw.get("repair")) for member in self.members]
-        text = self.members[0].raw.get("headline")
-        if not isinstance(text, str):
-            return ""
-        for name in re.findall(r"\{(\w+)\}", text):
-            values = _values(found, name)
-            if len(values) < len(found):
-                return ""
-            span = " to ".join(f"{n:g}" for n in dict.fromkeys((min(values), max(values))))
-            text = text.replace(f"{{{name}}}", span)
-        return text
+        return filled(self.members[0].raw.get("headline"), found)
 
     @property
     def filter(self) -> str | None:
@@ -158,7 +150,11 @@ class Row:
             if missed is not None and found is not None:
                 line += f", {missed} of {missed + found} harmful rows missed"
             lines.append(line)
-        return tuple(lines)
+        ablated = [mapping(member.raw.get("post_hoc_attack")) for member in self.members]
+        if ablated[0]:
+            lines.append(f"{ablated[0].get('name')}: {filled(ablated[0].get('headline'), ablated)}")
+        swept = line_of([member.raw for member in self.members])
+        return (*lines, swept) if swept else tuple(lines)
 
     @property
     def role(self) -> Role:
@@ -183,6 +179,19 @@ def harm_title(rows: Sequence[Row]) -> str:
             )
             found.add(judge.title if judge is not None else HARM)
     return found.pop() if len(found) == 1 else HARM
+
+
+def filled(text: Any, found: Sequence[Mapping[str, Any]]) -> str:
+    """Return a method's text with its facts over all seeds; empty if the results lack one of them."""
+    if not isinstance(text, str):
+        return ""
+    for name in re.findall(r"\{(\w+)\}", text):
+        values = _values(found, name)
+        if len(values) < len(found):
+            return ""
+        span = " to ".join(f"{n:g}" for n in dict.fromkeys((min(values), max(values))))
+        text = text.replace(f"{{{name}}}", span)
+    return text
 
 
 def stages_text(row: Row) -> str:
@@ -239,12 +248,16 @@ def sweeps(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def _once(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """Rows that share a score step are one measurement, even if they come from different runs."""
+    """Rows that share a score step are one measurement, even if they come from different runs.
+
+    A row that also has results of lm-evaluation-harness is kept instead of one without them.
+    """
     kept: dict[str, Measurement] = {}
     for measurement in measurements:
         score_step = measurement.steps.get("score")
         key = f"step {score_step}" if score_step else repr(sorted(measurement.raw.items(), key=str))
-        kept.setdefault(key, measurement)
+        if key not in kept or ("lm_eval" in measurement.raw and "lm_eval" not in kept[key].raw):
+            kept[key] = measurement
     return list(kept.values())
 
 

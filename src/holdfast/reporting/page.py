@@ -14,6 +14,7 @@ from holdfast import __version__
 from holdfast.reporting import record
 from holdfast.reporting.ability import ability_table
 from holdfast.reporting.agreement import agreement_table
+from holdfast.reporting.attack_sweeps import sweep_charts
 from holdfast.reporting.browser import blocks, browser
 from holdfast.reporting.categories import categories
 from holdfast.reporting.charts import plotted, scores_svg
@@ -75,6 +76,7 @@ def render(data: ReportData, notes: Sequence[str] = ()) -> str:
         "categories": categories(data.rows),
         "swept": list(dict.fromkeys(name for name, _ in sweeps(plotted(data.rows)))),
         "unplotted": [row.label for row in data.rows if row not in plotted(data.rows)],
+        "attack_sweeps": sweep_charts(data.runs),
         "charts": _charts(data.curves),
         "browser": read,
         "blocks": list(blocks(read)),

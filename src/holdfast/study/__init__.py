@@ -2,4 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["folder", "grid", "packaged", "planning", "sweeping"]
+__all__ = [
+    "compared", "folder", "grid", "packaged", "planning", "published", "ray", "resources", "slurm",
+    "sweeping", "table_sheets", "tables",
+]  # fmt: skip

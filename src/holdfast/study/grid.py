@@ -1,8 +1,8 @@
 """Grids: a recipe with lists, expanded to one recipe for each combination of their values.
 
-A grid is a recipe with the keys `grid`, `exclude` and `include`. A list is one axis; a mapping in a list may
-have lists as values, which are axes of that entry only. A value that is itself a list is written as a list
-in the list.
+A grid is a recipe with the keys `grid`, `exclude`, `include` and `launcher`. A list is one axis; a mapping in
+a list may have lists as values, which are axes of that entry only. A value that is itself a list is written
+as a list in the list.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from holdfast.errors import RecipeError
 from holdfast.machine.store import identity_hash
 from holdfast.recipe import Recipe, layers
 from holdfast.recipe.reading import BARE, Layer, shorten
-from holdfast.study import packaged
+from holdfast.study import packaged, resources
 
-KEYS = ("grid", "exclude", "include")
+KEYS = ("grid", "exclude", "include", "launcher")
 MOST = 10_000
 """The largest number of runs in a grid."""
 
@@ -73,6 +73,7 @@ def expand(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
         raise RecipeError(f"{name}: no run is left. Expected grid: {{KEY: [VALUE, ...]}}.")
     if len(points) > MOST:
         raise RecipeError(f"{name}: {len(points):,} runs; at most {MOST:,} are possible.")
+    overrides = [text for text in overrides if not text.startswith("launcher.")]
     stem = None if isinstance(source, Mapping) else Path(source).stem
     found: dict[str, Run] = {}
     for point in points:
@@ -82,6 +83,26 @@ def expand(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
             raise RecipeError(f"{name}: two runs have the same name {run.folder}: {told}. Remove one.")
         found[run.folder] = run
     return list(found.values())
+
+
+def launcher(
+    source: str | Path | Mapping[str, Any], name: str | None = None, overrides: Sequence[str] = ()
+) -> resources.Launcher:
+    """Return the block `launcher` of a grid.
+
+    Args:
+        source: as for `expand`.
+        name: the launcher to use instead of the one that the block names.
+        overrides: "key=value"; those with a key such as `launcher.partition` change the block.
+
+    Raises:
+        RecipeError: the block is not valid.
+    """
+    files = layers.layers(packaged.find(source))
+    found = [layer for layer in files if "launcher" in layer.raw]
+    given = layers.overridden({}, [text for text in overrides if text.startswith("launcher.")], ())
+    changed = given.get("launcher", {})
+    return resources.read(found[0].raw["launcher"] if found else None, found or files, name, changed)
 
 
 def _taken(files: Sequence[Layer], key: str) -> Any:

@@ -1,4 +1,7 @@
-"""The packaged grids: each file of `studies/` is a grid, whose name is that of the file."""
+"""The packaged grids: each file of `studies/` is a grid, whose name is that of the file.
+
+The grids of published tables (`holdfast.study.tables`) have the names of the tables.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 
 from holdfast.errors import RecipeError, nearest
 from holdfast.recipe import packaged
+from holdfast.study import published, tables
 
 FOLDER = Path(__file__).parent.parent / "studies"
 
@@ -23,17 +27,22 @@ def about(path: Path) -> str:
 
 
 def find(source: str | Path | Mapping[str, Any]) -> str | Path | Mapping[str, Any]:
-    """Return the file of a packaged grid if `source` is its name, and `source` itself if it is anything else.
+    """Return the file of a packaged grid or the grid of a table if `source` names one, else `source` itself.
 
     A file of that name in the working folder comes first, as for recipes.
 
     Raises:
-        RecipeError: `source` looks like a misspelt name of a packaged grid.
+        RecipeError: `source` looks like a misspelt name of a packaged grid, or names a table without a grid.
     """
     if isinstance(source, Mapping) or len(Path(source).parts) > 1 or Path(source).is_file():
         return source
     name, known, recipes = str(source), grids(), packaged.recipes()
-    hint = nearest(name, [*known, *recipes])
-    if name not in known and name not in recipes and any(f"'{grid}'" in hint for grid in known):
+    if name in known or name in recipes:
+        return known.get(name, source)
+    if name in published.names():
+        return tables.grid(name)
+    own = [*known, *published.names()]
+    hint = nearest(name, [*own, *recipes])
+    if any(f"'{grid}'" in hint for grid in own):
         raise RecipeError(f"No such grid: {name}.{hint}")
     return known.get(name, source)

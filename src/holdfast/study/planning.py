@@ -18,6 +18,12 @@ from holdfast.pipeline.step import Machine, Step
 from holdfast.recipe import Recipe
 from holdfast.study.grid import Run
 
+CHANGED = (
+    "The files that the recipes name, or the code of Holdfast, changed since the sweep began. Run the same "
+    "command again."
+)
+"""What a worker says whose plan has other steps than that of the sweep."""
+
 
 @dataclass(frozen=True)
 class Study:
@@ -60,10 +66,16 @@ class Study:
 
 
 def plan(
-    runs: Iterable[Run], store: Store, *, device: str = "auto", download: bool = False, partial: bool = False
+    runs: Iterable[Run],
+    store: Store,
+    *,
+    device: str = "auto",
+    download: bool = False,
+    partial: bool = False,
+    processes: Mapping[str, int] | None = None,
 ) -> Study:
     """Return the steps of the runs; see `holdfast.plan` for the arguments."""
-    today = store.started()
+    today, known = store.started(), dict[Any, Any]()
     return Study(
         {
             run.folder: planning.plan(
@@ -73,17 +85,20 @@ def plan(
                 today=today,
                 partial=partial,
                 device=device,
+                processes=processes,
+                known=known,
             )
             for run in runs
         }
     )
 
 
-def replan(recipes: Mapping[str, Any], store: Store, device: str) -> Study:
+def replan(
+    recipes: Mapping[str, Any], store: Store, device: str, processes: Mapping[str, int] | None = None
+) -> Study:
     """Return the study of recipes that an earlier plan completed, by folder."""
-    return plan(
-        [Run(name, Recipe.model_validate(raw)) for name, raw in recipes.items()], store, device=device
-    )
+    runs = [Run(name, Recipe.model_validate(raw)) for name, raw in recipes.items()]
+    return plan(runs, store, device=device, processes=processes)
 
 
 def check(study: Study, store: Store, device: str, progress: Progress | None = None) -> None:

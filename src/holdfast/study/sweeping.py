@@ -1,31 +1,24 @@
-"""Run a grid on this machine: start workers, replace those that die, and write the results of each run."""
+"""Run a grid: plan and check it, let a launcher run the steps, and write the results of each run."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
 
-from holdfast.errors import OutputError, StepFailed
+from holdfast.errors import OutputError, RecipeError, StepFailed
+from holdfast.machine.files import remove_tree
 from holdfast.machine.progress import Progress
 from holdfast.machine.store import Store, claim_folder
 from holdfast.pipeline import results
 from holdfast.study import folder as files
-from holdfast.study import grid, planning
-from holdfast.study.folder import Status
-
-TRIES = 3
-"""The number of workers that may die in one step before it counts as failed."""
-
-PAUSE = 0.3
-"""Seconds between two looks at the workers."""
+from holdfast.study import grid, local, planning, resources
+from holdfast.study.folder import Status, Watch
+from holdfast.study.launching import Engine, Sweep
+from holdfast.study.resources import KINDS
 
 
 def sweep(
@@ -36,18 +29,21 @@ def sweep(
     store: str | Path | None = None,
     device: str = "auto",
     workers: int | None = None,
+    launcher: str | None = None,
     progress: Progress | None = None,
     show: Callable[[Status], None] = lambda status: None,
 ) -> dict[str, dict[str, Any]]:
     """Run every recipe of a grid, each shared step once, and return the results by the run's folder.
 
     Args:
-        source: a grid: a file, a packaged recipe's name or a mapping. See docs/sweep.md.
+        source: a grid: a file, the name of a packaged grid or recipe, or a mapping. See docs/sweep.md.
         out: the folder of the study, with one folder for each run; an earlier sweep in it is resumed.
         overrides: "key=value", for every run.
         store: the folder of the steps; `out/steps` by default.
-        device: "auto", "cpu", "cuda" or "mps".
-        workers: the number of steps that run at the same time; by default one for each GPU, else 1.
+        device: "auto", "cpu", "cuda" or "mps". On a cluster, "auto" is "cuda" unless no step needs a GPU.
+        workers: the number of steps that run at the same time; by default one for each GPU of this machine,
+            else 1, and on a cluster as many as it has room for.
+        launcher: "local", "slurm" or "ray"; by default the `name` in the grid's block `launcher`, or "local".
         progress: receives the progress of the checks.
         show: called with the state of the sweep from time to time.
 
@@ -55,12 +51,15 @@ def sweep(
         InputError: an input cannot be used; raised before training starts.
         StepFailed: steps failed; those that do not need them are complete. The same call goes on.
     """
+    block = grid.launcher(source, launcher, overrides)
+    if workers is not None:
+        block = block.model_copy(update={"workers": workers})
     return run_all(
         grid.expand(source, overrides),
         out=out,
         store=store,
         device=device,
-        workers=workers,
+        launcher=block,
         progress=progress,
         show=show,
     )
@@ -70,14 +69,16 @@ def run_all(
     runs: Sequence[grid.Run],
     *,
     out: str | Path,
+    launcher: resources.Launcher,
     store: str | Path | None = None,
     device: str = "auto",
-    workers: int | None = None,
     progress: Progress | None = None,
     show: Callable[[Status], None] = lambda status: None,
 ) -> dict[str, dict[str, Any]]:
     """Run recipes as the runs of one sweep, and return the results by the run's folder; see `sweep`."""
-    out = Path(out)
+    block = launcher
+    device = resources.placed(block, device)
+    out = Path(out).absolute() if block.name != "local" else Path(out)
     folder, steps = out / files.NAME, Store(Path(store) if store else out / "steps", read_only=False)
     claim_folder(folder, "sweep")
     for run in runs:
@@ -88,53 +89,58 @@ def run_all(
     except Timeout:
         raise OutputError(f"Another sweep runs in {out}. Watch it: holdfast sweep --status {out}") from None
     try:
-        study = planning.plan(runs, steps, device=device, download=True)
+        needs = {kind: block.need(kind, device) for kind in KINDS}
+        study = planning.plan(runs, steps, device=device, download=True, processes=block.together(device))
         for name, one in study.plans.items():
             results.keep_recipe(out / name, one.recipe)
         cached = study.complete(steps)
-        planning.check(study, steps, device, progress)
-        files.describe(folder, study, steps, device)
+        found = local.devices(device) if block.name == "local" else ()
+        engine = _engine(Sweep(out, folder, study, block, needs, found))
+        _forget_damaged(study, steps, cached, progress)
+        planning.check(study, steps, device if block.name == "local" else "auto", progress)
+        files.describe(folder, study, steps, device, needs, launcher=block, devices=found)
         head = _Head(out, study, steps, cached, show)
         if len(cached) < len(study.steps):
-            head.run(_environments(device, workers))
+            head.run(engine)
         return head.end()
     finally:
         lock.release()
 
 
-def _environments(device: str, workers: int | None) -> list[dict[str, str]]:
-    """Return the environment of each worker: it sees one GPU."""
-    given = dict(os.environ)
-    if device not in ("auto", "cuda"):
-        return [given] * (workers or 1)
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        return [given] * (workers or 1)
-    visible = given.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(number) for number in range(count)]
-    return [
-        {**given, "CUDA_VISIBLE_DEVICES": devices[number % len(devices)]}
-        for number in range(workers or count)
-    ]
+def _forget_damaged(study: planning.Study, store: Store, cached: set[str], progress: Progress | None) -> None:
+    """Remove steps whose files were changed, so that they count as missing."""
+    for name in study.steps.keys() - cached:
+        damage = store.damage(name)
+        if damage is not None:
+            with store.lock(name):
+                remove_tree(store.path(name))
+            if progress is not None:
+                progress.say(f"{study.steps[name].title} is done again: it is damaged ({damage}).")
 
 
-def start_worker(folder: Path, number: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a worker; it ends when this process ends, because its standard input closes."""
-    with (folder / "logs" / f"worker-{number}.log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", "-m", "holdfast.study.worker", str(folder), str(number)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env=dict(environment),
-            start_new_session=True,  # Ctrl-C reaches only this process, which ends the workers
-        )
+def _engine(sweep: Sweep) -> Engine:
+    """Return what runs the steps.
+
+    Raises:
+        RecipeError: the launcher is not installed, or this machine has too few GPUs.
+    """
+    if sweep.launcher.name == "local":
+        return local.Workers(sweep)
+    try:
+        if sweep.launcher.name == "slurm":
+            from holdfast.study.slurm import Jobs
+
+            return Jobs(sweep)
+        from holdfast.study.ray import Tasks
+
+        return Tasks(sweep)
+    except ModuleNotFoundError as error:
+        text = f"The launcher {sweep.launcher.name} needs the package {error.name}"
+        raise RecipeError(f"{text}: pip install 'holdfast[{sweep.launcher.name}]'") from None
 
 
 class _Head:
-    """The process that starts the workers and writes the results."""
+    """The process that watches the steps and writes the results."""
 
     def __init__(
         self,
@@ -145,56 +151,35 @@ class _Head:
         show: Callable[[Status], None],
     ):
         self.out, self.study, self.store, self.cached, self.show = out, study, store, cached, show
-        self.folder = out / files.NAME
         self.results: dict[str, dict[str, Any]] = {}
-        self.deaths: Counter[str] = Counter()
+        self.watch = Watch(out, alive=True)
+        self.finished: list[str] = []
 
-    def run(self, environments: Sequence[Mapping[str, str]]) -> None:
-        """Run the steps with one worker for each environment, until no worker finds a step."""
-        workers = {n: start_worker(self.folder, n, env) for n, env in enumerate(environments)}
+    def run(self, engine: Engine) -> None:
+        """Let an engine run the steps, until none can run."""
+        engine.begin()
         try:
-            while workers:
-                for number, worker in list(workers.items()):
-                    code = worker.poll()
-                    if code is None:
-                        continue
-                    del workers[number]
-                    if code != 0:
-                        self._died(number, code)
-                        workers[number] = start_worker(self.folder, number, environments[number])
-                state = files.status(self.out)
-                self.show(state)
-                self._write({name for name, what in state.states.items() if what == "complete"})
-                if workers:
-                    time.sleep(PAUSE)
+            alive = True
+            while alive:
+                status = self.watch.look()
+                alive = engine.poll(status)
+                self.show(self.watch.look() if not alive else status)
+                self._write()
+                if alive:
+                    time.sleep(engine.pause)
         finally:
-            for worker in workers.values():
-                worker.terminate()
-            for worker in workers.values():
-                worker.wait()
-            for left in self.folder.glob("workers/*.json"):
-                left.unlink()
+            engine.end()
 
-    def _died(self, number: int, code: int) -> None:
-        """Note that a worker died; a step in which several died counts as failed."""
-        note = self.folder / "workers" / f"{number}.json"
-        step = files.at_work(self.folder).get(str(number), {}).get("step", "")
-        note.unlink(missing_ok=True)
-        self.deaths[step] += 1
-        if self.deaths[step] < TRIES:
-            return
-        where = f"in {self.study.steps[step].title}" if step else "outside a step"
-        text = f"{TRIES} workers ended {where}, the last with exit code {code}"
-        if not step:
-            raise StepFailed(f"{text}. See {self.folder / 'logs' / f'worker-{number}.log'}.")
-        files.fail(self.folder, step, text)
-
-    def _write(self, complete: set[str]) -> None:
+    def _write(self) -> None:
         """Write the results of the runs whose steps are complete."""
-        for name, one in self.study.plans.items():
-            if name not in self.results and complete.issuperset(step.id for step in one.steps):
+        self.finished += self.watch.finished
+        self.watch.finished.clear()
+        for name in list(self.finished):
+            one = self.study.plans[name]
+            if all(self.store.record(step.id) is not None for step in one.steps):
                 cached = self.cached & {step.id for step in one.steps}
                 self.results[name] = results.write(self.out / name, one, self.store, cached)
+                self.finished.remove(name)
 
     def end(self) -> dict[str, dict[str, Any]]:
         """Write what is left, and return the results of all runs.
@@ -202,14 +187,15 @@ class _Head:
         Raises:
             StepFailed: steps failed.
         """
-        self._write(self.study.complete(self.store))
-        failed = files.failures(self.folder)
+        self.watch.look()
+        self._write()
+        failed = files.failures(self.watch.folder)
         if failed:
             lines = [
-                f"- {self.study.steps[name].title}: {message}\n  log: {files.log(self.folder, name)}"
+                f"- {self.study.steps[name].title}: {message}\n  log: {files.log(self.watch.folder, name)}"
                 for name, message in failed.items()
             ]
             left = len(self.study.plans) - len(self.results)
             text = f"{len(failed)} steps failed, so {left} of {len(self.study.plans)} runs are not complete"
             raise StepFailed("\n".join([f"{text}. Run the same command again to go on.", *lines]))
-        return self.results
+        return {name: self.results[name] for name in self.study.plans if name in self.results}

@@ -1,4 +1,4 @@
-"""A worker of a sweep: it runs one ready step after another until none is left.
+"""A worker of a sweep on this machine: it runs one ready step after another until none is left.
 
 Workers share only the files of the store and of the sweep. A worker holds the lock of the step that it runs.
 The system releases the lock if the worker dies, and any other worker resumes the step.
@@ -7,54 +7,23 @@ The system releases the lock if the worker dies, and any other worker resumes th
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from holdfast.errors import HoldfastError, StepFailed
-from holdfast.machine.files import write_json
-from holdfast.machine.progress import Progress
+from holdfast.errors import StepFailed
 from holdfast.machine.store import Store
 from holdfast.pipeline.step import Busy, do
+from holdfast.study import claims, planning
 from holdfast.study import folder as files
-from holdfast.study import planning
+from holdfast.study.graph import Graph
+from holdfast.study.job import BUSY, Noted, command, end_with_standard_input, failed, log_to
+from holdfast.study.resources import Need
 
 PAUSE = 0.2
 """Seconds to wait if every ready step is run by another worker."""
-
-EVERY = 1.0
-"""Seconds between two notes of a step's progress."""
-
-
-class Noted(Progress):
-    """Writes to a file what the worker does."""
-
-    def __init__(self, path: Path, log: Callable[[str], None]):
-        self.path, self.log, self.step = path, log, ""
-        self.written, self.began = 0.0, 0.0
-
-    def begin(self, title: str, resumed: bool) -> None:
-        """Note the step, and open its log."""
-        self.log(self.step)
-        self.began = time.time()
-        self._write({})
-
-    def advance(self, done: int, total: int, **facts: Any) -> None:
-        """Note the progress of the step from time to time."""
-        if time.monotonic() - self.written >= EVERY:
-            self._write({"done": done, "total": total})
-
-    def end(self, title: str, cached: bool, seconds: float | None) -> None:
-        """Note that the worker has no step."""
-        self.path.unlink(missing_ok=True)
-
-    def _write(self, facts: dict[str, Any]) -> None:
-        self.written = time.monotonic()
-        write_json(self.path, {"step": self.step, "pid": os.getpid(), "began": self.began, **facts})
 
 
 def work(folder: Path, number: int, log_to: Callable[[Path], None] = lambda path: None) -> None:
@@ -67,64 +36,99 @@ def work(folder: Path, number: int, log_to: Callable[[Path], None] = lambda path
     Raises:
         StepFailed: the inputs changed since the sweep began.
     """
-    known = files.described(folder)
-    store = Store(folder / known["store"], read_only=False)
-    study = planning.replan(known["recipes"], store, known["device"])
-    if list(study.steps) != list(known["steps"]):
-        raise StepFailed("The files of the recipes changed since the sweep began. Start the sweep again.")
-    progress = Noted(folder / "workers" / f"{number}.json", lambda step: log_to(files.log(folder, step)))
-    machines = study.machines(known["device"], progress)
-    machine_of = {step.id: machines[name] for name, one in study.plans.items() for step in one.steps}
-    done: set[str] = set()
-    while True:
-        failed = files.failures(folder)
-        out = {*failed, *files.beyond(failed, known["steps"])}
-        left = [name for name in study.steps if name not in done and name not in out]
-        if not left:
-            return
-        ran = False
-        for name in left:
-            if not done.issuperset(study.parents[name]):
-                continue
-            if store.record(name) is not None:
-                done.add(name)
-                continue
-            progress.step = name
-            try:
-                do(study.steps[name], store, machine_of[name], wait=False)
-            except Busy:
-                continue
-            except Exception as error:
-                _failed(folder, name, error)
-                progress.end("", False, None)
-            ran = True
-            break  # a step that was waiting may be ready now, and the first ones have most behind them
-        if not ran and not done.issuperset(left):
-            time.sleep(PAUSE)
+    _Worker(folder, number, log_to).work()
 
 
-def _failed(folder: Path, step: str, error: Exception) -> None:
-    with files.log(folder, step).open("a", encoding="utf-8") as log:
-        log.write("".join(traceback.format_exception(error)))
-    files.fail(folder, step, str(error) if isinstance(error, HoldfastError) else repr(error))
+class _Worker:
+    def __init__(self, folder: Path, number: int, log_to: Callable[[Path], None]):
+        known = files.described(folder)
+        self.folder, self.label = folder, f"worker-{number}"
+        self.store = Store(folder / known["store"], read_only=False)
+        self.study = planning.replan(known["recipes"], self.store, known["device"], known["processes"])
+        if list(self.study.steps) != list(known["steps"]):
+            raise StepFailed(planning.CHANGED)
+        self.note = Noted(
+            folder / "workers" / f"{self.label}.json", lambda step: log_to(files.log(folder, step))
+        )
+        machines = self.study.machines(known["device"], self.note)
+        self.machine = {s.id: machines[name] for name, one in self.study.plans.items() for s in one.steps}
+        self.needs = {kind: Need(**need) for kind, need in known["needs"].items()}
+        self.devices = known.get("devices", [])
+        self.device = self.devices[number % len(self.devices)] if self.devices else None
+        self.claims = any(need.memory or need.gpus > 1 for need in self.needs.values())
+
+    def work(self) -> None:
+        graph = Graph(self.study.parents)
+        seen: set[str] = set()
+        busy: list[str] = []
+        while graph.left:
+            for failure in (now := files.failed_steps(self.folder)) - seen:
+                graph.fail(failure)
+            seen |= now
+            name = graph.pop()
+            if name is None:
+                time.sleep(PAUSE if graph.left else 0)
+            elif self.store.record(name) is not None:
+                graph.done(name)
+                continue
+            else:
+                if not self._do(name):
+                    busy.append(name)
+                    continue
+                graph.done(name)
+            # A step that another worker ran may be ready now, and the first ones have most behind them.
+            graph.back(busy)
+            busy = []
+
+    def _do(self, name: str) -> bool:
+        """Run a step; False if it is not complete afterwards."""
+        need = self.needs.get(self.study.steps[name].kind, Need())
+        devices: list[str] | None = []
+        if self.claims:
+            devices = claims.take(self.folder, self.label, need, self.device, self.devices)
+            if devices is None:
+                return False
+        self.note.step = name
+        try:
+            if need.processes > 1:
+                return self._together(name, need, devices or [])
+            do(self.study.steps[name], self.store, self.machine[name], wait=False)
+        except Busy:
+            return False
+        except Exception as error:
+            failed(self.folder, name, error)
+            self.note.end("", False, None)
+            return False
+        finally:
+            if self.claims:
+                claims.release(self.folder, self.label)
+        return True
+
+    def _together(self, name: str, need: Need, devices: list[str]) -> bool:
+        """Run a step in several processes, which end with this one; False if it is not complete then."""
+        environment = dict(os.environ)
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        with files.log(self.folder, name).open("ab") as log:
+            child = subprocess.Popen(
+                command(self.folder, name, self.label, need.processes, tied=True),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+            )
+        code = child.wait()
+        if code == 0 and self.store.record(name) is not None:
+            return True
+        if code != BUSY and name not in files.failed_steps(self.folder):
+            sys.exit(f"The processes of {name} ended with exit code {code}.")  # the head counts this death
+        return False
 
 
 def main() -> None:
     """Run a worker: `python -m holdfast.study.worker FOLDER NUMBER`; it ends if its standard input closes."""
-    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
-    work(Path(sys.argv[1]), int(sys.argv[2]), _log_to)
-
-
-def _end_with_the_sweep() -> None:
-    os.read(0, 1)  # not sys.stdin: a thread that holds its lock aborts the end of the process
-    os._exit(1)
-
-
-def _log_to(path: Path) -> None:
-    """Send all output of this process to a file, also that of libraries in C."""
-    with path.open("ab") as file:
-        sys.stdout.flush(), sys.stderr.flush()
-        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    end_with_standard_input()
+    work(Path(sys.argv[1]), int(sys.argv[2]), log_to)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class DeltaW:
         """1/2 sum s^2 tr(P^T P Q Q^T)."""
         parts = []
         for module in self.modules:
-            p, q = self._split(module, weights, anchor)
+            p, q = split_change(module, weights, anchor)
             part = module.scaling**2 / 2 * ((p.mT @ p).float() * (q @ q.mT).float()).sum()
             parts.append(part.full_tensor() if hasattr(part, "full_tensor") else part)
         return torch.stack(parts).sum()
@@ -101,16 +101,19 @@ class DeltaW:
         found: dict[int, Tensor] = {}
         for module in self.modules:
             b, a = weights[module.b].detach(), weights[module.a].detach()
-            p, q = self._split(module, weights, anchor)
+            p, q = split_change(module, weights, anchor)
             found[module.b] = module.scaling**2 * (p @ (q @ a.mT))
             found[module.a] = module.scaling**2 * ((b.mT @ p) @ q)
         return [_placed_like(found[i], weight) for i, weight in enumerate(weights)]
 
-    @staticmethod
-    def _split(module: Factors, weights: Tensors, anchor: Tensors) -> tuple[Tensor, Tensor]:
-        b, b_anchor = weights[module.b].detach(), anchor[module.b]
-        a, a_anchor = weights[module.a].detach(), anchor[module.a]
-        return torch.cat([b, b - b_anchor], dim=1), torch.cat([a - a_anchor, a_anchor], dim=0)
+
+def split_change(
+    module: Factors, weights: Tensors | Mapping[int, Tensor], anchor: Tensors | Mapping[int, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return P (out x 2r) and Q (2r x in) with P Q = B A - B_a A_a."""
+    b, b_anchor = weights[module.b].detach(), anchor[module.b]
+    a, a_anchor = weights[module.a].detach(), anchor[module.a]
+    return torch.cat([b, b - b_anchor], dim=1), torch.cat([a - a_anchor, a_anchor], dim=0)
 
 
 def difference(weights: Tensors, anchor: Tensors) -> list[Tensor]:
@@ -174,3 +177,20 @@ def _placed_like(tensor: Tensor, weight: Tensor) -> Tensor:
     """Return the same values, sharded like the weight; a plain tensor is returned as it is."""
     there: Any = weight
     return tensor.redistribute(placements=there.placements) if hasattr(tensor, "redistribute") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a sharded tensor, in every process; a plain tensor is returned as it is."""
+    there: Any = tensor
+    return there.full_tensor() if hasattr(there, "full_tensor") else tensor
+
+
+def sharded_like(tensor: Tensor, weight: Tensor) -> Tensor:
+    """Shard a whole tensor, which is the same in every process, like the weight."""
+    there: Any = weight
+    if not hasattr(there, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = DTensor.from_local(tensor, there.device_mesh, [Replicate()] * there.device_mesh.ndim)
+    return everywhere.redistribute(placements=there.placements)

@@ -12,8 +12,10 @@ __all__ = [
     "folders",
     "matching",
     "merge",
+    "orthogonal",
     "own_tokenizer",
     "patterns",
+    "pushing",
     "reader",
     "writer",
 ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,18 +130,28 @@ def read_adapter(path: str | Path, revision: str | None = None) -> Adapter:
         ModelError: the adapter is missing or damaged, or its update is not scaling * B A.
     """
     opened = open_adapter(path, revision)
-    folder, config, file = opened.folder, opened.config, opened.file
-    try:
-        _check_plain(folder, config)
-        check_patterns(folder / CONFIG, config, {_module_name(key) for key in file.tensors})
-        modules, left_alone = _modules(folder, config, file)
-    except BaseException:
-        file.close()
-        raise
-    notes = _notes(config, left_alone)
+    notes = []
     if opened.others:
         notes.append(f"Other adapters in the folder were not read: {', '.join(opened.others)}.")
-    return Adapter(folder, config, file, modules, left_alone, tuple(notes))
+    try:
+        return adapter_of(opened.folder, opened.config, opened.file, notes)
+    except BaseException:
+        opened.file.close()
+        raise
+
+
+def adapter_of(
+    folder: Path, config: Mapping[str, Any], file: WeightFile, notes: Iterable[str] = ()
+) -> Adapter:
+    """Return the records of an adapter with checked settings and tensors.
+
+    Raises:
+        ModelError: its update is not scaling * B A.
+    """
+    _check_plain(folder, config)
+    check_patterns(folder / CONFIG, config, {_module_name(key) for key in file.tensors})
+    modules, left_alone = _modules(folder, config, file)
+    return Adapter(folder, config, file, modules, left_alone, (*_notes(config, left_alone), *notes))
 
 
 def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:

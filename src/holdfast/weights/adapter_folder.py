@@ -130,14 +130,19 @@ def open_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder
     check_adapter(folder)
     file = WeightFile(safe_path(folder, WEIGHTS))
     try:
-        _check_tensors(file)
+        check_tensors(file)
     except BaseException:
         file.close()
         raise
     return AdapterFolder(folder, config, file, tuple(others))
 
 
-def _check_tensors(file: WeightFile) -> None:
+def check_tensors(file: WeightFile) -> None:
+    """Check that all tensors are finite numbers under names that PEFT writes.
+
+    Raises:
+        ModelError: one is not, or there is none.
+    """
     if not file.tensors:
         raise ModelError(f"{file.path} holds no tensors. Save the adapter again.")
     for key, tensor in file.tensors.items():
@@ -157,6 +162,19 @@ def _settings(folder: Path) -> dict[str, Any]:
     config = read_config(safe_path(folder, CONFIG))
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a table of settings. Save the adapter again.")
+    check_settings(path, config)
+    return config
+
+
+def check_settings(path: Path, config: Mapping[str, Any]) -> None:
+    """Check that settings describe a LoRA whose update is B A.
+
+    Args:
+        path: the place of the settings, for messages.
+
+    Raises:
+        ModelError: they do not, or a value has the wrong type.
+    """
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ModelError(f"{path}: expected a LoRA adapter (peft_type LORA), found {str(kind)[:80]}.")
@@ -189,7 +207,6 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{path} holds values that cannot be written as JSON ({str(error)[:80]}). Save the adapter again."
         ) from None
-    return config
 
 
 def _check_number(path: Path, key: str, value: Any) -> None:

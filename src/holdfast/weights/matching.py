@@ -27,11 +27,13 @@ HEADS = ("lm_head", "embed_out", "output", "score", "classifier")
 
 
 def model_config(weights: Weights) -> Mapping[str, Any]:
-    """Return the `config.json` of a model.
+    """Return the settings of a model: its `config.json`, or `weights.config`.
 
     Raises:
         ModelError: the file is not a table of settings.
     """
+    if weights.config is not None:
+        return weights.config
     config = read_config(safe_path(weights.folder, "config.json"))
     if not isinstance(config, dict):
         raise ModelError(f"{weights.folder / 'config.json'} is not a table of settings. Fetch it again.")

@@ -242,11 +242,22 @@ def row_blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:
 
 
 class Weights(Mapping[str, Tensor]):
-    """All tensors of a model by name. It is a context manager that closes the files on exit."""
+    """All tensors of a model by name. It is a context manager that closes the files on exit.
 
-    def __init__(self, folder: Path, files: list[WeightFile], tensors: dict[str, Tensor]):
+    Attributes:
+        config: the settings of a model that is not in a folder; None if `folder` has a `config.json`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        files: list[WeightFile],
+        tensors: dict[str, Tensor],
+        config: Mapping[str, Any] | None = None,
+    ):
         self.folder = folder
         self.files = files
+        self.config = config
         self._tensors = tensors
 
     def __getitem__(self, name: str) -> Tensor:

@@ -174,7 +174,7 @@ def open_sources(adapter: str | Path, base: str | Path, aligned: str | Path) -> 
     with ExitStack() as stack:
         bases = stack.enter_context(open_weights(base))
         full = _is_full(adapter)
-        if _is_adapter(aligned):
+        if is_adapter(aligned):
             if full:
                 raise RecipeError(
                     f"aligned is an adapter ({aligned}), but the model to repair is a full model. Give the "
@@ -197,9 +197,9 @@ def open_sources(adapter: str | Path, base: str | Path, aligned: str | Path) -> 
         else:
             lora = stack.enter_context(read_adapter(adapter))
             folder, files, notes = lora.folder, [lora.file], list(lora.notes)
-            updates, left_alone = _lora_updates(lora, bases, opened), lora.left_alone
+            updates, left_alone = lora_updates(lora, bases, opened), lora.left_alone
         read = {"adapter": files, "base": bases.files, "aligned": aligned_files}
-        prints = {role: _fingerprint(opened) for role, opened in read.items()}
+        prints = {role: fingerprint_files(opened) for role, opened in read.items()}
         for role, given in (("base", base), ("aligned", aligned)):
             if prints["adapter"] == prints[role] and same_content(read["adapter"], read[role]):
                 raise ModelError(
@@ -225,14 +225,20 @@ def _is_full(path: str | Path) -> bool:
     return (folder / "config.json").is_file() and not holds_adapter(folder)
 
 
-def _is_adapter(path: str | Path) -> bool:
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds an adapter, itself or in a subfolder."""
     folder = Path(path)
     if holds_adapter(folder):
         return True
     return not (folder / "config.json").exists() and any(folder.glob(f"*/{CONFIG}"))
 
 
-def _lora_updates(adapter: Adapter, base: Weights, aligned: Adapter | Weights) -> list[Update]:
+def lora_updates(adapter: Adapter, base: Weights, aligned: Adapter | Weights) -> list[Update]:
+    """Return the update of every module of an adapter with its V.
+
+    Raises:
+        ModelError: a module has no weight in `base` or `aligned`, or it does not fit.
+    """
     if not adapter.modules:
         raise ModelError(f"{adapter.folder} holds no LoRA on a linear module; nothing can be projected.")
     model_type = model_config(base).get("model_type")
@@ -301,7 +307,7 @@ def _weight_pair(aligned: Tensor, base: Tensor, transposed: bool) -> WeightPair:
     return WeightPair(aligned, base, transposed)
 
 
-def _fingerprint(files: Sequence[WeightFile]) -> str:
+def fingerprint_files(files: Sequence[WeightFile]) -> str:
     """Twelve hex digits of a sample of each weight file, for the record; files that differ may share them."""
     import hashlib
 

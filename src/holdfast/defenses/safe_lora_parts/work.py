@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from threading import Lock, local
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from holdfast.defenses.safe_lora_parts.projection import (
@@ -35,7 +35,7 @@ from holdfast.errors import ModelError, RecipeError
 from holdfast.machine.seeds import derive_seed
 from holdfast.weights.adapter import natural
 from holdfast.weights.floats import to_float32
-from holdfast.weights.writer import overwrite
+from holdfast.weights.reader import Tensor
 
 if TYPE_CHECKING:
     from holdfast.defenses.safe_lora_parts.config import SafeLoraConfig
@@ -49,27 +49,27 @@ KEPT = 2**26
 class Work:
     """Measures all modules, chooses, and rewrites the chosen ones; one module in memory per thread.
 
-    `copy` is a folder with copies of the weight files to rewrite. Without it, nothing is written.
+    `write` replaces the bytes of a tensor in the result. Without it, nothing is written.
     """
 
     def __init__(
         self,
         sources: Sources,
         config: SafeLoraConfig,
-        copy: Path | None,
+        write: Callable[[Tensor, NDArray[np.uint8]], None] | None,
         device: str,
         dtype: str,
         workers: int | None,
         progress: Callable[[int, int], None],
     ):
-        self.sources, self.config, self.copy, self.device = sources, config, copy, device
+        self.sources, self.config, self.write, self.device = sources, config, write, device
         self.dtype, self.progress, self.mine = dtype, progress, local()
         # A dense product or an eigen-decomposition is large, and BLAS spreads it over the cores itself.
         self.heavy = sources.full or config.projection == "exact"
         self.workers = workers or (1 if self.heavy else min(4, _cores()))
         self.block = 8 * BLOCK if sources.full else BLOCK
         computed = config.projection != "exact" and config.control is None
-        self.least = Least(config.num_layers if copy and computed else None)
+        self.least = Least(config.num_layers if write and computed else None)
 
     def run(self) -> tuple[tuple[ModuleResult, ...], dict[str, Any], tuple[str, ...]]:
         """The modules, the options that were decided on the way, and notes."""
@@ -92,7 +92,7 @@ class Work:
             for update, module in zip(updates, modules, strict=True)
             if module.name in chosen and not module.projected
         ]
-        if self.copy is None:
+        if self.write is None:
             modules = [replace(module, projected=module.name in chosen) for module in modules]
         elif left:
             done = {module.name: module for module in self.each(self.redo, left)}
@@ -128,7 +128,7 @@ class Work:
         )  # fmt: skip
         config, threshold = self.config, self.config.threshold
         self.least.add(update.name, measured)
-        if self.copy is None or config.control == "random" or not isinstance(threshold, int | float):
+        if self.write is None or config.control == "random" or not isinstance(threshold, int | float):
             return found
         if measured.cosine is None or measured.cosine >= threshold:
             return found
@@ -148,8 +148,8 @@ class Work:
         factors: tuple[Matrix, Matrix | None, float],
         measured: Measured | None,
     ) -> ModuleResult:
-        """Write the projected update into the copy; measure again if `measured` was not kept."""
-        assert self.copy is not None
+        """Write the projected update; measure again if `measured` was not kept."""
+        assert self.write is not None
         (b, a, scaling), rank = factors, None
         if self.config.control == "drop":
             new = np.zeros_like(b)
@@ -165,7 +165,7 @@ class Work:
                     f"'{update.name}' does not fit into {update.target.dtype} after projection. Save the "
                     "adapter in float32 or bfloat16."
                 )
-            overwrite(self.copy, update.target, values)
+            self.write(update.target, values)
         note = IDENTITY if new is b else None
         after = update_norm(new, a) * scaling
         return replace(found, projected=True, norm_after=after, direction_rank=rank, note=note)
