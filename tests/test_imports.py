@@ -22,13 +22,17 @@ ALLOWED = {
         "study", "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data",
         "weights", "lab", "integrations",
     },
-    "integrations": {"data", "defenses", "evaluation", "measuring", "recipe", "registry", "weights"},
+    "integrations": {
+        "data", "defenses", "evaluation", "measuring", "probe", "recipe", "registry", "weights",
+    },
     "study": {"pipeline", "recipe", "reporting"},
     "pipeline": {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
         "training", "models", "weights", "world",
     },
-    "measuring": {"recipe", "registry", "evaluation", "data", "tasks", "models", "weights", "chat"},
+    "measuring": {
+        "recipe", "registry", "attacks", "training", "evaluation", "data", "tasks", "models", "weights", "chat",
+    },
     "recipe": {"registry", "weights"},
     "probe": {"registry", "evaluation", "data", "chat"},
     "registry": {"plugins", "attacks", "defenses", "evaluation", "tasks"},

@@ -45,9 +45,9 @@ class Run:
     git_commit: str | None
     started: str | None
     finished: str | None
+    attack_sweep: dict[str, Any] = field(default_factory=dict)
     title: str = ""
     """The name, with the folder if another run has the same name."""
-    attack_sweep: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
