@@ -98,10 +98,13 @@ class Recipe(Part):
         return lora if isinstance(lora, Lora) else None
 
     def trains(self, stage: str) -> Literal["new", "continue", "full"]:
-        """Return what a stage trains: a new adapter, the alignment stage's, or all weights.
+        """Return what a stage trains: a new adapter, the one before it, or all weights.
 
-        A user stage with `adapter: continue` trains all weights if the alignment stage did.
+        A user stage with `adapter: continue` trains all weights if the alignment stage did. A post-hoc method
+        that trains continues with what the user stage trained.
         """
+        if stage == "post_hoc":
+            return "full" if self.trains("user") == "full" else "continue"
         if stage == "user" and self._adapter() == "continue":
             return "continue" if self.lora("alignment") else "full"
         return "new" if self.lora(stage) else "full"
@@ -223,7 +226,8 @@ class Recipe(Part):
         if trains == "full" and aligns == "new" and "aligned" in needs:
             text = f"{who} all weights with those of the aligned model, which alignment with LoRA does not "
             raise Wrong(["post_hoc"], f"{text}save. Train both stages with LoRA, or both with lora: none")
-        for stage, how in (("alignment", aligns), ("user", trains)):
+        merges = "apply" in registry.face("defenses", repair.defense).code
+        for stage, how in (("alignment", aligns), ("user", trains)) if merges else ():
             lora = self.lora(stage) if how == "new" else None
             if lora and lora.use_dora:
                 text = (
@@ -349,8 +353,9 @@ class Recipe(Part):
     def whole(self) -> dict[str, Any]:
         """The recipe as plain values, with every default of its methods and trainings written out."""
         found = self.to_dict()
-        for stage, defaults in TRAINING.items():
+        for stage in ("alignment", "user"):
             part: StageRecipe | None = getattr(self, stage)
+            defaults = TRAINING[stage]
             if part is not None:
                 method = {k: p.default for k, p in registry.face("defenses", part.defense).parameters.items()}
                 found[stage] |= method | part.parameters()
@@ -361,6 +366,9 @@ class Recipe(Part):
             known = registry.face("defenses", self.post_hoc.defense).parameters
             method = {k: p.default for k, p in known.items() if k != "seed"}  # the default is the run's
             found["post_hoc"] |= method | self.post_hoc.parameters()
+            if "trainer" in registry.face("defenses", self.post_hoc.defense).code:
+                own = self.post_hoc.training
+                found["post_hoc"]["training"] = {**TRAINING["post_hoc"], **(own.given() if own else {})}
         if self.post_hoc_attack is not None:
             found["post_hoc_attack"] |= self.post_hoc_attack.parameters()
         return found

@@ -28,6 +28,9 @@ SCORES = {
 }
 """Each score of a row, and the key of the number of answers it is computed from."""
 
+HARM = "harmful score"
+"""The name of the share of harmful answers."""
+
 Role = Literal["reference", "undefended", "defended", "control"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -58,7 +61,7 @@ class JudgeScore:
     unparsed: int | None
     false_positives: int | None
     false_negatives: int | None
-    title: str = "harmful score"
+    title: str = HARM
     mean_score: float | None = None
     """The mean of the judge's numeric scores, on the judge's own scale."""
 
@@ -181,6 +184,18 @@ def filled(text: Any, found: Sequence[Mapping[str, Any]]) -> str:
         span = " to ".join(f"{n:g}" for n in dict.fromkeys((min(values), max(values))))
         text = text.replace(f"{{{name}}}", span)
     return text
+
+
+def harm_title(rows: Sequence[Row]) -> str:
+    """The name of `harmful_score` in these rows: "attack success rate" if their judge only finds refusals."""
+    found = set()
+    for row in rows:
+        if row.scores.get("harmful_score") is not None:
+            judge = row.judges.get(str(row.members[0].raw.get("judge"))) or next(
+                iter(row.judges.values()), None
+            )
+            found.add(judge.title if judge is not None else HARM)
+    return found.pop() if len(found) == 1 else HARM
 
 
 def stages_text(row: Row) -> str:
@@ -330,7 +345,7 @@ def _judge(raws: Sequence[Mapping[str, Any]], name: str) -> JudgeScore:
         unparsed=_total(entries, "unparsed"),
         false_positives=_total(entries, "false_positives"),
         false_negatives=_total(entries, "false_negatives"),
-        title=str(next((entry["title"] for entry in entries if entry.get("title")), "harmful score")),
+        title=str(next((entry["title"] for entry in entries if entry.get("title")), HARM)),
         mean_score=_mean(_values(entries, "mean_score")),
     )
 
