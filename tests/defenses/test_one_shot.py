@@ -119,7 +119,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         ({"shots": 9}, "shots must be from 1 to 8"),
         ({"lora": {"r": 2}}, "post_hoc.lora"),
         ({"training": {"epochs": 3}}, "unknown training argument"),
-        ({"defense": "soup"}, "post_hoc.training: soup trains nothing"),
+        ({"defense": "soup"}, "post_hoc.training: nothing is trained by soup"),
     ):
         recipe = patched(tmp_path, **block)
         with pytest.raises(RecipeError, match=words):
