@@ -26,6 +26,7 @@ from holdfast.pipeline import (
     evaluating,
     mixing,
     repairing,
+    screening,
     stages,
     user_rows,
     weight_attacks,
@@ -34,7 +35,7 @@ from holdfast.pipeline.chain import model_input, with_folders
 from holdfast.pipeline.step import Check, Code, Content, Made, Step, Work
 from holdfast.pipeline.versions import ANSWERED_BY, REPAIRED_BY, TRAINED_BY, packages
 from holdfast.recipe import Recipe
-from holdfast.recipe.data import AnchoringRecipe
+from holdfast.recipe.data import AnchoringRecipe, ScoreFilterRecipe
 from holdfast.recipe.evaluation import JudgeRecipe
 from holdfast.recipe.stages import (
     ALIGNMENT_TRAINING,
@@ -289,6 +290,7 @@ class _Planner:
         attacks, screen = self.recipe.data.attacks, self.recipe.data.filter
         steps: list[str] = []
         inputs: dict[str, Any]
+        given = rows
         for attack in attacks:
             if isinstance(attack, AnchoringRecipe):
                 inputs = {
@@ -312,11 +314,25 @@ class _Planner:
             steps.append(rows)
         if steps:
             found["attack"] = steps if len(steps) > 1 else rows
-        if screen is not None:
+        if isinstance(screen, ScoreFilterRecipe):
+            inputs = {
+                **self.model,
+                "chain": [Made(step) for step in weights],
+                "rows": Made(rows),
+                "before": Made(given) if rows != given else None,
+                **screening.screen_inputs(self.recipe, screen),
+                "code": digest_of_module("holdfast.measuring.row_scores"),
+                "packages": packages(ANSWERED_BY, self.recipe.model.quantization),
+            }
+            title = f"user rows that {screen.score} does not drop"
+            limit = f"scores above {screen.threshold:g}" if screen.share is None else f"{screen.share:.0%}"
+            work = screening.filter_rows, screening.check_filter
+            rows = found["filter"] = self._add("filter", title, f"drops {limit}", inputs, *work)
+        elif screen is not None:
             # Its value changes no row, only whether there are rows.
             most = Content(self.recipe.evaluation.max_unparsed, "max_unparsed")
             inputs = {"rows": Made(rows), **self._judge(screen.judge_recipe), "unparsed": screen.unparsed}
-            inputs["max_unparsed"] = most
+            inputs |= {"max_unparsed": most, "before": Made(given) if rows != given else None}
             title = f"user rows that {screen.judge} does not flag"
             detail = f"{screen.unparsed}s rows without a verdict"
             rows = found["filter"] = self._add(

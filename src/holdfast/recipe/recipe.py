@@ -20,7 +20,7 @@ from holdfast.errors import RecipeError
 from holdfast.machine.store import identity_hash
 from holdfast.recipe import layers, named
 from holdfast.recipe.attack_sweep import AttackPoint, AttackSweep
-from holdfast.recipe.data import AnchoringRecipe, Data
+from holdfast.recipe.data import AnchoringRecipe, Data, ScoreFilterRecipe
 from holdfast.recipe.evaluation import Evaluation
 from holdfast.recipe.model import FULL, Lora, Model, Part, Wrong, from_text, none_or_text
 from holdfast.recipe.stages import TRAINING, PostHocRecipe, StageRecipe, as_stage
@@ -128,6 +128,10 @@ class Recipe(Part):
                 raise Wrong(["data", "attack", "by"], f"{text}write lora_gradient or representation")
             if by == "lora_gradient" and self.trains("user") == "full":
                 raise Wrong(["data", "attack", "by"], "the user stage trains all weights; write gradient")
+        screen = self.data.filter
+        if isinstance(screen, ScoreFilterRecipe) and screen.by == "gradient" and self.model.quantization:
+            text = f"{self.model.quantization} weights have no gradient; write representation"
+            raise Wrong(["data", "filter", "by"], text)
         if self.evaluation.attacked and not self.data.prompt_attacks():
             text = "no attack of data.attack changes a question of the test; leave this out, or add one"
             raise Wrong(["evaluation", "attacked"], text)
@@ -431,8 +435,6 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
         return judge.model_copy(update={k: found(v, *place) for k, v in given.items() if v is not None})
 
     judges = [judge_files(judge, "evaluation", "judges") for judge in recipe.evaluation.judges]
-    screen = data.filter and judge_files(data.filter, "data", "filter")
-
     tamper = recipe.post_hoc_attack and recipe.post_hoc_attack.model_copy(
         update={
             key: found(getattr(recipe.post_hoc_attack, key), "post_hoc_attack", key)
@@ -441,13 +443,14 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
     )
 
     def anchors(attack: Any, *place: str) -> Any:
-        if not isinstance(attack, AnchoringRecipe):
+        if not isinstance(attack, AnchoringRecipe | ScoreFilterRecipe):
             return attack
         safe, where = attack.safe, (*place, "safe")
         resolved = [found(one, *where) for one in safe] if isinstance(safe, list) else found(safe, *where)
         update = {"harmful": found(attack.harmful, *place, "harmful"), "safe": resolved}
         return attack.model_copy(update=update)
 
+    screen = data.filter and anchors(judge_files(data.filter, "data", "filter"), "data", "filter")
     attack = data.attack
     if isinstance(attack, list):
         attack = [anchors(one, "data", "attack", str(i)) for i, one in enumerate(attack)]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from markupsafe import Markup
 
@@ -19,8 +19,6 @@ from holdfast.reporting.text import NOT_MEASURED, one_line, score_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from holdfast.reporting.collect import Run
-
 NAMES = {"learning_rate": "learning rate", "steps": "steps", "epochs": "epochs", "rank": "rank"}
 LINES = (("-", "o"), ((0, (5, 2)), "s"), ((0, (1, 1)), "^"), ((0, (4, 1, 1, 1)), "D"))
 """Dashes and markers of the lines of a chart; further lines begin again."""
@@ -28,6 +26,18 @@ LINES = (("-", "o"), ((0, (5, 2)), "s"), ((0, (1, 1)), "^"), ((0, (4, 1, 1, 1)),
 PARTS = (("harmful_score", "harmful score, %"), ("accuracy", "accuracy, %"))
 MOST = 12
 """Number of models whose sweeps are drawn."""
+
+
+class Run(Protocol):
+    """The parts of `holdfast.reporting.collect.Run` that are read here."""
+
+    @property
+    def attack_sweep(self) -> Any:
+        """The sweep as `results.json` has it; None or empty if the run has none."""
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The recipe."""
 
 
 @dataclass(frozen=True)
