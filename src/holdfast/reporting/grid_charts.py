@@ -10,7 +10,7 @@ from holdfast.reporting.grouped import Grouped, Series, grouped, key_text, value
 from holdfast.reporting.measurements import Row, harm_title
 from holdfast.reporting.read import number
 from holdfast.reporting.svg import COLOURS, figure_of, inline, margins, style
-from holdfast.reporting.text import one_line, score_text
+from holdfast.reporting.text import one_line, score_text, share_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,10 @@ LINES = tuple(f"line{number}" for number in range(1, 7))
 MARKERS = "os^Dv<>P"
 MOST = 4
 """The number of keys with a chart; the first keys of the recipe are drawn."""
-TITLES = {"data.poison_ratio": "share of harmful rows"}
+RATIO = "data.poison_ratio"
+TITLES = {RATIO: "share of harmful rows"}
+TICKS = 6
+"""With up to this many values, each has a tick."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def _svg(panels: Sequence[tuple[str, Sequence[Series]]], title: str, name: str, 
             grid = figure.subplots(1, len(panels), squeeze=False)[0]
             figure.subplots_adjust(**margins(figure, left=50, right=190, bottom=46, top=26), wspace=0.16)
         for axes, (panel, lines) in zip(grid, panels, strict=True):
-            _draw(axes, lines, names)
+            _draw(axes, lines, names, title == TITLES[RATIO])
             axes.set_title(panel, loc="left", fontsize=11)
             axes.set_xlabel(title)
         _legend(figure, grid[-1], names, narrow)
@@ -84,7 +87,7 @@ def _svg(panels: Sequence[tuple[str, Sequence[Series]]], title: str, name: str, 
         return inline(figure, f"{name}-{'narrow' if narrow else 'wide'}", f"Scores over {title}. {said}.")
 
 
-def _draw(axes: Axes, lines: Sequence[Series], names: Sequence[str]) -> None:
+def _draw(axes: Axes, lines: Sequence[Series], names: Sequence[str], shares: bool) -> None:
     values = list(dict.fromkeys(value for one in lines for value, _ in one.points))
     numeric = all(number(value) is not None for value in values)
     for one in lines:
@@ -111,6 +114,9 @@ def _draw(axes: Axes, lines: Sequence[Series], names: Sequence[str]) -> None:
     axes.set_ylim(-4, 104)
     if not numeric:
         axes.set_xticks(range(len(values)), [one_line(value_text(value), 14) for value in values])
+    elif len(values) <= TICKS:
+        texts = [share_text(value) if shares else value_text(value) for value in values]
+        axes.set_xticks(values, texts)
 
 
 def _legend(figure: Figure, axes: Axes, names: Sequence[str], narrow: bool) -> None:
