@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUT ?= runs/demo
+# The folder of the Slurm that `make test-cluster` starts.
+CLUSTER ?= $(CURDIR)/build/slurm
 # Small models are faster on one thread; the two test workers share two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-gpu setup lint docs bench world clean
+.PHONY: demo test test-gpu test-cluster setup lint docs bench world clean
 
 demo: $(INSTALLED)  ## Run every stage in the embedded world; ends with a table and a report
 	$(BIN)/holdfast demo --out $(OUT)
@@ -17,6 +19,12 @@ test: $(INSTALLED)  ## Run the whole test suite, offline and on the CPU
 
 test-gpu: $(INSTALLED)  ## Run the tests that need a GPU
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+
+test-cluster: $(INSTALLED)  ## Set up a Slurm (Debian, as root) and Ray, and run sweeps on them; takes half an hour
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[slurm,ray]"
+	sh tests/cluster/slurm.sh install && sh tests/cluster/slurm.sh start $(CLUSTER) || echo "Without Slurm."
+	SLURM_CONF=$(CLUSTER)/slurm.conf HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m cluster tests/cluster $(ARGS); \
+		code=$$?; sh tests/cluster/slurm.sh stop $(CLUSTER); exit $$code
 
 setup: $(INSTALLED)  ## Set up the environment only
 

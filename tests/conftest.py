@@ -37,7 +37,7 @@ def pytest_configure(config):
 FIRST = (
     "processes/test_trainers", "defenses/test_contract", "processes/test_run", "defenses/test_trl",
     "processes/test_launchers", "cli/test_cli", "defenses/test_third_party", "pipeline/", "recipe/", "attacks/",
-    "defenses/test_t", "training/", "evaluation/",
+    "defenses/test_t", "training/", "evaluation/", "benchmarks/", "test_docs", "reporting/test_page",
 )  # fmt: skip
 """Where the long files are: two workers that begin with them end at the same time."""
 

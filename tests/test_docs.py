@@ -14,6 +14,7 @@ from commands import holdfast_command
 from holdfast import registry
 from holdfast.recipe import Recipe, data, evaluation
 from holdfast.recipe import recipe as recipes
+from holdfast.recipe.attack_sweep import AttackPoint, AttackSweep
 from holdfast.recipe.weight_attack import PostHocAttackRecipe
 from holdfast.study.grid import expand
 from places import DOCS, ROOT, blocks
@@ -169,6 +170,9 @@ def test_the_recipe_page_names_every_key():
         data.AnchoringRecipe,
         data.AttackRecipe,
         data.FilterRecipe,
+        data.ScoreFilterRecipe,
+        AttackSweep,
+        AttackPoint,
         evaluation.Evaluation,
         recipes.Lora,
         recipes.StageRecipe,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
@@ -29,7 +30,9 @@ ALLOWED = {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
         "training", "models", "weights", "world",
     },
-    "measuring": {"recipe", "registry", "evaluation", "data", "tasks", "models", "weights", "chat"},
+    "measuring": {
+        "recipe", "registry", "attacks", "training", "evaluation", "data", "tasks", "models", "weights", "chat",
+    },
     "recipe": {"registry", "weights"},
     "probe": {"registry", "evaluation", "data", "chat"},
     "registry": {"plugins", "attacks", "defenses", "evaluation", "tasks"},
@@ -90,6 +93,12 @@ def test_no_circle_between_files():
     TopologicalSorter({module: imported(path) - {module} for module, path in MODULES.items()}).prepare()
 
 
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by file name alone and stops at the second one."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_every_folder_says_its_idea_and_what_others_may_use():
     """Its docstring starts with one line, and `__all__` names everything that other folders import."""
     listed: dict[str, set[str]] = {}
@@ -134,6 +143,12 @@ def modules_after(code: str) -> set[str]:
 )
 def test_light_parts_import_nothing_heavy(code):
     assert not modules_after(code) & HEAVY
+
+
+def test_no_two_test_files_have_the_same_name():
+    """pytest imports them by their names alone, and refuses a second file of a name."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_the_public_names():

@@ -63,6 +63,10 @@ def test_list_shows_what_is_there():
     assert [name in protocols for name in ("lisa-guide", "t-vaccine", "lisa-sst2")] == [True, True, False]
 
 
+def test_run_of_a_grid_names_the_command_for_it():
+    refused(command("run", "world-study"), "world-study is a grid", "holdfast sweep world-study")
+
+
 def test_run_from_end_to_end_and_again(recipe, tmp_path):
     done = command("run", recipe(), "--out", tmp_path / "out", "--device", "cpu")
     assert done.returncode == 0, done.stderr
@@ -246,7 +250,7 @@ def test_the_demo_compares_its_rows(tmp_path, monkeypatch):
     """The real demo on few steps: every row, a report, a summary."""
     from holdfast.cli.demo import demo, demo_runs
     from holdfast.recipe import Recipe
-    from holdfast.study import sweeping
+    from holdfast.study import local
 
     load = Recipe.load
     few = ["alignment.training.max_steps=2", "user.training.max_steps=2", "evaluation.prompts=4",
@@ -258,7 +262,7 @@ def test_the_demo_compares_its_rows(tmp_path, monkeypatch):
         return load(source, [*few, *overrides, *phases])
 
     monkeypatch.setattr(Recipe, "load", loaded)
-    monkeypatch.setattr(sweeping, "start_worker", Inside)
+    monkeypatch.setattr(local, "start_worker", Inside)
     with no_pages():  # but the last, which compares them
         results = demo(tmp_path / "demo", seeds=2, device="cpu", workers=1)
     names = [row["name"] for row in results["rows"]]

@@ -103,9 +103,9 @@ def test_ended_from_outside_nothing_half_written_is_left(place, how):
     code = (
         f"import os, signal, sys, time; sys.argv = {arguments!r}\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where tests run behind `&`
-        "from holdfast.defenses.safe_lora_parts import work\n"
+        "from holdfast.defenses import safe_lora\n"
         f"def ended(*_): os.kill(os.getpid(), signal.{how}); time.sleep(0.1)\n"
-        "work.overwrite = ended\n"
+        "safe_lora.overwrite = ended\n"
         "from holdfast.cli.app import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=place)

@@ -1,7 +1,15 @@
 #!/bin/sh
-# A Slurm of one node in a folder, for tests: `slurm.sh start DIR`, then SLURM_CONF=DIR/slurm.conf; `slurm.sh stop DIR`.
-# Needs root, and Debian's packages slurmctld, slurmd, slurm-client and munge.
+# A Slurm of one node in a folder, for tests. Needs root and Debian.
+#   slurm.sh install      install slurmctld, slurmd, slurm-client and munge
+#   slurm.sh start DIR    start it; then export SLURM_CONF=DIR/slurm.conf
+#   slurm.sh stop DIR     end it
 set -eu
+if [ "$1" = install ]; then
+    command -v slurmctld slurmd munged srun >/dev/null && exit 0
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge
+    exit 0
+fi
 dir=$(mkdir -p "$2" && cd "$2" && pwd)
 name=$(hostname -s)
 stop() {
@@ -12,7 +20,7 @@ stop() {
 case $1 in
 stop) stop; exit 0 ;;
 start) ;;
-*) echo "usage: slurm.sh start|stop DIR" >&2; exit 2 ;;
+*) echo "usage: slurm.sh install, or slurm.sh start|stop DIR" >&2; exit 2 ;;
 esac
 stop
 mkdir -p "$dir/state" "$dir/spool" /run/munge
@@ -38,7 +46,8 @@ SlurmdLogFile=$dir/slurmd.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
+SelectTypeParameters=CR_CPU_Memory
+DefMemPerCPU=1000
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SchedulerParameters=sched_interval=1,batch_sched_delay=1,bf_interval=1,requeue_delay=1

@@ -36,6 +36,7 @@ def sources(tmp_path_factory):
     base, aligned = save_pair(folder)
     user = save_adapter(folder / "user", r=2, target_modules=SEVEN)
     guide = save_adapter(folder / "guide", std=0.3, r=4, lora_alpha=3, target_modules=SEVEN)
+    save_adapter(folder / "refusal", std=0.2, r=3, lora_alpha=3, target_modules=SEVEN)
     model = llama()
     torch.manual_seed(9)
     with torch.no_grad():
@@ -68,6 +69,7 @@ def apply(name, trains, sources, out, parameters):
         trains=trains,
         base=base if "base" in wanted else None,
         aligned=aligned if "aligned" in wanted else None,
+        refusal=source.parent / "refusal" if "refusal_adapter" in wanted else None,
         load_rows={key: load for key, load in rows().items() if key in wanted},
         load_tokenizer=tiny.tokenizer if "tokenizer" in wanted else None,
     )

@@ -190,14 +190,13 @@ def test_only_a_folder_of_ours_is_replaced(three, tmp_path):
 @pytest.mark.parametrize("when", ["copy", "put", "text"])
 def test_a_full_disk_leaves_nothing(three, tmp_path, monkeypatch, when):
     from holdfast.defenses import safe_lora
-    from holdfast.defenses.safe_lora_parts import work
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     where = {
         "copy": (safe_lora.shutil, "copyfile"),
-        "put": (work, "overwrite"),
+        "put": (safe_lora, "overwrite"),
         "text": (safe_lora, "write_json"),
     }
     monkeypatch.setattr(*where[when], full)

@@ -19,7 +19,7 @@ from holdfast.study.worker import work
 
 
 class Inside:
-    """A worker of a sweep in this process, to replace `sweeping.start_worker`."""
+    """A worker of a sweep in this process, to replace `local.start_worker`."""
 
     def __init__(self, folder, number, environment):
         work(folder, number)

@@ -15,7 +15,7 @@ from transformers.integrations import integration_utils as integrations
 
 import tiny
 from holdfast.errors import RecipeError
-from holdfast.pipeline import training
+from holdfast.pipeline import tracking, training
 from holdfast.recipe import Recipe
 from runs import run
 
@@ -46,7 +46,18 @@ def installed(monkeypatch):
     )
     monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, "trackio", Tracker)
     monkeypatch.setattr(Tracker, "made", [], raising=False)
+    monkeypatch.setitem(sys.modules, "trackio", Trackio())
     return Tracker.made
+
+
+class Trackio(types.ModuleType):
+    """The functions of `trackio` that scores are sent with."""
+
+    def __init__(self):
+        super().__init__("trackio")
+        self.calls = []
+        for name in ("init", "log", "finish"):
+            setattr(self, name, lambda *a, _call=name, **k: self.calls.append((_call, a, k)))
 
 
 def recipe(tmp_path, **user):
@@ -56,14 +67,20 @@ def recipe(tmp_path, **user):
 
 
 def test_the_log_goes_to_the_tracker_and_the_step_stays(tmp_path, installed):
-    _, first = run(recipe(tmp_path, report_to="trackio"), tmp_path / "out")
+    results, first = run(recipe(tmp_path, report_to="trackio"), tmp_path / "out")
     (tracker,) = installed
     assert any("loss" in logs for logs in tracker.logs)
     assert tracker.name in [path.name for path in (tmp_path / "out" / "steps").glob("user-*")]
     assert any(title.startswith("user fine-tuning") for title in first.ran)
+    (name, _, named), (_, (values,), _), _ = sys.modules["trackio"].calls
+    assert (name, named["name"], named["project"]) == ("init", "tiny", "huggingface")
+    row = results["rows"][-1]
+    assert values["tiny/harmful_score"] == row["harmful_score"], "the final scores are sent too"
+    assert set(values) >= {"aligned/harmful_score", "tiny/finetune_accuracy"}
     for changed in ({}, {"report_to": "none"}, {"report_to": ["trackio"], "run_name": "mine"}):
         _, again = run(recipe(tmp_path, **changed), tmp_path / "out")
         assert not again.ran, changed
+    assert len(sys.modules["trackio"].calls) == 3, "a cached run sends nothing"
     card = next((tmp_path / "out" / "steps").glob("user-*/adapter/README.md"))
     assert "report_to" not in card.read_text()
 
@@ -113,3 +130,58 @@ def test_tensorboard_writes_where_nothing_is_removed(tmp_path):
     callback.logging_dir = None
     with training.tracked(Stub(["tensorboard"], callback), "step", tmp_path / "logs"):
         assert callback.logging_dir == str(tmp_path / "logs")
+
+
+class Wandb(types.ModuleType):
+    """The part of wandb that scores are sent with."""
+
+    def __init__(self, run=None):
+        super().__init__("wandb")
+        self.run, self.summary, self.finished = run, {}, 0
+
+    def init(self, **given):
+        self.given = given
+        return self
+
+    def finish(self):
+        self.finished += 1
+
+
+class Mlflow(types.ModuleType):
+    """The part of MLflow that scores are sent with."""
+
+    def __init__(self):
+        super().__init__("mlflow")
+        self.sent = {}
+
+    def active_run(self):
+        return None
+
+    def start_run(self, **given):
+        self.given = given
+        return contextlib.nullcontext()
+
+    def log_metrics(self, values):
+        self.sent = values
+
+
+RESULTS = {"rows": [{"name": "a", "harmful_score": 1.5, "finetune_accuracy": None, "seconds": 3}]}
+
+
+def test_scores_for_each_tracker(tmp_path, monkeypatch, caplog):
+    """A tracker that fails is a warning, and the next one still gets the scores."""
+    wandb, mlflow = Wandb(), Mlflow()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    made = Recipe.load(recipe(tmp_path, report_to=["wandb", "trackio", "mlflow"]))
+    tracking.log_scores(tmp_path, made, RESULTS)
+    assert wandb.summary == mlflow.sent == {"a/harmful_score": 1.5}
+    assert (wandb.given, wandb.finished) == ({"project": "huggingface", "name": "tiny"}, 1)
+    assert mlflow.given == {"run_name": "tiny", "nested": False}
+    assert "could not be sent to trackio" in caplog.text
+    theirs = Wandb(run=wandb)
+    monkeypatch.setitem(sys.modules, "wandb", theirs)
+    tracking.log_scores(tmp_path, made, RESULTS)
+    assert theirs.finished == 0, "the user's own run stays open"

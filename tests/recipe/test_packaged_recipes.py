@@ -99,9 +99,8 @@ def test_planned(name, files):
     assert recipe.name == name
     steps = [step.kind for step in pipeline.plan(recipe)]
     assert steps.count("alignment") == (0 if name.startswith("na-sft") else 1)
-    assert steps.count("data") == 3 + any(
-        "harmful_dataset" in recipe.needs(stage) for stage in ("alignment", "user")
-    )
+    stages = ("alignment", "user", "post_hoc")
+    assert steps.count("data") == 3 + any("harmful" in recipe.reads(stage) for stage in stages)
     states = 2 + len(recipe.post_hoc.combinations() if recipe.post_hoc else ())
     assert (steps.count("user"), steps.count("generate"), steps.count("moderate")) == (1, states, 2 * states)
 

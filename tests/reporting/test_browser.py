@@ -66,7 +66,7 @@ def test_no_sideways_scrolling(pages, tmp_path, name, width):
     content, window, headings, labels = map(int, measured.groups())
     assert content <= window
     assert width - 20 <= window <= width  # without the vertical scroll bar
-    assert headings == 6
+    assert headings >= 7
     assert labels > 10
 
 
@@ -81,4 +81,4 @@ def test_an_answer_with_a_script_stays_text(tmp_path):
     assert "Holdfast report</title>" in dom
     assert "<title>owned" not in dom
     assert "&lt;script&gt;document.title" in dom
-    assert "<script" not in dom
+    assert dom.count("<script") == 3, "ours, the index and the answers"

@@ -425,6 +425,7 @@ def test_the_pages_commands_run(copies, monkeypatch):
     folder, base, (alignment, user) = copies
     for source, name in ((base, "base-model"), (alignment, "alignment"), (user, "user")):
         source.rename(folder / name)
+    shutil.copytree(folder / "user", folder / "refusal")
     page = DOCS / "deliver.md"
     for line in "".join(blocks(page, "bash")).splitlines():
         done = command(*line.split()[1:], cwd=folder)

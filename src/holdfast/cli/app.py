@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from holdfast import __version__
-from holdfast.cli import adapters, gating, measuring, safe_lora, sweeping, tables
+from holdfast.cli import adapters, gating, measuring, pushing, safe_lora, sweeping, tables
 from holdfast.errors import HoldfastError, RecipeError, first_line, visible
 from holdfast.machine.processes import launched
 from holdfast.plugins import PluginWarning
@@ -143,6 +143,8 @@ def run(
         Path | None, typer.Option(help="Folder of steps that runs can share. Default: OUT/steps.")
     ] = None,
     device: Device = "auto",
+    push: pushing.Push = None,
+    public: pushing.Public = False,
     verbose: Verbose = False,
 ) -> None:
     """Run a recipe, or resume it where it stopped; ends with a table and a report."""
@@ -154,11 +156,13 @@ def run(
     if is_grid(recipe):
         raise RecipeError(f"{recipe} is a grid of several runs. Run it with: holdfast sweep {recipe}")
     loaded = Recipe.load(recipe, overrides or [])
+    pushing.check_run(loaded, push, public)
     folder = out or Path("runs") / loaded.name.replace(" ", "-")
     with console.Bars(verbose=verbose) as bars:
         results = run_recipe(loaded, out=folder, store=store, device=device, progress=bars)
     if launched().main:
         _done(bars.ran, results["rows"], folder)
+        pushing.push_run(folder, push, public)
 
 
 @app.command(epilog="Example: holdfast plan my-recipe.yaml user.rho=3")
@@ -255,6 +259,7 @@ def report(
     force: Annotated[
         bool, typer.Option("--force", help="Compare runs even if their protocol stamps differ.")
     ] = False,
+    png: Annotated[Path | None, typer.Option(help="Also write the picture at the top to this file.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write each method's scores to this file.")] = None,
     latex: Annotated[Path | None, typer.Option(help="Also write them as a LaTeX table.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write them as a Markdown table.")] = None,
@@ -265,7 +270,7 @@ def report(
     from holdfast.reporting import export, unfinished
     from holdfast.reporting import report as write_report
 
-    written = write_report(runs, out, force=force)
+    written = write_report(runs, out, force=force, png=png)
     files = {"csv": csv, "latex": latex, "markdown": markdown, "json": json}
     export(runs, {kind: file for kind, file in files.items() if file is not None}, force=force)
     for run in filter(unfinished, runs):

@@ -28,7 +28,10 @@ Against = Annotated[
         help="Model before: a model, an adapter or answers. Default: the base model of the adapter.",
     ),
 ]
-Prompts = Annotated[str | None, typer.Option(help="Harmful prompts: world, beavertails, a file or a Hub id.")]
+Prompts = Annotated[
+    str | None,
+    typer.Option(help="Harmful prompts: a name (see holdfast list tasks), world, a file or a Hub id."),
+]
 Benign = Annotated[str | None, typer.Option(help="Harmless questions, or none. Default: built in.")]
 TaskName = Annotated[str | None, typer.Option(help="Name of a task whose test rows to use.")]
 TaskRows = Annotated[str | None, typer.Option(help="Your own task rows.")]

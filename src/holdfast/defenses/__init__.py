@@ -33,10 +33,14 @@ class Defense:
         needs: its inputs in addition to `train_dataset`. For a trainer (or its `mix`): "alignment_dataset",
             "harmful_dataset", and "base" and "aligned" together (folders, as for a post-hoc method). For a
             post-hoc method: "base" and "aligned" (the model before and after alignment), "train_dataset",
-            "alignment_dataset", "harmful_dataset" (rows) and "tokenizer".
+            "alignment_dataset", "harmful_dataset" (rows) and "tokenizer". A run also trains adapters for a
+            method, with plain SFT and the settings of the user stage: "harmful_adapter" (on the harmful rows)
+            is frozen below the trainer's own adapter and taken away afterwards; "refusal_adapter" (on the
+            alignment rows, above a harmful one that is taken away) is for a post-hoc method.
         optional: inputs that a post-hoc method also gets if the run has them.
         config: its `TrainingArguments` with the method's own fields; a plain dataclass for a post-hoc method.
-        trainer: its `transformers.Trainer`.
+        trainer: its `transformers.Trainer`. That of a post-hoc method trains the user stage's weights further
+            and gets the alignment rows as `train_dataset`.
         adapter: what the user stage trains unless the recipe says otherwise: "new" (double LoRA: a fresh
             adapter on top of the alignment one) or "continue" (single LoRA: the alignment adapter itself).
         mix: for methods that change rows only, `mix(user_rows, alignment_rows, *, seed, folder,
@@ -109,6 +113,7 @@ class Tuned:
             alignment's adapter itself) or "full" (all weights).
         base: the folder of the model before alignment.
         aligned: the folder of the aligned model, or of the alignment's adapter on `base`.
+        refusal: the folder of the "refusal_adapter", on the aligned model.
         seed: the seed of the run.
         device: the device to compute on, such as "cpu" or "cuda".
         dtype: the dtype of the run's model, such as "bfloat16".
@@ -119,6 +124,7 @@ class Tuned:
     trains: Trains = "new"
     base: Path | None = None
     aligned: Path | None = None
+    refusal: Path | None = None
     seed: int = 42
     device: str = "cpu"
     dtype: str = "float32"

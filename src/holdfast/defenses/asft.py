@@ -4,8 +4,8 @@ For each adapted module with update dW = (alpha / r) B A and V = W_aligned - W_b
 
     min  CE(user rows) + lambda sum over modules ||(I - C) dW||_F^2
 
-C is Safe LoRA's, and no matrix of size out x out is built here either. With P = (I - C) B, the penalty is
-s^2 tr(P^T P A A^T), and its gradient is
+C is Safe LoRA's, and no matrix of size out x out is built here either. With P = (I - C) B, the penalty is s^2
+tr(P^T P A A^T), and its gradient is
 
     2 s^2 (I - C) P A A^T  for B,    2 s^2 P^T P A  for A
 

@@ -7,8 +7,8 @@ For each linear weight, with D = W_aligned - W_base and U_k its first k left sin
 The alignment stage is plain SFT; LoX changes its result, and the user stage starts from that. The paper takes
 k = 6 and alpha = 1.25.
 
-For an alignment with LoRA, D = s B A. U_k comes from a QR decomposition of B and of A^T and an SVD of their
-r x r product, and only B changes: B' = B + alpha U_k (U_k^T B). The result is an adapter of the same rank.
+For an alignment with LoRA, D = s B A. U_k comes from a QR decomposition of B and of A^T and an SVD of their r
+x r product, and only B changes: B' = B + alpha U_k (U_k^T B). The result is an adapter of the same rank.
 
 All weights are read one matrix at a time. A matrix whose shorter side is at most 1024 has a dense SVD. For
 larger ones, U_k comes from subspace iteration with 10 more vectors than k, until every direction u with value

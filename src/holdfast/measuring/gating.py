@@ -58,7 +58,7 @@ def gate(
             adapters share is loaded once.
         against: the model before: a model, an adapter or a file of answers. By default the base model that
             the configuration of the first adapter names.
-        prompts: harmful prompts: "world", "beavertails", a file or a Hub id. The default depends on the
+        prompts: harmful prompts: a data set by name, "world", a file or a Hub id. The default depends on the
             model; the result says which was used.
         benign: harmless questions for over-refusal. By default Holdfast's own, and "none" asks none.
         task, task_rows: a user task by name, or your own rows, graded for `min_accuracy`.

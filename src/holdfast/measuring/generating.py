@@ -63,7 +63,7 @@ def generate(
     Args:
         model: `holdfast.recipe.model.Weights`; its path is a folder, a Hub id or "world", or with `endpoint`
             the model's name on the server.
-        harmful: harmful prompts: "world", "beavertails", a file or a Hub id.
+        harmful: harmful prompts: a data set by name, "world", a file or a Hub id.
         task: a user task by name: its test rows, and its grader in `score`.
         task_rows: rows of your own to grade: a file with prompts and answers.
         benign: harmless questions.

@@ -7,6 +7,7 @@ from holdfast.pipeline.preflight import rehearse
 from holdfast.pipeline.running import run
 
 __all__ = [
+    "delivering",
     "plan",
     "planning",
     "preflight",

@@ -26,52 +26,65 @@ MAKE: Mapping[str, Callable[..., datasets.Prepared]] = {
 """The function that makes the rows of each role. The inputs of a data step are its arguments."""
 
 
-def source(named: str | None, role: str, *, read: str | None = None) -> Content | None:
+def source(
+    named: str | None, role: str, *, read: str | None = None, known: dict[Any, Any] | None = None
+) -> Content | None:
     """Return a data source as an input, identified by its content and the code of the data set that reads it.
 
     Args:
         named: the source as in the recipe; the work also gets None for None.
         read: the source that is read if `named` is None: the task's own data.
+        known: what earlier calls read, for plans that are made together.
     """
     if named is None and read is None:
         return None
-    place = named or read or ""
-    known = place.partition(":")[0]
-    code = version("tasks", known) if known in registry.faces("tasks") else None
-    return Content(named, {"content": datasets.fingerprint(place, role=role), "read_as": code})
+    place, known = named or read or "", {} if known is None else known
+    if (place, role) not in known:
+        name = place.partition(":")[0]
+        code = version("tasks", name) if name in registry.faces("tasks") else None
+        known[place, role] = {"content": datasets.fingerprint(place, role=role), "read_as": code}
+    return Content(named, known[place, role])
 
 
-def role_inputs(recipe: Recipe, role: str) -> dict[str, Any]:
-    """Return the inputs of the data step of `role`: the arguments of `MAKE[role]` that affect its rows."""
+def role_inputs(recipe: Recipe, role: str, known: dict[Any, Any] | None = None) -> dict[str, Any]:
+    """Return the inputs of the data step of `role`: the arguments of `MAKE[role]` that affect its rows.
+
+    Args:
+        known: what earlier calls read from files, for plans that are made together.
+    """
+    known = {} if known is None else known
     data, evaluation = recipe.data, recipe.evaluation
     # Prompts are held out of the harmful rows only if these have no test split and no test file.
-    holds_out = data.harmful is not None and datasets.holds_out(data.harmful, data.test_harmful)
+    pair = data.harmful, data.test_harmful
+    if pair not in known:
+        known[pair] = data.harmful is not None and datasets.holds_out(data.harmful, data.test_harmful)
+    holds_out = known[pair]
     held_out = {"prompts": evaluation.prompts} if holds_out else {}
     if role == "alignment":
         assert data.alignment is not None
         wanted = data.alignment
-        asked: dict[str, Any] = {"source": source(wanted.source, "alignment"), "kind": wanted.kind}
         return {
-            "role": role, **asked, "size": wanted.size, "seed": recipe.seed, "skip_bad": data.skip_bad,
+            "role": role, "source": source(wanted.source, "alignment", known=known), "kind": wanted.kind,
+            "size": wanted.size, "seed": recipe.seed, "skip_bad": data.skip_bad,
             "loss_on": wanted.loss_on, "take": data.take, "skip": wanted.skip,
         }  # fmt: skip
     if role == "harmful":
         named, size = data.alignment_harmful()
-        held_of = {"harmful": source(data.harmful, "harmful"), **held_out} if holds_out else {}
+        held_of = {"harmful": source(data.harmful, "harmful", known=known), **held_out} if holds_out else {}
         return {
-            "role": role, "source": source(named, "harmful"), "size": size, "seed": recipe.seed, **held_of,
-            "skip_bad": data.skip_bad, "loss_on": data.loss_on, "take": data.take,
-            "skip": data.alignment_skip(),
+            "role": role, "source": source(named, "harmful", known=known), "size": size,
+            "seed": recipe.seed, **held_of, "skip_bad": data.skip_bad, "loss_on": data.loss_on,
+            "take": data.take, "skip": data.alignment_skip(),
         }  # fmt: skip
     shared = {
         "role": role,
         "task": Code("tasks", datasets.grading_task(data.user, data.task).name),
         "columns": data.columns,
         "suffix": data.suffix,
-        "user": source(data.user, "user", read=data.task),
-        "harmful": source(data.harmful, "harmful"),
-        "test": source(data.test, "test"),
-        "harmful_test": source(data.test_harmful, "harmful"),
+        "user": source(data.user, "user", read=data.task, known=known),
+        "harmful": source(data.harmful, "harmful", known=known),
+        "test": source(data.test, "test", known=known),
+        "harmful_test": source(data.test_harmful, "harmful", known=known),
         "skip_bad": data.skip_bad,
     }
     if role == "user":
@@ -82,7 +95,7 @@ def role_inputs(recipe: Recipe, role: str) -> dict[str, Any]:
     return {
         **shared,
         "graded_as": version("tasks", graded_as(recipe).name),
-        "benign": source(data.benign, "benign"),
+        "benign": source(data.benign, "benign", known=known),
         "prompts": evaluation.prompts,
         "mixed_prompts": evaluation.mixed_prompts,
         "task_size": evaluation.task_rows,
@@ -127,7 +140,7 @@ def data_details(recipe: Recipe) -> dict[str, str]:
     if data.alignment is not None:
         wanted = data.alignment
         found["alignment"] = f"{_count(wanted.size)} {wanted.kind} rows of {wanted.source}"
-    if "harmful_dataset" in (*recipe.needs("alignment"), *recipe.needs("user"), *recipe.needs("post_hoc")):
+    if any("harmful" in recipe.reads(stage) for stage in ("alignment", "user", "post_hoc")):
         named, size = data.alignment_harmful()
         found["harmful"] = f"{_count(size)} harmful rows of {named}, for the method"
     share = f"{100 * data.poison_ratio:g} % harmful"

@@ -26,6 +26,7 @@ from holdfast.pipeline import (
     evaluating,
     mixing,
     repairing,
+    screening,
     stages,
     user_rows,
     weight_attacks,
@@ -34,9 +35,17 @@ from holdfast.pipeline.chain import model_input, with_folders
 from holdfast.pipeline.step import Check, Code, Content, Made, Step, Work
 from holdfast.pipeline.versions import ANSWERED_BY, REPAIRED_BY, TRAINED_BY, packages
 from holdfast.recipe import Recipe
-from holdfast.recipe.data import AnchoringRecipe
+from holdfast.recipe.data import AnchoringRecipe, ScoreFilterRecipe
 from holdfast.recipe.evaluation import JudgeRecipe
-from holdfast.recipe.stages import ALIGNMENT_TRAINING, NOT_IDENTITY, USER_TRAINING, StageRecipe, with_decimals
+from holdfast.recipe.stages import (
+    ALIGNMENT_TRAINING,
+    NOT_IDENTITY,
+    POST_HOC_TRAINING,
+    USER_TRAINING,
+    StageRecipe,
+    Training,
+    with_decimals,
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class State:
         lm_eval: the step of lm-evaluation-harness, if the recipe asks for it.
         chosen: the steps that change or select user rows, by kind; a list for several attacks.
         tampered: the attack on its weights.
+        point: the point of an attack sweep at which it was trained.
     """
 
     name: str
@@ -64,6 +74,7 @@ class State:
     post_hoc_parameters: Mapping[str, Any] | None = None
     chosen: Mapping[str, str | list[str]] = field(default_factory=dict)
     tampered: str | None = None
+    point: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,7 @@ def plan(
     partial: bool = False,
     device: str = "auto",
     processes: Mapping[str, int] | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> Plan:
     """Return the steps of `recipe`. Reads files to identify their content; writes nothing, imports no torch.
 
@@ -110,12 +122,23 @@ def plan(
             a model that is stored with 16 bits.
         processes: by stage ("alignment", "user"), the number of processes that train together; by default
             those that were started together with this one, at every stage.
+        known: what earlier plans read from files; plans that are made together share it, and no other.
 
     Raises:
         DataError, ModelError: a file or a model is missing or cannot be used.
     """
     today, digests = today or now()[:10], digests or Digests()
-    return _Planner(recipe, download, digests, today, partial, device, processes).plan()
+    return _Planner(recipe, download, digests, today, partial, device, processes, known).plan()
+
+
+TITLES = {
+    "alignment": "alignment with {label}",
+    "user": "user fine-tuning with {label}",
+    "harmful_adapter": "adapter on the harmful rows",
+    "refusal_adapter": "adapter on the alignment rows, above the harmful one",
+    "post_hoc": "repair with {label}",
+}
+"""The titles of trainings, by kind of step."""
 
 
 class _Planner:
@@ -130,11 +153,13 @@ class _Planner:
         partial: bool,
         device: str,
         processes: Mapping[str, int] | None,
+        known: dict[Any, Any] | None,
     ):
         from holdfast.weights.folders import find_model, model_path, writes_date
 
         self.download = download
         self.digests = digests
+        self.known = {} if known is None else known
         self.processes = processes or dict.fromkeys(("alignment", "user"), launched().count)
         self.steps: dict[str, Step] = {}
         self.partial = partial
@@ -147,8 +172,12 @@ class _Planner:
         date = (recipe.model.template_date or today) if dated else None
         model = recipe.model.model_copy(update={"template_date": date})
         self.recipe = recipe = recipe.model_copy(update={"model": model})
+        self.at = ""  # the point of an attack sweep, for titles
+        described = repr(recipe.model), self.folder, device
+        if described not in self.known:
+            self.known[described] = model_input(recipe, self.folder, digests, device)
         self.model: dict[str, Any] = {
-            "model": model_input(recipe, self.folder, digests, device),
+            "model": self.known[described],
             "template": recipe.model.template,
         }
 
@@ -176,7 +205,13 @@ class _Planner:
             weights = trained[-1:]
         name = "base" if recipe.alignment is None else "aligned"
         states.append(self._evaluate(name, f"the {name} model", None, trained, weights, rows["test"]))
-        if recipe.user is not None:
+        if recipe.user is not None and recipe.attack_sweep is not None:
+            for point in recipe.attack_sweep.each():
+                self.recipe, self.at = recipe.at(point), f" at {point.shown}"
+                tuned = self._tuned(rows, trained, weights)
+                states += [replace(state, point=point.given()) for state in tuned]
+            self.recipe, self.at = recipe, ""
+        elif recipe.user is not None:
             states += self._tuned(rows, trained, weights)
         elif recipe.post_hoc_attack is not None:
             states.append(self._tamper(states[0], weights, rows["test"]))
@@ -192,7 +227,8 @@ class _Planner:
         assert recipe.user is not None
         chosen, last = self._chosen(rows["user"], aligned)
         rows = {**rows, "user": last}
-        step = self._train("user", recipe.user, USER_TRAINING, self._rows("user", rows), aligned)
+        buffer = self._harmful_adapter("user", rows, aligned)
+        step = self._train("user", recipe.user, USER_TRAINING, self._rows("user", rows), aligned, buffer)
         trained = (*trained, step)
         below = {"new": aligned, "continue": aligned[:-1], "full": ()}[recipe.trains("user")]
         weights = (*below, step)
@@ -214,6 +250,8 @@ class _Planner:
         check: Check | None = None,
         together: bool = False,
     ) -> str:
+        if kind not in ("attack", "change", "filter"):  # which the points of an attack sweep share
+            title += self.at
         step = Step(kind, title, detail, inputs, work, check, together)
         self.steps.setdefault(step.id, step)
         return step.id
@@ -224,7 +262,7 @@ class _Planner:
         for role, detail in data.data_details(self.recipe).items():
             inputs: dict[str, Any] = {"role": role, "elsewhere": True}
             with self._noted():
-                inputs = data.role_inputs(self.recipe, role)
+                inputs = data.role_inputs(self.recipe, role, self.known)
             found[role] = self._add("data", f"{role} rows", detail, inputs, data.make_rows)
         manifest = self._add(
             "manifest",
@@ -252,6 +290,7 @@ class _Planner:
         attacks, screen = self.recipe.data.attacks, self.recipe.data.filter
         steps: list[str] = []
         inputs: dict[str, Any]
+        given = rows
         for attack in attacks:
             if isinstance(attack, AnchoringRecipe):
                 inputs = {
@@ -275,11 +314,25 @@ class _Planner:
             steps.append(rows)
         if steps:
             found["attack"] = steps if len(steps) > 1 else rows
-        if screen is not None:
+        if isinstance(screen, ScoreFilterRecipe):
+            inputs = {
+                **self.model,
+                "chain": [Made(step) for step in weights],
+                "rows": Made(rows),
+                "before": Made(given) if rows != given else None,
+                **screening.screen_inputs(self.recipe, screen),
+                "code": digest_of_module("holdfast.measuring.row_scores"),
+                "packages": packages(ANSWERED_BY, self.recipe.model.quantization),
+            }
+            title = f"user rows that {screen.score} does not drop"
+            limit = f"scores above {screen.threshold:g}" if screen.share is None else f"{screen.share:.0%}"
+            work = screening.filter_rows, screening.check_filter
+            rows = found["filter"] = self._add("filter", title, f"drops {limit}", inputs, *work)
+        elif screen is not None:
             # Its value changes no row, only whether there are rows.
             most = Content(self.recipe.evaluation.max_unparsed, "max_unparsed")
             inputs = {"rows": Made(rows), **self._judge(screen.judge_recipe), "unparsed": screen.unparsed}
-            inputs["max_unparsed"] = most
+            inputs |= {"max_unparsed": most, "before": Made(given) if rows != given else None}
             title = f"user rows that {screen.judge} does not flag"
             detail = f"{screen.unparsed}s rows without a verdict"
             rows = found["filter"] = self._add(
@@ -294,21 +347,31 @@ class _Planner:
         defaults: Mapping[str, Any],
         rows: Mapping[str, Made],
         below: tuple[str, ...],
+        buffer: str | None = None,
+        kind: str | None = None,
     ) -> str:
-        """Add a training stage on top of the weights of the steps `below`."""
+        """Add a training stage on top of the weights of the steps `below`.
+
+        Args:
+            buffer: the step of an adapter above these, which the result is used without.
+            kind: the kind of step, if it is not the stage.
+        """
         recipe = self.recipe
         if repairing.hardens(part):  # plain SFT, whose weights the method changes afterwards
             part = part.as_sft()
         parameters = self._parameters(part)
         training = {**defaults, **part.training.given()}
-        if stage == "user":
+        if stage == "user" and kind is None:
             training |= recipe.data.attack_training()
         trains = recipe.trains(stage)
+        processes = self.processes.get(stage, launched().count)
+        last = "user" if stage == "post_hoc" else stage
         # Single LoRA continues the alignment stage's adapter.
-        lora = None if trains == "full" else recipe.lora("alignment" if trains == "continue" else stage)
+        single = stage != "alignment" and recipe.trains("user") == "continue"
+        lora = None if trains == "full" else recipe.lora("alignment" if single else last)
         inputs = {
             **self.model,
-            "stage": stage,
+            "stage": kind or stage,
             "method": Code("defenses", part.defense),
             "parameters": parameters,
             "training": Content(training, {k: v for k, v in training.items() if k not in NOT_IDENTITY}),
@@ -317,17 +380,30 @@ class _Planner:
             "rows": dict(rows),
             "chain": [Made(step) for step in below],
             "seed": recipe.seed,
-            "processes": self.processes[stage],  # multiplies the rows of an optimizer step
+            "processes": processes,  # multiplies the rows of an optimizer step
             "packages": packages(TRAINED_BY, recipe.model.quantization),
+            **({"buffer": Made(buffer)} if buffer else {}),
         }
-        if "base" in recipe.needs(stage) and not repairing.hardens(getattr(recipe, stage)):
+        if kind is None and "base" in recipe.needs(stage) and not repairing.hardens(getattr(recipe, stage)):
             inputs |= repairing.alignment_inputs(recipe, stage, self.folder, self.digests, self.download)
         label = registry.face("defenses", part.defense).facts.get("label", part.defense)
-        title = f"alignment with {label}" if stage == "alignment" else f"user fine-tuning with {label}"
-        detail = stages.training_detail(training, trains, self.processes[stage])
+        title = TITLES[kind or stage].format(label=label)
+        detail = stages.training_detail(training, trains, processes)
         detail += mixing.detail(part.defense, parameters) or repairing.shown_after(parameters)
         work = stages.train_stage, stages.check_stage
-        return self._add(stage, title, detail, inputs, *work, together=True)
+        return self._add(kind or stage, title, detail, inputs, *work, together=True)
+
+    def _harmful_adapter(self, stage: str, rows: Mapping[str, str], below: tuple[str, ...]) -> str | None:
+        """Add the adapter that plain SFT trains on the harmful rows, if the stage's method needs it."""
+        if not {"harmful_adapter", "refusal_adapter"} & set(self.recipe.needs(stage)):
+            return None
+        return self._beside("harmful_adapter", rows["harmful"], below, None)
+
+    def _beside(self, kind: str, rows: str, below: tuple[str, ...], buffer: str | None) -> str:
+        """Add an adapter that is trained like the user's, with plain SFT and on other rows."""
+        assert self.recipe.user is not None
+        part, given = self.recipe.user.as_sft(), {"train_dataset": Made(rows)}
+        return self._train("user", part, USER_TRAINING, given, below, buffer, kind)
 
     def _harden(self, part: StageRecipe, aligned: str) -> str:
         """Add the step in which a method changes what plain SFT aligned, before the user stage."""
@@ -359,6 +435,30 @@ class _Planner:
         recipe = self.recipe
         assert recipe.user is not None
         assert recipe.post_hoc is not None
+        trains = "trainer" in registry.face("defenses", recipe.post_hoc.defense).code
+        step = self._patch(repair, weights, rows) if trains else self._apply(repair, weights, aligned, rows)
+        chain = (*trained, step), (*weights[:-1], step)
+        state = self._evaluate(repair.name, repair.name, recipe.user.defense, *chain, rows["test"])
+        return replace(state, post_hoc=recipe.post_hoc.defense, post_hoc_parameters=repair.parameters)
+
+    def _patch(self, repair: repairing.Repair, weights: tuple[str, ...], rows: Mapping[str, str]) -> str:
+        """Add a post-hoc method that trains the user stage's weights further, on the alignment rows."""
+        recipe = self.recipe.post_hoc
+        assert recipe is not None
+        part = StageRecipe(defense=recipe.defense, training=recipe.training or Training(), **repair.settings)
+        given = {"train_dataset": Made(rows["alignment"])}
+        return self._train("post_hoc", part, POST_HOC_TRAINING, given, weights)
+
+    def _apply(
+        self,
+        repair: repairing.Repair,
+        weights: tuple[str, ...],
+        aligned: tuple[str, ...],
+        rows: Mapping[str, str],
+    ) -> str:
+        """Add a post-hoc method that writes changed weights without training."""
+        recipe = self.recipe
+        assert recipe.post_hoc is not None
         face = registry.face("defenses", recipe.post_hoc.defense)
         inputs = {
             "model": self.model["model"],
@@ -370,11 +470,12 @@ class _Planner:
             "rows": {name: Made(step) for name, step in repairing.rows(recipe, rows).items()},
             "packages": packages(REPAIRED_BY),
         }
+        buffer = self._harmful_adapter("post_hoc", rows, aligned)
+        if buffer is not None:
+            refusal = self._beside("refusal_adapter", rows["alignment"], aligned, buffer)
+            inputs["refusal_adapter"] = Made(refusal)
         title, detail = f"repair with {repairing.label(recipe)}", repairing.shown(repair.given)
-        step = self._add("post_hoc", title, detail, inputs, repairing.apply, repairing.check)
-        chain = (*trained, step), (*weights[:-1], step)
-        state = self._evaluate(repair.name, repair.name, recipe.user.defense, *chain, rows["test"])
-        return replace(state, post_hoc=recipe.post_hoc.defense, post_hoc_parameters=repair.parameters)
+        return self._add("post_hoc", title, detail, inputs, repairing.apply, repairing.check)
 
     def _tamper(self, state: State, weights: tuple[str, ...], test: str) -> State:
         """Add the attack on the weights of a state, and the evaluation of the result."""
@@ -408,7 +509,9 @@ class _Planner:
 
     def _judge(self, judge: JudgeRecipe) -> dict[str, Any]:
         """Return a judge as inputs: its settings, the content of its model, its code and its packages."""
-        content = judging.judge_identity(judge, self.digests, self.download)
+        if repr(judge) not in self.known:
+            self.known[repr(judge)] = judging.judge_identity(judge, self.digests, self.download)
+        content = self.known[repr(judge)]
         loads = judging.judge_folder(judge) is not None
         return {
             "judge": Content(judge, {**content, "code": Code("judges", judge.name)}),

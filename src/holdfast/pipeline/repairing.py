@@ -211,6 +211,7 @@ def apply(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
         trains=inputs["trains"],
         base=inputs["before_alignment"] if "base" in wanted else None,
         aligned=aligned if "aligned" in wanted else None,
+        refusal=made_in(inputs["refusal_adapter"]) if "refusal_adapter" in wanted else None,
         seed=inputs["seed"],
         device=machine.device,
         dtype=used_dtype(described["base"].folder, described["dtype"], machine.device),

@@ -16,7 +16,7 @@ from holdfast.evaluation import paired
 from holdfast.machine.files import read_json, read_jsonl, remove_unless, write_json, write_text
 from holdfast.machine.store import Store, claim_folder, now, provenance
 from holdfast.measuring.protocol import decoding, grader
-from holdfast.pipeline import ability, attacking, user_rows
+from holdfast.pipeline import ability, attack_sweeps, attacking, tracking, user_rows
 from holdfast.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, An
     path, page = out / "results.json", out / "report.html"
     records = {step.id: store.record(step.id) or {} for step in plan.steps}
     stamp = protocol(plan, store, records)
+    every = [row(plan.recipe, state, store, records) for state in plan.states]
+    kept, curve = attack_sweeps.headlines(plan.recipe, plan.states, every)
+    states = [plan.states[i] for i in kept]
     results = {
         **{k: v for k, v in provenance().items() if k != "started"},
         "holdfast": records[plan.manifest]["provenance"]["versions"]["holdfast"],
@@ -55,9 +58,14 @@ def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, An
         "store": os.path.relpath(store.root, out),
         "recipe": plan.recipe.to_dict(),
         "rows": [
-            {**row(plan.recipe, state, store, records), "paired": paired_with(plan.states[:i], state, store)}
-            for i, state in enumerate(plan.states)
+            {
+                **every[place],
+                **attack_sweeps.of_row(curve, states[i]),
+                "paired": paired_with(states[:i], states[i], store),
+            }
+            for i, place in enumerate(kept)
         ],
+        **({} if curve is None else {"attack_sweep": curve}),
         "protocol": stamp,
         "manifest": plan.manifest,
         "bad_rows_dropped": _bad_rows(plan, store),
@@ -86,6 +94,8 @@ def write(out: Path, plan: Plan, store: Store, cached: set[str]) -> dict[str, An
     from holdfast.reporting import report
 
     report([out], page)
+    if len(cached) < len(plan.steps):
+        tracking.log_scores(out, plan.recipe, results)
     return results
 
 
@@ -100,8 +110,11 @@ def _earlier(path: Path) -> dict[str, Any]:
 
 def _same(earlier: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
     """Whether two results agree in all that comes from the steps, and not from the start that wrote them."""
-    names = ("name", "store", "recipe", "rows", "protocol", "manifest", "bad_rows_dropped", "started")
-    plain = json.loads(json.dumps({name: results[name] for name in names}))
+    names = (
+        "name", "store", "recipe", "rows", "attack_sweep", "protocol", "manifest", "bad_rows_dropped",
+        "started",
+    )  # fmt: skip
+    plain = json.loads(json.dumps({name: results.get(name) for name in names}))
     return all(earlier.get(name) == value for name, value in plain.items())
 
 
@@ -141,7 +154,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
         "headline": headline,
         "post_hoc_parameters": state.post_hoc_parameters,
         **tampering(state, stages, records),
-        "repair": records[stages["post_hoc"]].get("repair") if state.post_hoc else None,
+        "repair": _repair(records[stages["post_hoc"]], methods[state.post_hoc]) if state.post_hoc else None,
         "seed": recipe.seed,
         "poison_ratio": recipe.data.poison_ratio if state.user else None,
         **user_rows.of_row(state.chosen, records),
@@ -186,6 +199,12 @@ def tampering(state: State, stages: Mapping[str, str], records: Mapping[str, Any
     facts = registry.face("attacks", state.tampered).facts
     found = records[stages["tamper"]].get("tampered", {})
     return {"post_hoc_attack": {**found, "headline": facts.get("headline", "")}}
+
+
+def _repair(record: Mapping[str, Any], method: registry.Face) -> Any:
+    """Return the facts that a post-hoc method reports, also if it trains."""
+    training = record.get("training", {})
+    return record.get("repair") or {name: training.get(name) for name in method.facts.get("facts", {})}
 
 
 def role(state: State) -> str:
@@ -247,7 +266,8 @@ def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, 
     too, so they may differ between results in one table.
     """
     recipe, state = plan.recipe, plan.states[0]
-    test = read_json(store.path(plan.manifest) / "manifest.json")["test"]
+    manifest = read_json(store.path(plan.manifest) / "manifest.json")
+    test = manifest["test"]
     generated, judged = records[state.generate], [records[step] for step in state.moderate]
     named = {"protocol": recipe.protocol, "changes": recipe.changes()} if recipe.protocol else {}
     return {
@@ -276,6 +296,7 @@ def protocol(plan: Plan, store: Store, records: Mapping[str, Any]) -> dict[str, 
         ),
         **({"test_rows": _shown(test["taken"])} if "first" in test["taken"].values() else {}),
         **ability.stamp(state.lm_eval, store),
+        **attack_sweeps.stamp(recipe, manifest.get("user", {}).get("harmful", 0)),
         **attacking.stamp(recipe, _attacks(plan, records)),
     }
 

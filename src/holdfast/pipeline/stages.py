@@ -16,6 +16,9 @@ from holdfast.pipeline.data import rendered, rows_of
 from holdfast.pipeline.step import Inputs, Machine
 from holdfast.recipe.stages import NOT_IDENTITY
 
+STAGE = {"harmful_adapter": "user", "refusal_adapter": "user"}
+"""The stage in the recipe whose settings train such an adapter."""
+
 
 def train_stage(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:
     """Train a stage; writes `adapter` (or `model` if it trains all weights) and `trainer_state.json`."""
@@ -42,6 +45,7 @@ def train_stage(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
         tokenizer=tokenizer,
         model_options=loading(model),
         adapters=adapters,
+        buffer=made_in(inputs["buffer"]) if "buffer" in inputs else None,
         rows={name: rendered(part, tokenizer, inputs["template"]) for name, part in rows.items()},
         folders=_alignment_folders(inputs),
         seed=seed,
@@ -73,7 +77,7 @@ def check_stage(inputs: Inputs, machine: Machine) -> None:
     checked_model(inputs["model"], machine)
     refuse(
         [
-            problem.at(inputs["stage"])
+            problem.at(STAGE.get(inputs["stage"], inputs["stage"]))
             for problem in problems(
                 partial(check, inputs, machine)
                 for check in (_check_weights, _check_method, _check_trainer, _check_rows)

@@ -49,7 +49,7 @@ class TrainingJob:
     """The inputs of a training stage, except its folder.
 
     Attributes:
-        stage: "alignment" or "user".
+        stage: the kind of step: "alignment", "user", "post_hoc", "harmful_adapter" or "refusal_adapter".
         parameters: the method's own parameters.
         training: `TrainingArguments` fields.
         trains: "new" (an adapter), "continue" (the last of `adapters`) or "full" (all weights).
@@ -57,6 +57,7 @@ class TrainingJob:
         model_name: the path or Hub id of the model.
         model_title: its name in the card and in the adapter's configuration, without a path.
         adapters: the adapters below, in order.
+        buffer: an adapter above these and below the trained one, which is used without it.
         rows: by argument of the trainer ("train_dataset", "alignment_dataset", ...), as prompt + completion.
         folders: folders of weights that the method reads, by argument of the trainer ("base", "aligned").
         logs: the folder for TensorBoard, if the recipe asks for it.
@@ -77,6 +78,7 @@ class TrainingJob:
     rows: Mapping[str, Sequence[Mapping[str, Any]]]
     seed: int
     folders: Mapping[str, Path] = field(default_factory=dict)
+    buffer: Path | None = None
     logs: Path | None = None
 
 
@@ -95,7 +97,7 @@ def train(
     processes = processes or Processes()
     model = load_trainable(
         job.model,
-        job.adapters,
+        [*job.adapters, *([job.buffer] if job.buffer else [])],
         job.trains,
         job.lora,
         base=job.model_name,
@@ -380,6 +382,8 @@ def _card(job: TrainingJob, facts: Mapping[str, Any]) -> str:
                      for name, (asked, used) in adjusted.items())  # fmt: skip
     serving = f"- serving: {job.defense.serving}\n" if job.defense.serving else ""
     chain = "\n".join(f"- {how} `../../{p.parent.name}/{p.name}`" for p in job.adapters)
+    if job.buffer:
+        chain += f"\n- trained above `../../{job.buffer.parent.name}/{job.buffer.name}`, used without it"
     return f"""---
 library_name: {"transformers" if job.trains == "full" else "peft"}
 base_model: {json.dumps(job.model_title)}

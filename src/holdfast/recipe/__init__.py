@@ -6,6 +6,7 @@ from holdfast.recipe.recipe import Recipe
 
 __all__ = [
     "Recipe",
+    "attack_sweep",
     "data",
     "evaluation",
     "layers",

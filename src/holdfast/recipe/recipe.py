@@ -19,12 +19,21 @@ from holdfast import registry
 from holdfast.errors import RecipeError
 from holdfast.machine.store import identity_hash
 from holdfast.recipe import layers, named
-from holdfast.recipe.data import AnchoringRecipe, Data
+from holdfast.recipe.attack_sweep import AttackPoint, AttackSweep
+from holdfast.recipe.data import AnchoringRecipe, Data, ScoreFilterRecipe
 from holdfast.recipe.evaluation import Evaluation
 from holdfast.recipe.model import FULL, Lora, Model, Part, Wrong, from_text, none_or_text
 from holdfast.recipe.stages import TRAINING, PostHocRecipe, StageRecipe, as_stage
 from holdfast.recipe.weight_attack import PostHocAttackRecipe
 from holdfast.weights.adapter import MUTATING
+
+ROWS_NEEDED = {
+    "alignment_dataset": ("alignment",),
+    "harmful_dataset": ("harmful",),
+    "harmful_adapter": ("harmful",),
+    "refusal_adapter": ("alignment", "harmful"),
+}
+"""The roles of rows behind an input that a method needs; an adapter is trained on them."""
 
 
 class Recipe(Part):
@@ -39,6 +48,7 @@ class Recipe(Part):
     user: Annotated[StageRecipe | None, BeforeValidator(as_stage)] = StageRecipe()
     post_hoc: Annotated[PostHocRecipe | None, BeforeValidator(as_stage)] = None
     post_hoc_attack: Annotated[PostHocAttackRecipe | None, none_or_text("name")] = None
+    attack_sweep: Annotated[AttackSweep | None, none_or_text("points")] = None
     evaluation: Annotated[Evaluation, from_text("protocol")] = Field(default_factory=Evaluation)
 
     _origin: layers.Origin = PrivateAttr(default_factory=layers.Origin)
@@ -50,10 +60,7 @@ class Recipe(Part):
             if stage is None:
                 continue
             stage.check(name)
-            needs = self.needs(name)
-            if "alignment_dataset" in needs:
-                self._need_alignment_data(f"{name}.defense {stage.defense}")
-            self._need_harmful_rows(name)
+            self._need_rows(name)
         if self.alignment is not None:
             self._need_alignment_data("the alignment stage")
         self._check_user_data()
@@ -64,6 +71,8 @@ class Recipe(Part):
             self._check_post_hoc(self.post_hoc)
         if self.post_hoc_attack is not None:
             self._check_post_hoc_attack(self.post_hoc_attack)
+        if self.attack_sweep is not None:
+            self._check_attack_sweep(self.attack_sweep)
         return self
 
     def needs(self, stage: str) -> tuple[str, ...]:
@@ -73,6 +82,10 @@ class Recipe(Part):
     def may_use(self, stage: str) -> tuple[str, ...]:
         """The inputs that a stage's defense also gets if the run has them."""
         return self._declared(stage, "optional")
+
+    def reads(self, stage: str) -> set[str]:
+        """The roles of the rows that a stage's defense needs beyond its own, "alignment" or "harmful"."""
+        return {role for name in self.needs(stage) for role in ROWS_NEEDED.get(name, ())}
 
     def _declared(self, stage: str, fact: str) -> tuple[str, ...]:
         part: StageRecipe | PostHocRecipe | None = getattr(self, stage)
@@ -85,10 +98,13 @@ class Recipe(Part):
         return lora if isinstance(lora, Lora) else None
 
     def trains(self, stage: str) -> Literal["new", "continue", "full"]:
-        """Return what a stage trains: a new adapter, the alignment stage's, or all weights.
+        """Return what a stage trains: a new adapter, the one before it, or all weights.
 
-        A user stage with `adapter: continue` trains all weights if the alignment stage did.
+        A user stage with `adapter: continue` trains all weights if the alignment stage did. A post-hoc method
+        that trains continues with what the user stage trained.
         """
+        if stage == "post_hoc":
+            return "full" if self.trains("user") == "full" else "continue"
         if stage == "user" and self._adapter() == "continue":
             return "continue" if self.lora("alignment") else "full"
         return "new" if self.lora(stage) else "full"
@@ -110,6 +126,10 @@ class Recipe(Part):
                 raise Wrong(["data", "attack", "by"], f"{text}write lora_gradient or representation")
             if by == "lora_gradient" and self.trains("user") == "full":
                 raise Wrong(["data", "attack", "by"], "the user stage trains all weights; write gradient")
+        screen = self.data.filter
+        if isinstance(screen, ScoreFilterRecipe) and screen.by == "gradient" and self.model.quantization:
+            text = f"{self.model.quantization} weights have no gradient; write representation"
+            raise Wrong(["data", "filter", "by"], text)
         if self.evaluation.attacked and not self.data.prompt_attacks():
             text = "no attack of data.attack changes a question of the test; leave this out, or add one"
             raise Wrong(["evaluation", "attacked"], text)
@@ -137,7 +157,13 @@ class Recipe(Part):
         """Refuse combinations of LoRA, quantisation and stacking that would not do what their names say."""
         bits = self.model.quantization
         for name in ("alignment", "user"):
-            if getattr(self, name) is None or self.trains(name) == "continue":
+            if getattr(self, name) is None:
+                continue
+            buffered = "harmful_adapter" in self.needs(name)
+            if buffered and self.trains(name) != "new":
+                text = "the adapter below is taken away afterwards, which needs a new LoRA above it"
+                raise Wrong([name], f"{getattr(self, name).defense}: {text}")
+            if self.trains(name) == "continue":
                 continue
             lora = self.lora(name)
             place = ["model", "lora"] if getattr(self, name).lora is None else [name, "lora"]
@@ -154,7 +180,8 @@ class Recipe(Part):
                 raise Wrong([*place, "init_lora_weights"], text)
             if bits == "int8" and lora and lora.use_dora:
                 raise Wrong([*place, "use_dora"], "DoRA does not run on int8 weights; use quantization: nf4")
-            stacked = name == "user" and self.alignment is not None and self.trains("alignment") == "new"
+            aligned = self.alignment is not None and self.trains("alignment") == "new"
+            stacked = name == "user" and (aligned or buffered)
             if lora and lora.use_dora and stacked and self.model.adapters == "stack":
                 text = "DoRA would scale the base weights without the alignment adapter; "
                 choice = "write user.adapter: continue" if bits else "write model.adapters: merge"
@@ -188,9 +215,7 @@ class Recipe(Part):
         who = f"{repair.defense} repairs"
         if self.user is None:
             raise Wrong(["post_hoc"], f"{who} what the user stage trained, but user is none; leave one out")
-        if "alignment_dataset" in needs:
-            self._need_alignment_data(f"post_hoc.defense {repair.defense}")
-        self._need_harmful_rows("post_hoc")
+        self._need_rows("post_hoc")
         trains, aligns = self.trains("user"), self.alignment and self.trains("alignment")
         if trains == "continue" and trains not in facts.get("repairs", (trains,)):
             text = f"{who} the user's update, which adapter: continue ({self.user.defense}) does not keep "
@@ -201,7 +226,8 @@ class Recipe(Part):
         if trains == "full" and aligns == "new" and "aligned" in needs:
             text = f"{who} all weights with those of the aligned model, which alignment with LoRA does not "
             raise Wrong(["post_hoc"], f"{text}save. Train both stages with LoRA, or both with lora: none")
-        for stage, how in (("alignment", aligns), ("user", trains)):
+        merges = "apply" in registry.face("defenses", repair.defense).code
+        for stage, how in (("alignment", aligns), ("user", trains)) if merges else ():
             lora = self.lora(stage) if how == "new" else None
             if lora and lora.use_dora:
                 text = (
@@ -220,12 +246,47 @@ class Recipe(Part):
                 text = f"{attack.name} needs the weights, to which DoRA in the {stage} stage cannot be added"
                 raise Wrong(["post_hoc_attack"], f"{text}; leave one out")
 
+    def _check_attack_sweep(self, sweep: AttackSweep) -> None:
+        """The points must change a training that runs, and nothing that an attack on rows also sets."""
+        if self.user is None:
+            raise Wrong(["attack_sweep"], "this sweeps the training of the user stage, but user is none")
+        if "rank" in sweep.keys and self.trains("user") != "new":
+            text = "the user stage trains no adapter of its own, so it has no rank"
+            raise Wrong(["attack_sweep", "rank"], f"{text}; leave it out, or write user.adapter: new")
+        length = "steps" if "steps" in sweep.keys else "epochs"
+        if length in sweep.keys and "num_train_epochs" in self.data.attack_training():
+            raise Wrong(["attack_sweep", length], "data.attack sets the epochs; leave one of the two out")
+
+    def at(self, point: AttackPoint) -> Recipe:
+        """Return the recipe with the user stage of one point of the attack sweep.
+
+        Another rank keeps alpha / r, so that the learning rate means the same.
+        """
+        assert self.user is not None
+        training: dict[str, Any] = {}
+        if point.learning_rate is not None:
+            training["learning_rate"] = point.learning_rate
+        if point.steps is not None:
+            training["max_steps"] = point.steps
+        if point.epochs is not None:
+            training |= {"num_train_epochs": point.epochs, "max_steps": None}
+        update: dict[str, Any] = {"training": self.user.training.model_copy(update=training)}
+        lora = self.lora("user") if point.rank is not None else None
+        if lora is not None and point.rank is not None:
+            alpha = lora.alpha * point.rank / lora.r
+            alpha = int(alpha) if isinstance(lora.alpha, int) and alpha == int(alpha) else alpha
+            update["lora"] = lora.model_copy(update={"r": point.rank, "alpha": alpha})
+        return self.model_copy(update={"user": self.user.model_copy(update=update)})
+
     def _need_alignment_data(self, who: str) -> None:
         if self.data.alignment is None:
             raise ValueError(f"{who} needs data.alignment: a file of prompts with safe answers")
 
-    def _need_harmful_rows(self, stage: str) -> None:
-        if "harmful_dataset" in self.needs(stage) and self.data.alignment_harmful()[0] is None:
+    def _need_rows(self, stage: str) -> None:
+        """The rows that a stage's defense needs must be there."""
+        if "alignment" in self.reads(stage):
+            self._need_alignment_data(f"{stage}.defense {getattr(self, stage).defense}")
+        if "harmful" in self.reads(stage) and self.data.alignment_harmful()[0] is None:
             defense = getattr(self, stage).defense
             text = f"{stage}.defense {defense} needs harmful rows: give a file of them here, or as "
             raise Wrong(["data", "alignment", "harmful"], f"{text}data.harmful")
@@ -292,8 +353,9 @@ class Recipe(Part):
     def whole(self) -> dict[str, Any]:
         """The recipe as plain values, with every default of its methods and trainings written out."""
         found = self.to_dict()
-        for stage, defaults in TRAINING.items():
+        for stage in ("alignment", "user"):
             part: StageRecipe | None = getattr(self, stage)
+            defaults = TRAINING[stage]
             if part is not None:
                 method = {k: p.default for k, p in registry.face("defenses", part.defense).parameters.items()}
                 found[stage] |= method | part.parameters()
@@ -304,6 +366,9 @@ class Recipe(Part):
             known = registry.face("defenses", self.post_hoc.defense).parameters
             method = {k: p.default for k, p in known.items() if k != "seed"}  # the default is the run's
             found["post_hoc"] |= method | self.post_hoc.parameters()
+            if "trainer" in registry.face("defenses", self.post_hoc.defense).code:
+                own = self.post_hoc.training
+                found["post_hoc"]["training"] = {**TRAINING["post_hoc"], **(own.given() if own else {})}
         if self.post_hoc_attack is not None:
             found["post_hoc_attack"] |= self.post_hoc_attack.parameters()
         return found
@@ -369,8 +434,6 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
         return judge.model_copy(update={k: found(v, *place) for k, v in given.items() if v is not None})
 
     judges = [judge_files(judge, "evaluation", "judges") for judge in recipe.evaluation.judges]
-    screen = data.filter and judge_files(data.filter, "data", "filter")
-
     tamper = recipe.post_hoc_attack and recipe.post_hoc_attack.model_copy(
         update={
             key: found(getattr(recipe.post_hoc_attack, key), "post_hoc_attack", key)
@@ -379,13 +442,14 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
     )
 
     def anchors(attack: Any, *place: str) -> Any:
-        if not isinstance(attack, AnchoringRecipe):
+        if not isinstance(attack, AnchoringRecipe | ScoreFilterRecipe):
             return attack
         safe, where = attack.safe, (*place, "safe")
         resolved = [found(one, *where) for one in safe] if isinstance(safe, list) else found(safe, *where)
         update = {"harmful": found(attack.harmful, *place, "harmful"), "safe": resolved}
         return attack.model_copy(update=update)
 
+    screen = data.filter and anchors(judge_files(data.filter, "data", "filter"), "data", "filter")
     attack = data.attack
     if isinstance(attack, list):
         attack = [anchors(one, "data", "attack", str(i)) for i, one in enumerate(attack)]

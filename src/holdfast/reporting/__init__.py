@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from holdfast.reporting.collect import unfinished
-from holdfast.reporting.export import export
+from holdfast.reporting.exporting import export
 from holdfast.reporting.writing import report
 
 __all__ = [

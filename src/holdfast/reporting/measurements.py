@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from holdfast.reporting.attack_sweeps import line_of
 from holdfast.reporting.read import mapping, number
 from holdfast.reporting.text import method_name
 
@@ -26,6 +27,9 @@ SCORES = {
     "true_harmful_score": "n_true_harmful",
 }
 """Each score of a row, and the key of the number of answers it is computed from."""
+
+HARM = "harmful score"
+"""The name of the share of harmful answers."""
 
 Role = Literal["reference", "undefended", "defended", "control"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -57,7 +61,7 @@ class JudgeScore:
     unparsed: int | None
     false_positives: int | None
     false_negatives: int | None
-    title: str = "harmful score"
+    title: str = HARM
     mean_score: float | None = None
     """The mean of the judge's numeric scores, on the judge's own scale."""
 
@@ -118,21 +122,13 @@ class Row:
     def repaired(self) -> str:
         """The method's text about the repair, over all seeds; empty if the results lack it."""
         found = [mapping(member.raw.get("repair")) for member in self.members]
-        text = self.members[0].raw.get("headline")
-        if not isinstance(text, str):
-            return ""
-        for name in re.findall(r"\{(\w+)\}", text):
-            values = _values(found, name)
-            if len(values) < len(found):
-                return ""
-            span = " to ".join(f"{n:g}" for n in dict.fromkeys((min(values), max(values))))
-            text = text.replace(f"{{{name}}}", span)
-        return text
+        return filled(self.members[0].raw.get("headline"), found)
 
     @property
     def filter(self) -> str | None:
-        """The judge that filtered the user's rows before training."""
-        return _name(mapping(self.members[0].raw.get("filter")).get("judge"))
+        """The judge or the score that filtered the user's rows before training."""
+        found = mapping(self.members[0].raw.get("filter"))
+        return _name(found.get("judge") or found.get("score"))
 
     @property
     def user_rows(self) -> tuple[str, ...]:
@@ -154,8 +150,15 @@ class Row:
             missed, found = (_total(confusions, key) for key in ("false_negatives", "true_positives"))
             if missed is not None and found is not None:
                 line += f", {missed} of {missed + found} harmful rows missed"
+            caught = [mapping(raw.get("attack_rows")) for raw in filters]
+            if caught[0]:
+                line += f", {_total(caught, 'found')} of {_total(caught, 'rows')} rows of the attack found"
             lines.append(line)
-        return tuple(lines)
+        ablated = [mapping(member.raw.get("post_hoc_attack")) for member in self.members]
+        if ablated[0]:
+            lines.append(f"{ablated[0].get('name')}: {filled(ablated[0].get('headline'), ablated)}")
+        swept = line_of([member.raw for member in self.members])
+        return (*lines, swept) if swept else tuple(lines)
 
     @property
     def role(self) -> Role:
@@ -168,6 +171,31 @@ class Row:
         if told in ROLES:
             return told
         return "reference" if self.user is None and self.post_hoc is None else "defended"
+
+
+def filled(text: Any, found: Sequence[Mapping[str, Any]]) -> str:
+    """Return a method's text with its facts over all seeds; empty if the results lack one of them."""
+    if not isinstance(text, str):
+        return ""
+    for name in re.findall(r"\{(\w+)\}", text):
+        values = _values(found, name)
+        if len(values) < len(found):
+            return ""
+        span = " to ".join(f"{n:g}" for n in dict.fromkeys((min(values), max(values))))
+        text = text.replace(f"{{{name}}}", span)
+    return text
+
+
+def harm_title(rows: Sequence[Row]) -> str:
+    """The name of `harmful_score` in these rows: "attack success rate" if their judge only finds refusals."""
+    found = set()
+    for row in rows:
+        if row.scores.get("harmful_score") is not None:
+            judge = row.judges.get(str(row.members[0].raw.get("judge"))) or next(
+                iter(row.judges.values()), None
+            )
+            found.add(judge.title if judge is not None else HARM)
+    return found.pop() if len(found) == 1 else HARM
 
 
 def stages_text(row: Row) -> str:
@@ -224,12 +252,16 @@ def sweeps(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def _once(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """Rows that share a score step are one measurement, even if they come from different runs."""
+    """Rows that share a score step are one measurement, even if they come from different runs.
+
+    A row that also has results of lm-evaluation-harness is kept instead of one without them.
+    """
     kept: dict[str, Measurement] = {}
     for measurement in measurements:
         score_step = measurement.steps.get("score")
         key = f"step {score_step}" if score_step else repr(sorted(measurement.raw.items(), key=str))
-        kept.setdefault(key, measurement)
+        if key not in kept or ("lm_eval" in measurement.raw and "lm_eval" not in kept[key].raw):
+            kept[key] = measurement
     return list(kept.values())
 
 
@@ -313,7 +345,7 @@ def _judge(raws: Sequence[Mapping[str, Any]], name: str) -> JudgeScore:
         unparsed=_total(entries, "unparsed"),
         false_positives=_total(entries, "false_positives"),
         false_negatives=_total(entries, "false_negatives"),
-        title=str(next((entry["title"] for entry in entries if entry.get("title")), "harmful score")),
+        title=str(next((entry["title"] for entry in entries if entry.get("title")), HARM)),
         mean_score=_mean(_values(entries, "mean_score")),
     )
 

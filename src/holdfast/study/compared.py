@@ -31,6 +31,9 @@ IGNORED = ("name", "seed", "protocol", "evaluation.batch_tokens")
 NO_METHOD = ("training", "lora", "adapter", "base")
 """Keys of a stage that are not parameters of its method."""
 
+SEVERAL = "the paper's models"
+"""The name of the models of a table that compares models."""
+
 Values = dict[str, Any]
 
 
@@ -125,7 +128,7 @@ def _by_model(of: Published, runs: Sequence[Run]) -> dict[str, list[Run]]:
     found: dict[str, list[Run]] = {}
     for run in runs:
         path = str(mapping(run.recipe.get("model")).get("path"))
-        place = path if path in tables.SMALL or "model.path" not in varied else of.name
+        place = path if path in tables.SMALL or "model.path" not in varied else SEVERAL
         found.setdefault(place, []).append(run)
     return found
 

@@ -117,7 +117,7 @@ def _run(known: Mapping[str, Any], folder: Path, step: str, note: Noted, process
     name = next(name for name, steps in known["runs"].items() if step in steps)
     study = planning.replan({name: known["recipes"][name]}, store, known["device"], known["processes"])
     if step not in study.steps:
-        raise StepFailed("The files of the recipes changed since the sweep began. Start the sweep again.")
+        raise StepFailed(planning.CHANGED)
     # A step without a GPU, such as scores, may run on a machine that has none.
     device = known["device"] if known["needs"][study.steps[step].kind]["gpus"] else "auto"
     machine = Machine(device, study.plans[name].model, note if processes.main else Progress(), processes)

@@ -18,6 +18,12 @@ from holdfast.pipeline.step import Machine, Step
 from holdfast.recipe import Recipe
 from holdfast.study.grid import Run
 
+CHANGED = (
+    "The files that the recipes name, or the code of Holdfast, changed since the sweep began. Run the same "
+    "command again."
+)
+"""What a worker says whose plan has other steps than that of the sweep."""
+
 
 @dataclass(frozen=True)
 class Study:
@@ -69,7 +75,7 @@ def plan(
     processes: Mapping[str, int] | None = None,
 ) -> Study:
     """Return the steps of the runs; see `holdfast.plan` for the arguments."""
-    today = store.started()
+    today, known = store.started(), dict[Any, Any]()
     return Study(
         {
             run.folder: planning.plan(
@@ -80,6 +86,7 @@ def plan(
                 partial=partial,
                 device=device,
                 processes=processes,
+                known=known,
             )
             for run in runs
         }

@@ -46,7 +46,7 @@ class _Worker:
         self.store = Store(folder / known["store"], read_only=False)
         self.study = planning.replan(known["recipes"], self.store, known["device"], known["processes"])
         if list(self.study.steps) != list(known["steps"]):
-            raise StepFailed("The files of the recipes changed since the sweep began. Start the sweep again.")
+            raise StepFailed(planning.CHANGED)
         self.note = Noted(
             folder / "workers" / f"{self.label}.json", lambda step: log_to(files.log(folder, step))
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from typing import Any, Literal
 
@@ -166,8 +167,9 @@ def find(name: str) -> Task | SafetyData | None:
     return others.found[name].object if name in others.found else None
 
 
-def _own() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(__path__) if module.name not in HELPERS]
+@cache
+def _own() -> tuple[str, ...]:
+    return tuple(module.name for module in pkgutil.iter_modules(__path__) if module.name not in HELPERS)
 
 
 def _plugins() -> Plugins:

@@ -35,6 +35,21 @@ def keep_below(source: Path, folder: Path) -> None:
         shutil.copyfile(safe_path(source, RECORD), folder / RECORD)
 
 
+def same_below(adapters: Sequence[Path]) -> Path:
+    """Return an adapter that stands for all: they were trained on top of the same adapters.
+
+    Raises:
+        ModelError: they were not, or a record is damaged.
+    """
+    for folder in adapters[1:]:
+        if [one["sha256"] for one in _below(folder)] != [one["sha256"] for one in _below(adapters[0])]:
+            raise ModelError(
+                f"{folder} and {adapters[0]} were not trained on top of the same adapters, so they cannot be "
+                "merged side by side. Give two that were."
+            )
+    return adapters[0]
+
+
 def check_chain(adapters: Sequence[Path], in_order: bool = True) -> None:
     """Check that no adapter is repeated, and that each comes after those that it was trained on top of.
 

@@ -5,8 +5,9 @@ The updates of stacked adapters add up, and a sum of low-rank products is one pr
     sum_i s_i B_i A_i = [s_1 B_1 | ... | s_n B_n] [A_1; ...; A_n]
 
 where s_i is the scaling of adapter i, times its weight in the sum if weights are given. So `combine` is exact
-up to the float32 rounding of s_i B_i. It is not the model that the user trained if training ran on weights
-that had been merged and rounded to bf16.
+up to the float32 rounding of s_i B_i. With `orthogonal`, the output directions of the first update are taken
+out of the others before they are added (`orthogonal.py`). The sum is not the model that the user trained if
+training ran on weights that had been merged and rounded to bf16.
 
 The combined adapter has one rank r for every module: the largest rank that a module needs. Modules that need
 less are padded with zeros. alpha = r, so the scaling is 1. PEFT would accept a rank and an alpha per module,
@@ -15,6 +16,7 @@ but servers that read only r and alpha would scale those modules wrongly without
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -23,12 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from holdfast.errors import ModelError
+from holdfast.errors import ModelError, RecipeError
 from holdfast.machine.files import write_json
 from holdfast.weights.adapter import Adapter, LoraModule, natural, read_adapter
 from holdfast.weights.adapter_folder import CONFIG, PREFIX, WEIGHTS
 from holdfast.weights.card import public_name, write_card
-from holdfast.weights.chains import check_chain
+from holdfast.weights.chains import check_chain, keep_below, same_below
+from holdfast.weights.orthogonal import column_basis, overlap, without
 from holdfast.weights.own_tokenizer import copy_tokenizer
 from holdfast.weights.reader import Tensor
 from holdfast.weights.serving import how_to_serve
@@ -88,6 +91,8 @@ class Combined:
         rank: r of every module.
         modules: the number of adapted modules.
         padded: the number of modules that needed less than r.
+        overlap: with `orthogonal`, the mean share of an update's squared norm that lies in the directions of
+            the first one, over the modules of both; None if there are none.
         serve: the options of the server that it was checked for.
     """
 
@@ -95,6 +100,7 @@ class Combined:
     rank: int
     modules: int
     padded: int
+    overlap: float | None = None
     serve: str = ""
 
 
@@ -103,6 +109,7 @@ def combine(
     out: str | Path,
     *,
     weights: Sequence[Weight] | None = None,
+    orthogonal: float | None = None,
     server: str | None = None,
 ) -> Combined:
     """Write one plain PEFT adapter that is equivalent to `adapters` stacked.
@@ -112,6 +119,9 @@ def combine(
         out: a new folder.
         weights: the factor of each adapter's update in the sum, or of each of its modules; 1 by default. With
             weights, the sum may be one for use on top of adapters that are not part of it.
+        orthogonal: a, from 0 (a plain sum) to 1: each update dW after the first becomes (I - a Q Q^T) dW,
+            where Q is an orthonormal basis of the columns of the first one's B. The adapters must have been
+            trained on top of the same adapters, and the sum is used on top of them.
         server: "vllm", "sglang" or "tgi": check that this server can serve the result.
 
     Raises:
@@ -119,14 +129,19 @@ def combine(
             adapter with a weight other than 1 has copies of whole tensors (`modules_to_save`); or `server`
             cannot serve the result.
         OutputError: `out` is not new, is inside an adapter folder, or cannot be written.
+        RecipeError: `weights` or `orthogonal` cannot be used.
     """
-    with open_chain(adapters, in_order=weights is None) as chain:
+    _check_numbers(adapters, weights, orthogonal)
+    with open_chain(adapters, in_order=weights is None and orthogonal is None) as chain:
+        first = None if orthogonal is None else chain.adapters[0].file.path
+        below = None if orthogonal is None else same_below(chain.folders)
+        overlaps = [one for parts in chain.updates.values() for one in _overlaps(parts, first)]
         chain = _weighted(chain, weights) if weights is not None else chain
         rank = chain.rank
         serve = how_to_serve(_config(chain), chain.updates, server) if server is not None else ""
         tensors: dict[str, Entry] = {}
         for name in sorted(chain.updates, key=natural):
-            tensors |= _stacked(name, chain.updates[name], rank)
+            tensors |= _stacked(name, chain.updates[name], rank, first, orthogonal or 0.0)
         for name, tensor in chain.whole.items():
             tensors[f"{PREFIX}{name}"] = raw_entry(tensor)
         with new_folder(Path(out), chain.folders) as folder:
@@ -134,8 +149,33 @@ def combine(
             write_json(folder / CONFIG, _config(chain), indent=2)
             copy_tokenizer(chain.folders, folder)
             write_card(folder, "combined", chain.base, chain.folders)
+            if below is not None:
+                keep_below(below, folder)
         needed = [sum(part.rank for part in parts) for parts in chain.updates.values()]
-        return Combined(Path(out), rank, len(needed), sum(n < rank for n in needed), serve)
+        mean = sum(overlaps) / len(overlaps) if overlaps else None
+        return Combined(Path(out), rank, len(needed), sum(n < rank for n in needed), mean, serve)
+
+
+def _check_numbers(
+    adapters: Sequence[Any], weights: Sequence[Weight] | None, orthogonal: float | None
+) -> None:
+    """Raise RecipeError if the weights or `orthogonal` cannot be used."""
+    if weights is not None and len(weights) != len(adapters):
+        raise RecipeError(f"Expected one weight for each of {len(adapters)} adapters, found {len(weights)}.")
+    plain = [weight for weight in weights or () if not isinstance(weight, Mapping)]
+    if not all(math.isfinite(weight) for weight in plain):
+        raise RecipeError(f"The weights must be finite numbers, found {', '.join(map(str, plain))}.")
+    if orthogonal is not None and not 0 <= orthogonal <= 1:
+        raise RecipeError(f"orthogonal must be a share from 0 to 1, found {orthogonal}.")
+
+
+def _overlaps(parts: Sequence[LoraModule], first: Path | None) -> list[float]:
+    """The overlap of each update of a module with that of the first adapter."""
+    mine = next((part for part in parts if part.b.file.path == first), None)
+    if mine is None:
+        return []
+    found = [overlap(mine, part) for part in parts if part is not mine]
+    return [one for one in found if one is not None]
 
 
 @contextmanager
@@ -265,9 +305,15 @@ def _updates(adapters: Sequence[Adapter], whole: Mapping[str, Tensor]) -> dict[s
     return updates
 
 
-def _stacked(name: str, parts: Sequence[LoraModule], rank: int) -> dict[str, Entry]:
-    """A (rank x in) and B (out x rank) of one module in float32; they are read when they are written."""
+def _stacked(
+    name: str, parts: Sequence[LoraModule], rank: int, first: Path | None, orthogonal: float
+) -> dict[str, Entry]:
+    """A (rank x in) and B (out x rank) of one module in float32; they are read when they are written.
+
+    The directions of the update of the adapter file `first` are taken out of the others.
+    """
     out, inner = parts[0].shape
+    mine = next((part for part in parts if part.b.file.path == first), None)
 
     def a() -> Iterator[Any]:
         for part in parts:
@@ -276,10 +322,14 @@ def _stacked(name: str, parts: Sequence[LoraModule], rank: int) -> dict[str, Ent
 
     def b() -> Iterator[Any]:
         joined, column = np.zeros((out, rank), np.float32), 0
+        basis = None if mine is None or not orthogonal else column_basis(mine.b.read())
         for part in parts:
             place = joined[:, column : column + part.rank]
+            values = part.b.read()
+            if basis is not None and part is not mine:
+                values = without(values, basis, orthogonal).astype(np.float32)
             with np.errstate(over="ignore", invalid="ignore"):  # checked below
-                np.multiply(part.b.read(), np.float32(part.scaling), out=place)
+                np.multiply(values, np.float32(part.scaling), out=place)
             column += part.rank
         if not np.isfinite(joined).all():
             raise ModelError(
