@@ -401,7 +401,7 @@ def test_a_control_of_a_repair_is_no_defense(tmp_path):
         )
     data = collect([write_run(tmp_path / "run", rows)])
     assert [row.role for row in data.rows] == ["reference", "undefended", "defended", "control", "control"]
-    assert data.finding == found(tmp_path, *rows[:3])
+    assert f"{data.finding} {data.finding_rest}" == found(tmp_path, *rows[:3])
     assert "(control=none) lowers it to 45.0" in data.finding
     assert "control=drop" not in found(tmp_path, rows[0], *rows[2:])
     assert [label for label in data.comparison.labels if "control" in label] == ["control=none"]

@@ -24,7 +24,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from holdfast.attacks import anchoring
 from holdfast.errors import DataError, ModelError
 from holdfast.machine.files import append_jsonl, each_jsonl
 from holdfast.machine.progress import Advance, nobody
@@ -58,6 +57,8 @@ def value_of(
     Raises:
         ModelError: the anchors give no direction, or the model has no such layer.
     """
+    from holdfast.attacks import anchoring
+
     if score == "datashield":
         shift = shifts(model, tokenizer, layer, max_length)
         return _along(shift, harmful, [row for rows in safe for row in rows])
