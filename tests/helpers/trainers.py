@@ -78,8 +78,7 @@ def trainer(
     if "alignment_steps" in registry.faces("defenses")[name].parameters:
         settings = {"alignment_steps": 3, "finetune_steps": 4} | settings
     extra = {}
-    after = "post_hoc" in defense.stages  # its train_dataset holds the alignment rows
-    if "alignment_dataset" in defense.needs and defense.mix is None and not after:
+    if "alignment_dataset" in defense.needs and defense.mix is None:
         extra["alignment_dataset"] = alignment or ALIGNMENT
     if "harmful_dataset" in defense.needs:
         extra["harmful_dataset"] = HARMFUL

@@ -75,7 +75,7 @@ def config(folder: Path, out: str, holdfast: dict[str, Any], **changes: Any) -> 
         "gradient_accumulation_steps": 1, "max_steps": 6, "learning_rate": 0.005, "optimizer": "adamw_torch",
         "lr_scheduler": "constant", "val_set_size": 0, "logging_steps": 1, "bf16": False, "fp16": False,
         "tf32": False, "output_dir": str(folder / out), "dataset_prepared_path": str(folder / "prepared"),
-        "holdfast": holdfast,
+        "holdfast": holdfast, "plugins": ["holdfast.integrations.axolotl.HoldfastPlugin"],
     }  # fmt: skip
     path = folder / f"{out}.json"  # JSON is YAML
     path.write_text(json.dumps(settings | changes, indent=1))
@@ -132,7 +132,7 @@ def main() -> int:
         if (folder / "bso_lisa" / "adapter_model.safetensors").exists():
             code, output = axolotl("merge-lora", folder / "bso_lisa.json")
             merged = folder / "bso_lisa" / "merged-safe_lora" / "model.safetensors"
-            record = folder / "bso_lisa" / "safe_lora" / "safe_lora.json"
+            record = folder / "bso_lisa-safe_lora" / "safe_lora.json"
             done = json.loads(record.read_text())["projected"] if record.exists() else None
             say(
                 "axolotl merge-lora",
