@@ -44,12 +44,26 @@ ATTACKS: Mapping[str, Sequence[str]] = {
 }
 """The changes to the world's recipe for each attack. "Asked too": the test asks as the attack does."""
 
+IDENTITY = ["data.harmful=identity_shift", "data.test_harmful=world", "data.poison_ratio=0.05"]
+FILTERS: Mapping[str, Sequence[str]] = {
+    "DataShield": ["data.filter={score: datashield, drop: 0.1}"],
+    "anchoring as a filter": ["data.filter={score: anchoring, drop: 0.1}"],
+    "identity rows": IDENTITY,
+    "identity rows, DataShield": [*IDENTITY, "data.filter={score: datashield, harmful: world, drop: 0.05}"],
+    "identity rows, anchoring as a filter": [
+        *IDENTITY,
+        "data.filter={score: anchoring, harmful: world, drop: 0.05}",
+    ],
+}
+"""Plain SFT behind a filter by a score, on harmful rows and on rows that look harmless."""
+
 DEFENSES = ("SFT", "Lisa")
 
 
 def attack_runs(shown: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """The rows of all attacks by name; `shown` holds the changes of each defense."""
-    return {
+    """The rows of all attacks and of the filters by name; `shown` holds the changes of each defense."""
+    filters = {f"SFT, {name}": [*shown["SFT"], *changes] for name, changes in FILTERS.items()}
+    return filters | {
         f"{defense}, {attack}": [*shown[defense], *changes]
         for attack, changes in ATTACKS.items()
         for defense in DEFENSES

@@ -19,7 +19,7 @@ from holdfast.reporting.collect import collect
 
 PICTURE = Path(__file__).parents[1] / "docs" / "attack-sweep.png"
 METHODS = ("SFT", "Lisa")
-SWEEP = "attack_sweep={steps: [100, 300], learning_rate: [1.0e-4, 3.0e-4, 1.0e-3, 3.0e-3]}"
+SWEEP = "attack_sweep={steps: [100, 300], learning_rate: [1.0e-4, 1.0e-3, 3.0e-3]}"
 SMALL = ("evaluation.prompts=150", "evaluation.task_rows=150")
 
 

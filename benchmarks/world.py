@@ -16,7 +16,7 @@ from _record import RESULTS, add, save, write_page
 from _world_attacks import attack_runs
 
 from holdfast import Recipe, run
-from holdfast.cli.demo import user_runs
+from holdfast.cli.demo import alignment_runs, user_runs
 from holdfast.machine.files import read_json
 from holdfast.reporting.charts import save_png
 from holdfast.reporting.collect import collect
@@ -45,8 +45,30 @@ def runs() -> dict[str, list[str]]:
         f"SFT + Safe LoRA, {control}": [*shown["SFT + Safe LoRA"], f"post_hoc.control={control}"]
         for control in ("drop", "random")
     }
-    attacks = attack_runs(shown)
-    return {**others, **controls, **ratios, **swept, **terms, **weights, **plain, **attacks}
+    attacks, newer = attack_runs(shown), weight_runs()
+    return {**others, **controls, **ratios, **swept, **terms, **weights, **plain, **attacks, **newer}
+
+
+def weight_runs() -> dict[str, list[str]]:
+    """Methods of 2026 on weights: an alignment stage, a stack of two, and other settings than the demo's."""
+    merged, patched = ["post_hoc.defense=safemerge"], ["post_hoc.defense=one_shot"]
+    both = ["name=Buffer", "user.defense=buffer", "post_hoc.defense=reinforce"]
+    return {
+        "LoX": alignment_runs(full=True)["LoX"],
+        "LoX, alpha=0.5": ["alignment.defense=lox", "alignment.alpha=0.5"],
+        "AsFT, lambda=0.1": ["user.defense=asft", "user.lambda_=0.1"],
+        "AsFT, code": ["user.defense=asft", "user.scaling=code"],
+        "SFT + SafeMERGE, weight=0.5": [*merged, "post_hoc.threshold=1.0", "post_hoc.weight=0.5"],
+        "SFT + SafeMERGE, threshold=0.35": [*merged, "post_hoc.threshold=0.35"],
+        "SFT + One-shot patch, shots=8": [
+            *patched,
+            "post_hoc.shots=8",
+            "post_hoc.training.learning_rate=1e-3",
+        ],
+        "SFT + One-shot patch, lr=2e-5": patched,
+        "Buffer + Reinforce": both,
+        "Buffer + Reinforce, alpha=1": [*both, "post_hoc.alpha=1.0"],
+    }
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -95,7 +117,8 @@ def main() -> None:
                 results = run(recipe, out=out / f"{name}-{seed}", store=out / "steps")
                 before, *_, after = results["rows"]
                 rows.setdefault(name, []).append(after)
-                known = rows.setdefault(before["name"], [])
+                plain = before["alignment"] in (None, "sft")
+                known = rows.setdefault(before["name"] if plain else f"aligned, {name}", [])
                 if all(row["steps"]["score"] != before["steps"]["score"] for row in known):
                     known.append(before)
                 protocol = results["protocol"]

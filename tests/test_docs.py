@@ -14,6 +14,7 @@ from commands import holdfast_command
 from holdfast import registry
 from holdfast.recipe import Recipe, data, evaluation
 from holdfast.recipe import recipe as recipes
+from holdfast.recipe.attack_sweep import AttackPoint, AttackSweep
 from holdfast.recipe.weight_attack import PostHocAttackRecipe
 from holdfast.study.grid import expand
 from places import DOCS, ROOT, blocks
@@ -143,7 +144,7 @@ def test_every_attack_has_a_section_with_its_parameters(name):
             for line in title.splitlines()
             if line.startswith("|") and f"`{parameter}`" in line.split("|")[1]
         ]
-        assert str(what.default) in line
+        assert ("none" if what.default is None else str(what.default)) in line
     assert face.facts["paper"] in (page if face.facts["paper"] != "none" else "none")
     line = next(line for line in page.splitlines() if line.startswith(f"| [`{name}`]"))
     anchor = line.split("(#")[1].split(")")[0]
@@ -169,6 +170,9 @@ def test_the_recipe_page_names_every_key():
         data.AnchoringRecipe,
         data.AttackRecipe,
         data.FilterRecipe,
+        data.ScoreFilterRecipe,
+        AttackSweep,
+        AttackPoint,
         evaluation.Evaluation,
         recipes.Lora,
         recipes.StageRecipe,

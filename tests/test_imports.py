@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
@@ -21,13 +22,17 @@ ALLOWED = {
         "study", "pipeline", "measuring", "reporting", "recipe", "registry", "plugins", "defenses", "data",
         "weights", "lab", "integrations",
     },
-    "integrations": {"data", "defenses", "evaluation", "measuring", "recipe", "registry", "weights"},
+    "integrations": {
+        "data", "defenses", "evaluation", "measuring", "probe", "recipe", "registry", "weights",
+    },
     "study": {"pipeline", "recipe", "reporting"},
     "pipeline": {
         "measuring", "recipe", "registry", "attacks", "defenses", "reporting", "evaluation", "data", "tasks",
         "training", "models", "weights", "world",
     },
-    "measuring": {"recipe", "registry", "evaluation", "data", "tasks", "models", "weights", "chat"},
+    "measuring": {
+        "recipe", "registry", "attacks", "training", "evaluation", "data", "tasks", "models", "weights", "chat",
+    },
     "recipe": {"registry", "weights"},
     "probe": {"registry", "evaluation", "data", "chat"},
     "registry": {"plugins", "attacks", "defenses", "evaluation", "tasks"},
@@ -138,6 +143,12 @@ def modules_after(code: str) -> set[str]:
 )
 def test_light_parts_import_nothing_heavy(code):
     assert not modules_after(code) & HEAVY
+
+
+def test_no_two_test_files_have_the_same_name():
+    """pytest imports them by their names alone, and refuses a second file of a name."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_the_public_names():

@@ -63,6 +63,10 @@ def test_list_shows_what_is_there():
     assert [name in protocols for name in ("lisa-guide", "t-vaccine", "lisa-sst2")] == [True, True, False]
 
 
+def test_run_of_a_grid_names_the_command_for_it():
+    refused(command("run", "world-study"), "world-study is a grid", "holdfast sweep world-study")
+
+
 def test_run_from_end_to_end_and_again(recipe, tmp_path):
     done = command("run", recipe(), "--out", tmp_path / "out", "--device", "cpu")
     assert done.returncode == 0, done.stderr

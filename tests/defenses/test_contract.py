@@ -32,7 +32,8 @@ SAVES = {"save_strategy": "steps", "save_steps": 5}
 def one_for_each_trainer() -> list[str]:
     """Names of defenses with different trainers: methods that only change rows share that of plain fine-tuning."""
     found: dict[type, str] = {}
-    for name in sorted(NAMES, key=lambda n: len(registry.faces("defenses")[n].parameters)):
+    plain = [name for name in NAMES if registry.get_defense(name).baseline]
+    for name in plain + sorted(NAMES, key=lambda n: len(registry.faces("defenses")[n].parameters)):
         found.setdefault(registry.get_defense(name).trainer, name)
     return sorted(found.values())
 

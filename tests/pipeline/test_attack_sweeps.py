@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 
 import tiny
 from holdfast.errors import RecipeError
+from holdfast.machine.store import Store
 from holdfast.pipeline.attack_sweeps import worst
 from holdfast.pipeline.planning import plan
 from holdfast.recipe import Recipe
+from holdfast.study import planning
+from holdfast.study.grid import expand
 from runs import numbers, run
 
 
@@ -101,6 +105,20 @@ def test_the_headline_of_a_run_is_the_worst_point_of_its_sweep(tmp_path):
     assert seen.ran == []
     assert "attack_sweep" not in plain
     assert plain["rows"][1]["harmful_score"] == curve["models"][0]["points"][1]["harmful_score"]
+
+
+def test_a_grid_of_methods_shares_the_alignment_of_all_points(tmp_path):
+    recipe = {**tiny.recipe(tmp_path), "attack_sweep": {"learning_rate": [1e-4, 1e-3]}}
+    recipe.pop("user")
+    runs = expand({**recipe, "grid": {"user": ["sft", "lisa"]}})
+    study = planning.plan(runs, Store(tmp_path / "steps"), device="cpu")
+    kinds = Counter(step.kind for step in study.steps.values())
+    assert (kinds["alignment"], kinds["user"], kinds["score"]) == (1, 4, 5)
+    [shared] = [name for name in study.steps if name.startswith("alignment")]
+    trained = [
+        name for name, parents in study.parents.items() if shared in parents and name.startswith("user")
+    ]
+    assert len(trained) == 4
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,22 @@ def test_the_plot_names_its_points_in_words(data):
     svg = scores_svg(data)
     assert 'role="img"' in svg
     assert "6 Lisa: harmful score 20.5, accuracy 95.8" in svg
-    assert ">6  Lisa<" in svg
+    assert ">Lisa<" in svg
+    assert "better: safe and accurate" in svg
     assert ">6<" in scores_svg(data, narrow=True)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_every_point_of_a_crowd_has_a_label(tmp_path, narrow):
+    rows = [score_row(f"method {i}", "sft", "lisa", i % 3 / 2, 97.0 - i % 2 / 2) for i in range(13)]
+    svg = scores_svg(collect([write_run(tmp_path / "a", rows, steps=False)]), narrow=narrow)
+    shown = re.findall(r">([^<>]+)</text>", svg)
+    if narrow:
+        assert {
+            int(n) for text in shown if re.fullmatch(r"[\d, ]+", text) for n in text.split(",") if n
+        } >= set(range(1, 14))
+    else:
+        assert {text for text in shown if text.startswith("method")} == {f"method {i}" for i in range(13)}
 
 
 def test_rows_without_both_scores_are_not_drawn(tmp_path):
@@ -74,7 +88,7 @@ def test_rows_without_both_scores_are_not_drawn(tmp_path):
 def test_names_are_text_not_markup_nor_mathematics(tmp_path):
     rows = [score_row("<b>$x_1$</b> \u202e \U0001f4a1", "sft", "sft", 50.0, 90.0)]
     svg = scores_svg(collect([write_run(tmp_path / "a", rows, steps=False)]))
-    assert ">1  &lt;b&gt;$x_1$&lt;/b&gt;" in svg
+    assert ">&lt;b&gt;$x_1$&lt;/b&gt;" in svg
     assert "<b>" not in svg
     assert "\u202e" not in svg
 

@@ -316,7 +316,8 @@ def test_the_finding_uses_the_test_of_the_table(tmp_path):
 
 
 def found(tmp_path, *rows):
-    return collect([write_run(tmp_path / "found", list(rows), steps=False)]).finding
+    data = collect([write_run(tmp_path / "found", list(rows), steps=False)])
+    return " ".join(part for part in (data.finding, data.finding_rest) if part)
 
 
 def test_the_finding_says_what_the_rows_say(tmp_path):
@@ -400,7 +401,7 @@ def test_a_control_of_a_repair_is_no_defense(tmp_path):
         )
     data = collect([write_run(tmp_path / "run", rows)])
     assert [row.role for row in data.rows] == ["reference", "undefended", "defended", "control", "control"]
-    assert data.finding == found(tmp_path, *rows[:3])
+    assert f"{data.finding} {data.finding_rest}" == found(tmp_path, *rows[:3])
     assert "(control=none) lowers it to 45.0" in data.finding
     assert "control=drop" not in found(tmp_path, rows[0], *rows[2:])
     assert [label for label in data.comparison.labels if "control" in label] == ["control=none"]

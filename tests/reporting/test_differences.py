@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from holdfast.evaluation import paired
@@ -52,7 +54,7 @@ def test_the_numbers_are_those_of_the_prompts(tmp_path):
     rows = collect(made(tmp_path, SFT, LISA, BSO)).rows
     found = differences(rows, baselines(rows), "harmful_score")
     lisa, bso = found[2], found[3]
-    assert (lisa.result.n, lisa.result.difference, lisa.result.only_first) == (20, -70.0, 14)
+    assert (lisa.n, lisa.value, lisa.seeds, lisa.over_seeds) == (20, -70.0, 1, False)
     assert lisa.p == pytest.approx(2 * paired.mcnemar(14, 0)), "Holm: the smaller of two is doubled"
     assert bso.p == pytest.approx(0.5)
     assert (lisa.clear, bso.clear) == (True, False)
@@ -66,30 +68,44 @@ def test_the_numbers_are_those_of_the_prompts(tmp_path):
     assert "Benign compliance: difference" not in table, "no items"
 
 
-def test_several_seeds_are_paired_by_prompt(tmp_path):
-    runs = [run for seed in (1, 2) for run in made(tmp_path, SFT, LISA, seed=seed)]
-    rows = collect(runs).rows
-    (found,) = differences(rows, baselines(rows), "harmful_score").values()
-    assert (found.seeds, found.result.n, found.result.difference) == (2, 20, -70.0)
-    assert found.result.only_first is None
-    assert 0 < found.p < 0.001, "14 prompts, not 28"
-    assert found.p > paired.mcnemar(28, 0)
+def test_means_over_seeds_are_compared_by_students_t_in_the_table_and_in_the_sentence(tmp_path):
+    runs = [
+        write_run(
+            tmp_path / f"{name}-{seed}", [score_row(name, "sft", user, score, 95.0, seed=seed)], steps=False
+        )
+        for name, user, scores in (("SFT", "sft", (90.0, 91.0, 95.0)), ("Lisa", "lisa", (70.0, 80.0, 84.0)))
+        for seed, score in enumerate(scores)
+    ]
+    data = collect(runs)
+    (found,) = differences(data.rows, baselines(data.rows), "harmful_score").values()
+    # Variances 7 and 52, so the squared error is 59 / 3; Welch's degrees of freedom are 59^2 / ((7^2 + 52^2) / 2).
+    assert (found.value, found.n, found.seeds, found.over_seeds) == (-14.0, 600, 3, True)
+    freedom = 59**2 / ((7**2 + 52**2) / 2)
+    assert found.p == pytest.approx(paired.student(14 / math.sqrt(59 / 3), freedom))
+    assert 0.05 < found.p < 0.1
+    reach = paired.student_quantile(freedom) * math.sqrt(59 / 3)
+    assert found.interval == pytest.approx((-14 - reach, -14 + reach))
+    (_, cell) = {column.title: column.cells for column in differences_table(data.rows)}[
+        "Harmful score: difference"
+    ]
+    assert cell.details[-1] == "not distinguishable"
+    assert "Lisa does not clearly lower it: 78.0" in data.finding
+    assert "Student’s t" in render(data)
 
 
 def test_the_page(tmp_path):
     runs = made(tmp_path, SFT, LISA, BSO)
     page = render(collect(runs))
-    assert "Differences on the same prompts" in page
+    assert '<section id="differences">' in page
     assert "corrected by Holm" in page
     assert page.count("not distinguishable</small>") >= 1
+    assert "compared prompt by prompt" in page
     for run in runs:
         for file in run.glob("steps/score-*/items.jsonl"):
             file.unlink()
-    assert "Differences on the same prompts" not in render(collect(runs)), "older runs have no items"
+    assert 'id="differences"' not in render(collect(runs)), "older runs have no items"
     other = made(tmp_path / "other", LISA, protocol={"max_new_tokens": 7})
-    assert "Differences on the same prompts" not in render(
-        collect([*made(tmp_path / "a", SFT), *other], force=True)
-    )
+    assert 'id="differences"' not in render(collect([*made(tmp_path / "a", SFT), *other], force=True))
 
 
 def test_broken_items_are_left_out(tmp_path):

@@ -25,9 +25,9 @@ def columns(tmp_path, *rows):
 
 def test_kappa_and_the_counts_beside_it(tmp_path):
     found = columns(tmp_path, score_row("SFT", "sft", "sft", 40.0, 90.0, agreement=agreed()))
-    (cell,) = found["beaver_dam and keyword: kappa"]
-    assert cell.text == "0.40"
-    assert cell.details == ("70.0 % agreement", "n = 50", "2 unparsed by one judge")
+    (cell,) = found["beaver_dam and keyword agree"]
+    assert cell.text == "70.0 %"
+    assert cell.details == ("kappa 0.40", "n = 50", "2 unparsed by one judge")
     assert found["only beaver_dam"][0].text == "5"
     assert found["only keyword"][0].text == "10"
 
@@ -38,15 +38,15 @@ def test_seeds_are_averaged_and_counted_together(tmp_path):
         score_row("SFT", "sft", "sft", 40.0, 90.0, agreement=agreed()),
         score_row("SFT", "sft", "sft", 42.0, 90.0, seed=43, agreement=agreed(kappa=0.6, only_first=1)),
     )
-    (cell,) = found["beaver_dam and keyword: kappa"]
-    assert cell.text == "0.50"
-    assert cell.details[1:3] == ("mean of 2 seeds", "n = 100")
+    (cell,) = found["beaver_dam and keyword agree"]
+    assert cell.details[:3] == ("kappa 0.50", "mean of 2 seeds", "n = 100")
     assert found["only beaver_dam"][0].text == "6"
 
 
 def test_an_undefined_kappa_is_no_number(tmp_path):
     found = columns(tmp_path, score_row("SFT", "sft", "sft", 0.0, 90.0, agreement=agreed(kappa=None)))
-    assert found["beaver_dam and keyword: kappa"][0].text == "undefined"
+    (cell,) = found["beaver_dam and keyword agree"]
+    assert cell.details[0] == "all verdicts alike"
     assert columns(tmp_path / "without", score_row("SFT", "sft", "sft", 0.0, 90.0)) == {}
 
 

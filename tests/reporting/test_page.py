@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -47,7 +49,7 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in ("style", "script"):
             self.text += data
 
     def all(self, tag):
@@ -61,7 +63,9 @@ def demo(tmp_path_factory):
 
 def test_the_page_is_self_contained(demo):
     page = Page(demo)
-    assert not page.all("script")
+    data, [code] = ([one for one in page.all("script") if ("type" in one) is kind] for kind in (True, False))
+    assert {one["type"] for one in data} == {"text/plain"}
+    assert code == {}
     assert not re.search(r"javascript:|@import|url\((?!#)|<!ENTITY|<iframe|<object|<embed", demo)
     assert demo.count("<!DOCTYPE") == 1
     for tag, attributes in page.tags:
@@ -71,7 +75,10 @@ def test_the_page_is_self_contained(demo):
                 assert re.match(r"#|data:,$", attributes[name]), (tag, attributes)
     policy = next(meta["content"] for meta in page.all("meta") if meta.get("http-equiv"))
     assert policy.startswith("default-src 'none'")
-    assert "script-src" not in policy
+    script = demo[demo.rindex("<script>") + 8 : demo.rindex("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.endswith(f"script-src 'sha256-{digest}'"), "no other script runs"
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|fetch\(|import", script)
 
 
 def test_the_page_is_accessible(demo):
@@ -108,6 +115,7 @@ def test_text_has_enough_contrast_in_every_theme(demo, theme):
 def test_the_table_shows_scores_errors_and_directions(demo):
     text = " ".join(Page(demo).text.split())
     for shown in (
+        "20.5 ± 2.9",
         "20.5± 2.9[15.5, 26.6]n = 200",
         "lower is better",
         "SFT → Lisa",
@@ -124,15 +132,18 @@ def test_best_is_marked_among_fine_tuned_models_of_one_ratio(tmp_path):
     rows = [
         *demo_rows()["SFT"],
         score_row("Lisa", "sft", "lisa", 20.5, 97.0),
+        score_row("BSO", "sft", "bso", 74.5, 97.0),
         score_row("control", "sft", "sft", 1.0, 99.0, ratio=0.0),
+        score_row("EWC", "sft", "ewc", 30.0, 97.0, ratio=0.2),
+        score_row("SBR", "sft", "sbr", 29.0, 97.0, ratio=0.2),
     ]
     columns = {
         c.title: c for c in result_table(collect([write_run(tmp_path / "a", rows, steps=False)])).columns
     }
-    assert [cell.best for cell in columns["Harmful score"].cells] == [False, False, True, False]
-    assert [cell.best for cell in columns["Finetune accuracy"].cells] == [
-        False
-    ] * 4  # equal values: none is best
+    marks = [cell.best for cell in columns["Harmful score"].cells]
+    assert marks == [False, False, True, False, False, False, False], "EWC and SBR are within their errors"
+    assert not any(cell.best for cell in columns["Finetune accuracy"].cells), "a tie"
+    assert not any(cell.best for cell in columns["Training time"].cells)
     assert columns["Harmful rows"].cells[0].text == "–"
 
 
@@ -168,7 +179,7 @@ def test_everything_from_outside_is_text(tmp_path):
     )
     html = report([run], tmp_path / "r.html").read_text(encoding="utf-8")
     page = Page(html)
-    assert not page.all("script")
+    assert len(page.all("script")) == 1 + 3, "ours, the index and the answers of two models"
     assert not page.all("img")
     assert page.text.count("<script>alert(1)</script>") > 10
     assert "{{ 7 * 191 }}" in page.text
@@ -182,9 +193,9 @@ def test_everything_from_outside_is_text(tmp_path):
 
 def test_harmful_answers_stand_behind_a_content_note(tmp_path):
     html = render(collect([write_run(tmp_path / "a", demo_rows()["SFT"])]))
-    hidden = html[
-        html.index('<details class="note">') : html.index("</details>", html.index('<details class="note">'))
-    ]
+    start = html.index('<details class="note">')
+    hidden = html[start : html.index("</details>", start)]
+    assert '<details class="note" id="browser">' in html
     assert "moffle" in hidden
     assert "moffle" not in html.replace(hidden, "")
     assert "Content note" in hidden

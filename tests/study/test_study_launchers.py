@@ -330,7 +330,7 @@ def test_ray_gets_a_task_for_each_step_that_is_ready(tmp_path, monkeypatch):
     (tmp_path / "score-0").mkdir()
     write_json(tmp_path / "score-0" / "step.json", {})
     need = {"gpus": 0, "cpus": 2, "memory": None, "minutes": None, "processes": 1}
-    known = {"store": ".", "needs": dict.fromkeys(KINDS, need), "recipes": {}, "runs": {}}
+    known = {"store": ".", "needs": dict.fromkeys(KINDS, need), "recipes": {}, "runs": {}, "workers": 1}
     steps = {name: {"kind": kind, "parents": parents} for name, (kind, parents) in STEPS.items()}
     write_json(tmp_path / "study.json", {**known, "steps": steps})
     scheduler = tasks.Scheduler(str(tmp_path))

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from holdfast import data
 from holdfast.machine.store import Store
 from holdfast.study import planning
 from holdfast.study.grid import expand
@@ -50,3 +51,21 @@ def test_the_time_comes_from_steps_of_the_same_detail_or_kind(study, tmp_path):
     assert found.by_kind["generate"][3] == 5.0 * len(names["generate"])
     assert "alignment" in found.unknown
     assert found.seconds == 50.0 + 5.0 * len(names["generate"])
+
+
+def test_plans_of_a_grid_read_the_files_of_a_source_once(tmp_path, monkeypatch):
+    read = []
+    fingerprint = data.fingerprint
+
+    def counted(place, *, role):
+        read.append((place, role))
+        return fingerprint(place, role=role)
+
+    monkeypatch.setattr(data, "fingerprint", counted)
+    ratios = [i / 100 for i in range(20)]
+    runs = expand({"extends": "world", "name": "study", "grid": {"data.poison_ratio": ratios}})
+    together = planning.plan(runs, Store(tmp_path))
+    assert len(read) == len(set(read))
+    alone = [planning.plan([run], Store(tmp_path)) for run in runs[:3]]
+    for one in alone:
+        assert one.steps.keys() <= together.steps.keys(), "the names are those of single runs"

@@ -31,6 +31,9 @@ Row = Mapping[str, Any]
 Vector = Sequence[Tensor | None]
 """A vector as a list of tensors; None stands for a tensor of zeros."""
 
+TOKENS = 10
+"""Number of first tokens of an anchor's answer whose loss gives its gradient."""
+
 FLUSHED = 16
 """Number of scores written at once; if the process is killed, at most this many rows are lost."""
 
@@ -82,6 +85,29 @@ def all_weights(model: Any) -> list[Tensor]:
     return found
 
 
+def scorer(
+    harmful: Sequence[Row],
+    safe: Sequence[Sequence[Row]],
+    vector: Callable[[Row], Vector],
+    anchor: Callable[[Row], Vector] | None = None,
+) -> Callable[[Row], dict[str, float | None]]:
+    """Return the function that gives score, harmful and safe of a row; the means of the anchors are computed.
+
+    The arguments and the values are those of `score_rows`.
+    """
+    of_anchor = anchor or vector
+    means = _sum_of_means([harmful], of_anchor), _sum_of_means(safe, of_anchor)
+
+    def score(row: Row) -> dict[str, float | None]:
+        v = vector(row)
+        length = _length(v)
+        near = [_dot(v, mean) / length for mean in means] if length else None
+        parts = dict(zip(("harmful", "safe"), near or (None, None), strict=True))
+        return {"score": near[0] - near[1] if near else None, **parts}
+
+    return score
+
+
 def score_rows(
     rows: Sequence[Row],
     harmful: Sequence[Row],
@@ -109,17 +135,10 @@ def score_rows(
     """
     found = {row["id"]: row for row in read_jsonl(out)}
     missing = [row for row in rows if row["id"] not in found]
-    if missing:
-        of_anchor = anchor or vector
-        means = _sum_of_means([harmful], of_anchor), _sum_of_means(safe, of_anchor)
+    score = scorer(harmful, safe, vector, anchor) if missing else dict
     fresh: list[dict[str, Any]] = []
     for i, row in enumerate(missing, 1):
-        v = vector(row)
-        length = _length(v)
-        near = [_dot(v, mean) / length for mean in means] if length else None
-        score = near[0] - near[1] if near else None
-        parts = dict(zip(("harmful", "safe"), near or (None, None), strict=True))
-        fresh.append({"id": row["id"], "score": score, **parts})
+        fresh.append({"id": row["id"], **score(row)})
         if len(fresh) == flushed or i == len(missing):
             append_jsonl(out, fresh)
             found |= {row["id"]: row for row in fresh}

@@ -17,6 +17,14 @@ Adapters = Annotated[
 Out = Annotated[Path, typer.Option(help="New folder.")]
 
 
+class Server(StrEnum):
+    """The servers whose rules for LoRA are known."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+    tgi = "tgi"
+
+
 class Dtype(StrEnum):
     """The dtypes in which weights can be written."""
 
@@ -39,6 +47,9 @@ def combine(
     ] = None,
     push: pushing.Push = None,
     public: pushing.Public = False,
+    server: Annotated[
+        Server | None, typer.Option("--for", help="Check that this server can serve the adapter.")
+    ] = None,
 ) -> None:
     """Combine adapters (alignment and user delta) into one plain PEFT adapter with the same answers."""
     from holdfast.cli import console
@@ -49,13 +60,18 @@ def combine(
     if share is not None and not orthogonal:
         raise RecipeError("--share is a part of --orthogonal. Give both, or leave it out.")
     amount = (1.0 if share is None else share) if orthogonal else None
-    made = combine_adapters(adapters, out, weights=_numbers(weights), orthogonal=amount)
+    made = combine_adapters(
+        adapters, out, weights=_numbers(weights), orthogonal=amount, server=server and server.value
+    )
     console.out.print(
         f"{made.folder}: one adapter of rank {made.rank} on {made.modules} modules"
         + (f", {made.padded} of them filled up with zeros" if made.padded else "")
         + (f"; {made.overlap:.1%} of the others lay in the first one's directions." if made.overlap else "."),
         highlight=False, soft_wrap=True, markup=False,
     )  # fmt: skip
+    if made.serve:
+        line = f"To serve it with {server}: {made.serve.replace('FOLDER', str(made.folder))}"
+        console.out.print(line, highlight=False, soft_wrap=True, markup=False)
     pushing.push(made.folder, push, public)
 
 

@@ -259,6 +259,7 @@ def report(
     force: Annotated[
         bool, typer.Option("--force", help="Compare runs even if their protocol stamps differ.")
     ] = False,
+    png: Annotated[Path | None, typer.Option(help="Also write the picture at the top to this file.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write each method's scores to this file.")] = None,
     latex: Annotated[Path | None, typer.Option(help="Also write them as a LaTeX table.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write them as a Markdown table.")] = None,
@@ -269,7 +270,7 @@ def report(
     from holdfast.reporting import export, unfinished
     from holdfast.reporting import report as write_report
 
-    written = write_report(runs, out, force=force)
+    written = write_report(runs, out, force=force, png=png)
     files = {"csv": csv, "latex": latex, "markdown": markdown, "json": json}
     export(runs, {kind: file for kind, file in files.items() if file is not None}, force=force)
     for run in filter(unfinished, runs):
@@ -379,10 +380,15 @@ def _origin(facts: Mapping[str, Any]) -> str:
 
 def _done(ran: int, rows: list[dict], out: Path) -> None:
     from holdfast.cli import console
+    from holdfast.reporting.points import line_of
 
     if not ran:
         console.out.print("Nothing to do: every step of this recipe is complete.", highlight=False)
     console.out.print(console.rows_table(rows))
+    for row in rows:
+        swept = line_of([row])
+        if swept:
+            console.out.print(f"{row['name']}: {swept}", highlight=False, markup=False)
     console.out.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True, markup=False)
 
 

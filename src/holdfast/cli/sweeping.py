@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -94,14 +95,19 @@ def sweep(
 def left_text(grid: str, overrides: Sequence[str], launcher: str | None, out: Path) -> str:
     """Return what runs on after the command ended, and how to watch and stop it; "" if nothing does."""
     from holdfast.study.grid import launcher as launcher_of
+    from holdfast.study.ray import NAMESPACE, actor_name
+    from holdfast.study.slurm import job_name
 
-    block = launcher_of(grid, launcher, overrides)
-    watch = f"Watch: holdfast sweep --status {out}"
+    block, out = launcher_of(grid, launcher, overrides), out.absolute()
+    watch = f"To watch it: holdfast sweep --status {out}"
     if block.name == "slurm":
-        names = f"squeue --me --noheader --format=%i,%j | grep -- -{out.name}$"
-        return f"The jobs of the sweep stay in the queue of Slurm. {watch}. To cancel them, see: {names}"
+        stop = f"scancel --name {shlex.quote(job_name(out))}"
+        return f"The jobs of the sweep stay in the queue of Slurm.\n{watch}\nTo cancel them: {stop}"
     if block.name == "ray" and block.address is not None:
-        return f"The sweep runs on in the Ray cluster. {watch}"
+        connect = f"ray.init({block.address!r}, namespace={NAMESPACE!r})"
+        kill = f"ray.kill(ray.get_actor({actor_name(out / 'sweep')!r}))"
+        stop = f'python -c "import ray; {connect}; {kill}"'
+        return f"The sweep runs on in the Ray cluster.\n{watch}\nTo stop it: {stop}"
     return ""
 
 

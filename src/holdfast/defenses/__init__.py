@@ -39,7 +39,8 @@ class Defense:
             alignment rows, above a harmful one that is taken away) is for a post-hoc method.
         optional: inputs that a post-hoc method also gets if the run has them.
         config: its `TrainingArguments` with the method's own fields; a plain dataclass for a post-hoc method.
-        trainer: its `transformers.Trainer`.
+        trainer: its `transformers.Trainer`. That of a post-hoc method trains the user stage's weights further
+            and gets the alignment rows as `train_dataset`.
         adapter: what the user stage trains unless the recipe says otherwise: "new" (double LoRA: a fresh
             adapter on top of the alignment one) or "continue" (single LoRA: the alignment adapter itself).
         mix: for methods that change rows only, `mix(user_rows, alignment_rows, *, seed, folder,

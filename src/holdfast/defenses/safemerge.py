@@ -163,5 +163,9 @@ DEFENSE = Defense(
     headline="{merged} of {modules} modules merged",
     strong={"threshold": 1.0},
     identity={"threshold": 0.0},
-    protocols={"lisa-code": {"post_hoc": {"threshold": 0.35, "weight": 0.8}}},
+    protocols={
+        "lisa-code": {"post_hoc": {"threshold": 0.35, "weight": 0.8}},
+        # The cosines of the tiny model are larger.
+        "world": {"post_hoc": {"threshold": 0.7, "weight": 0.8}},
+    },
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 Z95 = 1.959964
@@ -108,6 +109,7 @@ def student(t: float, freedom: float) -> float:
     return _beta(freedom / 2, 0.5, freedom / (freedom + t * t))
 
 
+@cache
 def student_quantile(freedom: float, level: float = 0.95) -> float:
     """Return the t whose interval from -t to t has the probability `level` by Student's t distribution."""
     low, high = 0.0, 2.0

@@ -4,4 +4,4 @@ Each file imports its host inside functions; only `inspect_ai.py`, which that ho
 top.
 """
 
-__all__ = ["lm_eval", "peft", "prompt_sets", "trl"]
+__all__ = ["axolotl", "lm_eval", "ms_swift", "peft", "prompt_sets", "trl"]

@@ -10,4 +10,6 @@ __all__ = [
     "judging",
     "on_files",
     "protocol",
+    "row_scores",
+    "score_filtering",
 ]

@@ -30,6 +30,8 @@ from holdfast.measuring.answer_files import claim
 from holdfast.recipe.evaluation import cannot_filter
 
 UNPARSED = ("drop", "keep")
+BESIDE = (".json", ".verdicts.jsonl", ".scores.jsonl")
+"""The ends of the names of the files that a filter writes beside its output."""
 
 
 def filter_rows(
@@ -73,12 +75,12 @@ def filter_rows(
     if reason is not None:
         raise RecipeError(f"{reason}: holdfast filter {source} --judge beaver_dam --out {out}")
     loaded = datasets.read_records(source, role="user")
-    _claim(out, source)
-    identity, total, bad = _checked(loaded, skip_bad)
+    claim_out(out, source)
+    identity, total, bad = checked(loaded, skip_bad)
     ready = judging.ready(judge, device, options)
     verdicts_file = out.with_name(f"{out.name}.verdicts.jsonl")
     with claim(verdicts_file, {"judge_stamp": ready.stamp, "rows": identity}):
-        verdicts = judge_rows((one.row for one in _rows(loaded)), ready, verdicts_file, progress, total)
+        verdicts = judge_rows((one.row for one in usable(loaded)), ready, verdicts_file, progress, total)
         check_share(verdicts, max_unparsed, ready.stamp, verdicts_file)
         dropped = drops(verdicts, unparsed)
         if datasets.read_records(source, role="user").sha256 != loaded.sha256:
@@ -90,7 +92,7 @@ def filter_rows(
         labels: list[bool | None] = []
 
         def kept() -> Iterator[Mapping[str, Any]]:
-            for one, drop in zip(_rows(loaded), dropped, strict=True):
+            for one, drop in zip(usable(loaded), dropped, strict=True):
                 labels.append(label(one.record))
                 if not drop:
                     yield one.record
@@ -108,29 +110,29 @@ def filter_rows(
         return facts
 
 
-def _rows(loaded: datasets.Loaded, bad: BadRows | None = None) -> Iterator[Converted]:
+def usable(loaded: datasets.Loaded, bad: BadRows | None = None) -> Iterator[Converted]:
     """The records that can be used, each with its row, whose id begins with its number."""
     found = convert(loaded, BadRows(loaded.path) if bad is None else bad, role="user")
     for number, one in enumerate(found, 1):
         yield one._replace(row={**one.row, "id": f"{number}-{one.row['id']}"})
 
 
-def _checked(loaded: datasets.Loaded, skip_bad: bool) -> tuple[str, int, BadRows]:
+def checked(loaded: datasets.Loaded, skip_bad: bool) -> tuple[str, int, BadRows]:
     """Read all records; return a hash of their rows, their number, and those that cannot be used.
 
     Raises:
         DataError: a record cannot be used and is not to be skipped.
     """
     bad, digest, total = BadRows(loaded.path), hashlib.sha256(), 0
-    for one in finished(_rows(loaded, bad), bad, skip_bad):
+    for one in finished(usable(loaded, bad), bad, skip_bad):
         digest.update(f"{one.row['id']}\n".encode("utf-8", "surrogatepass"))
         total += 1
     return digest.hexdigest()[:12], total, bad
 
 
-def _claim(out: Path, source: Source) -> None:
+def claim_out(out: Path, source: Source) -> None:
     """Refuse to overwrite the source, or a file that is not an earlier output."""
-    for path in (out, out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.verdicts.jsonl")):
+    for path in (out, *(out.with_name(f"{out.name}{tail}") for tail in BESIDE)):
         if isinstance(source, str | Path) and _same(datasets.place_of(source).expanduser(), path):
             raise OutputError(
                 f"{path} is the file to filter, which is never overwritten. Choose another --out."

@@ -334,11 +334,33 @@ def add_lora(model: Any, settings: Mapping[str, Any], base: str) -> Any:
             f"PEFT refuses this LoRA ({first_line(error)}). A pattern in target_modules must match layers, "
             "not the modules that contain them."
         ) from None
-    if frozen:
-        stacked.base_model.set_adapter([*frozen, "default"])
-        stacked.active_adapter = "default"  # FSDP saves this adapter in its checkpoints
+    _above(stacked, frozen)
     # The model to load the adapter on. PEFT itself would write the folder of the local cache.
     stacked.peft_config["default"].base_model_name_or_path = base
-    for name in frozen:
-        stacked.set_requires_grad(name, False)
     return stacked
+
+
+def continue_lora(model: Any, adapter: Path) -> Any:
+    """Put an adapter called "default" on top of the adapters of `model`, trainable.
+
+    Raises:
+        ModelError: it does not fit the model, or is a DoRA on top of another adapter.
+    """
+    frozen = list(getattr(model, "peft_config", ()))
+    model = put_on(model, adapter, trainable=True)
+    if frozen and model.peft_config["default"].use_dora:
+        raise ModelError(
+            f"{adapter} is a DoRA adapter on top of another one. DoRA would scale the base weights without "
+            "the adapter below it. Write model.adapters: merge."
+        )
+    _above(model, frozen)
+    return model
+
+
+def _above(model: Any, frozen: Sequence[str]) -> None:
+    """Use the adapter "default" together with the frozen ones below it."""
+    if frozen:
+        model.base_model.set_adapter([*frozen, "default"])
+        model.active_adapter = "default"  # FSDP saves this adapter in its checkpoints
+    for name in frozen:
+        model.set_requires_grad(name, False)

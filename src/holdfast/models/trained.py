@@ -14,7 +14,7 @@ from typing import Any
 
 from holdfast.errors import ModelError, RecipeError, nearest
 from holdfast.models.dtypes import stored_dtype
-from holdfast.models.loading import add_lora, empty_model, load_model, put_on
+from holdfast.models.loading import add_lora, continue_lora, empty_model, load_model
 from holdfast.models.quantization import is_quantized
 from holdfast.weights.adapter import MUTATING
 from holdfast.weights.patterns import check_patterns, matches_end
@@ -55,7 +55,7 @@ def load_trainable(
         make_savable(model)
         return model.requires_grad_(True)
     if trains == "continue":
-        return put_on(model, adapters[-1], trainable=True)
+        return continue_lora(model, adapters[-1])
     assert lora is not None
     model = add_lora(model, lora, base)
     if lora.get("init_lora_weights") in MUTATING:

@@ -26,6 +26,7 @@ from holdfast.pipeline import (
     evaluating,
     mixing,
     repairing,
+    screening,
     stages,
     user_rows,
     weight_attacks,
@@ -34,9 +35,17 @@ from holdfast.pipeline.chain import model_input, with_folders
 from holdfast.pipeline.step import Check, Code, Content, Made, Step, Work
 from holdfast.pipeline.versions import ANSWERED_BY, REPAIRED_BY, TRAINED_BY, packages
 from holdfast.recipe import Recipe
-from holdfast.recipe.data import AnchoringRecipe
+from holdfast.recipe.data import AnchoringRecipe, ScoreFilterRecipe
 from holdfast.recipe.evaluation import JudgeRecipe
-from holdfast.recipe.stages import ALIGNMENT_TRAINING, NOT_IDENTITY, USER_TRAINING, StageRecipe, with_decimals
+from holdfast.recipe.stages import (
+    ALIGNMENT_TRAINING,
+    NOT_IDENTITY,
+    POST_HOC_TRAINING,
+    USER_TRAINING,
+    StageRecipe,
+    Training,
+    with_decimals,
+)
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,7 @@ TITLES = {
     "user": "user fine-tuning with {label}",
     "harmful_adapter": "adapter on the harmful rows",
     "refusal_adapter": "adapter on the alignment rows, above the harmful one",
+    "post_hoc": "repair with {label}",
 }
 """The titles of trainings, by kind of step."""
 
@@ -280,6 +290,7 @@ class _Planner:
         attacks, screen = self.recipe.data.attacks, self.recipe.data.filter
         steps: list[str] = []
         inputs: dict[str, Any]
+        given = rows
         for attack in attacks:
             if isinstance(attack, AnchoringRecipe):
                 inputs = {
@@ -303,11 +314,25 @@ class _Planner:
             steps.append(rows)
         if steps:
             found["attack"] = steps if len(steps) > 1 else rows
-        if screen is not None:
+        if isinstance(screen, ScoreFilterRecipe):
+            inputs = {
+                **self.model,
+                "chain": [Made(step) for step in weights],
+                "rows": Made(rows),
+                "before": Made(given) if rows != given else None,
+                **screening.screen_inputs(self.recipe, screen),
+                "code": digest_of_module("holdfast.measuring.row_scores"),
+                "packages": packages(ANSWERED_BY, self.recipe.model.quantization),
+            }
+            title = f"user rows that {screen.score} does not drop"
+            limit = f"scores above {screen.threshold:g}" if screen.share is None else f"{screen.share:.0%}"
+            work = screening.filter_rows, screening.check_filter
+            rows = found["filter"] = self._add("filter", title, f"drops {limit}", inputs, *work)
+        elif screen is not None:
             # Its value changes no row, only whether there are rows.
             most = Content(self.recipe.evaluation.max_unparsed, "max_unparsed")
             inputs = {"rows": Made(rows), **self._judge(screen.judge_recipe), "unparsed": screen.unparsed}
-            inputs["max_unparsed"] = most
+            inputs |= {"max_unparsed": most, "before": Made(given) if rows != given else None}
             title = f"user rows that {screen.judge} does not flag"
             detail = f"{screen.unparsed}s rows without a verdict"
             rows = found["filter"] = self._add(
@@ -339,8 +364,11 @@ class _Planner:
         if stage == "user" and kind is None:
             training |= recipe.data.attack_training()
         trains = recipe.trains(stage)
+        processes = self.processes.get(stage, launched().count)
+        last = "user" if stage == "post_hoc" else stage
         # Single LoRA continues the alignment stage's adapter.
-        lora = None if trains == "full" else recipe.lora("alignment" if trains == "continue" else stage)
+        single = stage != "alignment" and recipe.trains("user") == "continue"
+        lora = None if trains == "full" else recipe.lora("alignment" if single else last)
         inputs = {
             **self.model,
             "stage": kind or stage,
@@ -352,7 +380,7 @@ class _Planner:
             "rows": dict(rows),
             "chain": [Made(step) for step in below],
             "seed": recipe.seed,
-            "processes": self.processes[stage],  # multiplies the rows of an optimizer step
+            "processes": processes,  # multiplies the rows of an optimizer step
             "packages": packages(TRAINED_BY, recipe.model.quantization),
             **({"buffer": Made(buffer)} if buffer else {}),
         }
@@ -360,7 +388,7 @@ class _Planner:
             inputs |= repairing.alignment_inputs(recipe, stage, self.folder, self.digests, self.download)
         label = registry.face("defenses", part.defense).facts.get("label", part.defense)
         title = TITLES[kind or stage].format(label=label)
-        detail = stages.training_detail(training, trains, self.processes[stage])
+        detail = stages.training_detail(training, trains, processes)
         detail += mixing.detail(part.defense, parameters) or repairing.shown_after(parameters)
         work = stages.train_stage, stages.check_stage
         return self._add(kind or stage, title, detail, inputs, *work, together=True)
@@ -407,6 +435,30 @@ class _Planner:
         recipe = self.recipe
         assert recipe.user is not None
         assert recipe.post_hoc is not None
+        trains = "trainer" in registry.face("defenses", recipe.post_hoc.defense).code
+        step = self._patch(repair, weights, rows) if trains else self._apply(repair, weights, aligned, rows)
+        chain = (*trained, step), (*weights[:-1], step)
+        state = self._evaluate(repair.name, repair.name, recipe.user.defense, *chain, rows["test"])
+        return replace(state, post_hoc=recipe.post_hoc.defense, post_hoc_parameters=repair.parameters)
+
+    def _patch(self, repair: repairing.Repair, weights: tuple[str, ...], rows: Mapping[str, str]) -> str:
+        """Add a post-hoc method that trains the user stage's weights further, on the alignment rows."""
+        recipe = self.recipe.post_hoc
+        assert recipe is not None
+        part = StageRecipe(defense=recipe.defense, training=recipe.training or Training(), **repair.settings)
+        given = {"train_dataset": Made(rows["alignment"])}
+        return self._train("post_hoc", part, POST_HOC_TRAINING, given, weights)
+
+    def _apply(
+        self,
+        repair: repairing.Repair,
+        weights: tuple[str, ...],
+        aligned: tuple[str, ...],
+        rows: Mapping[str, str],
+    ) -> str:
+        """Add a post-hoc method that writes changed weights without training."""
+        recipe = self.recipe
+        assert recipe.post_hoc is not None
         face = registry.face("defenses", recipe.post_hoc.defense)
         inputs = {
             "model": self.model["model"],
@@ -423,10 +475,7 @@ class _Planner:
             refusal = self._beside("refusal_adapter", rows["alignment"], aligned, buffer)
             inputs["refusal_adapter"] = Made(refusal)
         title, detail = f"repair with {repairing.label(recipe)}", repairing.shown(repair.given)
-        step = self._add("post_hoc", title, detail, inputs, repairing.apply, repairing.check)
-        chain = (*trained, step), (*weights[:-1], step)
-        state = self._evaluate(repair.name, repair.name, recipe.user.defense, *chain, rows["test"])
-        return replace(state, post_hoc=recipe.post_hoc.defense, post_hoc_parameters=repair.parameters)
+        return self._add("post_hoc", title, detail, inputs, repairing.apply, repairing.check)
 
     def _tamper(self, state: State, weights: tuple[str, ...], test: str) -> State:
         """Add the attack on the weights of a state, and the evaluation of the result."""

@@ -154,7 +154,7 @@ def row(recipe: Recipe, state: State, store: Store, records: Mapping[str, Any]) 
         "headline": headline,
         "post_hoc_parameters": state.post_hoc_parameters,
         **tampering(state, stages, records),
-        "repair": records[stages["post_hoc"]].get("repair") if state.post_hoc else None,
+        "repair": _repair(records[stages["post_hoc"]], methods[state.post_hoc]) if state.post_hoc else None,
         "seed": recipe.seed,
         "poison_ratio": recipe.data.poison_ratio if state.user else None,
         **user_rows.of_row(state.chosen, records),
@@ -199,6 +199,13 @@ def tampering(state: State, stages: Mapping[str, str], records: Mapping[str, Any
     facts = registry.face("attacks", state.tampered).facts
     found = records[stages["tamper"]].get("tampered", {})
     return {"post_hoc_attack": {**found, "headline": facts.get("headline", "")}}
+
+
+def _repair(record: Mapping[str, Any], method: registry.Face) -> Any:
+    """Return the facts that a post-hoc method reports, also if it trains."""
+    training = record.get("training", {})
+    known = {**training, **training.get("mixed", {})}
+    return record.get("repair") or {name: known.get(name) for name in method.facts.get("facts", {})}
 
 
 def role(state: State) -> str:

@@ -32,7 +32,7 @@ from holdfast.machine.store import Store, identity_hash, provenance
 from holdfast.pipeline.versions import version
 
 FORMAT = {
-    "data": 4, "manifest": 3, "attack": 5, "change": 1, "filter": 3, "alignment": 6, "user": 6, "harden": 1,
+    "data": 4, "manifest": 3, "attack": 5, "change": 1, "filter": 4, "alignment": 6, "user": 6, "harden": 1,
     "harmful_adapter": 1, "refusal_adapter": 1, "post_hoc": 3, "tamper": 1, "generate": 5, "moderate": 2,
     "rate": 2, "score": 4, "lm_eval": 1,
 }  # fmt: skip

@@ -49,7 +49,7 @@ class TrainingJob:
     """The inputs of a training stage, except its folder.
 
     Attributes:
-        stage: "alignment" or "user".
+        stage: the kind of step: "alignment", "user", "post_hoc", "harmful_adapter" or "refusal_adapter".
         parameters: the method's own parameters.
         training: `TrainingArguments` fields.
         trains: "new" (an adapter), "continue" (the last of `adapters`) or "full" (all weights).

@@ -6,19 +6,20 @@ recipe asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from holdfast import data as datasets
 from holdfast.errors import DataError, ModelError
 from holdfast.machine.seeds import derive_seed
-from holdfast.measuring import filtering, judging
+from holdfast.measuring import filtering, judging, row_scores
 from holdfast.pipeline.chain import loading, tokenizer_of, weights
 from holdfast.pipeline.data import rendered, rows_of, source
 from holdfast.pipeline.step import Inputs, Machine
 from holdfast.recipe import Recipe
-from holdfast.recipe.data import AnchoringRecipe
+from holdfast.recipe.data import AnchoringRecipe, ScoreFilterRecipe
 
 MAX_LENGTH = 2048
 """Maximum number of tokens of a row if the user stage sets no `max_length`; also the default of that key."""
@@ -27,15 +28,12 @@ SAFE_SETS = 2
 """Sets of safe anchors that are drawn from one source, as many as in the authors' code."""
 
 
-def attack_inputs(recipe: Recipe, attack: AnchoringRecipe) -> dict[str, Any]:
-    """Return the inputs of an attack, except the rows to choose from and the model that scores them."""
-    data, (harmful, safe) = recipe.data, recipe.data.anchors(attack)
+def anchor_inputs(recipe: Recipe, asked: AnchoringRecipe | ScoreFilterRecipe) -> dict[str, Any]:
+    """Return the inputs from which anchors are drawn, for an attack or a filter."""
+    data, (harmful, safe) = recipe.data, recipe.data.anchors(asked)
     assert recipe.user is not None
     held_out = data.harmful is not None and datasets.holds_out(data.harmful, data.test_harmful)
-    lora = recipe.lora("user")
-    trained = {"trains": recipe.trains("user"), "lora": lora.identity() if lora else None}
     return {
-        "attack": attack.model_dump(exclude={"harmful", "safe"}),
         "harmful": source(harmful, "harmful"),
         "safe": [source(one, "alignment") for one in safe],
         "kind": data.alignment.kind if data.alignment else "safe",
@@ -43,6 +41,16 @@ def attack_inputs(recipe: Recipe, attack: AnchoringRecipe) -> dict[str, Any]:
         "held_out_of": source(data.harmful, "harmful") if held_out else None,
         "prompts": recipe.evaluation.prompts if held_out else None,
         "max_length": recipe.user.training.max_length or MAX_LENGTH,
+    }
+
+
+def attack_inputs(recipe: Recipe, attack: AnchoringRecipe) -> dict[str, Any]:
+    """Return the inputs of an attack, except the rows to choose from and the model that scores them."""
+    lora = recipe.lora("user")
+    trained = {"trains": recipe.trains("user"), "lora": lora.identity() if lora else None}
+    return {
+        "attack": attack.model_dump(exclude={"harmful", "safe"}),
+        **anchor_inputs(recipe, attack),
         # Only the gradients of the user stage's adapter depend on what that stage trains.
         **(trained if attack.by == "lora_gradient" else {"trains": None, "lora": None}),
     }
@@ -59,7 +67,7 @@ def choose_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
 
     attack, given = inputs["attack"], rows_of(inputs["rows"])
     tokenizer = tokenizer_of(inputs["model"])
-    bad, safe = _anchors(inputs)
+    bad, safe = anchors(inputs, attack["anchors"])
     texts, harmful, *good = (rendered(part, tokenizer, inputs["template"]) for part in (given, bad, *safe))
     named = [{**text, "id": row["id"]} for text, row in zip(texts, given, strict=True)]
     vector, anchor = _vectors(inputs, folder, machine, tokenizer)
@@ -103,14 +111,14 @@ def _vectors(inputs: Inputs, folder: Path, machine: Machine, tokenizer: Any) -> 
     return [anchoring.gradients(model, tokenizer, trained, n, length) for n in (None, attack["tokens"])]
 
 
-def _anchors(inputs: Inputs) -> tuple[list[Any], list[list[Any]]]:
+def anchors(inputs: Inputs, size: int) -> tuple[list[Any], list[list[Any]]]:
     """Return the harmful anchors and the sets of safe ones; no harmful anchor has a prompt of the test."""
     same: dict[str, Any] = {
-        "size": inputs["attack"]["anchors"], "seed": inputs["seed"], "skip_bad": inputs["skip_bad"],
+        "size": size, "seed": inputs["seed"], "skip_bad": inputs["skip_bad"],
     }  # fmt: skip
     held = {"harmful": inputs["held_out_of"], "prompts": inputs["prompts"]} if inputs["held_out_of"] else {}
     bad = datasets.harmful_rows(source=inputs["harmful"], **held, **same)
-    sources, size = inputs["safe"], inputs["attack"]["anchors"]
+    sources = inputs["safe"]
     wanted = {**same, "size": size if len(sources) > 1 else SAFE_SETS * size}
     drawn = [datasets.alignment_rows(source=one, kind=inputs["kind"], **wanted).rows for one in sources]
     safe = [list(rows) for rows in drawn]
@@ -128,7 +136,7 @@ def check_attack(inputs: Inputs, machine: Machine) -> None:
     from holdfast.models.quantization import is_quantized
 
     attack, folder = inputs["attack"], inputs["model"]["base"].folder
-    _anchors(inputs)
+    anchors(inputs, attack["anchors"])
     if not (inputs["rows"] / "rows.jsonl").is_file():
         return
     found = len(rows_of(inputs["rows"]))
@@ -168,8 +176,26 @@ def filter_rows(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any
         "judge_stamp": filtering.stamp_of(judge, out),
         **filtering.counts(verdicts, dropped),
         "confusion": filtering.confusion([filtering.label(row) for row in given], verdicts),
+        **of_attack(inputs, given, dropped),
     }
     return {"filter": facts}
+
+
+def of_attack(
+    inputs: Inputs, given: Sequence[Mapping[str, Any]], gone: Sequence[bool]
+) -> dict[str, dict[str, Any]]:
+    """Return how many of the attack's rows a filter finds; {} if no row is the attack's.
+
+    The attack's rows are the harmful rows, and the rows that an attack on rows changed or added.
+    """
+    known = {_content(row) for row in rows_of(inputs["before"])} if inputs["before"] else None
+    mine = [row["source"] == "harmful" or (known is not None and _content(row) not in known) for row in given]
+    found = row_scores.found_rows(mine, gone)
+    return {"attack_rows": found} if found else {}
+
+
+def _content(row: Mapping[str, Any]) -> str:
+    return json.dumps({key: value for key, value in row.items() if key != "id"}, sort_keys=True)
 
 
 def of_row(chosen: Mapping[str, str | list[str]], records: Mapping[str, Any]) -> dict[str, Any]:

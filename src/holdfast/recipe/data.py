@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -175,6 +175,59 @@ class FilterRecipe(Part):
         return self
 
 
+class ScoreFilterRecipe(Part):
+    """A score that filters rows which look harmless: rows with a high score are dropped before fine-tuning.
+
+    The model from which the user stage starts scores the rows, by anchors from `harmful` and `safe`, which
+    are `data.harmful` and `data.alignment` by default. `drop` is the share of rows to drop, 0.1 unless
+    `threshold` gives the score above which rows are dropped. `by` is for `anchoring`, `layer` (from 1; -1 is
+    the last) for `datashield`.
+    """
+
+    score: Literal["datashield", "anchoring"]
+    harmful: str | None = None
+    safe: str | list[str] | None = None
+    anchors: int = Field(10, ge=1)
+    by: Literal["representation", "gradient"] = "representation"
+    layer: int = Field(-1, ge=-1)
+    drop: float | None = Field(None, gt=0, lt=1)
+    threshold: float | None = None
+
+    @property
+    def share(self) -> float | None:
+        """The share of rows to drop; None if a threshold is given."""
+        return 0.1 if self.drop is None and self.threshold is None else self.drop
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> ScoreFilterRecipe:
+        if self.drop is not None and self.threshold is not None:
+            raise Wrong(["threshold"], "expected drop or threshold, found both")
+        if self.by != "representation" and self.score != "anchoring":
+            raise Wrong(["by"], f"{self.score} reads hidden states only; leave it out")
+        if self.layer != -1 and self.score != "datashield":
+            raise Wrong(["layer"], f"{self.score} reads the last layer only; leave it out")
+        if self.layer == 0:
+            raise Wrong(["layer"], "expected 1 to the number of layers, or -1 for the last, found 0")
+        return self
+
+
+SCORES = get_args(ScoreFilterRecipe.model_fields["score"].annotation)
+"""The scores that can filter rows."""
+
+FilterBlock = FilterRecipe | ScoreFilterRecipe
+
+
+def _filter(value: Any, plain: Any) -> Any:
+    """Read `data.filter`: nothing, a judge or a score, by its name or as a block."""
+    if value is None or value == "none" or isinstance(value, FilterRecipe | ScoreFilterRecipe):
+        return None if value == "none" else value
+    block = {"judge": value} if isinstance(value, str) else value
+    if isinstance(block, Mapping) and block.get("judge") in SCORES:
+        block = {"score": block["judge"], **{k: v for k, v in block.items() if k != "judge"}}
+    scored = isinstance(block, Mapping) and "score" in block
+    return (ScoreFilterRecipe if scored else FilterRecipe).model_validate(block)
+
+
 class Data(Part):
     """The sources of the rows: each is the name of a known data set, a file (`name:FILE` for a file in the
     format of a known data set), or a Hub id.
@@ -205,7 +258,7 @@ class Data(Part):
     system: str = ""
     take: Literal["drawn", "first"] = "drawn"
     attack: Annotated[AttackBlock | list[AttackBlock] | None, WrapValidator(_attacks)] = None
-    filter: Annotated[FilterRecipe | None, from_text("judge")] = None
+    filter: Annotated[FilterBlock | None, WrapValidator(_filter)] = None
 
     @model_validator(mode="after")
     def _complete(self) -> Data:
@@ -222,7 +275,10 @@ class Data(Part):
         if len(anchorings) > 1:
             raise Wrong(["attack"], f"{ANCHORING} appears twice; it selects rows once")
         for attack in anchorings:
+            self._need_anchors(attack, "attack")
             self._check_anchoring(attack)
+        if isinstance(self.filter, ScoreFilterRecipe):
+            self._need_anchors(self.filter, "filter")
         skips = {
             "alignment.skip": self.alignment.skip if self.alignment else 0,
             "alignment.harmful.skip": self.alignment_skip(),
@@ -269,18 +325,20 @@ class Data(Part):
                 found |= {key: values[name] for key, name in attack.face.facts.get("training", {}).items()}
         return found
 
-    def anchors(self, asked: AnchoringRecipe) -> tuple[str | None, list[str]]:
-        """The source of the harmful anchors of anchoring, and the sources of its safe anchors."""
+    def anchors(self, asked: AnchoringRecipe | ScoreFilterRecipe) -> tuple[str | None, list[str]]:
+        """The source of the harmful anchors of an attack or a filter, and the sources of its safe anchors."""
         safe = self.alignment.source if self.alignment else None
         given = asked.safe or safe or []
         return asked.harmful or self.harmful, [given] if isinstance(given, str) else given
 
-    def _check_anchoring(self, attack: AnchoringRecipe) -> None:
+    def _need_anchors(self, asked: AnchoringRecipe | ScoreFilterRecipe, block: str) -> None:
         for kind, source, key in zip(
-            ("harmful", "safe"), self.anchors(attack), ("harmful", "alignment"), strict=True
+            ("harmful", "safe"), self.anchors(asked), ("harmful", "alignment"), strict=True
         ):
             if not source:
-                raise Wrong(["attack", kind], f"give a file of {kind} anchors here, or as data.{key}")
+                raise Wrong([block, kind], f"give a file of {kind} anchors here, or as data.{key}")
+
+    def _check_anchoring(self, attack: AnchoringRecipe) -> None:
         if self.poison_ratio > 0:
             text = f"{attack.name} fine-tunes on benign rows only; set poison_ratio: 0"
             raise Wrong(["poison_ratio"], text)

@@ -19,6 +19,10 @@ STAGES = ("alignment", "user", "post_hoc")
 
 ATTACKS = (("data", "attack"), ("post_hoc_attack",))
 
+FILTER = ("data", "filter")
+FILTERS = ("judge", "score")
+"""The keys that name what filters rows."""
+
 BLOCKS = (
     ("data", {"filter": "judge", "attack": "name"}),
     ("evaluation", {"rater": "name", "judges": "name"}),
@@ -91,6 +95,8 @@ def on_top(
                 below = {k: v for k, v in below.items() if k in stage_keys}
             if here in ATTACKS and above.get("name", below.get("name")) != below.get("name"):
                 below = {}  # another attack has other parameters
+            if here == FILTER and any(above.get(key, below.get(key)) != below.get(key) for key in FILTERS):
+                below = {}  # another judge or score has other keys
             result[key] = on_top(below, above, here, stage_keys)
         else:
             result[key] = value

@@ -20,7 +20,7 @@ from holdfast.errors import RecipeError
 from holdfast.machine.store import identity_hash
 from holdfast.recipe import layers, named
 from holdfast.recipe.attack_sweep import AttackPoint, AttackSweep
-from holdfast.recipe.data import AnchoringRecipe, Data
+from holdfast.recipe.data import AnchoringRecipe, Data, ScoreFilterRecipe
 from holdfast.recipe.evaluation import Evaluation
 from holdfast.recipe.model import FULL, Lora, Model, Part, Wrong, from_text, none_or_text
 from holdfast.recipe.stages import TRAINING, PostHocRecipe, StageRecipe, as_stage
@@ -66,6 +66,8 @@ class Recipe(Part):
         self._check_user_data()
         self._check_adapter()
         self._check_weights()
+        if self.post_hoc is not None:
+            self.post_hoc.check()
         self._check_bases()
         if self.post_hoc is not None:
             self._check_post_hoc(self.post_hoc)
@@ -98,10 +100,13 @@ class Recipe(Part):
         return lora if isinstance(lora, Lora) else None
 
     def trains(self, stage: str) -> Literal["new", "continue", "full"]:
-        """Return what a stage trains: a new adapter, the alignment stage's, or all weights.
+        """Return what a stage trains: a new adapter, the one before it, or all weights.
 
-        A user stage with `adapter: continue` trains all weights if the alignment stage did.
+        A user stage with `adapter: continue` trains all weights if the alignment stage did. A post-hoc method
+        that trains continues with what the user stage trained.
         """
+        if stage == "post_hoc":
+            return "full" if self.trains("user") == "full" else "continue"
         if stage == "user" and self._adapter() == "continue":
             return "continue" if self.lora("alignment") else "full"
         return "new" if self.lora(stage) else "full"
@@ -123,6 +128,10 @@ class Recipe(Part):
                 raise Wrong(["data", "attack", "by"], f"{text}write lora_gradient or representation")
             if by == "lora_gradient" and self.trains("user") == "full":
                 raise Wrong(["data", "attack", "by"], "the user stage trains all weights; write gradient")
+        screen = self.data.filter
+        if isinstance(screen, ScoreFilterRecipe) and screen.by == "gradient" and self.model.quantization:
+            text = f"{self.model.quantization} weights have no gradient; write representation"
+            raise Wrong(["data", "filter", "by"], text)
         if self.evaluation.attacked and not self.data.prompt_attacks():
             text = "no attack of data.attack changes a question of the test; leave this out, or add one"
             raise Wrong(["evaluation", "attacked"], text)
@@ -203,7 +212,6 @@ class Recipe(Part):
 
     def _check_post_hoc(self, repair: PostHocRecipe) -> None:
         """The update that the method repairs must be separate from others, and its inputs must be on disk."""
-        repair.check()
         facts, needs = registry.face("defenses", repair.defense).facts, self.needs("post_hoc")
         who = f"{repair.defense} repairs"
         if self.user is None:
@@ -219,7 +227,8 @@ class Recipe(Part):
         if trains == "full" and aligns == "new" and "aligned" in needs:
             text = f"{who} all weights with those of the aligned model, which alignment with LoRA does not "
             raise Wrong(["post_hoc"], f"{text}save. Train both stages with LoRA, or both with lora: none")
-        for stage, how in (("alignment", aligns), ("user", trains)):
+        merges = "apply" in registry.face("defenses", repair.defense).code
+        for stage, how in (("alignment", aligns), ("user", trains)) if merges else ():
             lora = self.lora(stage) if how == "new" else None
             if lora and lora.use_dora:
                 text = (
@@ -345,8 +354,9 @@ class Recipe(Part):
     def whole(self) -> dict[str, Any]:
         """The recipe as plain values, with every default of its methods and trainings written out."""
         found = self.to_dict()
-        for stage, defaults in TRAINING.items():
+        for stage in ("alignment", "user"):
             part: StageRecipe | None = getattr(self, stage)
+            defaults = TRAINING[stage]
             if part is not None:
                 method = {k: p.default for k, p in registry.face("defenses", part.defense).parameters.items()}
                 found[stage] |= method | part.parameters()
@@ -357,6 +367,9 @@ class Recipe(Part):
             known = registry.face("defenses", self.post_hoc.defense).parameters
             method = {k: p.default for k, p in known.items() if k != "seed"}  # the default is the run's
             found["post_hoc"] |= method | self.post_hoc.parameters()
+            if "trainer" in registry.face("defenses", self.post_hoc.defense).code:
+                own = self.post_hoc.training
+                found["post_hoc"]["training"] = {**TRAINING["post_hoc"], **(own.given() if own else {})}
         if self.post_hoc_attack is not None:
             found["post_hoc_attack"] |= self.post_hoc_attack.parameters()
         return found
@@ -422,8 +435,6 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
         return judge.model_copy(update={k: found(v, *place) for k, v in given.items() if v is not None})
 
     judges = [judge_files(judge, "evaluation", "judges") for judge in recipe.evaluation.judges]
-    screen = data.filter and judge_files(data.filter, "data", "filter")
-
     tamper = recipe.post_hoc_attack and recipe.post_hoc_attack.model_copy(
         update={
             key: found(getattr(recipe.post_hoc_attack, key), "post_hoc_attack", key)
@@ -432,13 +443,14 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
     )
 
     def anchors(attack: Any, *place: str) -> Any:
-        if not isinstance(attack, AnchoringRecipe):
+        if not isinstance(attack, AnchoringRecipe | ScoreFilterRecipe):
             return attack
         safe, where = attack.safe, (*place, "safe")
         resolved = [found(one, *where) for one in safe] if isinstance(safe, list) else found(safe, *where)
         update = {"harmful": found(attack.harmful, *place, "harmful"), "safe": resolved}
         return attack.model_copy(update=update)
 
+    screen = data.filter and anchors(judge_files(data.filter, "data", "filter"), "data", "filter")
     attack = data.attack
     if isinstance(attack, list):
         attack = [anchors(one, "data", "attack", str(i)) for i, one in enumerate(attack)]

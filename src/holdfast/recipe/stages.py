@@ -52,7 +52,14 @@ USER_TRAINING = {  # the same sources; 20 epochs for SST-2 and AG News, 50 for G
 }
 
 
-TRAINING = {"alignment": ALIGNMENT_TRAINING, "user": USER_TRAINING}
+POST_HOC_TRAINING = {  # the one-shot patch, arXiv 2601.01887: one batch of all its rows in each epoch
+    "learning_rate": 2e-5,
+    "num_train_epochs": 10.0,
+    "per_device_train_batch_size": 8,
+    "weight_decay": 0.0,
+    "lr_scheduler_type": "constant",
+}
+TRAINING = {"alignment": ALIGNMENT_TRAINING, "user": USER_TRAINING, "post_hoc": POST_HOC_TRAINING}
 """The training arguments of each stage that a recipe does not set."""
 
 
@@ -164,13 +171,15 @@ class StageRecipe(BaseModel):
 class PostHocRecipe(BaseModel):
     """Repair after fine-tuning: the name of a method and its parameters; each value of a list is tried.
 
-    `base` is the model before alignment, for a run whose `model.path` is already aligned.
+    `base` is the model before alignment, for a run whose `model.path` is already aligned. `training` is for a
+    method that trains.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     defense: str
     base: str | None = None
+    training: Training | None = None
 
     def parameters(self) -> dict[str, Any]:
         """The method's own parameters as given, including lists; the text `none` becomes None."""
@@ -189,9 +198,17 @@ class PostHocRecipe(BaseModel):
     def check(self) -> None:
         """Raise Wrong if the method is unknown, does not act here, or a parameter is not valid."""
         face = _face("post_hoc", self.defense)
+        trains = "trainer" in face.code
+        if self.training is not None and not trains:
+            raise Wrong(["post_hoc", "training"], f"nothing is trained by {self.defense}; leave it out")
         for name, value in self.parameters().items():
             if name in StageRecipe.model_fields:
-                raise Wrong(["post_hoc", name], "nothing is trained after fine-tuning; leave it out")
+                text = (
+                    "it trains the weights of the user stage"
+                    if trains
+                    else f"nothing is trained by {self.defense}"
+                )
+                raise Wrong(["post_hoc", name], f"{text}; leave it out")
             values = value if isinstance(value, list) else [value]
             for one in values or [value]:
                 check_parameter(["post_hoc"], face, name, one, PostHocRecipe.model_fields)

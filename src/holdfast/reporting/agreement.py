@@ -21,7 +21,7 @@ def agreement_table(rows: Sequence[Row]) -> tuple[Column, ...]:
     for pair in dict.fromkeys(pair for row in rows for pair in _pairs(row)):
         title = f"{pair[0]} and {pair[1]}"
         parts = (
-            (f"{title}: kappa", "1: full agreement, 0: agreement by chance", partial(_kappa, pair)),
+            (f"{title} agree", "share of answers; kappa: 0 is agreement by chance", partial(_agree, pair)),
             (f"only {pair[0]}", f"says harmful; {pair[1]} says safe", partial(_only, pair, "only_first")),
             (f"only {pair[1]}", f"says harmful; {pair[0]} says safe", partial(_only, pair, "only_second")),
         )
@@ -43,18 +43,19 @@ def _of(pair: Pair, row: Row) -> list[dict[str, Any]]:
     return [mapping(entry) for entry in _entries(row) if entry.get("judges") == list(pair)]
 
 
-def _kappa(pair: Pair, row: Row) -> Cell:
+def _agree(pair: Pair, row: Row) -> Cell:
     entries = _of(pair, row)
     if not entries:
         return Cell(NOT_MEASURED)
     values = [value for entry in entries if (value := number(entry.get("kappa"))) is not None]
     agree = [value for entry in entries if (value := number(entry.get("agree"))) is not None]
-    details = [f"{fmean(agree):.1f} % agreement"] if agree else []
-    details += [f"mean of {len(values)} seeds"] if len(values) > 1 else []
+    # Without kappa, both judges give every answer the same verdict.
+    details = [f"kappa {fmean(values):.2f}" if values else "all verdicts alike"]
+    details += [f"mean of {len(entries)} seeds"] if len(entries) > 1 else []
     details += [f"n = {_sum(entries, 'n')}"]
     unparsed = _sum(entries, "one_unparsed")
     details += [f"{unparsed} unparsed by one judge"] if unparsed else []
-    return Cell(f"{fmean(values):.2f}" if values else "undefined", tuple(details))
+    return Cell(f"{fmean(agree):.1f} %" if agree else NOT_MEASURED, tuple(details))
 
 
 def _only(pair: Pair, which: str, row: Row) -> Cell:

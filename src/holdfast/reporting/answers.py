@@ -73,12 +73,12 @@ def compare_answers(rows: Sequence[Row]) -> tuple[Comparison | None, list[str]]:
     labels: list[str] = []
     read: list[tuple[Generations, Verdicts]] = []
     missing: list[str] = []
-    for row in _compared(rows):
+    for row in compared(rows):
         member = row.members[0]
-        generations = _generations(member, missing)
-        if generations:
+        found = generations(member, missing)
+        if found:
             labels.append(row.label)
-            read.append((generations, _verdicts(member, missing)))
+            read.append((found, verdicts(member, missing)))
     if not read:
         return None, missing
     shared = set(read[0][0]).intersection(*(generations for generations, _ in read[1:]))
@@ -96,7 +96,7 @@ def compare_answers(rows: Sequence[Row]) -> tuple[Comparison | None, list[str]]:
     return (Comparison(tuple(labels), tuple(prompts), tuple(split)) if prompts else None), missing
 
 
-def _compared(rows: Sequence[Row]) -> list[Row]:
+def compared(rows: Sequence[Row]) -> list[Row]:
     """The model before fine-tuning, and the most and the least harmful model after fine-tuning."""
     after = [row for row in rows if row.role != "reference"]
     scored = [row for row in after if row.scores["harmful_score"] is not None]
@@ -122,7 +122,8 @@ def _harmful_score(row: Row) -> float:
     return score.value if score is not None else 0.0
 
 
-def _generations(member: Measurement, missing: list[str]) -> Generations:
+def generations(member: Measurement, missing: list[str]) -> Generations:
+    """The answers of one model by set and id; `missing` receives the step folder if it is not there."""
     found: Generations = {}
     step_id = member.steps.get("generate")
     if not isinstance(step_id, str):
@@ -137,7 +138,7 @@ def _generations(member: Measurement, missing: list[str]) -> Generations:
     return found
 
 
-def _verdicts(member: Measurement, missing: list[str]) -> Verdicts:
+def verdicts(member: Measurement, missing: list[str]) -> Verdicts:
     """Verdicts by prompt id, in the order of the row's moderate steps (the same as that of its judges)."""
     found: Verdicts = {}
     steps = member.steps.get("moderate") or []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from markupsafe import Markup
 
 from holdfast.errors import OutputError
 from holdfast.machine.files import beside
+from holdfast.reporting.points import NAMES, point_text
 from holdfast.reporting.read import mapping, number, objects
 from holdfast.reporting.svg import COLOURS, figure_of, inline, margins, style
 from holdfast.reporting.text import NOT_MEASURED, one_line, score_text
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from holdfast.reporting.collect import Run
 
-NAMES = {"learning_rate": "learning rate", "steps": "steps", "epochs": "epochs", "rank": "rank"}
 LINES = (("-", "o"), ((0, (5, 2)), "s"), ((0, (1, 1)), "^"), ((0, (4, 1, 1, 1)), "D"))
 """Dashes and markers of the lines of a chart; further lines begin again."""
 
@@ -70,16 +69,6 @@ class SweepChart:
     note: str
     svg: Markup | None
     rows: tuple[tuple[str, ...], ...]
-
-
-def point_text(given: Mapping[str, Any]) -> str:
-    """Return a point as text: "500 steps, learning rate 0.001"."""
-    parts = []
-    for key, name in NAMES.items():
-        value = number(given.get(key))
-        if value is not None:
-            parts.append(f"{value:g} {name}" if key in ("steps", "epochs") else f"{name} {value:g}")
-    return ", ".join(parts)
 
 
 def sweeps(run: Run) -> Iterator[Sweep]:
@@ -221,13 +210,3 @@ def _line(
             spots.append(("o", ring))
         for shape, colours in spots:
             axes.plot([x], [y], linestyle="none", marker=shape, clip_on=False, zorder=3, **colours)
-
-
-def line_of(raws: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the line of a row of the table about its sweep, over all seeds; None without one."""
-    found = [mapping(raw.get("attack_sweep")) for raw in raws]
-    if not found[0]:
-        return None
-    points = ", or ".join(dict.fromkeys(point_text(mapping(one.get("point"))) for one in found))
-    count, loss = number(found[0].get("points")) or math.nan, number(found[0].get("max_loss")) or 0.0
-    return f"worst of {count:g} attacks with accuracy within {loss:g} points of the best: {points}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from holdfast.errors import OutputError
 from holdfast.machine.files import beside
 from holdfast.reporting.collect import ReportData
 from holdfast.reporting.labels import Box, place
-from holdfast.reporting.measurements import Row, Score, sweeps
+from holdfast.reporting.measurements import Row, Score, harm_title, sweeps
 from holdfast.reporting.svg import COLOURS, figure_of, inline, margins, style
 from holdfast.reporting.text import NOT_MEASURED, one_line, score_text
 
@@ -26,8 +27,12 @@ ROLE_NAMES = {
     "defended": "fine-tuned, with a defense",
     "control": "control",
 }
-NAMED = 12
-"""With up to this many points, each is labelled with number and name; with more, with the number only."""
+SIZE = 10
+"""The font size of labels."""
+NAMED = 24
+"""With up to this many points, each is labelled with its name; with more, with its number only."""
+NEAR = 11.0
+"""Points at most this many pixels apart share one label."""
 
 
 def plotted(rows: Sequence[Row]) -> list[Row]:
@@ -44,14 +49,16 @@ def scores_svg(data: ReportData, *, narrow: bool = False) -> str | None:
     if not rows:
         return None
     with style():
-        figure = figure_of(340, 340) if narrow else figure_of(760, 430)
+        figure = figure_of(340, 360) if narrow else figure_of(760, 450)
         axes = figure.add_subplot()
         figure.subplots_adjust(**margins(figure, left=58, right=14, bottom=46, top=30))
         numbers_only = narrow or len(rows) > NAMED
         _scatter(figure, axes, rows, numbers_only=numbers_only, short_legend=narrow)
         points = "; ".join(f"{row.number} {row.label}: {_point_text(row)}" for row in rows)
         name = "scores-narrow" if narrow else "scores"
-        return inline(figure, name, f"Harmful score against finetune accuracy. {points}.")
+        title = harm_title(rows)
+        said = f"{title.capitalize()} against finetune accuracy. {points}."
+        return inline(figure, name, said)
 
 
 def save_png(data: ReportData, path: Path) -> Path:
@@ -115,12 +122,14 @@ def _scatter(
         )
     _join_sweeps(axes, rows)
     axes.set_xlim(-4, 104)
-    limits = _accuracy_limits(rows)
+    low, high = _accuracy_limits(rows)
+    limits = (low, high + (high - low) * 0.09)  # room for the mark of the corner above the points
     axes.set_ylim(*limits)
     axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 100])
     axes.set_ylim(*limits)
-    axes.set_xlabel("harmful score, %  (lower is better)")
+    axes.set_xlabel(f"{harm_title(rows)}, %  (lower is better)")
     axes.set_ylabel("finetune accuracy, %  (higher is better)")
+    _mark_corner(axes, short_legend)
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(-0.01, 1.0),
@@ -148,14 +157,16 @@ def _join_sweeps(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _name_points(figure: Figure, axes: Axes, rows: Sequence[Row], numbers_only: bool) -> None:
-    texts = [str(row.number) if numbers_only else f"{row.number}  {one_line(row.label, 26)}" for row in rows]
-    size = 10
-    points = [tuple(axes.transData.transform((a.value, b.value))) for a, b in map(_point, rows)]
+    points = [axes.transData.transform((a.value, b.value)) for a, b in map(_point, rows)]
+    groups = _near(points)
+    texts = [_label([rows[index] for index in group], numbers_only) for group in groups]
+    places = [(float(points[group[0]][0]), float(points[group[0]][1])) for group in groups]
     frame = axes.get_window_extent()
     inside = Box(frame.x0 + 3, frame.y0 + 3, frame.x1 + 8, frame.y1 - 1)
-    sizes = [_text_size(figure, text, size) for text in texts]
+    sizes = [_text_size(figure, text, SIZE) for text in texts]
     obstacles = [box for row in rows for box in _drawn(axes, row)]
-    for text, point, spot in zip(texts, points, place(points, sizes, obstacles, inside), strict=True):
+    obstacles += [_box(text.get_window_extent()) for text in axes.texts]  # the mark of the better corner
+    for text, point, spot in zip(texts, places, place(places, sizes, obstacles, inside), strict=True):
         if spot is None:
             continue  # the result table still gives the point's scores
         back = axes.transData.inverted()
@@ -163,7 +174,48 @@ def _name_points(figure: Figure, axes: Axes, rows: Sequence[Row], numbers_only: 
             ends = back.transform([point, spot.leader])
             axes.plot(ends[:, 0], ends[:, 1], color=COLOURS["muted"], linewidth=0.7, zorder=2)
         x, y = back.transform((spot.box.left, spot.box.bottom))
-        axes.text(x, y, text, fontsize=size, ha="left", va="bottom", clip_on=False, zorder=4)
+        axes.text(x, y, text, fontsize=SIZE, ha="left", va="bottom", clip_on=False, zorder=4)
+
+
+def _near(points: Sequence[Any]) -> list[list[int]]:
+    """Group points by index: each group holds the points near its first one, as a reader sees them."""
+    groups: list[list[int]] = []
+    for index, point in enumerate(points):
+        for group in groups:
+            if math.dist(points[group[0]], point) <= NEAR:
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
+
+
+def _label(rows: Sequence[Row], numbers_only: bool) -> str:
+    if not numbers_only:
+        return "\n".join(one_line(row.label, 30) for row in rows)
+    numbers = [str(row.number) for row in rows]
+    return "\n".join(", ".join(numbers[start : start + 4]) for start in range(0, len(numbers), 4))
+
+
+def _box(extent: Any) -> Box:
+    return Box(extent.x0, extent.y0, extent.x1, extent.y1)
+
+
+def _mark_corner(axes: Axes, short: bool) -> None:
+    """Say which corner is the better one: few harmful answers, and many correct ones."""
+    axes.annotate(
+        "better" if short else "better: safe and accurate",
+        (0.0, 1.0),
+        xycoords="axes fraction",
+        xytext=(22, -10),
+        textcoords="offset points",
+        ha="left",
+        va="center",
+        color=COLOURS["good"],
+        fontsize=SIZE,
+        weight="bold",
+        arrowprops={"arrowstyle": "-|>", "color": COLOURS["good"], "linewidth": 1.4, "shrinkB": 1},
+    )
 
 
 def _text_size(figure: Figure, text: str, size: float) -> tuple[float, float]:
@@ -207,17 +259,17 @@ def _point(row: Row) -> tuple[Score, Score]:
 
 def _point_text(row: Row) -> str:
     harmful, accuracy = _point(row)
-    return f"harmful score {score_text(harmful.value)}, accuracy {score_text(accuracy.value)}"
+    return f"{harm_title([row])} {score_text(harmful.value)}, accuracy {score_text(accuracy.value)}"
 
 
 def _side_table(figure: Figure, rows: Sequence[Row]) -> None:
     """Write number, name, harmful score and accuracy of each row at the right of the plot."""
     height = figure.get_size_inches()[1] * 72
-    columns = ((712, "left"), (1030, "right"), (1160, "right"))
-    lines: list[tuple[Any, ...]] = [("", "harmful score ↓", "accuracy ↑")]
+    columns = ((712, "left"), (1050, "right"), (1160, "right"))
+    lines: list[tuple[Any, ...]] = [("", f"{harm_title(rows)} ↓", "accuracy ↑")]
     for row in rows:
         cells = [_cell(row.scores["harmful_score"]), _cell(row.scores["finetune_accuracy"])]
-        lines.append((f"{row.number}  {one_line(row.label, 26)}", *cells))
+        lines.append((f"{row.number}  {one_line(row.label, 32)}", *cells))
     for index, line in enumerate(lines):
         y = 1 - (44 + 24 * index) / height
         for (x, align), text in zip(columns, line, strict=True):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ComparisonError, DataError, InputError
 from holdfast.machine.files import read_json
 from holdfast.reporting.answers import Comparison, compare_answers
-from holdfast.reporting.finding import finding
+from holdfast.reporting.finding import parts
 from holdfast.reporting.measurements import SCORES, Measurement, Row, gather
 from holdfast.reporting.read import mapping, objects, read_object
 from holdfast.reporting.text import plain
@@ -45,6 +46,8 @@ class Run:
     started: str | None
     finished: str | None
     attack_sweep: dict[str, Any] = field(default_factory=dict)
+    title: str = ""
+    """The name, with the folder if another run has the same name."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class ReportData:
     manifests: tuple[Manifest, ...]
     missing: tuple[str, ...]
     unfinished: tuple[str, ...] = ()
+    finding_rest: str = ""
 
     @property
     def headline_judge(self) -> str | None:
@@ -104,7 +108,7 @@ def collect(runs: Sequence[Path], *, force: bool = False) -> ReportData:
     left = [run for run in runs if unfinished(run)]
     if len(left) == len(runs):
         left = []  # reading the first one says what is missing
-    loaded = [load(path) for path in _distinct([run for run in runs if run not in left])]
+    loaded = _titled([load(path) for path in _distinct([run for run in runs if run not in left])])
     differences = _differences(loaded)
     if differences and not force:
         raise ComparisonError(_explain(differences))
@@ -116,12 +120,13 @@ def collect(runs: Sequence[Path], *, force: bool = False) -> ReportData:
     curves, left_out, missing = read_curves(rows)
     comparison, gone = compare_answers(rows)
     manifests, lost = _manifests(loaded)
+    forced = "The runs were measured under different protocols; nothing is concluded from comparing them."
+    found = (forced, "") if differences else parts(rows)
     return ReportData(
         runs=tuple(loaded),
         rows=rows,
-        finding="The runs were measured under different protocols; nothing is concluded from comparing them."
-        if differences
-        else finding(rows),
+        finding=found[0],
+        finding_rest=found[1].strip(),
         differences=tuple(differences),
         curves=curves,
         curves_left_out=left_out,
@@ -205,6 +210,14 @@ def load(given: Path) -> Run:
     )
 
 
+def _titled(runs: Sequence[Run]) -> list[Run]:
+    counts = Counter(run.name for run in runs)
+    return [
+        replace(run, title=run.name if counts[run.name] == 1 else f"{run.name} ({run.path.parent.name})")
+        for run in runs
+    ]
+
+
 def _optional(value: Any) -> str | None:
     return None if value is None else str(value)
 
@@ -217,7 +230,7 @@ def _differences(runs: Sequence[Run]) -> list[Difference]:
         asked = [run for run in runs if name in run.protocol or name not in SOMETIMES]
         if len({repr(run.protocol.get(name, "absent")) for run in asked}) > 1:
             shown = [plain(run.protocol[name]) if name in run.protocol else "absent" for run in runs]
-            names = [run.name for run in runs]
+            names = [run.title for run in runs]
             found.append(Difference(name, tuple(zip(names, shown, strict=True))))
     return found
 
@@ -255,7 +268,7 @@ def _manifests(runs: Sequence[Run]) -> tuple[list[Manifest], list[str]]:
     users: dict[str, tuple[Run, list[str]]] = {}
     for run in runs:
         if run.manifest is not None:
-            users.setdefault(run.manifest, (run, []))[1].append(run.name)
+            users.setdefault(run.manifest, (run, []))[1].append(run.title)
     manifests, missing = [], []
     for step_id, (run, names) in users.items():
         folder = step_folder(run.store, step_id)

@@ -1,13 +1,13 @@
-"""Each model compared with the undefended model on the same prompts, as columns of a table."""
+"""Each model compared with the undefended model, as columns of a table."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from holdfast.reporting.measurements import Row
+from holdfast.reporting.measurements import Row, harm_title
 from holdfast.reporting.table import Cell, Column, task_title
 from holdfast.reporting.tested import SCORES, Difference, baselines, differences
-from holdfast.reporting.text import one_line, score_text
+from holdfast.reporting.text import one_line, p_text, score_text, signed
 
 
 def differences_table(rows: Sequence[Row]) -> tuple[Column, ...]:
@@ -28,25 +28,26 @@ def differences_table(rows: Sequence[Row]) -> tuple[Column, ...]:
 
 
 def _column(rows: Sequence[Row], name: str, found: Mapping[int, Difference]) -> Column:
-    titles = {"harmful_score": "Harmful score", "benign_compliance": "Benign compliance"}
+    titles = {"harmful_score": harm_title(rows).capitalize(), "benign_compliance": "Benign compliance"}
     title = titles.get(name) or task_title(rows)
     cells = tuple(_cell(found[row.number]) if row.number in found else Cell("–") for row in rows)
-    return Column(f"{title}: difference", SCORES[name], "in points, on the same prompts", cells)
+    return Column(f"{title}: difference", SCORES[name], _explain(found.values()), cells)
+
+
+def _explain(found: Iterable[Difference]) -> str:
+    """How the differences were tested."""
+    ways = {one.over_seeds for one in found}
+    return "in points, of means over seeds" if ways == {True} else "in points, on the same prompts"
 
 
 def _cell(difference: Difference) -> Cell:
-    result = difference.result
-    text = score_text(result.difference)
     details = []
-    if result.interval is not None:
-        details.append(f"[{score_text(result.interval[0])}, {score_text(result.interval[1])}]")
+    if difference.interval is not None:
+        details.append(f"[{score_text(difference.interval[0])}, {score_text(difference.interval[1])}]")
     details.append(f"p {p_text(difference.p)}")
-    details.append(f"n = {result.n}" + (f", {difference.seeds} seeds" if difference.seeds > 1 else ""))
+    seeds = f", {difference.seeds} seeds" if difference.seeds > 1 else ""
+    details.append(f"n = {difference.n}{seeds}" if difference.n is not None else seeds.strip(", "))
     if not difference.clear:
         details.append("not distinguishable")
-    return Cell(text if text.startswith("-") or text == "0.0" else f"+{text}", tuple(details))
-
-
-def p_text(p: float) -> str:
-    """A p-value with its relation sign: "= 0.012" or "< 0.0001"."""
-    return "< 0.0001" if p < 0.0001 else f"= {p:.2g}"
+    short = f"p {p_text(difference.p)}" if difference.clear else "not distinguishable"
+    return Cell(signed(difference.value), tuple(details), short=short)

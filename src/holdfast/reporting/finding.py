@@ -1,8 +1,7 @@
 """One or two sentences that say what the rows show, and nothing more.
 
-A difference is clear if the test of the table of differences says so (`tested`), and, for means over seeds,
-Student's t says so too. If the answers of the rows are not on disk, the scores and their errors are compared
-instead.
+A difference is clear if the test of the table of differences says so (`tested`). If the table does not
+compare the two rows, or their answers are not on disk, the scores and their errors are compared instead.
 """
 
 from __future__ import annotations
@@ -10,9 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from holdfast.evaluation.paired import Z95, student
-from holdfast.reporting.measurements import Row, Score
-from holdfast.reporting.tested import CHANCE, Difference, baselines, differences
+from holdfast.reporting.measurements import Row, Score, harm_title
+from holdfast.reporting.tested import CHANCE, Difference, baselines, differences, student_p
 from holdfast.reporting.text import one_line, score_text, share_text
 
 CLEAR = 2.0
@@ -24,15 +22,20 @@ AFFORDABLE = 5.0
 
 def finding(rows: Sequence[Row]) -> str:
     """Describe what happened to the harmful score. Handles missing scores and rows; controls are left out."""
+    return "".join(parts(rows))
+
+
+def parts(rows: Sequence[Row]) -> tuple[str, str]:
+    """The finding in two parts: what happened to the harmful score, and what else belongs to it."""
     scored = [row for row in rows if _hs(row) is not None and row.role != "control"]
     if not scored:
-        return "No harmful score was measured in this report."
+        return "No harmful score was measured in this report.", ""
     after = [row for row in scored if row.role != "reference"]
     if not after:
-        return _before_only(scored)
+        return _before_only(scored), ""
     baseline = _baseline(after)
     if baseline is None:
-        return _without_baseline(_Clear(rows), after, scored)
+        return _without_baseline(_Clear(rows), after, scored), ""
     clear = _Clear(rows)
     sentence = _effect(clear, baseline, _before(baseline, scored))
     rivals = [row for row in after if row.role == "defended" and row.poison_ratio == baseline.poison_ratio]
@@ -40,7 +43,7 @@ def finding(rows: Sequence[Row]) -> str:
     rescue = _rescue(clear, baseline, rivals) if rivals else nothing
     seeds = _seeds([baseline, *rivals])
     refusals = _refusals(baseline, min(rivals, key=_value)) if rivals else ""
-    return f"{sentence} {rescue}{refusals}{seeds}"
+    return f"{sentence} {rescue}", f"{refusals}{seeds}"
 
 
 def change(before: Score, after: Score) -> float | None:
@@ -52,7 +55,7 @@ def change(before: Score, after: Score) -> float | None:
     """
     difference = after.value - before.value
     if before.seeds > 1 or after.seeds > 1:
-        return difference if _by_student(before, after) and abs(difference) >= 0.05 else None
+        return difference if student_p(before, after) <= CHANCE and abs(difference) >= 0.05 else None
     if before.interval is not None and after.interval is not None:
         low, high = (before, after) if difference > 0 else (after, before)
         assert low.interval is not None  # for the type checker: both were checked above
@@ -63,22 +66,11 @@ def change(before: Score, after: Score) -> float | None:
     return difference if abs(difference) > noise and abs(difference) >= 0.05 else None
 
 
-def _by_student(before: Score, after: Score) -> bool:
-    """Whether two scores, at least one of them a mean over seeds, differ by Welch's test at 5 %."""
-    variances = [(score.stderr or 0.0) ** 2 for score in (before, after)]
-    error = math.sqrt(sum(variances))
-    if not error:
-        return True
-    parts = [v * v / (s.seeds - 1) for v, s in zip(variances, (before, after), strict=True) if s.seeds > 1]
-    freedom = sum(variances) ** 2 / sum(parts) if any(parts) else math.inf
-    t = (after.value - before.value) / error
-    return abs(t) > Z95 if math.isinf(freedom) else student(t, freedom) <= CHANCE
-
-
 class _Clear:
     """Decides whether the harmful scores of two rows differ clearly."""
 
     def __init__(self, rows: Sequence[Row]):
+        self.harm = harm_title(rows)
         self.against = baselines(rows)
         self.tested = differences(rows, self.against, "harmful_score")
 
@@ -90,8 +82,6 @@ class _Clear:
         known = self._of_table(before, after)
         if known is None:
             return change(first, second)
-        if first.seeds > 1 and change(first, second) is None:
-            return None
         difference = second.value - first.value
         return difference if known.clear and abs(difference) >= 0.05 else None
 
@@ -108,6 +98,10 @@ def _seeds(rows: Sequence[Row]) -> str:
     counts = {score.seeds for row in rows if (score := _hs(row)) is not None}
     count = counts.pop() if len(counts) == 1 else 1
     return f" (Means over {count} seeds.)" if count > 1 else ""
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[:1] in "aeiou" else f"a {name}"
 
 
 def _hs(row: Row) -> Score | None:
@@ -152,15 +146,16 @@ def _effect(clear: _Clear, row: Row, before: Row | None, how: str = "") -> str:
     value = score_text(now.value)
     was = _hs(before) if before is not None else None
     if before is None or was is None:
-        return f"{subject} gave a harmful score of {value}; the model before fine-tuning was not measured."
+        found = f"{subject} gave {_a(clear.harm)} of {value}"
+        return f"{found}; the model before fine-tuning was not measured."
     difference = clear(before, row)
     if difference is None:
         return (
-            f"{subject} changed the harmful score by no more than its error: "
+            f"{subject} changed the {clear.harm} by no more than its error: "
             f"{score_text(was.value)} before, {value} after."
         )
     verb = "raised" if difference > 0 else "lowered"
-    return f"{subject} {verb} the harmful score from {score_text(was.value)} to {value}."
+    return f"{subject} {verb} the {clear.harm} from {score_text(was.value)} to {value}."
 
 
 def _rescue(clear: _Clear, baseline: Row, rivals: Sequence[Row]) -> str:
@@ -246,7 +241,7 @@ def _accuracy(baseline: Row, row: Row) -> str:
 def _before_only(scored: Sequence[Row]) -> str:
     parts = [f"{score_text(_value(row))} ({_label(row)})" for row in scored[:4]]
     return (
-        f"Before fine-tuning, the harmful score is {' and '.join(parts)}; "
+        f"Before fine-tuning, the {harm_title(scored)} is {' and '.join(parts)}; "
         "this report has no fine-tuned model."
     )
 
@@ -256,6 +251,6 @@ def _without_baseline(clear: _Clear, after: Sequence[Row], scored: Sequence[Row]
     sentence = _effect(clear, best, _before(best, scored), f", with {_title(best)},")
     if len(after) > 1:
         worst = max(after, key=_value)
-        sentence += f" The highest harmful score of the {len(after)} fine-tuned models is "
+        sentence += f" The highest {clear.harm} of the {len(after)} fine-tuned models is "
         sentence += f"{score_text(_value(worst))} ({_label(worst)})."
     return f"{sentence} No undefended model was measured for comparison."

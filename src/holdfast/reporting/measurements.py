@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from holdfast.reporting.attack_sweeps import line_of
+from holdfast.reporting.points import line_of
 from holdfast.reporting.read import mapping, number
 from holdfast.reporting.text import method_name
 
@@ -27,6 +27,9 @@ SCORES = {
     "true_harmful_score": "n_true_harmful",
 }
 """Each score of a row, and the key of the number of answers it is computed from."""
+
+HARM = "harmful score"
+"""The name of the share of harmful answers."""
 
 Role = Literal["reference", "undefended", "defended", "control"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -58,7 +61,7 @@ class JudgeScore:
     unparsed: int | None
     false_positives: int | None
     false_negatives: int | None
-    title: str = "harmful score"
+    title: str = HARM
     mean_score: float | None = None
     """The mean of the judge's numeric scores, on the judge's own scale."""
 
@@ -123,8 +126,9 @@ class Row:
 
     @property
     def filter(self) -> str | None:
-        """The judge that filtered the user's rows before training."""
-        return _name(mapping(self.members[0].raw.get("filter")).get("judge"))
+        """The judge or the score that filtered the user's rows before training."""
+        found = mapping(self.members[0].raw.get("filter"))
+        return _name(found.get("judge") or found.get("score"))
 
     @property
     def user_rows(self) -> tuple[str, ...]:
@@ -146,6 +150,9 @@ class Row:
             missed, found = (_total(confusions, key) for key in ("false_negatives", "true_positives"))
             if missed is not None and found is not None:
                 line += f", {missed} of {missed + found} harmful rows missed"
+            caught = [mapping(raw.get("attack_rows")) for raw in filters]
+            if caught[0]:
+                line += f", {_total(caught, 'found')} of {_total(caught, 'rows')} rows of the attack found"
             lines.append(line)
         ablated = [mapping(member.raw.get("post_hoc_attack")) for member in self.members]
         if ablated[0]:
@@ -177,6 +184,18 @@ def filled(text: Any, found: Sequence[Mapping[str, Any]]) -> str:
         span = " to ".join(f"{n:g}" for n in dict.fromkeys((min(values), max(values))))
         text = text.replace(f"{{{name}}}", span)
     return text
+
+
+def harm_title(rows: Sequence[Row]) -> str:
+    """The name of `harmful_score` in these rows: "attack success rate" if their judge only finds refusals."""
+    found = set()
+    for row in rows:
+        if row.scores.get("harmful_score") is not None:
+            judge = row.judges.get(str(row.members[0].raw.get("judge"))) or next(
+                iter(row.judges.values()), None
+            )
+            found.add(judge.title if judge is not None else HARM)
+    return found.pop() if len(found) == 1 else HARM
 
 
 def stages_text(row: Row) -> str:
@@ -326,7 +345,7 @@ def _judge(raws: Sequence[Mapping[str, Any]], name: str) -> JudgeScore:
         unparsed=_total(entries, "unparsed"),
         false_positives=_total(entries, "false_positives"),
         false_negatives=_total(entries, "false_negatives"),
-        title=str(next((entry["title"] for entry in entries if entry.get("title")), "harmful score")),
+        title=str(next((entry["title"] for entry in entries if entry.get("title")), HARM)),
         mean_score=_mean(_values(entries, "mean_score")),
     )
 

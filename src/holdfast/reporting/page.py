@@ -15,14 +15,19 @@ from holdfast.reporting import record
 from holdfast.reporting.ability import ability_table
 from holdfast.reporting.agreement import agreement_table
 from holdfast.reporting.attack_sweeps import sweep_charts
+from holdfast.reporting.browser import blocks, browser
+from holdfast.reporting.categories import categories
 from holdfast.reporting.charts import plotted, scores_svg
 from holdfast.reporting.collect import ReportData
 from holdfast.reporting.costs import cost_tables
 from holdfast.reporting.curve_charts import curves_svg, shared_limits
 from holdfast.reporting.differences import differences_table
+from holdfast.reporting.grid_charts import grid_charts
 from holdfast.reporting.layer_charts import layer_table, layers_svg
-from holdfast.reporting.measurements import stages_text, sweeps
-from holdfast.reporting.table import judge_table, result_table
+from holdfast.reporting.measurements import harm_title, stages_text, sweeps
+from holdfast.reporting.summary import summary_table
+from holdfast.reporting.table import judge_table, result_table, task_title
+from holdfast.reporting.tested import baselines, differences
 from holdfast.reporting.text import clean, one_line, shorten
 from holdfast.reporting.training import Curves
 
@@ -43,26 +48,40 @@ class CurveChart:
 
 
 def render(data: ReportData, notes: Sequence[str] = ()) -> str:
-    """Return the page. All text passes `_shown` and Jinja's escaping; only our own SVG is not escaped."""
+    """Return the page. All text passes `_shown` and Jinja's escaping; only our own SVG and script are not
+    escaped."""
     table = result_table(data)
     scores = [svg for narrow in (False, True) if (svg := scores_svg(data, narrow=narrow)) is not None]
+    tested = () if data.differences else differences_table(data.rows)
+    harm = {} if data.differences else differences(data.rows, baselines(data.rows), "harmful_score")
+    read = browser(data.rows)
     context = {
         "title": _title(data),
         "data": data,
         "notes": notes,
         "table": table,
+        "summary": summary_table(data, harm),
+        "over_seeds": any(one.over_seeds for one in harm.values()),
         "judges": judge_table(data),
         "agreement": agreement_table(data.rows),
         "ability": ability_table(data.rows),
         "costs": cost_tables(data.rows),
-        "paired": () if data.differences else differences_table(data.rows),
+        "paired": tested,
         "stages_text": stages_text,
         "scores": [Markup(svg) for svg in scores],
+        "grids": [
+            (chart.title, Markup(chart.wide), Markup(chart.narrow))
+            for chart in ([] if data.differences else grid_charts(data.rows))
+        ],
+        "categories": categories(data.rows),
         "swept": list(dict.fromkeys(name for name, _ in sweeps(plotted(data.rows)))),
         "unplotted": [row.label for row in data.rows if row not in plotted(data.rows)],
         "attack_sweeps": sweep_charts(data.runs),
         "charts": _charts(data.curves),
+        "browser": read,
+        "blocks": list(blocks(read)),
         "shorten": shorten,
+        "unbroken": lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%"),
         "one_line": one_line,
         "words": record.words,
         "stamp": record.stamp_facts(data.runs),
@@ -96,9 +115,16 @@ def _shown(value: Any) -> Any:
 
 
 def _title(data: ReportData) -> str:
-    names = list(dict.fromkeys(run.name for run in data.runs))
-    shown = ", ".join(one_line(name, 60) for name in names[:6])
-    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown
+    """The name of a single run, else what the page compares."""
+    if len(data.runs) == 1:
+        return one_line(data.runs[0].name, 60)
+    return (
+        f"{harm_title(data.rows).capitalize()} and {_small(task_title(data.rows))} of {len(data.rows)} models"
+    )
+
+
+def _small(text: str) -> str:
+    return text[:1].lower() + text[1:]
 
 
 def _charts(curves: Sequence[Curves]) -> list[CurveChart]:

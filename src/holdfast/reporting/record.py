@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import yaml
@@ -70,13 +69,14 @@ def hardware_facts(runs: Sequence[Run]) -> Facts:
 
 
 def run_facts(run: Run) -> str:
-    """Start, end and duration of a run, on one line."""
-    text = f"{run.started or 'start not known'} to {run.finished or 'end not known'}"
-    try:
-        began, ended = (datetime.fromisoformat(str(time)) for time in (run.started, run.finished))
-        return f"{text} ({duration_text((ended - began).total_seconds())})"
-    except (ValueError, TypeError):
-        return text
+    """When a run ended, and how long its own steps took; those of other runs are counted only."""
+    own = [step for step in run.steps if step.get("cached") is False]
+    text = f"ended {run.finished}" if run.finished else "end not known"
+    if run.steps:
+        seconds = [value for step in own if (value := number(step.get("seconds"))) is not None]
+        took = f" in {duration_text(sum(seconds))}" if seconds else ""
+        text += f"; {len(own)} steps computed{took}, {len(run.steps) - len(own)} reused"
+    return text
 
 
 def step_lines(runs: Sequence[Run]) -> list[StepLine]:

@@ -26,6 +26,13 @@ COLOURS = {
     "defended": "#0b6bcb",
     "band": "#7d6bd1",
     "mark": "#6a4fc3",
+    "good": "#16784a",
+    "line1": "#0072b3",
+    "line2": "#c04e00",
+    "line3": "#007a5a",
+    "line4": "#a3467f",
+    "line5": "#7a6200",
+    "line6": "#4d4d4e",
 }
 """The light theme, and the page's CSS variables of the same names. Each role has its own hex code."""
 

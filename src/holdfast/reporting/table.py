@@ -1,14 +1,18 @@
-"""The result table: its columns, its cells as text, and a mark at the best values of each column."""
+"""The result tables: their columns, their cells as text, and a mark at the best defended model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from holdfast.reporting.collect import ReportData
-from holdfast.reporting.measurements import JudgeScore, Row, Score
+from holdfast.reporting.measurements import JudgeScore, Row, Score, harm_title
 from holdfast.reporting.text import NOT_MEASURED, bytes_text, duration_text, score_text, share_text
+
+CLEAR = 2.0
+"""A model is the best one if it is this many standard errors better than the next one."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,10 @@ class Cell:
     details: tuple[str, ...] = ()
     value: float | None = None
     best: bool = False
+    error: float = 0.0
+    """The standard error of the value; 0 if it has none."""
+    short: str = ""
+    """What the compact table shows behind the text; the details are then a tooltip."""
 
     @property
     def missing(self) -> bool:
@@ -50,10 +58,10 @@ class Table:
 def result_table(data: ReportData) -> Table:
     """The table of a report. Columns without any value are left out, except for the four main scores."""
     rows = data.rows
-    judge = data.headline_judge
+    judge, harm = data.headline_judge, harm_title(rows).capitalize()
     columns = [
         _column(rows, "Harmful rows", "", "share of harmful rows in the fine-tuning data", _ratio),
-        _scores(rows, "harmful_score", "Harmful score", "lower", f"as judged by {judge or 'the judge'}"),
+        _scores(rows, "harmful_score", harm, "lower", f"as judged by {judge or 'the judge'}"),
         _scores(rows, "true_harmful_score", "True harmful score", "lower", "by the embedded world's rules"),
         _scores(rows, _task_key(rows), task_title(rows), "higher", "on the user's task"),
         _scores(rows, "harmonic_mean", "Harmonic mean", "higher", "of 100 - harmful score and accuracy"),
@@ -71,10 +79,11 @@ def result_table(data: ReportData) -> Table:
             _column(rows, "Alignment memory", "", f"peak of the alignment stage{_memory_kind(rows)}", memory)
         )
         columns.append(_column(rows, "Alignment time", "", "of the alignment stage", time))
-    main = ("Harmful score", task_title(rows), "Benign compliance", "Gibberish rate")
+    main = (harm, task_title(rows), "Benign compliance", "Gibberish rate")
     kept = [c for c in columns if c.title in main or not all(cell.missing for cell in c.cells)]
     if not data.differences:
-        kept = [_marked(column, rows) for column in kept]
+        marked = (harm, task_title(rows), "Harmonic mean")
+        kept = [_marked(column, rows) if column.title in marked else column for column in kept]
     scores = [score for row in rows for score in row.scores.values() if score is not None]
     return Table(
         rows=rows,
@@ -118,7 +127,9 @@ def score_cell(score: Score | None, seeds: int, extra: Sequence[str] = ()) -> Ce
         details.append(count)
     if score.n is not None:
         details.append(f"n = {score.n}")
-    return Cell(score_text(score.value), (*details, *extra), round(score.value, 1))
+    short = "" if score.stderr is None else f"± {score_text(score.stderr)}"
+    told = (*details, *extra)
+    return Cell(score_text(score.value), told, round(score.value, 1), False, score.stderr or 0.0, short)
 
 
 def _column(
@@ -221,23 +232,18 @@ def _time(seconds: float | None) -> Cell:
 
 
 def _marked(column: Column, rows: Sequence[Row]) -> Column:
-    """Mark the best values among fine-tuned models with the same share of harmful rows."""
-    if not column.better:
-        return column
-    tuned = [index for index, row in enumerate(rows) if row.role != "reference"]
-    pool = tuned or list(range(len(rows)))
-    pick = min if column.better == "lower" else max
+    """Mark the best defended model of each share of harmful rows, if it is clearly better than the next."""
+    sign = 1 if column.better == "lower" else -1
     best: set[int] = set()
-    for ratio in {rows[index].poison_ratio for index in pool}:
-        values = {
-            index: value
-            for index in pool
-            if rows[index].poison_ratio == ratio and (value := column.cells[index].value) is not None
-        }
-        if len(set(values.values())) > 1:
-            top = pick(values.values())
-            best |= {index for index, value in values.items() if value == top}
-    cells = [
-        Cell(cell.text, cell.details, cell.value, index in best) for index, cell in enumerate(column.cells)
-    ]
-    return Column(column.title, column.better, column.explain, tuple(cells))
+    for ratio in {row.poison_ratio for row in rows}:
+        cells = [
+            (sign * value, column.cells[index].error, index)
+            for index, row in enumerate(rows)
+            if row.role == "defended" and row.poison_ratio == ratio
+            if (value := column.cells[index].value) is not None
+        ]
+        cells.sort()
+        if len(cells) > 1 and cells[1][0] - cells[0][0] > CLEAR * math.hypot(cells[0][1], cells[1][1]):
+            best.add(cells[0][2])
+    marked = tuple(replace(cell, best=index in best) for index, cell in enumerate(column.cells))
+    return replace(column, cells=marked)

@@ -59,6 +59,17 @@ def score_text(value: float) -> str:
     return f"{round(value, 1) + 0.0:.1f}"
 
 
+def signed(value: float) -> str:
+    """Format a difference in points with its sign."""
+    text = score_text(value)
+    return text if text.startswith("-") or text == "0.0" else f"+{text}"
+
+
+def p_text(p: float) -> str:
+    """A p-value with its relation sign: "= 0.012" or "< 0.0001"."""
+    return "< 0.0001" if p < 0.0001 else f"= {p:.2g}"
+
+
 def share_text(ratio: float) -> str:
     """Format a ratio from 0 to 1 as a percentage without trailing zeros: 0.1 is "10 %", 0.005 is "0.5 %"."""
     return f"{ratio * 100:.4g} %"

@@ -8,7 +8,14 @@ from pathlib import Path
 from holdfast.errors import OutputError
 
 
-def report(runs: Sequence[Path], out: Path, *, force: bool = False, notes: Sequence[str] = ()) -> Path:
+def report(
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    force: bool = False,
+    notes: Sequence[str] = (),
+    png: Path | None = None,
+) -> Path:
     """Write a page that compares `runs`, and return its path.
 
     Args:
@@ -16,6 +23,7 @@ def report(runs: Sequence[Path], out: Path, *, force: bool = False, notes: Seque
         out: the HTML file to write; an earlier report is replaced, any other file is not.
         force: compare although the protocol stamps differ; the page then lists the differences.
         notes: sentences to print below the summary of the page.
+        png: a PNG file to write as well: the picture at the top, with its numbers.
 
     Raises:
         InputError: no run was given.
@@ -24,16 +32,23 @@ def report(runs: Sequence[Path], out: Path, *, force: bool = False, notes: Seque
         OutputError: `out` is a folder, a file that is not a report, or cannot be written.
     """
     from holdfast.machine.files import write_text
+    from holdfast.reporting.charts import save_png
     from holdfast.reporting.collect import collect
+    from holdfast.reporting.cosines import check_place
     from holdfast.reporting.page import render
 
     out = Path(out)
     _check_writable(out)
-    page = render(collect(runs, force=force), notes=notes)
+    if png is not None:
+        check_place(Path(png))
+    data = collect(runs, force=force)
+    page = render(data, notes=notes)
     try:
         write_text(out, page)
     except OSError as error:
         raise OutputError(f"Cannot write {out}: {error.strerror or error}.") from None
+    if png is not None:
+        save_png(data, Path(png))
     return out
 
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 __all__ = [
-    "compared", "folder", "grid", "packaged", "planning", "published", "resources", "sweeping",
-    "table_sheets", "tables",
+    "compared", "folder", "grid", "packaged", "planning", "published", "ray", "resources", "slurm",
+    "sweeping", "table_sheets", "tables",
 ]  # fmt: skip

@@ -24,12 +24,17 @@ from holdfast.study.grid import expand
 from holdfast.study.published import Published
 
 STAGES = ("alignment", "user", "post_hoc")
-ALWAYS = ("data.task", "data.poison_ratio", "data.filter", "data.attack")
+ALWAYS = (
+    "data.task", "data.poison_ratio", "data.filter", "data.attack", "attack_sweep", "post_hoc_attack",
+)  # fmt: skip
 """Keys that must always agree, besides the methods, their parameters, and the keys that the table varies."""
 
 IGNORED = ("name", "seed", "protocol", "evaluation.batch_tokens")
 NO_METHOD = ("training", "lora", "adapter", "base")
 """Keys of a stage that are not parameters of its method."""
+
+SEVERAL = "the paper's models"
+"""The name of the models of a table that compares models."""
 
 Values = dict[str, Any]
 
@@ -125,7 +130,7 @@ def _by_model(of: Published, runs: Sequence[Run]) -> dict[str, list[Run]]:
     found: dict[str, list[Run]] = {}
     for run in runs:
         path = str(mapping(run.recipe.get("model")).get("path"))
-        place = path if path in tables.SMALL or "model.path" not in varied else of.name
+        place = path if path in tables.SMALL or "model.path" not in varied else SEVERAL
         found.setdefault(place, []).append(run)
     return found
 

@@ -22,7 +22,7 @@ from holdfast.machine.files import read_json, write_json
 from holdfast.machine.store import Store
 from holdfast.study.graph import Graph
 from holdfast.study.planning import Study
-from holdfast.study.resources import TRAINED, Need
+from holdfast.study.resources import TRAINED, Launcher, Need
 
 NAME = "sweep"
 """The folder's name below `--out`, and its kind."""
@@ -41,7 +41,7 @@ def describe(
     device: str,
     needs: Mapping[str, Need],
     *,
-    launcher: str = "local",
+    launcher: Launcher | None = None,
     devices: Sequence[str] = (),
 ) -> None:
     """Write `study.json`, and forget the workers and failures of an earlier start.
@@ -53,14 +53,17 @@ def describe(
     for part in ("workers", "failed", "logs"):
         (folder / part).mkdir(exist_ok=True)
     gone = list(folder.glob("failed/*.json"))
-    if launcher == "local":  # the jobs of a cluster run on without the command that submitted them
-        gone += folder.glob("workers/*.json")
+    launcher = launcher or Launcher()
+    # The jobs of a cluster run on without the command that submitted them.
+    silent = time.time() - SILENT if launcher.name != "local" else time.time()
+    gone += [note for note in folder.glob("workers/*.json") if note.stat().st_mtime <= silent]
     for old in gone:
         old.unlink(missing_ok=True)
     known = {
         "store": os.path.relpath(store.root, folder),
         "device": device,
-        "launcher": launcher,
+        "launcher": launcher.name,
+        "workers": launcher.workers,
         "devices": list(devices),
         "needs": {kind: asdict(need) for kind, need in needs.items()},
         "processes": {kind: needs[kind].processes for kind in TRAINED},

@@ -31,6 +31,11 @@ LATER = 5.0
 NAMESPACE = "holdfast"
 
 
+def actor_name(folder: Path) -> str:
+    """Return the name of the actor of the sweep in a folder."""
+    return f"sweep-{identity_hash(str(folder))}"
+
+
 def do_step(folder: str, step: str, processes: int) -> str:
     """Run a step in a task: "complete", "busy" or "failed"."""
     import ray
@@ -80,10 +85,11 @@ class Scheduler:
         known = files.described(self.folder)
         graph = Graph({name: step["parents"] for name, step in known["steps"].items()})
         store = self.folder / known["store"]
+        most = known["workers"] or len(known["steps"])
         tasks: dict[Any, str] = {}
         busy: dict[str, float] = {}
         while graph.left:
-            while (name := graph.pop()) is not None:
+            while len(tasks) < most and (name := graph.pop()) is not None:
                 if (store / name / "step.json").is_file():
                     graph.done(name)
                     continue
@@ -167,7 +173,7 @@ class Tasks:
 
     def _find(self) -> None:
         actor = self.ray.remote(Scheduler).options(
-            name=f"sweep-{identity_hash(str(self.sweep.folder))}",
+            name=actor_name(self.sweep.folder),
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from holdfast.errors import RecipeError
+from holdfast.pipeline.step import FORMAT
 from holdfast.recipe import layers
 from holdfast.recipe.reading import Layer
 
@@ -19,7 +20,10 @@ TRAINED = ("alignment", "user")
 LIGHT = ("data", "manifest", "change", "rate", "score")
 """Kinds of steps that use no GPU."""
 
-KINDS = (*LIGHT, *TRAINED, "attack", "filter", "post_hoc", "generate", "moderate")
+KINDS = tuple(FORMAT)
+
+TRAINED_AS = {"harmful_adapter": "user", "refusal_adapter": "user"}
+"""Adapters that are trained with the processes of another kind of step."""
 
 MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT])i?B?", re.IGNORECASE)
 TIME = re.compile(r"(?:(\d+)d)?\s*(?:(\d+)h)?\s*(?:(\d+)m)?", re.IGNORECASE)
@@ -90,7 +94,10 @@ class Launcher(Needs):
 
         light = kind in LIGHT and own.gpus is None
         gpus = 0 if device == "cpu" or light else 1 if value("gpus") is None else value("gpus")
-        processes = (value("processes") or max(1, gpus)) if kind in TRAINED else 1
+        if kind in TRAINED_AS:
+            processes = self.need(TRAINED_AS[kind], device).processes
+        else:
+            processes = (value("processes") or max(1, gpus)) if kind in TRAINED else 1
         return Need(gpus, value("cpus"), size(value("memory")), minutes(value("time")), processes)
 
     def together(self, device: str) -> dict[str, int]:

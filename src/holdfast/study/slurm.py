@@ -266,7 +266,8 @@ class Jobs:
         block = self.sweep.launcher
         memory = f"{need.memory // 2**20}M" if need.memory else None
         given = {
-            "job_name": f"holdfast-{kind}-{self.sweep.out.name}",
+            "job_name": job_name(self.sweep.out),
+            "comment": kind,
             "time": need.minutes or HOURS * 60,
             "cpus_per_task": need.cpus,
             "gpus_per_node": need.gpus or None,
@@ -283,6 +284,11 @@ class Jobs:
         more = {"kill-on-invalid-dep": "yes", "requeue": True, "ntasks": 1, **block.options}
         kept = {key: value for key, value in given.items() if value is not None}
         return {**kept, "signal_delay_s": seconds, "additional_parameters": more}
+
+
+def job_name(out: Path) -> str:
+    """Return the name that all jobs of a sweep have."""
+    return f"holdfast-{out.name}"
 
 
 def _dependency(column: Sequence[Place]) -> str | None:

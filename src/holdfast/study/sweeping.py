@@ -98,7 +98,7 @@ def run_all(
         engine = _engine(Sweep(out, folder, study, block, needs, found))
         _forget_damaged(study, steps, cached, progress)
         planning.check(study, steps, device if block.name == "local" else "auto", progress)
-        files.describe(folder, study, steps, device, needs, launcher=block.name, devices=found)
+        files.describe(folder, study, steps, device, needs, launcher=block, devices=found)
         head = _Head(out, study, steps, cached, show)
         if len(cached) < len(study.steps):
             head.run(engine)

@@ -17,5 +17,6 @@ __all__ = [
     "patterns",
     "pushing",
     "reader",
+    "serving",
     "writer",
 ]

@@ -34,6 +34,7 @@ from holdfast.weights.chains import check_chain, keep_below, same_below
 from holdfast.weights.orthogonal import column_basis, overlap, without
 from holdfast.weights.own_tokenizer import copy_tokenizer
 from holdfast.weights.reader import Tensor
+from holdfast.weights.serving import how_to_serve
 from holdfast.weights.writer import (
     Entry,
     float_entry,
@@ -92,6 +93,7 @@ class Combined:
         padded: the number of modules that needed less than r.
         overlap: with `orthogonal`, the mean share of an update's squared norm that lies in the directions of
             the first one, over the modules of both; None if there are none.
+        serve: the options of the server that it was checked for.
     """
 
     folder: Path
@@ -99,6 +101,7 @@ class Combined:
     modules: int
     padded: int
     overlap: float | None = None
+    serve: str = ""
 
 
 def combine(
@@ -107,6 +110,7 @@ def combine(
     *,
     weights: Sequence[Weight] | None = None,
     orthogonal: float | None = None,
+    server: str | None = None,
 ) -> Combined:
     """Write one plain PEFT adapter that is equivalent to `adapters` stacked.
 
@@ -118,10 +122,12 @@ def combine(
         orthogonal: a, from 0 (a plain sum) to 1: each update dW after the first becomes (I - a Q Q^T) dW,
             where Q is an orthonormal basis of the columns of the first one's B. The adapters must have been
             trained on top of the same adapters, and the sum is used on top of them.
+        server: "vllm", "sglang" or "tgi": check that this server can serve the result.
 
     Raises:
         ModelError: an adapter is missing, damaged or not a plain LoRA; or the adapters do not add up; or an
-            adapter with a weight other than 1 has copies of whole tensors (`modules_to_save`).
+            adapter with a weight other than 1 has copies of whole tensors (`modules_to_save`); or `server`
+            cannot serve the result.
         OutputError: `out` is not new, is inside an adapter folder, or cannot be written.
         RecipeError: `weights` or `orthogonal` cannot be used.
     """
@@ -132,6 +138,7 @@ def combine(
         overlaps = [one for parts in chain.updates.values() for one in _overlaps(parts, first)]
         chain = _weighted(chain, weights) if weights is not None else chain
         rank = chain.rank
+        serve = how_to_serve(_config(chain), chain.updates, server) if server is not None else ""
         tensors: dict[str, Entry] = {}
         for name in sorted(chain.updates, key=natural):
             tensors |= _stacked(name, chain.updates[name], rank, first, orthogonal or 0.0)
@@ -146,7 +153,7 @@ def combine(
                 keep_below(below, folder)
         needed = [sum(part.rank for part in parts) for parts in chain.updates.values()]
         mean = sum(overlaps) / len(overlaps) if overlaps else None
-        return Combined(Path(out), rank, len(needed), sum(n < rank for n in needed), mean)
+        return Combined(Path(out), rank, len(needed), sum(n < rank for n in needed), mean, serve)
 
 
 def _check_numbers(
