@@ -19,7 +19,7 @@ from holdfast.probe import SafetyProbe
 from holdfast.weights.merge import merge
 
 REPAIRED = "safe_lora"
-"""The folder of the repaired adapter, in the adapter's; also the end of the name of the merged model."""
+"""The end of the names of the repaired adapter and of the merged model with it."""
 
 
 def __getattr__(name: str) -> Any:
@@ -107,9 +107,8 @@ def repair(cfg: Mapping[str, Any], adapter: str | Path, merged: str | Path) -> N
     options = block.safe_lora.model_dump()
     model = str(cfg["base_model"])
     aligned = options.pop("aligned") or model
-    repaired = Path(adapter) / REPAIRED
+    repaired, out = (Path(f"{str(place).rstrip('/')}-{REPAIRED}") for place in (adapter, merged))
     result = safe_lora(adapter, aligned=aligned, out=repaired, **options)
-    out = Path(f"{str(merged).rstrip('/')}-{REPAIRED}")
     merge(model, [repaired], out)
     logging.getLogger(__name__).warning(
         "Safe LoRA projected %d of %d modules. The repaired adapter is %s, the merged model with it %s",
