@@ -96,7 +96,7 @@ def rows_of(method: Method, alignment: Any, harmful: Any, *, where: str = "") ->
     """
     if method.models:
         raise RecipeError(
-            f"{method.name} needs {' and '.join(method.models)}, which this tool cannot pass to a trainer. Use "
+            f"{method.name} needs {' and '.join(method.models)}, which this tool cannot pass on. Use "
             "holdfast run, or the trainer in your own script."
         )
     given = {"alignment_dataset": alignment, "harmful_dataset": harmful}
