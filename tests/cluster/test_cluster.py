@@ -45,7 +45,13 @@ def grid(folder, launcher, users=(SFT, LISA), epochs=1, **changes):
 def start(file, out):
     command = [sys.executable, "-m", "holdfast", "sweep", file, "--out", out, "--device", "cpu"]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=file.parent
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=file.parent,
+        # A background job of a shell ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
