@@ -56,8 +56,10 @@ def method(name: str) -> Method:
         how = "It changes weights after training: see holdfast run, and holdfast safe-lora for Safe LoRA"
     elif "mix" in face.code or "prefix" in face.code:
         how = "It changes the rows or the prompt: prepare them with holdfast run, or in your own data"
-    else:
+    elif face.facts.get("baseline"):
         how = "It is plain training, which this tool does itself"
+    else:
+        how = "Use holdfast run"
     raise RecipeError(
         f"defense: '{name}' has no trainer to combine with another one. {how}. Methods with a trainer: "
         f"{', '.join(sorted(methods()))}."
