@@ -3,8 +3,8 @@
     python tests/integrations/try_axolotl.py ENVIRONMENT [DEFENSE...]
 
 makes ENVIRONMENT with Python 3.12 if it is missing (axolotl needs 3.12 and pins its own versions; about 8 GB)
-and prints one line for each check. By default all defenses of DEFENSES run, then `axolotl merge-lora` with
-Safe LoRA, and three configurations that must be refused.
+and prints one line for each check: three configurations that must be refused, then a training with each defense of
+DEFENSES or with those given, and after bso_lisa `axolotl merge-lora` with Safe LoRA.
 """
 
 from __future__ import annotations
@@ -107,6 +107,19 @@ def main() -> int:
         folder = Path(place)
         helpers = ROOT / "tests" / "helpers"
         subprocess.run([programs / "python", "-c", MAKE, helpers, folder], check=True, env=variables, capture_output=True)  # fmt: skip
+        lisa = {"defense": "lisa", "alignment_dataset": rows(folder, "safe")}
+        refused = {
+            "plain lisa": ({"holdfast": lisa}, "write bso_lisa"),
+            "a misspelt key": ({"holdfast": {**lisa, "defense": "bso_lisa", "rh": 1}}, "Did you mean 'rho'"),
+            "packing": (
+                {"holdfast": {**lisa, "defense": "bso_lisa"}, "sample_packing": True},
+                "sample_packing: false",
+            ),
+        }
+        for name, (changes, text) in refused.items():
+            code, output = axolotl("train", config(folder, "refused", **changes))
+            said = next((line.strip() for line in output.splitlines() if text in line), "")
+            say(f"refused: {name}", code != 0 and bool(said), said, output)
         repair = {"base": str(folder / "base"), "num_layers": 1}
         for defense in sys.argv[2:] or DEFENSES:
             block: dict[str, Any] = {"defense": defense, **DEFENSES[defense]}
@@ -140,19 +153,6 @@ def main() -> int:
                 f"{done} module projected",
                 output,
             )
-        lisa = {"defense": "lisa", "alignment_dataset": rows(folder, "safe")}
-        refused = {
-            "plain lisa": ({"holdfast": lisa}, "write bso_lisa"),
-            "a misspelt key": ({"holdfast": {**lisa, "defense": "bso_lisa", "rh": 1}}, "Did you mean 'rho'"),
-            "packing": (
-                {"holdfast": {**lisa, "defense": "bso_lisa"}, "sample_packing": True},
-                "sample_packing: false",
-            ),
-        }
-        for name, (changes, text) in refused.items():
-            code, output = axolotl("train", config(folder, "refused", {}, **changes))
-            said = next((line.strip() for line in output.splitlines() if text in line), "")
-            say(f"refused: {name}", code != 0 and bool(said), said, output)
     return int(failed > 0)
 
 
