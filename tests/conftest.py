@@ -71,11 +71,11 @@ def in_less_time():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def what_is_imported_stays(request):
+def what_is_imported_stays():
     """Each training collects garbage; without this it looks at all imported modules every time (0.2 to 0.5 s)."""
     from light import lighten
 
-    lighten(gpu=request.config.option.markexpr == "gpu")
+    lighten()
     gc.collect()
     gc.freeze()
 

@@ -93,12 +93,6 @@ def test_no_circle_between_files():
     TopologicalSorter({module: imported(path) - {module} for module, path in MODULES.items()}).prepare()
 
 
-def test_no_two_test_files_have_one_name():
-    """pytest imports them by file name alone and stops at the second one."""
-    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
-    assert sorted(names) == sorted(set(names))
-
-
 def test_every_folder_says_its_idea_and_what_others_may_use():
     """Its docstring starts with one line, and `__all__` names everything that other folders import."""
     listed: dict[str, set[str]] = {}

@@ -93,6 +93,13 @@ def test_booster_is_algorithm_1(tmp_path, accumulation):
         assert entry["grad_norm"] == pytest.approx(norm, rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def right(tmp_path_factory):
+    """A trainer, which gives the batches, and the weights of Algorithm 1 on them."""
+    trainer = made(tmp_path_factory.mktemp("right"))
+    return trainer, loop(trainer, LAMBDA, ALPHA)[0]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -101,10 +108,9 @@ def test_booster_is_algorithm_1(tmp_path, accumulation):
     ],
     ids=["stale batch", "stale weights", "lambda/2", "alpha/2", "sign", "sft"],
 )  # fmt: skip
-def test_control_what_is_wrong_is_noticed(tmp_path, wrong):
-    trainer = made(tmp_path)
-    right, _ = loop(trainer, LAMBDA, ALPHA)
-    assert trainers.distance(right, loop(trainer, *wrong)[0]) > 1e-4
+def test_control_what_is_wrong_is_noticed(right, wrong):
+    trainer, weights = right
+    assert trainers.distance(weights, loop(trainer, *wrong)[0]) > 1e-4
 
 
 def test_the_attenuation_of_a_worked_example():

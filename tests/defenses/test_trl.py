@@ -138,8 +138,9 @@ def losses(made, key):
     return [entry[key] for entry in made.state.log_history if key in entry]
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "accumulation"), [*((name, 2) for name in METHODS), ("lisa", 1), ("tvaccine", 1)]
+)
 def test_plain_rows_give_the_weights_of_our_own_trainer(name, accumulation, tmp_path):
     sizes = {
         "per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation
@@ -177,9 +178,9 @@ def test_the_first_config_names_the_defaults(tmp_path):
     assert ours.rho == theirs.rho == 1.0
 
 
-RESUMED = [
-    (name, packing) for name in METHODS for packing in (False, True) if (name, packing) != ("repnoise", True)
-]
+PACKED = ("lisa", "constrained_sft", "tvaccine", "booster")
+"""Alignment rows, weights by the place of a token, layers that train in turns, harmful rows."""
+RESUMED = [*((name, False) for name in METHODS), *((name, True) for name in PACKED)]
 
 
 @pytest.mark.parametrize(("name", "packing"), RESUMED)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,15 +25,23 @@ COLLATE = collator(trainers.TOKENIZER)
 def model(dropout: float = 0.0, **options: Any) -> Any:
     """A tiny Llama of four layers with a LoRA in attention and MLP that is no longer at 0."""
     given = {"target_modules": ["q_proj", "v_proj", "down_proj"], "lora_dropout": dropout, **options}
+    made, state = _made(json.dumps(given))
+    torch.set_rng_state(state)
+    return copy.deepcopy(made)
+
+
+@cache
+def _made(given: str) -> tuple[Any, torch.Tensor]:
+    """The model, made once, and the state of the random numbers after that."""
     torch.manual_seed(3)
     net = get_peft_model(
         tiny.llama(len(trainers.TOKENIZER), layers=LAYERS),
-        LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, **given),
+        LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, **json.loads(given)),
     )
     for name, p in net.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.02)
-    return net
+    return net, torch.get_rng_state()
 
 
 def attention(net: Any) -> list[Any]:

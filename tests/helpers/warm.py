@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import tiny
+from light import lighten
 from runs import run
 
 
@@ -18,3 +19,4 @@ def warm() -> None:
     torch.set_num_threads(1)  # a fork of a process with several threads of torch may hang
     with tempfile.TemporaryDirectory() as folder:
         run(tiny.recipe(Path(folder) / "in"), Path(folder) / "out", page=True)
+    lighten()

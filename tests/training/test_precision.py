@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -41,6 +43,19 @@ def apart(left, right):
     return float(sum(((a - b).float() ** 2).sum() for a, b in zip(left, right, strict=True)).sqrt())
 
 
+@pytest.fixture(scope="module")
+def plainly(tmp_path_factory):
+    """By method: the weights of a training in fp32."""
+    return functools.cache(lambda method: trainers.weights(run(method, tmp_path_factory.mktemp("plain"))))
+
+
+@functools.cache
+def without_penalty(k1, k2, half):
+    """The weights of the plain loop without a penalty, with bf16 weights or bf16 autocast."""
+    net = full().bfloat16() if half else full()
+    return plain.train(k1, k2, 0.0, net=net, autocast=not half)[0]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_full_fine_tuning(tmp_path, method):
     _, (k1, k2, strength), at_switch = METHODS[method]
@@ -62,7 +77,7 @@ def test_bf16(tmp_path, method, kind):
 
     made = run(method, tmp_path, net=net(), **({} if weights else {"bf16": True}))
     expected, _ = plain.train(k1, k2, strength, at_switch=at_switch, net=net(), autocast=not weights)
-    free, _ = plain.train(k1, k2, 0.0, net=net(), autocast=not weights)
+    free = without_penalty(k1, k2, weights)
     ends = trainers.weights(made)
     assert {w.dtype for w in ends} == {torch.bfloat16 if weights else torch.float32}
     assert apart(ends, expected) < 0.2 * apart(free, expected)
@@ -72,21 +87,20 @@ def test_bf16(tmp_path, method, kind):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_checkpointing_gives_the_same_weights(tmp_path, method):
-    plainly = run(method, tmp_path)
+def test_checkpointing_gives_the_same_weights(tmp_path, method, plainly):
     checkpointed = run(method, tmp_path, gradient_checkpointing=True)
-    assert trainers.distance(trainers.weights(plainly), trainers.weights(checkpointed)) < 1e-6
+    assert trainers.distance(plainly(method), trainers.weights(checkpointed)) < 1e-6
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_loss_scale_of_fp16_does_not_weaken_the_penalty(tmp_path, method, monkeypatch):
+def test_the_loss_scale_of_fp16_does_not_weaken_the_penalty(tmp_path, method, plainly, monkeypatch):
     """The scaler without half precision is exact, so that only the penalty could be wrong."""
 
     def unscale(self, optimizer=None):
         for own in self._optimizers:
             self.scaler.unscale_(own.optimizer)
 
-    expected = trainers.weights(run(method, tmp_path))
+    expected = plainly(method)
     monkeypatch.setattr(Accelerator, "unscale_gradients", unscale)
     made = trainers.trainer(method.split("-")[0], tmp_path, **METHODS[method][0])
     made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
