@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from holdfast.pipeline.planning import State
+from holdfast.pipeline.plans import State
 from holdfast.pipeline.results import role
 
 

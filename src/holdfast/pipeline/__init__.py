@@ -10,6 +10,7 @@ __all__ = [
     "delivering",
     "plan",
     "planning",
+    "plans",
     "preflight",
     "rehearse",
     "results",

@@ -15,7 +15,7 @@ from holdfast.pipeline import attacking
 from holdfast.recipe import Recipe
 
 if TYPE_CHECKING:
-    from holdfast.pipeline.planning import State
+    from holdfast.pipeline.plans import State
 
 CURVE = (
     "harmful_score", "harmful_score_stderr", "n_harmful", "finetune_accuracy", "finetune_accuracy_stderr",

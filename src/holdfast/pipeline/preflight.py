@@ -16,7 +16,7 @@ from holdfast import registry
 from holdfast.errors import DataError, InputError, problems, refuse
 from holdfast.machine.progress import Progress
 from holdfast.machine.store import Store
-from holdfast.pipeline.planning import Plan
+from holdfast.pipeline.plans import Plan
 from holdfast.pipeline.rows_checked import BadRows
 from holdfast.pipeline.step import Content, Inputs, Machine, Made, Step, do
 from holdfast.tasks.graders import adapted

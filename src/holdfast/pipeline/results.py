@@ -20,7 +20,7 @@ from holdfast.pipeline import ability, attack_sweeps, attacking, tracking, user_
 from holdfast.recipe import Recipe
 
 if TYPE_CHECKING:
-    from holdfast.pipeline.planning import Plan, State
+    from holdfast.pipeline.plans import Plan, State
 
 
 def claim(out: Path, store: Path) -> None:

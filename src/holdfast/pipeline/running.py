@@ -10,7 +10,8 @@ from holdfast.machine.processes import Processes, launched
 from holdfast.machine.progress import Progress
 from holdfast.machine.store import Store
 from holdfast.pipeline import preflight, results
-from holdfast.pipeline.planning import Plan, plan
+from holdfast.pipeline.planning import plan
+from holdfast.pipeline.plans import Plan
 from holdfast.pipeline.step import Machine, Step, do, join
 from holdfast.recipe import Recipe
 

@@ -13,7 +13,7 @@ from holdfast.errors import InputError, refuse
 from holdfast.machine.files import read_json
 from holdfast.machine.progress import Progress
 from holdfast.machine.store import Store
-from holdfast.pipeline import planning, preflight
+from holdfast.pipeline import planning, plans, preflight
 from holdfast.pipeline.step import Machine, Step
 from holdfast.recipe import Recipe
 from holdfast.study.grid import Run
@@ -35,7 +35,7 @@ class Study:
         uses: by step, the number of runs that use it.
     """
 
-    plans: Mapping[str, planning.Plan]
+    plans: Mapping[str, plans.Plan]
     steps: Mapping[str, Step] = field(init=False)
     parents: Mapping[str, tuple[str, ...]] = field(init=False)
     uses: Mapping[str, int] = field(init=False)
