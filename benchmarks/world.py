@@ -119,10 +119,11 @@ def main() -> None:
                 rows.setdefault(name, []).append(after)
                 plain = before["alignment"] in (None, "sft")
                 known = rows.setdefault(before["name"] if plain else f"aligned, {name}", [])
-                if all(row["steps"]["score"] != before["steps"]["score"] for row in known):
+                own = name in attack_runs(user_runs())  # some ask other prompts, also of the aligned model
+                if not own and all(row["steps"]["score"] != before["steps"]["score"] for row in known):
                     known.append(before)
                 protocol = results["protocol"]
-        found = {name: over_seeds(part) for name, part in rows.items()}
+        found = {name: over_seeds(part) for name, part in rows.items() if part}
         if arguments.rows:
             add("world", {name: found[name] for name in chosen})
             _write_page()

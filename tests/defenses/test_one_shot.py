@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ TRAINING = {"learning_rate": 0.01, "num_train_epochs": 4, "logging_steps": 1}
 def patched(folder, user=None, **post_hoc):
     recipe = tiny.recipe(folder)
     recipe["user"] = {"defense": "sft", "training": recipe["user"]["training"], **(user or {})}
+    recipe["evaluation"] = {"prompts": 2, "max_new_tokens": 2}
     recipe["post_hoc"] = {"defense": "one_shot", "training": TRAINING, **post_hoc}
     return recipe
 
@@ -55,27 +57,35 @@ def test_a_recipe(tmp_path):
         for kind in ("user", "post_hoc")
     ]
     assert record[0] == record[1], "it takes the place of the user's adapter"
+    shutil.rmtree(tmp_path / "out/steps" / rows[0]["steps"]["post_hoc"])
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path / "cut", seen=Stopped("repair with One-shot patch", done=3))
-    again, _ = run(recipe, tmp_path / "cut")
-    same = weights(tmp_path / "cut", again["rows"][2], "post_hoc")
+        run(recipe, tmp_path / "out", seen=Stopped("repair with One-shot patch", done=3))
+    again, seen = run(recipe, tmp_path / "out")
+    assert seen.resumed == ["repair with One-shot patch"]
+    same = weights(tmp_path / "out", again["rows"][2], "post_hoc")
     assert all(torch.equal(value, same[name]) for name, value in patch.items())
 
 
-@pytest.mark.parametrize("trains", ["continue", "full"])
-def test_the_other_kinds_of_user_training(tmp_path, trains):
-    """It trains what the user stage trained: the continued adapter, or all weights."""
-    recipe = patched(tmp_path, {"adapter": "continue"} if trains == "continue" else {})
-    if trains == "full":
-        recipe["model"] |= {"dtype": "float32", "lora": "none"}
+def test_all_weights_are_trained_if_the_user_stage_did(tmp_path):
+    recipe = patched(tmp_path)
+    recipe["model"] |= {"dtype": "float32", "lora": "none"}
     results, _ = run(recipe, tmp_path / "out")
-    made = "model" if trains == "full" else "adapter"
     user, patch = (
-        weights(tmp_path / "out", results["rows"][-1], kind, made) for kind in ("user", "post_hoc")
+        weights(tmp_path / "out", results["rows"][-1], kind, "model") for kind in ("user", "post_hoc")
     )
     assert user.keys() == patch.keys()
     assert any(not torch.equal(value, user[name]) for name, value in patch.items())
     assert results["rows"][-1]["repair"] == {"rows": 1}
+
+
+def test_a_continued_adapter_is_continued(tmp_path):
+    """Single LoRA: the alignment's adapter, which the user stage continued, stands alone."""
+    recipe = patched(tmp_path, {"adapter": "continue", "lora": None})
+    recipe["alignment"]["lora"] = {"r": 3, "alpha": 3}
+    steps = {step.kind: step for step in pipeline.plan(Recipe.load(recipe))}
+    given = steps["post_hoc"].inputs
+    assert (given["trains"], given["lora"]["r"]) == ("continue", 3)
+    assert [made.step for made in given["chain"]] == [steps["user"].id]
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path):

@@ -101,6 +101,7 @@ REFUSED = {
     "of rows": (["--defense", "vlguard"], RecipeError, "changes the rows"),
     "of weights": (["--defense", "safe_lora"], RecipeError, "holdfast safe-lora"),
     "plain": (["--defense", "sft"], RecipeError, "plain training"),
+    "models needed": (["--defense", "asft"], RecipeError, "asft needs base and aligned"),
     "rows missing": (["--defense", "lisa"], RecipeError, "needs --alignment_dataset"),
     "rows too many": (["--defense", "vaccine", "--harmful_dataset", "x.jsonl"], RecipeError, "does not use"),
     "no such rows": (
@@ -108,6 +109,7 @@ REFUSED = {
         DataError,
         "nothing.jsonl",
     ),
+    "no such value": (["--defense", "vaccine", "--rho", "-1"], RecipeError, "holdfast trl: rho"),
     "no user rows": (["--defense", "vaccine"], RecipeError, "--dataset_name"),
 }
 

@@ -22,6 +22,7 @@ class Method:
         mixins: the base classes of its trainer without the trainer that they extend.
         config: its `TrainingArguments`.
         needs: "alignment_dataset" or "harmful_dataset", if its trainer takes one.
+        models: "base" and "aligned", if its trainer takes them.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Method:
     mixins: tuple[type, ...]
     config: type
     needs: tuple[str, ...]
+    models: tuple[str, ...] = ()
 
 
 def methods() -> dict[str, Method]:
@@ -74,7 +76,8 @@ def _method(name: str) -> Method | None:
     if not mixins or defense.mix is not None or defense.prefix is not None:
         return None
     needs = tuple(need for need in defense.needs if need.endswith("_dataset") and need != "train_dataset")
-    return Method(name, trainer.__name__.removesuffix("Trainer"), mixins, config, needs)
+    models = tuple(need for need in defense.needs if not need.endswith("_dataset"))
+    return Method(name, trainer.__name__.removesuffix("Trainer"), mixins, config, needs, models)
 
 
 def combined(name: str, bases: tuple[type, ...], module: str, text: str) -> type:
@@ -89,8 +92,13 @@ def rows_of(method: Method, alignment: Any, harmful: Any, *, where: str = "") ->
         where: put before the names of the options in messages, such as "--".
 
     Raises:
-        RecipeError: rows are missing, or the method does not use them.
+        RecipeError: rows are missing, the method does not use them, or it also needs models.
     """
+    if method.models:
+        raise RecipeError(
+            f"{method.name} needs {' and '.join(method.models)}, which this tool cannot pass on. Use "
+            "holdfast run, or the trainer in your own script."
+        )
     given = {"alignment_dataset": alignment, "harmful_dataset": harmful}
     for kind, rows in given.items():
         if kind in method.needs and rows is None:

@@ -93,7 +93,10 @@ def run_script(arguments: Sequence[str]) -> None:
     _, trainer = classes(found)
     with _replaced((trl, sft), SFTConfig=script_options(found)):
         parser = sft.make_parser(prog="holdfast trl")
-        script, training, model, data = parser.parse_args_and_config(list(arguments))
+        try:
+            script, training, model, data = parser.parse_args_and_config(list(arguments))
+        except ValueError as error:
+            raise RecipeError(f"holdfast trl: {first_line(error)}") from None
     places = {kind: getattr(training, kind) for kind in ("alignment_dataset", "harmful_dataset")}
     given = rows_of(found, *places.values(), where="--")
     rows = {kind: _load(f"--{kind}", place) for kind, place in given.items()}

@@ -144,11 +144,11 @@ def save_sweeps_png(runs: Sequence[Run], path: Path) -> Path:
     """
     found = [sweep for run in runs for sweep in sweeps(run) if sweep.axis is not None]
     with style():
-        figure = figure_of(90 + 330 * len(found), 430)
+        figure = figure_of(90 + 330 * len(found), 406)
         figure.patch.set_facecolor("white")
         grid = figure.subplots(2, len(found), sharex=True, sharey="row", squeeze=False)
         figure.subplots_adjust(
-            **margins(figure, left=60, right=14, bottom=48, top=64), hspace=0.16, wspace=0.12
+            **margins(figure, left=60, right=14, bottom=48, top=40), hspace=0.16, wspace=0.12
         )
         for number_, sweep in enumerate(found):
             column = grid[:, number_]
@@ -190,6 +190,9 @@ def _draw(grid: Any, sweep: Sweep, legend: bool = True) -> None:
     if max(values) >= 8 * min(values):
         grid[1].set_xscale("log")
         grid[1].set_xlim(min(values) / 1.25, max(values) * 1.25)
+        ticks = sorted(set(values))
+        grid[1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])  # powers of ten would need math text
+        grid[1].set_xticks([], minor=True)
     grid[1].set_xlabel(NAMES[axis])
     if legend and len(lines) > 1:
         place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0}
