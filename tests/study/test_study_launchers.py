@@ -261,6 +261,8 @@ def test_a_job_that_died_is_submitted_again_and_one_that_was_cancelled_is_not(en
             assert queue.jobs[count:][0] == (["alignment-0"], None)
     jobs.poll(status())
     assert "3 jobs ended, the last" in files.failures(jobs.sweep.folder)["alignment-0"]
+    assert len(queue.jobs) == count, "a failed step gets no job"
+    queue.states[place] = "COMPLETED"
     ready = status(alignment_0="complete", user_1="complete", user_2="complete")
     jobs.poll(ready)
     queue.states[jobs.places["user-0"].id] = "CANCELLED"

@@ -155,6 +155,8 @@ class Jobs:
         for name in [name for name in over if name in self.missed]:
             self._ended(name, queue, status)
         self.missed = {name for name in over if name in self.places}  # their files may still become visible
+        failed = files.failed_steps(self.sweep.folder)
+        missing = [name for name in missing if name not in failed]
         chosen: dict[str, None] = {}
         room = self.sweep.launcher.jobs - len(live)
         for name in missing:
