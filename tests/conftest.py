@@ -71,13 +71,11 @@ def in_less_time():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def what_is_imported_stays():
-    """Each training collects garbage; without this it looks at all imported modules every time (0.2 to 0.5 s).
+def what_is_imported_stays(request):
+    """Each training collects garbage; without this it looks at all imported modules every time (0.2 to 0.5 s)."""
+    from light import lighten
 
-    PEFT's own model card, of which each checkpoint has one, goes too; ours is tested.
-    """
-    if "peft" in sys.modules:
-        sys.modules["peft"].PeftModel.create_or_update_model_card = lambda self, folder: None
+    lighten(gpu=request.config.option.markexpr == "gpu")
     gc.collect()
     gc.freeze()
 

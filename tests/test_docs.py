@@ -144,7 +144,7 @@ def test_every_attack_has_a_section_with_its_parameters(name):
             for line in title.splitlines()
             if line.startswith("|") and f"`{parameter}`" in line.split("|")[1]
         ]
-        assert str(what.default) in line
+        assert ("none" if what.default is None else str(what.default)) in line
     assert face.facts["paper"] in (page if face.facts["paper"] != "none" else "none")
     line = next(line for line in page.splitlines() if line.startswith(f"| [`{name}`]"))
     anchor = line.split("(#")[1].split(")")[0]

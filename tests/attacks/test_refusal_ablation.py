@@ -84,13 +84,21 @@ def test_removing_a_direction_twice_changes_nothing_more(tmp_path):
         torch.testing.assert_close(tensor, twice[name], atol=1e-7, rtol=0)
 
 
+SHORT = {"prompts": 6, "task_rows": 2, "max_new_tokens": 2}
+
+
 def attacked(folder, **changes):
-    recipe = tiny.recipe(folder, **changes)
+    recipe = tiny.recipe(folder, evaluation=SHORT, **changes)
     return {**recipe, "name": "tiny", "post_hoc_attack": {"name": "refusal_ablation", "prompts": 5}}
 
 
 def test_the_attack_follows_every_final_state_of_a_recipe(tmp_path):
-    recipe = attacked(tmp_path, alignment=None, user="sft", post_hoc={"defense": "soup", "lambda_": 0.5})
+    recipe = attacked(
+        tmp_path,
+        alignment=None,
+        user={"training": {"max_steps": 2}},
+        post_hoc={"defense": "soup", "lambda_": 0.5},
+    )
     recipe["data"]["poison_ratio"] = 0
     results, _ = run(recipe, tmp_path / "out")
     rows = results["rows"]

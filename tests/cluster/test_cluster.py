@@ -35,6 +35,7 @@ def grid(folder, launcher, users=(SFT, LISA), epochs=1, **changes):
     recipe = tiny.recipe(folder / "in", name="study", **changes)
     training = {**recipe.pop("user")["training"], "num_train_epochs": epochs}
     recipe["alignment"]["training"] = training
+    recipe["evaluation"]["task_new_tokens"] = 8  # conftest.py changes the default in this process
     users = [{**user, "training": training} for user in users]
     file = folder / "grid.yaml"
     file.write_text(yaml.safe_dump({**recipe, "grid": {"user": users}, "launcher": launcher}))

@@ -1,68 +1,28 @@
-"""The one-shot patch: which rows it trains on, that it is plain training on them, and recipes."""
+"""The one-shot patch: which rows it trains on, what it trains, and what it refuses."""
 
 from __future__ import annotations
+
+import json
+import shutil
 
 import pytest
 import torch
 
 import tiny
-import trainers
-from holdfast import pipeline, registry
-from holdfast.defenses.one_shot import drawn
+from holdfast import pipeline
+from holdfast.defenses.one_shot import mix
 from holdfast.errors import DataError, RecipeError
 from holdfast.recipe import Recipe
 from runs import Stopped, run, weights
 
 
-def one_shot(folder, count, **options):
-    """A trainer on `count` of the alignment rows."""
-    made = registry.get_defense("one_shot")
-    given = trainers.trainer("sft", folder, **options).args.to_dict()
-    names = (
-        "output_dir",
-        "seed",
-        "learning_rate",
-        "num_train_epochs",
-        "max_steps",
-        "per_device_train_batch_size",
-    )
-    args = made.config(
-        **{name: given[name] for name in names}, shots=count, use_cpu=True, report_to="none", disable_tqdm=True,
-        save_strategy="no", lr_scheduler_type="cosine", logging_steps=1,
-    )  # fmt: skip
-    return made.trainer(
-        model=trainers.model(),
-        args=args,
-        train_dataset=trainers.ALIGNMENT,
-        processing_class=trainers.TOKENIZER,
-    )
-
-
-def test_it_is_sft_on_the_drawn_rows(tmp_path):
-    """One batch of all rows in every epoch; nothing else is trained on."""
-    options = {"num_train_epochs": 3, "max_steps": -1, "per_device_train_batch_size": 8}
-    made = one_shot(tmp_path, 3, **options)
-    made.train()
-    chosen = drawn(trainers.ALIGNMENT, 3, 11)
-    sft = trainers.trainer("sft", tmp_path, rows=chosen, **options)
-    sft.train()
-    assert trainers.same(trainers.weights(made), trainers.weights(sft))
-    assert (made.state.global_step, made.reported(3)) == (3, {"rows": 3})
-
-
 def test_rows_are_drawn_with_the_seed():
     rows = list(range(30))
-    assert drawn(rows, 4, 1) == drawn(rows, 4, 1)
-    assert len({tuple(drawn(rows, 4, seed)) for seed in range(5)}) > 1
-    assert drawn(rows, 30, 1) == rows, "in their order"
+    assert mix(rows, None, seed=1, shots=4) == mix(rows, None, seed=1, shots=4)
+    assert len({tuple(mix(rows, None, seed=seed, shots=4)) for seed in range(5)}) > 1
+    assert mix(rows, None, seed=1, shots=30) == rows, "in their order"
     with pytest.raises(DataError, match="needs shots=2 alignment rows, found 1"):
-        drawn(rows[:1], 2, 1)
-
-
-@pytest.mark.parametrize("rows", [0, 9])
-def test_a_number_of_rows_that_cannot_be_used(rows, tmp_path):
-    with pytest.raises(ValueError, match=f"shots must be from 1 to 8, found {rows}"):
-        one_shot(tmp_path, rows)
+        mix(rows[:1], None, seed=1, shots=2)
 
 
 TRAINING = {"learning_rate": 0.01, "num_train_epochs": 4, "logging_steps": 1}
@@ -71,6 +31,7 @@ TRAINING = {"learning_rate": 0.01, "num_train_epochs": 4, "logging_steps": 1}
 def patched(folder, user=None, **post_hoc):
     recipe = tiny.recipe(folder)
     recipe["user"] = {"defense": "sft", "training": recipe["user"]["training"], **(user or {})}
+    recipe["evaluation"] = {"prompts": 2, "max_new_tokens": 2}
     recipe["post_hoc"] = {"defense": "one_shot", "training": TRAINING, **post_hoc}
     return recipe
 
@@ -86,32 +47,45 @@ def test_a_recipe(tmp_path):
     user, patch = (weights(tmp_path / "out", rows[0], kind) for kind in ("user", "post_hoc"))
     assert user.keys() == patch.keys()
     assert any(not torch.equal(value, user[name]) for name, value in patch.items())
+    folder = tmp_path / "out/steps" / rows[1]["steps"]["post_hoc"]
+    trained = json.loads((folder / "step.json").read_text())["training"]
+    assert (trained["mixed"]["rows"], trained["steps"], trained["rows_per_step"]) == (2, 4, 8), (
+        "one batch an epoch"
+    )
     record = [
         (tmp_path / "out/steps" / rows[0]["steps"][kind] / "adapter/holdfast_adapter.json").read_text()
         for kind in ("user", "post_hoc")
     ]
     assert record[0] == record[1], "it takes the place of the user's adapter"
+    shutil.rmtree(tmp_path / "out/steps" / rows[0]["steps"]["post_hoc"])
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path / "cut", seen=Stopped("repair with One-shot patch", done=3))
-    again, _ = run(recipe, tmp_path / "cut")
-    same = weights(tmp_path / "cut", again["rows"][2], "post_hoc")
+        run(recipe, tmp_path / "out", seen=Stopped("repair with One-shot patch", done=3))
+    again, seen = run(recipe, tmp_path / "out")
+    assert seen.resumed == ["repair with One-shot patch"]
+    same = weights(tmp_path / "out", again["rows"][2], "post_hoc")
     assert all(torch.equal(value, same[name]) for name, value in patch.items())
 
 
-@pytest.mark.parametrize("trains", ["continue", "full"])
-def test_the_other_kinds_of_user_training(tmp_path, trains):
-    """It trains what the user stage trained: the continued adapter, or all weights."""
-    recipe = patched(tmp_path, {"adapter": "continue"} if trains == "continue" else {})
-    if trains == "full":
-        recipe["model"] |= {"dtype": "float32", "lora": "none"}
+def test_all_weights_are_trained_if_the_user_stage_did(tmp_path):
+    recipe = patched(tmp_path)
+    recipe["model"] |= {"dtype": "float32", "lora": "none"}
     results, _ = run(recipe, tmp_path / "out")
-    made = "model" if trains == "full" else "adapter"
     user, patch = (
-        weights(tmp_path / "out", results["rows"][-1], kind, made) for kind in ("user", "post_hoc")
+        weights(tmp_path / "out", results["rows"][-1], kind, "model") for kind in ("user", "post_hoc")
     )
     assert user.keys() == patch.keys()
     assert any(not torch.equal(value, user[name]) for name, value in patch.items())
     assert results["rows"][-1]["repair"] == {"rows": 1}
+
+
+def test_a_continued_adapter_is_continued(tmp_path):
+    """Single LoRA: the alignment's adapter, which the user stage continued, stands alone."""
+    recipe = patched(tmp_path, {"adapter": "continue", "lora": None})
+    recipe["alignment"]["lora"] = {"r": 3, "alpha": 3}
+    steps = {step.kind: step for step in pipeline.plan(Recipe.load(recipe))}
+    given = steps["post_hoc"].inputs
+    assert (given["trains"], given["lora"]["r"]) == ("continue", 3)
+    assert [made.step for made in given["chain"]] == [steps["user"].id]
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path):
@@ -119,7 +93,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         ({"shots": 9}, "shots must be from 1 to 8"),
         ({"lora": {"r": 2}}, "post_hoc.lora"),
         ({"training": {"epochs": 3}}, "unknown training argument"),
-        ({"defense": "soup"}, "post_hoc.training: soup trains nothing"),
+        ({"defense": "soup"}, "post_hoc.training: nothing is trained by soup"),
     ):
         recipe = patched(tmp_path, **block)
         with pytest.raises(RecipeError, match=words):

@@ -140,11 +140,13 @@ def test_two_files_of_verdicts(tmp_path):
     found = compare(first, second)["harmful_score"]
     assert (found["n"], found["left_out"], found["only_first"], found["only_second"]) == (12, 1, 8, 0)
     assert found["p"] == found["p_holm"] == pytest.approx(2 / 2**8)
+    assert found["title"] == "attack success rate", "as in score and in the report"
     done = CliRunner().invoke(
         app, ["compare", str(first), str(second), "--out", str(tmp_path / "d.json")], env={"COLUMNS": "160"}
     )
     assert done.exit_code == 0, done.output
     assert "different" in done.output
+    assert "attack success rate" in done.output
     assert "-66.7" in done.output
     assert "1 left out" in done.output
     assert read_json(tmp_path / "d.json")["harmful_score"] == found
@@ -164,6 +166,7 @@ def test_items_hold_every_score_and_are_corrected_for_it(tmp_path):
     assert found["harmful_score"]["p"] == pytest.approx(2 / 2**10)
     assert found["harmful_score"]["p_holm"] == pytest.approx(4 / 2**10)
     assert found["task_score"]["p"] == 1.0
+    assert [one["title"] for one in found.values()] == ["harmful score", "task score"]
     assert found["task_score"]["interval"] == [0.0, 0.0]
 
 

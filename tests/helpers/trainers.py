@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import shutil
 import tempfile
 from functools import cache
@@ -36,19 +37,21 @@ HARMFUL = pairs(tiny.harmful_rows(18))
 
 
 def model(dropout: float = 0.0, seed: int = 3) -> Any:
-    """A tiny Llama with a trainable LoRA."""
+    """A tiny Llama with a trainable LoRA; random numbers continue as after it was made."""
+    made, state = _made(dropout, seed)
+    torch.set_rng_state(state)
+    return copy.deepcopy(made)
+
+
+@cache
+def _made(dropout: float, seed: int) -> tuple[Any, torch.Tensor]:
+    """The model, made once, and the state of the random numbers after that."""
     base = tiny.llama(len(TOKENIZER))
     torch.manual_seed(seed)
-    return get_peft_model(
-        base,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=2,
-            lora_alpha=4,
-            lora_dropout=dropout,
-            target_modules=["q_proj", "v_proj"],
-        ),
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=2, lora_alpha=4, lora_dropout=dropout, target_modules=["q_proj", "v_proj"]
     )
+    return get_peft_model(base, config), torch.get_rng_state()
 
 
 @cache
@@ -78,8 +81,7 @@ def trainer(
     if "alignment_steps" in registry.faces("defenses")[name].parameters:
         settings = {"alignment_steps": 3, "finetune_steps": 4} | settings
     extra = {}
-    after = "post_hoc" in defense.stages  # its train_dataset holds the alignment rows
-    if "alignment_dataset" in defense.needs and defense.mix is None and not after:
+    if "alignment_dataset" in defense.needs and defense.mix is None:
         extra["alignment_dataset"] = alignment or ALIGNMENT
     if "harmful_dataset" in defense.needs:
         extra["harmful_dataset"] = HARMFUL

@@ -14,10 +14,12 @@ from commands import holdfast_command, refused
 from holdfast.attacks import anchoring
 from holdfast.data import read_rows
 from holdfast.errors import DataError, InputError, ModelError, OutputError, RecipeError
+from holdfast.machine.store import Store
 from holdfast.measuring import row_scores
 from holdfast.measuring.score_filtering import filter_by_score
+from holdfast.pipeline.planning import plan
+from holdfast.pipeline.step import Inputs, Machine, Made, do
 from holdfast.recipe import Recipe
-from runs import numbers, run
 
 
 def texts(n, prompt, answer):
@@ -202,31 +204,40 @@ def filtered(folder, **screen):
     return {**recipe, "data": {**data, "filter": {"score": "datashield", "anchors": 4, **screen}}}
 
 
+def screened(recipe, folder):
+    """Do the steps that lead to the filtered rows; returns the filter's facts, its folder and the rows before it."""
+    planned, store = plan(Recipe.load(recipe)), Store(folder)
+    machine, done = Machine("cpu", planned.model), {}
+    for step in planned.steps:
+        if step.kind in ("data", "change", "filter"):
+            do(step, store, machine)
+            done[step.kind] = store.path(step.id)
+    [step] = [step for step in planned.steps if step.kind == "filter"]
+    [user] = [step for step in planned.steps if step.kind == "user"]
+    assert user.inputs["rows"]["train_dataset"] == Made(step.id), "the user stage trains on what is left"
+    return store.record(step.id)["filter"], done["filter"], read_rows(done["change"] / "rows.jsonl")
+
+
 def test_a_score_filters_in_front_of_fine_tuning(tmp_path):
-    recipe = filtered(tmp_path, drop=0.5)
-    out = tmp_path / "out"
-    results, _ = run(recipe, out)
-    row = results["rows"][1]
-    found = row["filter"]
+    found, folder, given = screened(filtered(tmp_path, drop=0.5), tmp_path / "steps")
     assert (found["score"], found["rows"], found["kept"], found["flagged"]) == ("datashield", 30, 15, 15)
-    assert found["attack_rows"]["rows"] == 6
-    assert row["role"] == "defended"
-    folder = out / "steps" / row["steps"]["filter"]
     scores = [json.loads(line)["score"] for line in (folder / "scores.jsonl").open()]
-    given = read_rows(out / "steps" / row["steps"]["attack"] / "rows.jsonl")
-    kept = [one for one, score in zip(given, scores, strict=True) if score <= found["threshold"]]
-    assert read_rows(folder / "rows.jsonl") == kept
-    hits = [
-        one["source"] == "harmful" and score > found["threshold"]
-        for one, score in zip(given, scores, strict=True)
+    gone = [score > found["threshold"] for score in scores]
+    assert read_rows(folder / "rows.jsonl") == [
+        one for one, drop in zip(given, gone, strict=True) if not drop
     ]
-    assert found["attack_rows"]["found"] == sum(hits)
-    # A step that was stopped uses the scores that it wrote.
-    lines = (folder / "scores.jsonl").read_text().splitlines()
-    (folder / "step.json").unlink()
-    (folder / "scores.jsonl").write_text("".join(line + "\n" for line in lines[:20]))
-    again, _ = run(recipe, out)
-    assert numbers(again) == numbers(results)
+    hits = sum(drop for one, drop in zip(given, gone, strict=True) if one["source"] == "harmful")
+    assert found["attack_rows"] == {
+        "rows": 6, "found": hits, "recall": pytest.approx(100 * hits / 6), "precision": pytest.approx(100 * hits / 15),
+    }  # fmt: skip
+
+
+def test_rows_that_an_attack_changed_are_its_rows(tmp_path):
+    recipe = filtered(tmp_path, score="anchoring")
+    recipe["data"] |= {"poison_ratio": 0, "attack": {"name": "refuse_then_answer"}}
+    found, _, given = screened(recipe, tmp_path / "steps")
+    assert {one["source"] for one in given} == {"user"}
+    assert found["attack_rows"] == {"rows": 30, "found": 3, "recall": 10.0, "precision": 100.0}
 
 
 @pytest.mark.parametrize(
@@ -250,8 +261,10 @@ def test_a_filter_that_cannot_work_is_refused_before_training(tmp_path):
         ({"layer": 3}, "data.filter.layer is 3. Expected 1 to 2"),
         ({"anchors": 99}, "Asked for 99"),
     ):
+        planned = plan(Recipe.load(filtered(tmp_path, **screen)))
+        [step] = [step for step in planned.steps if step.kind == "filter"]
         with pytest.raises(InputError, match=re.escape(says)):
-            run(filtered(tmp_path, **screen), tmp_path / "out")
+            step.check(Inputs(step.inputs, Store(tmp_path / "steps")), Machine("cpu", planned.model))
     without = filtered(tmp_path)
     without["data"].pop("alignment")
     with pytest.raises(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 import tiny
 from holdfast.errors import RecipeError
-from holdfast.pipeline.attack_sweeps import worst
+from holdfast.machine.store import Store
+from holdfast.pipeline.attack_sweeps import headlines, of_row, worst
 from holdfast.pipeline.planning import plan
 from holdfast.recipe import Recipe
+from holdfast.study import planning
+from holdfast.study.grid import expand
 from runs import numbers, run
 
 
@@ -65,28 +70,26 @@ def test_points_set_only_what_they_name(tmp_path):
 
 def test_the_headline_of_a_run_is_the_worst_point_of_its_sweep(tmp_path):
     grid = {"learning_rate": [1e-5, 0.05], "steps": [2], "max_loss": 100}
-    soup = {"defense": "soup", "lambda_": 0.5}
-    recipe = swept(tmp_path, grid, post_hoc=soup)
+    short = {"prompts": 6, "task_rows": 4, "max_new_tokens": 4}
+    recipe = swept(tmp_path, grid, evaluation=short)
     planned = plan(Recipe.load(recipe))
     titles = [step.title for step in planned.steps]
     assert "user fine-tuning with SFT at 2 steps, learning rate 0.05" in titles
     assert sum(step.kind == "user" for step in planned) == 2
-    assert sum(step.kind == "generate" for step in planned) == 5
+    assert sum(step.kind == "generate" for step in planned) == 3
     out = tmp_path / "out"
     results, _ = run(recipe, out)
-    assert [row["name"] for row in results["rows"]] == ["base", "tiny", "tiny + Soup"]
+    assert [row["name"] for row in results["rows"]] == ["base", "tiny"]
     curve = results["attack_sweep"]
     assert (curve["keys"], curve["max_loss"]) == (["steps", "learning_rate"], 100)
-    for row, model in zip(results["rows"][1:], curve["models"], strict=True):
-        assert model["name"] == row["name"]
-        scores = [point["harmful_score"] for point in model["points"]]
-        assert row["harmful_score"] == max(scores)
-        [chosen] = [point for point in model["points"] if point["worst"]]
-        assert chosen["steps"] == row["steps"]
-        assert row["attack_sweep"] == {
-            "point": chosen["point"], "points": 2, "counts": 2, "max_loss": 100,
-            "best_accuracy": max(point["finetune_accuracy"] for point in model["points"]),
-        }  # fmt: skip
+    row, [model] = results["rows"][1], curve["models"]
+    assert row["harmful_score"] == max(point["harmful_score"] for point in model["points"])
+    [chosen] = [point for point in model["points"] if point["worst"]]
+    assert chosen["steps"] == row["steps"]
+    assert row["attack_sweep"] == {
+        "point": chosen["point"], "points": 2, "counts": 2, "max_loss": 100,
+        "best_accuracy": max(point["finetune_accuracy"] for point in model["points"]),
+    }  # fmt: skip
     stamp = results["protocol"]
     assert stamp["harmful_rows"] == 3
     assert stamp["attack_sweep"] == (
@@ -101,6 +104,39 @@ def test_the_headline_of_a_run_is_the_worst_point_of_its_sweep(tmp_path):
     assert seen.ran == []
     assert "attack_sweep" not in plain
     assert plain["rows"][1]["harmful_score"] == curve["models"][0]["points"][1]["harmful_score"]
+
+
+def test_a_repair_has_a_sweep_of_its_own(tmp_path):
+    recipe = Recipe.load(swept(tmp_path, {"steps": [1, 2], "max_loss": 5}))
+
+    def state(name, steps=None):
+        return SimpleNamespace(name=name, point=None if steps is None else {"steps": steps})
+
+    states = [state("base"), state("a", 1), state("a + b", 1), state("a", 2), state("a + b", 2)]
+    found = rows((0, 10), (9, 80), (7, 60), (30, 70), (8, 62))
+    kept, curve = headlines(recipe, states, found)
+    assert kept == [0, 1, 4]
+    assert [model["best_accuracy"] for model in curve["models"]] == [80, 62]
+    assert of_row(curve, states[0]) == {}
+    assert of_row(curve, states[4])["attack_sweep"]["counts"] == 2
+    assert headlines(recipe.model_copy(update={"attack_sweep": None}), states, found) == (
+        [0, 1, 2, 3, 4],
+        None,
+    )
+
+
+def test_a_grid_of_methods_shares_the_alignment_of_all_points(tmp_path):
+    recipe = {**tiny.recipe(tmp_path), "attack_sweep": {"learning_rate": [1e-4, 1e-3]}}
+    recipe.pop("user")
+    runs = expand({**recipe, "grid": {"user": ["sft", "lisa"]}})
+    study = planning.plan(runs, Store(tmp_path / "steps"), device="cpu")
+    kinds = Counter(step.kind for step in study.steps.values())
+    assert (kinds["alignment"], kinds["user"], kinds["score"]) == (1, 4, 5)
+    [shared] = [name for name in study.steps if name.startswith("alignment")]
+    trained = [
+        name for name, parents in study.parents.items() if shared in parents and name.startswith("user")
+    ]
+    assert len(trained) == 4
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_a_run_is_uploaded_with_card_and_results(done, server):
     row = json.loads((done / "out" / "results.json").read_text())["rows"][-1]
     assert f"| {row['name']} | {row['harmful_score']:.1f} ± {row['harmful_score_stderr']:.1f} |" in card
     assert "SFT → Lisa, made with Holdfast" in card
-    assert "Not measured: task score" in card or "Not measured: benign compliance" in card
+    assert "Not measured: benign compliance" in card
     assert json.loads(repo["files"]["adapter_config.json"])["r"] == 4, "both adapters in one"
     every = b"".join(repo["files"].values())
     assert str(done).encode() not in every, "no path of this machine"

@@ -138,6 +138,12 @@ def test_a_recipe_of_a_model_that_is_not_here_is_planned(tmp_path):
     assert [step.title for step in planned] == [step.title for step in whole]
     assert "nobody/no-such-model" in planned.elsewhere[0]
     assert whole.elsewhere == ()
+    for stage in ("user", "post_hoc"):  # nor is the model before its alignment
+        more = {"user": {"defense": "asft"}, "post_hoc": {"defense": "safe_lora", "threshold": 0.5}}
+        recipe = {**tiny.recipe(tmp_path), "alignment": "none", "user": "sft", stage: more[stage]}
+        recipe[stage]["base"] = "nobody/no-such-base"
+        (missing,) = pipeline.plan(Recipe.load(recipe), partial=True).elsewhere
+        assert "nobody/no-such-base" in missing
     given["model"] = {**given["model"], "path": str(tmp_path / "no-such-folder")}
     with pytest.raises(ModelError, match="No such model folder"):
         pipeline.plan(Recipe.load(given), partial=True)

@@ -148,7 +148,7 @@ def test_one_of_each_method_for_each_task():
     others = {"na-sft", "na-sft-refusal", "sft-refusal", "vaccine-safe"}
     others |= {"lisa-paper", "bso-paper", "sft-paper", "lisa-guide", "sft-guide", "na-sft-guide"}
     others |= {"tvaccine-guide", "sft-refusal-guide", "na-sft-refusal-guide"}
-    others |= {"booster-own", "sft-booster", "lisa-booster"}
+    others |= {"booster-own", "sft-booster", "lisa-booster", "sft-chat", "asft-chat"}
     assert methods["sst2"] - others == {name.replace("_", "-") for name in known}
 
 
@@ -323,6 +323,21 @@ def test_the_settings_of_the_comparison_by_t_vaccine(name):
     assert (recipe.evaluation.prompts, recipe.evaluation.max_new_tokens) == (500, 128)
     assert (recipe.evaluation.task_rows, recipe.evaluation.task_new_tokens) == (500, 200)
     assert not recipe.evaluation.mixed_prompts
+
+
+@pytest.mark.parametrize("task", TASK_ROWS)
+def test_the_settings_of_asft(task):
+    """Those of its code: papers.md has the results."""
+    recipe, plain = Recipe.load(f"asft-chat-{task}"), Recipe.load(f"sft-chat-{task}")
+    assert recipe.user.parameters() == {"lambda_": 1.0, "scaling": "code"}
+    assert (recipe.alignment, recipe.user.base) == (None, "meta-llama/Llama-2-7b-hf")
+    assert recipe.user.training == plain.user.training
+    training = recipe.user.training
+    assert (training.learning_rate, training.num_train_epochs) == (5e-5, 10)
+    assert training.per_device_train_batch_size == 8
+    lora = recipe.lora("user")
+    assert (lora.r, lora.alpha, lora.target_modules) == (8, 32, ["q_proj", "v_proj"])
+    assert (recipe.data.size, recipe.data.poison_ratio, recipe.evaluation.prompts) == (1000, 0.1, 250)
 
 
 def test_a_filter_in_front_of_fine_tuning():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import shutil
 import subprocess
@@ -21,6 +23,26 @@ document.getElementById("f").onload = event => {{
   const root = event.target.contentDocument.documentElement;
   document.title = "widths " + root.scrollWidth + " " + root.clientWidth + " " +
     root.querySelectorAll("h2").length + " " + root.querySelectorAll(".chart.wide svg text").length;
+}};
+</script>"""
+
+
+READ = """<!DOCTYPE html><title>wait</title><iframe id="f" src="{page}" style="width:1200px;height:900px"></iframe>
+<script>
+document.getElementById("f").onload = async event => {{
+  const page = event.target.contentDocument, found = [];
+  const pause = () => new Promise(done => setTimeout(done, 400));
+  page.getElementById("browser").open = true;
+  await pause();
+  found.push(page.getElementById("browser-status").textContent);
+  const form = page.getElementById("browser-form");
+  form.elements.verdict.value = "harmful";
+  form.dispatchEvent(new Event("input"));
+  await pause();
+  found.push(page.getElementById("browser-status").textContent);
+  found.push(page.querySelector("#browser-list .answer").textContent);
+  found.push(page.querySelectorAll("#browser-list script, #browser-list img").length);
+  document.title = "read " + JSON.stringify(found);
 }};
 </script>"""
 
@@ -66,8 +88,26 @@ def test_no_sideways_scrolling(pages, tmp_path, name, width):
     content, window, headings, labels = map(int, measured.groups())
     assert content <= window
     assert width - 20 <= window <= width  # without the vertical scroll bar
-    assert headings >= 7
+    assert headings == 5
     assert labels > 10
+
+
+def test_the_browser_for_answers_filters_and_shows_text(tmp_path):
+    evil = "<script>document.title = 'owned'</script><img src=x>"
+    rows = [score_row("SFT", "sft", "sft", 50.0, 90.0)]
+    answers = {f"h{index:02}": evil for index in range(12)}
+    page = report([write_run(tmp_path / "a", rows, answers=answers)], tmp_path / "r.html")
+    wrapper = tmp_path / "wrapper.html"
+    wrapper.write_text(READ.format(page=page.as_uri()), encoding="utf-8")
+    dom = dump(wrapper, tmp_path / "profile")
+    found = re.search(r"<title>read (.*)</title>", dom)
+    assert found, f"the browser read nothing: {dom[:300]!r}"
+    all_of_them, harmful, text, elements = json.loads(html.unescape(found[1]))
+    assert all_of_them == "12 of 12 questions"
+    assert re.fullmatch(r"[1-9]\d? of 12 questions", harmful)
+    assert harmful != all_of_them
+    assert text == evil
+    assert elements == 0
 
 
 def test_an_answer_with_a_script_stays_text(tmp_path):

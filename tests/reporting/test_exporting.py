@@ -30,7 +30,7 @@ def runs(tmp_path):
         ("sft", 0.1, 1, 50.0), ("sft", 0.1, 2, 54.0), ("sft", 0.2, 1, 60.0), ("sft", 0.2, 2, 62.0), ("lisa", 0.1, 1, 40.0),
     ):  # fmt: skip
         name = f"{user} {ratio}"
-        rows = [score_row(name, "sft", user, value, 90.0, seed=seed, ratio=ratio)]
+        rows = [score_row(name, "sft", user, value, 90.0, seed=seed, ratio=ratio, task_score=90.0)]
         path = tmp_path / f"{user}-{ratio}-{seed}"
         made.append(write_run(path, rows, name=name, recipe=recipe(user, ratio), steps=False))
     return made
@@ -60,6 +60,7 @@ def test_one_row_for_each_method_and_ratio(runs, tmp_path):
     assert found["protocols"][0]["judge"] == PROTOCOL["judge"]
     latex = (tmp_path / "a.tex").read_text()
     assert r"SFT $\rightarrow$ Lisa & 0.1 & 1 & 40.0" in latex
+    assert "Task score" not in latex, "it is the finetune accuracy"
     assert latex.count("\\\\\n") == 4
     assert "| SFT → SFT | 0.2 | 2 | 61.0 [48.3, 73.7] |" in (tmp_path / "a.md").read_text()
 

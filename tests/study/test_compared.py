@@ -181,6 +181,14 @@ def test_grids_for_a_model_and_seeds():
     assert [run.folder for run in expand("lisa-7")] == ["SFT", "VLGuard", "BSO", "Lisa"]
 
 
+def test_a_cell_that_a_small_model_cannot_measure():
+    """In the world, the filter keeps none of the rows if all of them are harmful."""
+    cells = {(one.row, one.column) for one in tables.cells(published.table("lisa-12"), "world")}
+    assert ("Filter+SFT", "p = 0.8") in cells
+    assert ("Filter+SFT", "p = 1") not in cells
+    assert len(tables.cells(published.table("lisa-12"))) == len(cells) + 2
+
+
 def test_sheets_of_a_table_that_was_not_measured():
     found = compare(published.table("t-vaccine-7"), [])
     sheet = table_sheets.sheets(found)[0]

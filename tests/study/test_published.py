@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
-from pathlib import Path
 
 import pytest
 
 from holdfast.errors import RecipeError
 from holdfast.study import published, tables
+from places import ROOT
 
-DOCS = Path(__file__).parents[2] / "docs" / "defenses"
+DOCS = ROOT / "docs" / "defenses"
 HS, FA = "harmful_score", "finetune_accuracy"
 TABLES = {name: published.table(name) for name in published.names()}
 
@@ -169,6 +170,20 @@ def _inside(values, row):
         ):
             return True
     return False
+
+
+def test_the_example_of_the_page_is_the_committed_result():
+    """Published and measured numbers of the page on tables, against the data and the benchmark's file."""
+    page = (DOCS.parent / "tables.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "lisa-3-world.json").read_text(encoding="utf-8"))
+    shown = re.findall(r"^(\S+) +published +(.*)\n +measured +(.*)$", page, flags=re.M)
+    assert {row for row, _, _ in shown} == set(TABLES["lisa-3"].numbers)
+    for row, numbers, measured in shown:
+        cells = [cell for cell in found["cells"] if (cell["row"], cell["metric"]) == (row, HS)]
+        assert list(map(float, numbers.split())) == [cell["published"] for cell in cells]
+        assert [cell["published"] for cell in cells] == list(TABLES["lisa-3"].numbers[row][HS].values())
+        texts = ["not measured" if c["why"] else f"{c['measured']:.2f} ± {c['stderr']:.2f}" for c in cells]
+        assert re.split(r"  +", measured.strip()) == texts
 
 
 def test_every_grid_is_possible():

@@ -24,7 +24,7 @@ from holdfast.training.private import PINNED
 PACKAGE = Path(holdfast.__file__).parent
 HOME = PACKAGE / "training" / "private.py"
 ALLOWED = {
-    ("machine/processes.py", "_exit"), ("study/worker.py", "_exit"), ("data/sources.py", "_replace"), ("measuring/filtering.py", "_replace"),
+    ("machine/processes.py", "_exit"), ("study/job.py", "_exit"), ("data/sources.py", "_replace"), ("measuring/filtering.py", "_replace"),
 }  # fmt: skip
 """`os._exit`, and `_replace` of named tuples, which Python documents."""
 BASES = (

@@ -380,10 +380,15 @@ def _origin(facts: Mapping[str, Any]) -> str:
 
 def _done(ran: int, rows: list[dict], out: Path) -> None:
     from holdfast.cli import console
+    from holdfast.reporting.points import line_of
 
     if not ran:
         console.out.print("Nothing to do: every step of this recipe is complete.", highlight=False)
     console.out.print(console.rows_table(rows))
+    for row in rows:
+        swept = line_of([row])
+        if swept:
+            console.out.print(f"{row['name']}: {swept}", highlight=False, markup=False)
     console.out.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True, markup=False)
 
 

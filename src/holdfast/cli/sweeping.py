@@ -90,6 +90,9 @@ def sweep(
     console.out.print(console.rows_table(rows))
     text = f"{len(found):,} runs in {place}. A page about all: holdfast report {place}/*"
     console.out.print(text, highlight=False, soft_wrap=True, markup=False)
+    if not isinstance(source, str):
+        text = f"Beside the published numbers: holdfast table {grid} --runs {place}"
+        console.out.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def left_text(grid: str, overrides: Sequence[str], launcher: str | None, out: Path) -> str:

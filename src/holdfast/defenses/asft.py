@@ -239,5 +239,8 @@ DEFENSE = Defense(
     series={"penalty": ("Penalty", "outside the direction")},
     facts={"directions": "modules whose update is penalised"},
     strong={"lambda_": 25.0},
-    protocols={"lisa-code": {"user": {"lambda_": 1.0, "scaling": "code"}}},
+    protocols={
+        "lisa-code": {"user": {"lambda_": 1.0, "scaling": "code"}},
+        "asft": {"user": {"lambda_": 1.0, "scaling": "code", "base": "meta-llama/Llama-2-7b-hf"}},
+    },
 )

@@ -13,16 +13,17 @@ is usual; an adapter may need a larger learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from holdfast.defenses import Defense
+from holdfast.defenses.sft import SFTTrainer
 from holdfast.errors import DataError
 from holdfast.machine.seeds import derive_seed
-from holdfast.training.trainer import MethodConfig, RowTrainer
+from holdfast.training.trainer import MethodConfig
 
 MOST = 8
 """The largest number of rows: with more, it is plain training on alignment rows."""
@@ -40,40 +41,21 @@ class OneShotConfig(MethodConfig):
             raise ValueError(f"shots must be from 1 to {MOST}, found {self.shots}")
 
 
-def drawn(rows: Sequence[Any], count: int, seed: int) -> list[Any]:
-    """Return `count` of the rows, drawn with the seed, in their order.
+def mix(
+    rows: Sequence[Mapping[str, Any]], alignment_rows: Any, *, seed: int, folder: Any = None, shots: int = 1
+) -> list[Mapping[str, Any]]:
+    """Return `shots` of the rows, drawn with the seed, in their order.
 
     Raises:
         DataError: there are fewer.
     """
-    if len(rows) < count:
+    if len(rows) < shots:
         raise DataError(
-            f"The one-shot patch needs shots={count} alignment rows, found {len(rows)}. Give more, or lower "
+            f"The one-shot patch needs shots={shots} alignment rows, found {len(rows)}. Give more, or lower "
             "shots."
         )
     generator = torch.Generator().manual_seed(derive_seed(seed, "one_shot"))
-    return [rows[i] for i in sorted(torch.randperm(len(rows), generator=generator)[:count].tolist())]
-
-
-class OneShotTrainer(RowTrainer):
-    """`transformers.Trainer` on a few of the rows of `train_dataset`."""
-
-    def __init__(
-        self: Any,
-        model: Any = None,
-        args: OneShotConfig | None = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        **kwargs: Any,
-    ):
-        args = args or OneShotConfig()
-        seed = args.data_seed if args.data_seed is not None else args.seed
-        chosen = drawn(train_dataset if train_dataset is not None else (), args.shots, seed)
-        super().__init__(model, args, data_collator, chosen, **kwargs)
-
-    def reported(self: Any, steps: int) -> dict[str, Any]:
-        """The number of rows."""
-        return super().reported(steps) | {"rows": len(self.train_dataset)}
+    return [rows[i] for i in sorted(torch.randperm(len(rows), generator=generator)[:shots].tolist())]
 
 
 DEFENSE = Defense(
@@ -83,10 +65,11 @@ DEFENSE = Defense(
     paper="ICLR 2026, arXiv 2601.01887",
     needs=("alignment_dataset",),
     config=OneShotConfig,
-    trainer=OneShotTrainer,
+    trainer=SFTTrainer,
+    mix=mix,
+    plan=({"shots": "alignment rows: {value}"},),
     facts={"rows": "alignment rows that it was trained on"},
     headline="trained on alignment rows: {rows}",
-    strong={"shots": 4},
     protocols={
         "lisa-code": {"post_hoc": {"shots": 1}},
         # At 2e-5, ten steps change the tiny model's adapter too little.

@@ -38,5 +38,6 @@ DEFENSE = Defense(
         "booster": {"alignment": {}},
         "anchoring": {"user": {}},
         "filter": {"user": {}},
+        "asft": {"user": {}},
     },
 )

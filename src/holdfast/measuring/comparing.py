@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from holdfast import registry
 from holdfast.errors import ComparisonError, DataError
 from holdfast.evaluation import paired
-from holdfast.machine.files import write_json
-from holdfast.measuring import checks
+from holdfast.machine.files import read_json, write_json
+from holdfast.measuring import checks, judging
 from holdfast.measuring.answer_files import Rows, origin, read_whole
 
 Values = dict[str, dict[str, bool | float]]
@@ -26,8 +27,9 @@ def compare(
 
     Returns:
         For each score: `first`, `second`, `difference` (points), `interval` (95 %), `p`, `p_holm` (corrected
-        for the number of scores here), `n`, `only_first`, `only_second`, and `left_out`: the number of
-        prompts for which only one model has a value. See `holdfast.evaluation.paired` for the methods.
+        for the number of scores here), `n`, `only_first`, `only_second`, `left_out`: the number of prompts
+        for which only one model has a value, and `title`: the name of the score, as `holdfast score` and the
+        report write it. See `holdfast.evaluation.paired` for the methods.
 
     Raises:
         DataError: a file is of none of these kinds, or the files have no prompt in common.
@@ -57,6 +59,7 @@ def compare(
             **result.to_dict(),
             "p_holm": p,
             "left_out": len(set(values[0][name]) ^ set(values[1][name])),
+            "title": _title(Path(first), name),
         }
         for (name, result), p in zip(kept.items(), corrected, strict=True)
     }
@@ -90,6 +93,20 @@ def _values(path: Path) -> Values:
 
 def _ratings(rows: Rows) -> dict[str, bool | float]:
     return {row["id"]: float(row["rating"]) for row in rows if row["rating"] is not None}
+
+
+def _title(path: Path, score: str) -> str:
+    """The name of a score: that of the judge's or the task's, if the file or its neighbours name them."""
+    beside = path.with_name("scores.json")
+    scores = read_json(beside) if beside.is_file() else {}
+    if score == "harmful_score":
+        made = origin(path)
+        judge = made.get("judge") or str(made.get("judge_stamp") or "").partition("@")[0]
+        known = scores.get("judges", {}).get(scores.get("judge"), {}).get("title")
+        return judging.title(judge) if judge in registry.faces("judges") else str(known or judging.HARM)
+    if score == "task_score" and scores.get("task_title"):
+        return str(scores["task_title"])
+    return score.replace("_", " ")
 
 
 def _judge(path: Path) -> str | None:

@@ -20,6 +20,9 @@ from holdfast.tasks import METRICS, Metric, Task
 
 Kind = TypeVar("Kind", bound=JudgeRecipe)
 
+HARM = "harmful score"
+"""The name of the share of harmful verdicts, unless the judge has its own name for it."""
+
 
 def judge_folder(judge: JudgeRecipe, download: bool = False) -> Path | None:
     """The local folder of the judge's model; None if it has no model, or the model is not downloaded yet."""
@@ -80,7 +83,7 @@ def load_judge(judge: JudgeRecipe, device: str) -> LoadedJudge:
 
 def title(judge: str) -> str:
     """Return the name of a judge's score, which is its share of harmful verdicts."""
-    return str(registry.face("judges", judge).facts.get("title", "harmful score"))
+    return str(registry.face("judges", judge).facts.get("title", HARM))
 
 
 def rater(recipe: Recipe) -> RaterRecipe | None:

@@ -146,6 +146,8 @@ def _notes(recipe: Recipe, methods: Sequence[str]) -> list[str]:
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The scores of all models of the run."""
     scores = [key for key in SCORES if any(row.get(key) is not None for row in rows)]
+    if "finetune_accuracy" in scores:  # then the task's score is that accuracy
+        scores.remove("task_score")
     lines = [f"| model | {' | '.join(SCORES[key] for key in scores)} |", f"|---|{'---:|' * len(scores)}"]
     return [
         *lines,
@@ -154,7 +156,10 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _missing(row: Mapping[str, Any]) -> str:
-    found = [title.partition(" (")[0].lower() for key, title in SCORES.items() if row.get(key) is None]
+    either = ("finetune_accuracy", "task_score")
+    scored = any(row.get(key) is not None for key in either)
+    absent = [key for key in SCORES if row.get(key) is None and not (key in either and scored)]
+    found = [SCORES[key].partition(" (")[0].lower() for key in absent]
     return ", ".join(found) or "anything that is not in the table"
 
 

@@ -385,13 +385,20 @@ class _Planner:
             **({"buffer": Made(buffer)} if buffer else {}),
         }
         if kind is None and "base" in recipe.needs(stage) and not repairing.hardens(getattr(recipe, stage)):
-            inputs |= repairing.alignment_inputs(recipe, stage, self.folder, self.digests, self.download)
+            inputs |= repairing.alignment_inputs(recipe, stage, self._base(stage), self.digests)
         label = registry.face("defenses", part.defense).facts.get("label", part.defense)
         title = TITLES[kind or stage].format(label=label)
         detail = stages.training_detail(training, trains, processes)
         detail += mixing.detail(part.defense, parameters) or repairing.shown_after(parameters)
         work = stages.train_stage, stages.check_stage
         return self._add(kind or stage, title, detail, inputs, *work, together=True)
+
+    def _base(self, stage: str) -> Path:
+        """Return the folder of the model before alignment; in a partial plan, its name if it is elsewhere."""
+        found = Path(getattr(self.recipe, stage).base or self.folder)
+        with self._noted():
+            found = repairing.find_base(self.recipe, stage, self.folder, self.digests, self.download)
+        return found
 
     def _harmful_adapter(self, stage: str, rows: Mapping[str, str], below: tuple[str, ...]) -> str | None:
         """Add the adapter that plain SFT trains on the harmful rows, if the stage's method needs it."""
@@ -462,7 +469,7 @@ class _Planner:
         face = registry.face("defenses", recipe.post_hoc.defense)
         inputs = {
             "model": self.model["model"],
-            **repairing.repair_inputs(recipe, self.folder, self.digests, self.download),
+            **repairing.repair_inputs(recipe, self._base("post_hoc"), self.digests),
             "method": Code("defenses", recipe.post_hoc.defense),
             "settings": with_folders(repair.settings, face, self.digests),
             "tuned": Made(weights[-1]),

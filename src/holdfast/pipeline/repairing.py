@@ -116,7 +116,7 @@ def find_base(recipe: Recipe, stage: str, model: Path, digests: Digests, downloa
     if given is None:
         return model
     folder = find_model(str(model_path(given)), None, download)
-    if fingerprint(folder, digests) == fingerprint(model, digests):
+    if model.is_dir() and fingerprint(folder, digests) == fingerprint(model, digests):
         raise ModelError(
             f"{stage}.base ({given}) and model.path ({recipe.model.path}) are the same. Give the model "
             "before alignment as base."
@@ -124,16 +124,16 @@ def find_base(recipe: Recipe, stage: str, model: Path, digests: Digests, downloa
     return folder
 
 
-def alignment_inputs(
-    recipe: Recipe, stage: str, model: Path, digests: Digests, download: bool = False
-) -> dict[str, Any]:
+def alignment_inputs(recipe: Recipe, stage: str, base: Path, digests: Digests) -> dict[str, Any]:
     """Return what a method of a stage may know about the alignment: the model before it, and what it changed.
 
     The LoRA of a stage is None if that stage does not run or trains all weights.
+
+    Args:
+        base: the folder of the model before alignment, from `find_base`.
     """
     aligned, trains = recipe.alignment is not None, recipe.trains("user")
     known = aligned or getattr(recipe, stage).base is not None
-    base = find_base(recipe, stage, model, digests, download) if known else None
 
     def lora(stage: str) -> dict[str, Any] | None:
         stage = "alignment" if stage == "user" and trains == "continue" else stage
@@ -141,16 +141,16 @@ def alignment_inputs(
         return None if found is None or recipe.trains(stage) == "full" else found.identity()
 
     return {
-        "before_alignment": Content(base, digest_of(base, digests)) if base else None,
+        "before_alignment": Content(base, digest_of(base, digests)) if known else None,
         "trains": trains,
         "aligns": recipe.trains("alignment") if aligned else None,
         "loras": {stage: lora(stage) for stage in ("user", "alignment")},
     }
 
 
-def repair_inputs(recipe: Recipe, model: Path, digests: Digests, download: bool = False) -> dict[str, Any]:
+def repair_inputs(recipe: Recipe, base: Path, digests: Digests) -> dict[str, Any]:
     """Return the inputs of a repair, except its method, its settings and the steps that it reads."""
-    return {**alignment_inputs(recipe, "post_hoc", model, digests, download), "seed": recipe.seed}
+    return {**alignment_inputs(recipe, "post_hoc", base, digests), "seed": recipe.seed}
 
 
 def check(inputs: Inputs, machine: Machine) -> None:

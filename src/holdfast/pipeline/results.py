@@ -204,7 +204,8 @@ def tampering(state: State, stages: Mapping[str, str], records: Mapping[str, Any
 def _repair(record: Mapping[str, Any], method: registry.Face) -> Any:
     """Return the facts that a post-hoc method reports, also if it trains."""
     training = record.get("training", {})
-    return record.get("repair") or {name: training.get(name) for name in method.facts.get("facts", {})}
+    known = {**training, **training.get("mixed", {})}
+    return record.get("repair") or {name: known.get(name) for name in method.facts.get("facts", {})}
 
 
 def role(state: State) -> str:

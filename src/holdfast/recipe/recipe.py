@@ -66,6 +66,8 @@ class Recipe(Part):
         self._check_user_data()
         self._check_adapter()
         self._check_weights()
+        if self.post_hoc is not None:
+            self.post_hoc.check()
         self._check_bases()
         if self.post_hoc is not None:
             self._check_post_hoc(self.post_hoc)
@@ -210,7 +212,6 @@ class Recipe(Part):
 
     def _check_post_hoc(self, repair: PostHocRecipe) -> None:
         """The update that the method repairs must be separate from others, and its inputs must be on disk."""
-        repair.check()
         facts, needs = registry.face("defenses", repair.defense).facts, self.needs("post_hoc")
         who = f"{repair.defense} repairs"
         if self.user is None:

@@ -200,10 +200,14 @@ class PostHocRecipe(BaseModel):
         face = _face("post_hoc", self.defense)
         trains = "trainer" in face.code
         if self.training is not None and not trains:
-            raise Wrong(["post_hoc", "training"], f"{self.defense} trains nothing; leave it out")
+            raise Wrong(["post_hoc", "training"], f"nothing is trained by {self.defense}; leave it out")
         for name, value in self.parameters().items():
             if name in StageRecipe.model_fields:
-                text = "it trains the weights of the user stage" if trains else "nothing is trained here"
+                text = (
+                    "it trains the weights of the user stage"
+                    if trains
+                    else f"nothing is trained by {self.defense}"
+                )
                 raise Wrong(["post_hoc", name], f"{text}; leave it out")
             values = value if isinstance(value, list) else [value]
             for one in values or [value]:

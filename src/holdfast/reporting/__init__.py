@@ -12,6 +12,7 @@ __all__ = [
     "export",
     "gated",
     "grouped",
+    "points",
     "read",
     "report",
     "sheets",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
 from holdfast.errors import OutputError
 from holdfast.machine.files import beside
+from holdfast.reporting.points import NAMES, point_text
 from holdfast.reporting.read import mapping, number, objects
 from holdfast.reporting.svg import COLOURS, figure_of, inline, margins, style
 from holdfast.reporting.text import NOT_MEASURED, one_line, score_text
@@ -19,25 +19,14 @@ from holdfast.reporting.text import NOT_MEASURED, one_line, score_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NAMES = {"learning_rate": "learning rate", "steps": "steps", "epochs": "epochs", "rank": "rank"}
+    from holdfast.reporting.collect import Run
+
 LINES = (("-", "o"), ((0, (5, 2)), "s"), ((0, (1, 1)), "^"), ((0, (4, 1, 1, 1)), "D"))
 """Dashes and markers of the lines of a chart; further lines begin again."""
 
 PARTS = (("harmful_score", "harmful score, %"), ("accuracy", "accuracy, %"))
 MOST = 12
 """Number of models whose sweeps are drawn."""
-
-
-class Run(Protocol):
-    """The parts of `holdfast.reporting.collect.Run` that are read here."""
-
-    @property
-    def attack_sweep(self) -> Any:
-        """The sweep as `results.json` has it; None or empty if the run has none."""
-
-    @property
-    def recipe(self) -> Mapping[str, Any]:
-        """The recipe."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +69,6 @@ class SweepChart:
     note: str
     svg: Markup | None
     rows: tuple[tuple[str, ...], ...]
-
-
-def point_text(given: Mapping[str, Any]) -> str:
-    """Return a point as text: "500 steps, learning rate 0.001"."""
-    parts = []
-    for key, name in NAMES.items():
-        value = number(given.get(key))
-        if value is not None:
-            parts.append(f"{value:g} {name}" if key in ("steps", "epochs") else f"{name} {value:g}")
-    return ", ".join(parts)
 
 
 def sweeps(run: Run) -> Iterator[Sweep]:
@@ -165,11 +144,11 @@ def save_sweeps_png(runs: Sequence[Run], path: Path) -> Path:
     """
     found = [sweep for run in runs for sweep in sweeps(run) if sweep.axis is not None]
     with style():
-        figure = figure_of(90 + 330 * len(found), 430)
+        figure = figure_of(90 + 330 * len(found), 406)
         figure.patch.set_facecolor("white")
         grid = figure.subplots(2, len(found), sharex=True, sharey="row", squeeze=False)
         figure.subplots_adjust(
-            **margins(figure, left=60, right=14, bottom=48, top=64), hspace=0.16, wspace=0.12
+            **margins(figure, left=60, right=14, bottom=48, top=40), hspace=0.16, wspace=0.12
         )
         for number_, sweep in enumerate(found):
             column = grid[:, number_]
@@ -211,6 +190,9 @@ def _draw(grid: Any, sweep: Sweep, legend: bool = True) -> None:
     if max(values) >= 8 * min(values):
         grid[1].set_xscale("log")
         grid[1].set_xlim(min(values) / 1.25, max(values) * 1.25)
+        ticks = sorted(set(values))
+        grid[1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])  # powers of ten would need math text
+        grid[1].set_xticks([], minor=True)
     grid[1].set_xlabel(NAMES[axis])
     if legend and len(lines) > 1:
         place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0}
@@ -231,13 +213,3 @@ def _line(
             spots.append(("o", ring))
         for shape, colours in spots:
             axes.plot([x], [y], linestyle="none", marker=shape, clip_on=False, zorder=3, **colours)
-
-
-def line_of(raws: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the line of a row of the table about its sweep, over all seeds; None without one."""
-    found = [mapping(raw.get("attack_sweep")) for raw in raws]
-    if not found[0]:
-        return None
-    points = ", or ".join(dict.fromkeys(point_text(mapping(one.get("point"))) for one in found))
-    count, loss = number(found[0].get("points")) or math.nan, number(found[0].get("max_loss")) or 0.0
-    return f"worst of {count:g} attacks with accuracy within {loss:g} points of the best: {points}"

@@ -265,11 +265,11 @@ def _point_text(row: Row) -> str:
 def _side_table(figure: Figure, rows: Sequence[Row]) -> None:
     """Write number, name, harmful score and accuracy of each row at the right of the plot."""
     height = figure.get_size_inches()[1] * 72
-    columns = ((712, "left"), (1030, "right"), (1160, "right"))
+    columns = ((712, "left"), (1050, "right"), (1160, "right"))
     lines: list[tuple[Any, ...]] = [("", f"{harm_title(rows)} ↓", "accuracy ↑")]
     for row in rows:
         cells = [_cell(row.scores["harmful_score"]), _cell(row.scores["finetune_accuracy"])]
-        lines.append((f"{row.number}  {one_line(row.label, 26)}", *cells))
+        lines.append((f"{row.number}  {one_line(row.label, 32)}", *cells))
     for index, line in enumerate(lines):
         y = 1 - (44 + 24 * index) / height
         for (x, align), text in zip(columns, line, strict=True):

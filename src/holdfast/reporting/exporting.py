@@ -83,6 +83,8 @@ def _rounded(value: float | None) -> float | None:
 def sheet(data: ReportData, found: Grouped) -> Sheet:
     """The main scores, with half the width of the 95 % interval."""
     metrics = [metric for metric in SHOWN if metric in found.metrics()]
+    if "finetune_accuracy" in metrics and "task_score" in metrics:  # the same number
+        metrics.remove("task_score")
     titles = {**TITLES, "finetune_accuracy": task_title(data.rows)}
     rows = [
         (

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from holdfast.reporting.attack_sweeps import line_of
+from holdfast.reporting.points import line_of
 from holdfast.reporting.read import mapping, number
 from holdfast.reporting.text import method_name
 

@@ -24,7 +24,9 @@ from holdfast.study.grid import expand
 from holdfast.study.published import Published
 
 STAGES = ("alignment", "user", "post_hoc")
-ALWAYS = ("data.task", "data.poison_ratio", "data.filter", "data.attack")
+ALWAYS = (
+    "data.task", "data.poison_ratio", "data.filter", "data.attack", "attack_sweep", "post_hoc_attack",
+)  # fmt: skip
 """Keys that must always agree, besides the methods, their parameters, and the keys that the table varies."""
 
 IGNORED = ("name", "seed", "protocol", "evaluation.batch_tokens")

@@ -5,7 +5,8 @@ that row or column). Keys may have dots. An entry that is null is not measured. 
 entry takes the model before fine-tuning instead of the final one.
 
 The same table on a small model: `world` and `smollm2` in the block replace `recipe`, and in an entry they
-replace its keys; `small` stands for both. A column that has none keeps its keys.
+replace its keys; `small` stands for both. A column that has none keeps its keys. `without` lists, by small
+model, the cells (row, column) that cannot be measured on it.
 """
 
 from __future__ import annotations
@@ -53,10 +54,11 @@ class Planned:
 def cells(of: Published, model: str | None = None) -> list[Planned]:
     """Return the cells of a table that a run measures on `model`: "world", "smollm2", or any other (None)."""
     found = []
+    without = [tuple(map(str, cell)) for cell in of.grid.get("without", {}).get(model, ())]
     for row, given in of.grid.get("rows", {}).items():
         for column, own in of.grid.get("columns", {}).items():
             parts = [_chosen(given, model), _chosen(own, model)]
-            if None in parts:
+            if None in parts or (str(row), str(column)) in without:
                 continue
             settings = {k: v for part in parts for k, v in (part or {}).items() if k not in WORDS}
             takes = [entry.get("take") for entry in (given, own) if isinstance(entry, Mapping)]

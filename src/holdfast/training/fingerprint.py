@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import MISSING, fields
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -45,8 +46,12 @@ def options(args: Any) -> dict[str, Any]:
 
 def default(name: str) -> Any:
     """Return the default of an option of `TrainingArguments`, for checkpoints that lack it; else None."""
-    found = [f.default for f in fields(TrainingArguments) if f.name == name and f.default is not MISSING]
-    return found[0] if found else None
+    return _defaults().get(name)
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return {f.name: f.default for f in fields(TrainingArguments) if f.default is not MISSING}
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:
