@@ -261,12 +261,28 @@ def test_a_job_that_died_is_submitted_again_and_one_that_was_cancelled_is_not(en
             assert queue.jobs[count:][0] == (["alignment-0"], None)
     jobs.poll(status())
     assert "3 jobs ended, the last" in files.failures(jobs.sweep.folder)["alignment-0"]
+    assert len(queue.jobs) == count, "a failed step gets no job"
+    queue.states[place] = "COMPLETED"
     ready = status(alignment_0="complete", user_1="complete", user_2="complete")
     jobs.poll(ready)
     queue.states[jobs.places["user-0"].id] = "CANCELLED"
     jobs.poll(ready)
     jobs.poll(ready)
     assert "someone cancelled it" in files.failures(jobs.sweep.folder)["user-0"]
+
+
+def test_a_job_that_slurm_removes_with_one_before_it_is_submitted_again(engine):
+    """The job before it died, but the process of its step ran on and completed it."""
+    jobs, queue = engine
+    jobs.poll(status(alignment_0="complete"))
+    queue.states[jobs.places["user-0"].id] = "FAILED"
+    queue.states[jobs.places["generate-0"].id] = "CANCELLED"
+    done = status(alignment_0="complete", user_0="complete")
+    count = len(queue.jobs)
+    jobs.poll(done)
+    jobs.poll(done)
+    assert queue.jobs[count:][0] == (["generate-0"], None)
+    assert not files.failures(jobs.sweep.folder)
 
 
 def test_slurm_that_does_not_answer_is_refused_at_the_start_and_waited_for_later(engine):

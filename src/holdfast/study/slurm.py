@@ -122,6 +122,7 @@ class Jobs:
         self.sweep, self.pause = sweep, PAUSE
         self.known = sweep.folder / "jobs.json"
         self.places: dict[str, Place] = {}
+        self.last: dict[str, Place] = {}
         self.deaths: Counter[str] = Counter()
         self.missed: set[str] = set()
         self.submitted = False
@@ -140,6 +141,7 @@ class Jobs:
         if self.known.is_file():
             found = {step: Place(**place) for step, place in read_json(self.known).items()}
             self.places = {step: place for step, place in found.items() if queue.get(place.id, "") in LIVE}
+            self.last = found
 
     def poll(self, status: Status) -> bool:
         """Submit steps that have no job, and return whether jobs may still run."""
@@ -153,6 +155,8 @@ class Jobs:
         for name in [name for name in over if name in self.missed]:
             self._ended(name, queue, status)
         self.missed = {name for name in over if name in self.places}  # their files may still become visible
+        failed = files.failed_steps(self.sweep.folder)
+        missing = [name for name in missing if name not in failed]
         chosen: dict[str, None] = {}
         room = self.sweep.launcher.jobs - len(live)
         for name in missing:
@@ -175,8 +179,10 @@ class Jobs:
         """Forget a job that is over without a result; a step whose jobs died several times fails."""
         place = self.places.pop(name)
         state = queue.get(place.id, "unknown")
-        if any(status.states[parent] != "complete" for parent in self.sweep.study.parents[name]):
-            return  # Slurm removed the job, because one before it failed
+        before = self.sweep.study.parents[name]
+        jobs = [queue.get(self.last[parent].id, "COMPLETED") for parent in before if parent in self.last]
+        if any(status.states[parent] != "complete" for parent in before) or set(jobs) - {"COMPLETED", *LIVE}:
+            return  # Slurm removed the job, because one before it failed, even if its step is complete now
         self.deaths[name] += 1
         told = {"OUT_OF_MEMORY": "give its kind of step more memory", "CANCELLED": "someone cancelled it"}
         if state in told:
@@ -257,7 +263,7 @@ class Jobs:
         self.submitted = True
         for place, (name, job) in enumerate(zip(names, jobs, strict=True)):
             whole, _, index = str(job.job_id).partition("_")
-            self.places[name] = Place(whole, int(index) if index else None, len(names))
+            self.places[name] = self.last[name] = Place(whole, int(index) if index else None, len(names))
             assert not index or int(index) == place
         write_json(self.known, {name: vars(place) for name, place in self.places.items()})
 
