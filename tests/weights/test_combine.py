@@ -431,7 +431,7 @@ def test_the_pages_commands_run(copies, monkeypatch):
         done = command(*line.split()[1:], cwd=folder)
         assert done.returncode == 0, done.stderr
     chained = logits(load_model(folder / "base-model", [folder / "alignment", folder / "user"]))
-    for name in ("adapter", "full-model"):
+    for name in ("adapter", "merged", "full-model"):
         (folder / name).rename(folder / f"{name}-1")
     monkeypatch.chdir(folder)
     exec(blocks(page, "python")[0], {})
