@@ -16,8 +16,8 @@ import numpy as np
 from holdfast.errors import ModelError
 from holdfast.machine.files import write_json
 from holdfast.weights.adapter import LoraModule
+from holdfast.weights.adding import Chain, open_chain
 from holdfast.weights.card import write_card
-from holdfast.weights.combine import Chain, open_chain
 from holdfast.weights.floats import FLOATS, are_finite, from_float32
 from holdfast.weights.folders import fingerprint
 from holdfast.weights.matching import find_weight, is_transposed, model_config
