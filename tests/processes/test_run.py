@@ -219,9 +219,9 @@ def test_all_weights_on_top_of_an_adapter(recipe, tmp_path):
 
 def kill_in_the_repair():
     """The main process is ended while it writes the second repaired adapter."""
-    from holdfast.defenses.safe_lora_parts import work
+    from holdfast.defenses import safe_lora
 
-    overwrite = work.overwrite
+    overwrite = safe_lora.overwrite
     seen = []
 
     def dying(folder, tensor, values):
@@ -230,7 +230,7 @@ def kill_in_the_repair():
         if len(set(seen)) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    work.overwrite = dying
+    safe_lora.overwrite = dying
 
 
 def test_the_repair_is_the_main_processs_alone(never_cut, recipe, tmp_path):
