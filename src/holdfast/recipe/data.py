@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     PlainValidator,
@@ -20,12 +19,12 @@ from pydantic import (
 )
 
 from holdfast import registry
-from holdfast.errors import RecipeError, nearest
+from holdfast.errors import nearest
 from holdfast.machine.secrets import shown
 from holdfast.recipe.evaluation import JudgeRecipe, cannot_filter
 from holdfast.recipe.model import Part, Wrong, from_text
+from holdfast.recipe.named_attack import NamedAttack
 from holdfast.recipe.reading import shorten
-from holdfast.recipe.stages import check_parameter, with_decimals
 
 COLUMNS = ("prompt", "completion", "instruction", "input", "output", "messages", "category")
 """The columns that a user's file can have, besides the columns of its task."""
@@ -56,35 +55,11 @@ class AlignmentData(Part):
 ANCHORING = "bi_directional_anchoring"
 
 
-class AttackRecipe(BaseModel):
+class AttackRecipe(NamedAttack):
     """An attack that changes the user rows, by name (or your own file), and its own parameters."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-
-    name: str
-
-    @property
-    def face(self) -> registry.Face:
-        """The registry's entry of the attack."""
-        return registry.face("attacks", self.name)
-
-    def parameters(self) -> dict[str, Any]:
-        """The attack's parameters, with their defaults."""
-        return with_decimals(self.model_extra or {}, self.face)
-
-    @model_validator(mode="after")
-    def _known(self) -> AttackRecipe:
-        if not self.name.endswith(".py") and self.name not in registry.faces("attacks"):
-            raise Wrong(["name"], registry.unknown("attacks", self.name))
-        try:
-            face = self.face
-        except RecipeError as error:  # a file of the user's
-            raise Wrong(["name"], str(error)) from None
-        if "change" not in face.code:
-            raise Wrong(["name"], f"{self.name} changes no rows; write it as post_hoc_attack")
-        for name, value in (self.model_extra or {}).items():
-            check_parameter([], face, name, value, ["name"])
-        return self
+    DOES: ClassVar[str] = "change"
+    ELSE: ClassVar[str] = "changes no rows; write it as post_hoc_attack"
 
 
 class AnchoringRecipe(Part):
