@@ -64,6 +64,11 @@ METHODS: dict[str, list[str]] = {
     "SBR, lambda=50 in the paper's norm": ["user.defense=sbr", "user.lambda_=50", "user.norm=sum"],
     "GuardSpace, tolerance=0.1": ["user.defense=guardspace", "user.tolerance=0.1"],
     "SFT + Safe LoRA, thresholds": ["post_hoc={defense: safe_lora, threshold: [0.05, 0.1, 0.2, 0.35]}"],
+    "LoX": ["alignment.defense=lox"],
+    "AsFT": ["user.defense=asft"],
+    "SFT + SafeMERGE": ["post_hoc={defense: safemerge, threshold: [0.35, 1.0]}"],
+    "SFT + Reinforce": ["post_hoc={defense: reinforce}"],
+    "Buffer + Reinforce": ["user.defense=buffer", "post_hoc={defense: reinforce}"],
 }  # fmt: skip
 """By row, its changes to the recipe. Values are the papers' unless the name says otherwise."""
 FIRST = (

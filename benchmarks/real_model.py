@@ -197,14 +197,15 @@ def run_row(work: Study, row: Row) -> None:
     else:
         method = row.method.split(" + ")[0] if first["alignment"] != "sft" else "SFT"
         before = f"aligned, {method}"
-    found[Row(before, row.seed, 0.0, row.task).key] = _stated(first, row, before)
+    # A row that repairs another row's model meets states that are measured already, maybe on another device.
+    found.setdefault(Row(before, row.seed, 0.0, row.task).key, _stated(first, row, before))
     for state in after:
         method = row.method if state["post_hoc"] is None else _repaired(row.method, state)
-        if state["post_hoc"] is None and "Safe LoRA" in row.method:
-            method = row.method.split(" + Safe LoRA")[0]
+        if state["post_hoc"] is None and len(after) > 1:  # the model that the row's last method repairs
+            method = row.method.rpartition(" + ")[0]
         entry = _stated(state, row, method)
         key = Row(method, row.seed, row.ratio, row.task).key
-        found[key] = entry
+        found[key] = entry if method == row.method or state["post_hoc"] else found.get(key, entry)
         shown(key, entry, time.monotonic() - began)
     work.found["protocol"] = _without_paths(results["protocol"])
     work.found.setdefault("done", {})[row.key] = True
@@ -226,7 +227,7 @@ def _repaired(method: str, state: dict[str, Any]) -> str:
     told = [f"{key}={given[key]:g}" for key in ("num_layers", "threshold") if given.get(key) is not None]
     control = given.get("control")
     told += [f"control={control}"] if control else []
-    return f"{method.removesuffix(', sweep').removesuffix(', thresholds')}, {', '.join(told)}"
+    return ", ".join([method.removesuffix(", sweep").removesuffix(", thresholds"), *told])
 
 
 def _without_paths(protocol: dict[str, Any]) -> dict[str, Any]:
