@@ -186,6 +186,24 @@ def test_the_example_of_the_page_is_the_committed_result():
         assert re.split(r"  +", measured.strip()) == texts
 
 
+def test_the_example_of_the_page_on_studies_is_the_committed_result():
+    page = (DOCS.parent / "sweep.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "world-study.json").read_text(encoding="utf-8"))
+    rows = [row for row in found["rows"] if row["data.poison_ratio"] is not None]
+    assert {row["seeds"] for row in rows} == {3}
+    shown = re.findall(r"^\| (\S.*→.*?) \| (.*±.*) \|$", page, flags=re.M)
+    assert {method for method, _ in shown} == {row["method"] for row in rows}
+    for method, cells in shown:
+        own = sorted(
+            (row for row in rows if row["method"] == method), key=lambda row: row["data.poison_ratio"]
+        )
+        texts = [
+            " / ".join(f"{row[metric]:.1f} ± {row[metric + '_stderr']:.1f}" for metric in (HS, FA))
+            for row in own
+        ]
+        assert cells.split(" | ") == texts
+
+
 def test_every_grid_is_possible():
     """One run of each row and each column of each table, on the paper's model and on the small ones."""
     from holdfast.study.grid import expand
