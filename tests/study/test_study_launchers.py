@@ -285,6 +285,26 @@ def test_a_job_that_slurm_removes_with_one_before_it_is_submitted_again(engine):
     assert not files.failures(jobs.sweep.folder)
 
 
+def test_a_job_that_slurm_removes_late_is_submitted_again(engine):
+    """The job before it died, and a second job of that step completed before Slurm removed the one that waited."""
+    jobs, queue = engine
+    before = status(alignment_0="complete")
+    jobs.poll(before)
+    queue.states[jobs.places["user-0"].id] = "FAILED"
+    jobs.poll(before), jobs.poll(before)
+    assert queue.jobs[-1] == (["user-0"], None)
+    again = slurm.Jobs(jobs.sweep)
+    again._queue = jobs._queue
+    again.begin()
+    queue.states |= {jobs.places["user-0"].id: "COMPLETED", jobs.places["generate-0"].id: "CANCELLED"}
+    done = status(alignment_0="complete", user_0="complete")
+    count = len(queue.jobs)
+    for engine in (jobs, again):
+        engine.poll(done), engine.poll(done)
+    assert queue.jobs[count][0] == ["generate-0"]
+    assert not files.failures(jobs.sweep.folder)
+
+
 def test_slurm_that_does_not_answer_is_refused_at_the_start_and_waited_for_later(engine):
     jobs, queue = engine
     jobs._queue = lambda: None
