@@ -6,12 +6,15 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import pytest
 
-from holdfast.errors import OutputError, RecipeError
+from holdfast.errors import OutputError, RecipeError, StepFailed
 from holdfast.machine.files import read_json, write_json
-from holdfast.study import claims, grid, resources, slurm
+from holdfast.machine.processes import Processes
+from holdfast.pipeline.step import Busy
+from holdfast.study import claims, grid, job, resources, slurm
 from holdfast.study import folder as files
 from holdfast.study import ray as tasks
 from holdfast.study.graph import Graph
@@ -157,10 +160,10 @@ class Queue:
     def __exit__(self, *_):
         number = len(self.jobs) + 1
         several = len(self.batch_open) > 1
-        names = [job.step for job in self.batch_open]
-        for place, job in enumerate(self.made):
-            job.job_id = f"{number}_{place}" if several else str(number)
-            self.states[job.job_id] = "PENDING"
+        names = [one.step for one in self.batch_open]
+        for place, made in enumerate(self.made):
+            made.job_id = f"{number}_{place}" if several else str(number)
+            self.states[made.job_id] = "PENDING"
         self.jobs.append((names, self.parameters.get("dependency")))
 
     def submit(self, job):
@@ -321,6 +324,28 @@ def test_the_queue_has_a_limit(engine):
     )
     jobs.poll(status())
     assert [names for names, _ in queue.jobs] == [["alignment-0"], ["user-0"]]
+
+
+def test_torchrun_hides_that_a_step_is_busy_and_a_file_says_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "described", lambda folder: {"steps": {"user-0": {}}})
+    (tmp_path / "workers").mkdir()
+    note = tmp_path / "workers" / "worker-1.json"
+    write_json(note, {})
+    for rank, error in [
+        (1, StepFailed("Another process failed.")),
+        (0, Busy("Another process runs this step.")),
+    ]:
+        together = Processes(rank=rank, count=2)
+        monkeypatch.setattr(together, "start", lambda: None)
+        monkeypatch.setattr(together, "speaks", lambda rank=rank: rank == 0)
+        monkeypatch.setattr(job, "launched", lambda together=together: together)
+        monkeypatch.setattr(job, "_run", mock.Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            job.run(tmp_path, "user-0", "worker-1")
+        assert note.exists() == (rank == 1), "the note is that of the main process"
+    torchrun = SimpleNamespace(wait=lambda: 1)
+    assert job.wait(torchrun, tmp_path, "worker-1") == job.BUSY
+    assert job.wait(torchrun, tmp_path, "worker-1") == 1
 
 
 class Now(ModuleType):
