@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -306,6 +308,27 @@ def test_a_job_that_slurm_removes_late_is_submitted_again(engine):
         engine.poll(done), engine.poll(done)
     assert queue.jobs[count][0] == ["generate-0"]
     assert not files.failures(jobs.sweep.folder)
+
+
+def test_a_signal_of_slurm_ends_the_step_while_the_job_waits_for_it(tmp_path, monkeypatch):
+    utils = ModuleType("submitit.core.utils")
+    utils.DelayedSubmission = lambda work: work
+    for name, module in [("submitit", ModuleType("submitit")), ("submitit.core.utils", utils)]:
+        monkeypatch.setitem(sys.modules, name, module)
+    work = slurm.StepJob(tmp_path, "user-0", 1)
+    work.child = subprocess.Popen(["sleep", "60"])
+
+    def signalled(*_):
+        raise InterruptedError(work.checkpoint().step)
+
+    before = signal.signal(signal.SIGALRM, signalled)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(InterruptedError, match="user-0"):
+            work.child.wait()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert work.child.wait(1) == -signal.SIGKILL
 
 
 def test_slurm_that_does_not_answer_is_refused_at_the_start_and_waited_for_later(engine):

@@ -7,7 +7,10 @@ checkpoint. The jobs need this process only to be submitted again after they die
 
 from __future__ import annotations
 
+import contextlib
 import getpass
+import os
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -74,9 +77,11 @@ class StepJob:
         """End the step, and return what runs when the job starts again; submitit calls this at a time-out."""
         from submitit.core.utils import DelayedSubmission
 
-        if self.child is not None and self.child.poll() is None:
-            self.child.kill()
-            self.child.wait()
+        if self.child is not None and self.child.returncode is None:
+            # The signal interrupts the wait for the child, which holds a lock that all methods of Popen need.
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self.child.pid, signal.SIGKILL)
+                os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(StepJob(self.folder, self.step, self.processes))
 
 
