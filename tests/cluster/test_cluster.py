@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 import tiny
+from holdfast.pipeline.training import MARKER
 from holdfast.study.folder import status
 from places import DOCS
 from runs import left, numbers, run
@@ -91,9 +92,13 @@ def wait_for(what, process=None, seconds=900):
 def training(out, stage="user"):
     """The process of a training that has written a checkpoint."""
     found = [note for kind, note in notes(out) if kind == stage]
-    return [
-        note["pid"] for note in found if list((out / "steps" / note["step"]).glob("checkpoints/checkpoint-*"))
-    ]
+    return [note["pid"] for note in found if checkpoints(out, note["step"])]
+
+
+def checkpoints(out, step):
+    """The training steps after which the complete checkpoints of a step were written."""
+    found = (out / "steps").glob(f"{step}/checkpoints/checkpoint-*/{MARKER}")
+    return [int(marker.parent.name.split("-")[1]) for marker in found]
 
 
 class Killer(threading.Thread):
@@ -232,7 +237,7 @@ def test_a_job_that_reaches_its_time_limit_goes_on_from_its_checkpoint(launcher,
     head = start(file, out)
     (pid,) = wait_for(lambda: training(out), head)
     os.kill(pid, signal.SIGSTOP)  # the training reaches the limit, however fast this machine is
-    saved = max(int(p.name.split("-")[1]) for p in out.glob("steps/user-*/checkpoints/checkpoint-*"))
+    saved = max(checkpoints(out, "user-*"))
 
     def later():
         """How far the training is in another process."""
