@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -425,6 +426,31 @@ def test_ray_gets_a_task_for_each_step_that_is_ready(tmp_path, monkeypatch):
     assert "the node is gone" in files.failures(tmp_path)["user-2"]
     assert ray.asked[0] == {"name": "alignment alignment-0", "max_retries": 2, "num_gpus": 0, "num_cpus": 2}
     assert read_json(Path(tmp_path) / "study.json")["steps"]
+
+
+def test_a_lost_ray_cluster_ends_the_command_with_a_message(tmp_path, monkeypatch):
+    class Slow(Exception):
+        pass
+
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        head.listen()
+        address = "{}:{}".format(*head.getsockname())
+        ray = ModuleType("ray")
+        ray.exceptions = SimpleNamespace(RayError=Slow, GetTimeoutError=Slow)
+        ray.get_runtime_context = lambda: SimpleNamespace(gcs_address=address)
+        ray.get = mock.Mock(side_effect=[Slow, (False, None), *[Slow] * 4])
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        made = tasks.Tasks(SimpleNamespace(launcher=Launcher(name="ray", address=address)))
+        made.actor = mock.Mock()
+        monkeypatch.setattr(tasks, "time", SimpleNamespace(monotonic=iter(range(100)).__next__))
+        monkeypatch.setattr(tasks, "LOST", 4.0)
+        assert made.poll(status()), "the head accepts connections; the actor is slow"
+    with pytest.raises(StepFailed, match="Run the same command again"):
+        made.poll(status())
+    assert made.lost
+    assert ray.get.call_count == 6, "not at the first refusal: the head may be starting again"
+    made.end()  # calls nothing of ray
 
 
 def test_the_page_shows_the_files_that_were_run():
