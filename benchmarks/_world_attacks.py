@@ -58,6 +58,9 @@ FILTERS: Mapping[str, Sequence[str]] = {
 """Plain SFT behind a filter by a score, on harmful rows and on rows that look harmless."""
 
 DEFENSES = ("SFT", "Lisa")
+STRONGER = ("GuardSpace", "SBR")
+HARMFUL = ("backdoor, asked too", "100 harmful rows, 50 epochs")
+"""The attacks that do most harm to Lisa, which are also run against `STRONGER`."""
 
 
 def attack_runs(shown: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -66,5 +69,5 @@ def attack_runs(shown: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     return filters | {
         f"{defense}, {attack}": [*shown[defense], *changes]
         for attack, changes in ATTACKS.items()
-        for defense in DEFENSES
+        for defense in (*DEFENSES, *(STRONGER if attack in HARMFUL else ()))
     }
