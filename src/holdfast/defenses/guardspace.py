@@ -311,5 +311,16 @@ DEFENSE = Defense(
     trainer=GuardSpaceTrainer,
     facts={"null_space": "mean share of input directions left to train"},
     strong={"tolerance": 0.05},
-    protocols={"lisa-code": {"data": {"alignment": {"harmful": {"size": 100}}}, "user": {"tolerance": 0.01}}},
+    protocols={
+        "lisa-code": {"data": {"alignment": {"harmful": {"size": 100}}}, "user": {"tolerance": 0.01}},
+        # Its published numbers are in AsFT's protocol: 8 trained directions and alpha / r = 4.
+        "asft": {
+            "user": {
+                "tolerance": 0.01,
+                "prompts": 100,
+                "initialisation": "subspace",
+                "lora": {"r": 16, "alpha": 64, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
+            },
+        },
+    },
 )
