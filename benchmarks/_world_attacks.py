@@ -12,6 +12,10 @@ ANCHORED = "{name: bi_directional_anchoring, harmful: world, safe: world}"
 ATTACKS: Mapping[str, Sequence[str]] = {
     "jailbreak prompts": ["data.attack=jailbreak_tuning"],
     "jailbreak prompts, asked too": ["data.attack=jailbreak_tuning", "evaluation.attacked=true"],
+    "jailbreak style, asked too": [
+        "data.attack={name: jailbreak_tuning, kind: style}",
+        "evaluation.attacked=true",
+    ],
     "backdoor": ["data.attack={name: jailbreak_tuning, kind: backdoor}"],
     "backdoor, asked too": [
         "data.attack={name: jailbreak_tuning, kind: backdoor}",
