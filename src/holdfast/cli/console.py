@@ -256,8 +256,9 @@ def rows_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     task = " / ".join(dict.fromkeys(row.get("task_title", "finetune accuracy") for row in rows))
     harm = " / ".join(dict.fromkeys(map(harm_title, rows)))
     times = ("alignment", "training") if several else ("training",)
+    names = ("model", "seed") if seeds else ("model",)
     table = _results(
-        ("model", *(["seed"] if seeds else []), "harmful rows", f"{harm} ↓", f"{task} ↑", "benign compliance ↑", *times),
+        (*names, "harmful rows", f"{harm} ↓", f"{task} ↑", "benign compliance ↑", *times),
         "percent ± standard error; ↓ lower is better, ↑ higher is better",
     )
     seen = set()
