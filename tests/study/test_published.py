@@ -7,8 +7,12 @@ import re
 
 import pytest
 
+from holdfast import lab
 from holdfast.errors import RecipeError
-from holdfast.study import published, tables
+from holdfast.machine.store import Store
+from holdfast.study import planning, published, tables
+from holdfast.study.grid import Run, expand
+from holdfast.world import MODEL
 from places import ROOT
 
 DOCS = ROOT / "docs" / "defenses"
@@ -204,20 +208,27 @@ def test_the_example_of_the_page_on_studies_is_the_committed_result():
         assert cells.split(" | ") == texts
 
 
-def test_every_grid_is_possible():
-    """One run of each row and each column of each table, on the paper's model and on the small ones."""
-    from holdfast.study.grid import expand
-
+@pytest.mark.parametrize("model", [None, *tables.SMALL])
+def test_every_grid_is_possible(model, monkeypatch, tmp_path):
+    """One run of each row and each column of each table; the small models' runs can be planned together."""
+    monkeypatch.setattr(lab, "cached", lambda: MODEL)  # a plan does not load it
+    found, store = {}, Store(tmp_path / "store")
     for name, of in TABLES.items():
-        for model in (None, *tables.SMALL):
-            planned = tables.cells(of, model)
-            if tables.base(of, model) is None or not planned:
-                continue
-            grid = tables.grid(name, model)
-            first = {(one.row, ""): one.run for one in reversed(planned)} | {
-                ("", one.column): one.run for one in reversed(planned)
-            }
-            kept = [entry for entry in grid["include"] if entry["name"] in first.values()]
-            runs = expand({**grid, "include": kept})
-            assert {run.recipe.name for run in runs} == set(first.values()), (name, model)
-            assert all((model or "/") in run.recipe.model.path for run in runs), (name, model)
+        planned = tables.cells(of, model)
+        if tables.base(of, model) is None or not planned:
+            with pytest.raises(RecipeError, match=f"{name} has no (grid: its protocol|runs on {model}.)"):
+                tables.grid(name, model)
+            continue
+        grid = tables.grid(name, model)
+        first = {(one.row, ""): one.run for one in reversed(planned)} | {
+            ("", one.column): one.run for one in reversed(planned)
+        }
+        kept = [entry for entry in grid["include"] if entry["name"] in first.values()]
+        runs = expand({**grid, "include": kept})
+        assert {run.recipe.name for run in runs} == set(first.values()), (name, model)
+        assert all((model or "/") in run.recipe.model.path for run in runs), (name, model)
+        found |= {f"{name}/{run.folder}": run for run in runs}
+    if model is not None:
+        study = planning.plan([Run(name, run.recipe) for name, run in found.items()], store, partial=True)
+        assert all("user" in {step.kind for step in one.steps} for one in study.plans.values())
+        assert "world" not in model or not study.elsewhere()
