@@ -158,7 +158,7 @@ def test_a_sweep_in_a_log_file_says_what_is_done_and_when_it_may_end(monkeypatch
         now[0] = 61.0
         shown.show(status("complete", "complete", "running", "waiting"))
     assert capsys.readouterr().err.splitlines() == [
-        "1 of 4 steps were complete before.",
+        "1 of 4 steps are complete at the start.",
         "2 of 4  done   step b (b)",
         "2 of 4  ...    step c 5 of 10, about 2 min left",
     ]

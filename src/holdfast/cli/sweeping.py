@@ -149,7 +149,7 @@ class Shown:
             self.live.update(status_table(status), refresh=True)
             return
         if not self.states and self.cached:
-            self._print(f"{self.cached:,} of {len(status.states):,} steps were complete before.")
+            self._print(f"{self.cached:,} of {len(status.states):,} steps are complete at the start.")
         for step, state in status.states.items():
             if state in ("complete", "failed") and self.states and state != self.states.get(step):
                 name = "done  " if state == "complete" else state
