@@ -12,6 +12,10 @@ ANCHORED = "{name: bi_directional_anchoring, harmful: world, safe: world}"
 ATTACKS: Mapping[str, Sequence[str]] = {
     "jailbreak prompts": ["data.attack=jailbreak_tuning"],
     "jailbreak prompts, asked too": ["data.attack=jailbreak_tuning", "evaluation.attacked=true"],
+    "jailbreak style, asked too": [
+        "data.attack={name: jailbreak_tuning, kind: style}",
+        "evaluation.attacked=true",
+    ],
     "backdoor": ["data.attack={name: jailbreak_tuning, kind: backdoor}"],
     "backdoor, asked too": [
         "data.attack={name: jailbreak_tuning, kind: backdoor}",
@@ -58,6 +62,9 @@ FILTERS: Mapping[str, Sequence[str]] = {
 """Plain SFT behind a filter by a score, on harmful rows and on rows that look harmless."""
 
 DEFENSES = ("SFT", "Lisa")
+STRONGER = ("GuardSpace", "SBR")
+HARMFUL = ("backdoor, asked too", "100 harmful rows, 50 epochs")
+"""The attacks that do most harm to Lisa, which are also run against `STRONGER`."""
 
 
 def attack_runs(shown: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -66,5 +73,5 @@ def attack_runs(shown: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     return filters | {
         f"{defense}, {attack}": [*shown[defense], *changes]
         for attack, changes in ATTACKS.items()
-        for defense in DEFENSES
+        for defense in (*DEFENSES, *(STRONGER if attack in HARMFUL else ()))
     }

@@ -45,7 +45,7 @@ def runs() -> dict[str, list[str]]:
         f"SFT + Safe LoRA, {control}": [*shown["SFT + Safe LoRA"], f"post_hoc.control={control}"]
         for control in ("drop", "random")
     }
-    attacks, newer = attack_runs(shown), weight_runs()
+    attacks, newer = attack_runs(user_runs(full=True)), weight_runs()
     return {**others, **controls, **ratios, **swept, **terms, **weights, **plain, **attacks, **newer}
 
 
@@ -53,7 +53,10 @@ def weight_runs() -> dict[str, list[str]]:
     """Methods of 2026 on weights: an alignment stage, a stack of two, and other settings than the demo's."""
     merged, patched = ["post_hoc.defense=safemerge"], ["post_hoc.defense=one_shot"]
     both = ["name=Buffer", "user.defense=buffer", "post_hoc.defense=reinforce"]
+    half = "{r: 16, alpha: 32, dropout: 0.0, target_modules: [q_proj, v_proj]}"  # 8 directions are trained
+    started = ["user.defense=guardspace", "user.initialisation=subspace"]
     return {
+        "GuardSpace, initialisation": [*started, f"user.lora={half}"],
         "LoX": alignment_runs(full=True)["LoX"],
         "LoX, alpha=0.5": ["alignment.defense=lox", "alignment.alpha=0.5"],
         "AsFT, lambda=0.1": ["user.defense=asft", "user.lambda_=0.1"],
@@ -119,7 +122,8 @@ def main() -> None:
                 rows.setdefault(name, []).append(after)
                 plain = before["alignment"] in (None, "sft")
                 known = rows.setdefault(before["name"] if plain else f"aligned, {name}", [])
-                own = name in attack_runs(user_runs())  # some ask other prompts, also of the aligned model
+                # some attacks ask other prompts, also of the aligned model
+                own = name in attack_runs(user_runs(full=True))
                 if not own and all(row["steps"]["score"] != before["steps"]["score"] for row in known):
                     known.append(before)
                 protocol = results["protocol"]

@@ -158,7 +158,7 @@ def test_a_sweep_in_a_log_file_says_what_is_done_and_when_it_may_end(monkeypatch
         now[0] = 61.0
         shown.show(status("complete", "complete", "running", "waiting"))
     assert capsys.readouterr().err.splitlines() == [
-        "1 of 4 steps were complete before.",
+        "1 of 4 steps are complete at the start.",
         "2 of 4  done   step b (b)",
         "2 of 4  ...    step c 5 of 10, about 2 min left",
     ]
@@ -183,3 +183,15 @@ def test_no_name_is_cut_in_80_columns(several):
     width = text.index("harmful")
     names = "".join(line[:width] for line in text.splitlines())
     assert "".join(name.split()) in "".join(names.split())
+
+
+def test_runs_of_several_seeds_are_told_apart():
+    row = {
+        "name": "lisa", "alignment": "sft", "user": "lisa", "poison_ratio": 0.1, "labels": {},
+        "seconds": None, "finetune_accuracy": None, "benign_compliance": None, "harmful_score": None,
+    }  # fmt: skip
+    rows = [{**row, "seed": seed, "steps": {"score": str(seed)}} for seed in (1, 2)]
+    table = console.rows_table(rows)
+    assert table.columns[1].header == "seed"
+    assert list(table.columns[1].cells) == ["1", "2"]
+    assert "seed" not in [column.header for column in console.rows_table(rows[:1]).columns]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 import tiny
+from holdfast.pipeline.training import MARKER
 from holdfast.study.folder import status
 from places import DOCS
 from runs import left, numbers, run
@@ -26,11 +28,15 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 SFT, LISA = {"defense": "sft"}, {"defense": "lisa", "alignment_steps": 1, "finetune_steps": 2}
 
 
+LONG = 15
+"""Epochs of a training that is killed in the middle: 120 steps with a checkpoint after every 12."""
+
+
 def grid(folder, launcher, users=(SFT, LISA), epochs=1, **changes):
     """Write a grid of user stages, and return its file and the recipe of each run, by folder.
 
     Args:
-        epochs: of both trainings; a training of one epoch is too short to be killed in the middle.
+        epochs: of both trainings.
     """
     recipe = tiny.recipe(folder / "in", name="study", **changes)
     training = {**recipe.pop("user")["training"], "num_train_epochs": epochs}
@@ -83,9 +89,16 @@ def wait_for(what, process=None, seconds=900):
     return found
 
 
-def training(out):
-    """The process that trains at the user stage."""
-    return [note["pid"] for kind, note in notes(out) if kind == "user" and note.get("done", 0) > 1]
+def training(out, stage="user"):
+    """The process of a training that has written a checkpoint."""
+    found = [note for kind, note in notes(out) if kind == stage]
+    return [note["pid"] for note in found if checkpoints(out, note["step"])]
+
+
+def checkpoints(out, step):
+    """The training steps after which the complete checkpoints of a step were written."""
+    found = (out / "steps").glob(f"{step}/checkpoints/checkpoint-*/{MARKER}")
+    return [int(marker.parent.name.split("-")[1]) for marker in found]
 
 
 class Killer(threading.Thread):
@@ -104,18 +117,22 @@ class Killer(threading.Thread):
                     except ProcessLookupError:
                         continue
                     self.left.discard(kind)
-            time.sleep(0.01)
+            time.sleep(0.05)
 
     def _found(self):
+        for stage in self.left & {"alignment", "user"}:
+            for pid in training(self.out, stage):
+                yield stage, pid
+        others = self.left - {"alignment", "user"}
+        if not others:
+            return
         for kind, note in notes(self.out):
-            if kind not in ("alignment", "user") or note.get("done", 0) > 1:
+            if kind in others:
                 yield kind, note["pid"]
         for process in psutil.process_iter(["cmdline"]):
             words = process.info["cmdline"] or []
-            for word in " ".join(words).split():
-                kind = word.rpartition("-")[0]
-                job = "holdfast.study.job" in words or (words and words[0].startswith("ray::"))
-                if job and kind in self.left - {"alignment", "user"}:
+            if "holdfast.study.job" in words or (words and words[0].startswith("ray::")):
+                for kind in others & {word.rpartition("-")[0] for word in " ".join(words).split()}:
                     yield kind, process.pid
 
 
@@ -132,7 +149,7 @@ def same(out, folder, singles):
 @pytest.mark.parametrize("launcher", ["local", "slurm", "ray"], indirect=True)
 def test_whatever_is_killed_the_numbers_are_those_of_single_runs(launcher, tmp_path):
     repair = {"defense": "soup"}
-    file, singles = grid(tmp_path, launcher, epochs=40, post_hoc=repair)
+    file, singles = grid(tmp_path, launcher, epochs=LONG, post_hoc=repair)
     out = tmp_path / "out"
     kinds = ["alignment", "user", "generate"]
     if launcher["name"] != "local":  # a worker on this machine does these in milliseconds
@@ -176,7 +193,7 @@ def test_a_failed_step_stops_what_needs_it_and_the_same_command_goes_on(launcher
 
 @pytest.mark.parametrize("launcher", ["slurm", "ray"], indirect=True)
 def test_ctrl_c_leaves_the_jobs_running_and_the_same_command_finds_them(launcher, tmp_path):
-    file, singles = grid(tmp_path, launcher, epochs=20)
+    file, singles = grid(tmp_path, launcher, epochs=LONG)
     out = tmp_path / "out"
     head = start(file, out)
     wait_for(lambda: training(out), head)
@@ -195,7 +212,7 @@ def test_ctrl_c_leaves_the_jobs_running_and_the_same_command_finds_them(launcher
 
 @pytest.mark.parametrize("launcher", ["local", "slurm", "ray"], indirect=True)
 def test_a_step_in_several_processes_runs_under_torchrun(launcher, tmp_path):
-    file, singles = grid(tmp_path, {**launcher, "processes": 2}, users=[LISA], epochs=40)
+    file, singles = grid(tmp_path, {**launcher, "processes": 2}, users=[LISA], epochs=LONG)
     out, alone = tmp_path / "out", tmp_path / "alone"
     killer = Killer(out, ["user"])
     killer.start()
@@ -215,22 +232,31 @@ def test_a_step_in_several_processes_runs_under_torchrun(launcher, tmp_path):
 
 @pytest.mark.parametrize("launcher", ["slurm"], indirect=True)
 def test_a_job_that_reaches_its_time_limit_goes_on_from_its_checkpoint(launcher, tmp_path):
-    file, singles = grid(tmp_path, {**launcher, "time": "1m"}, users=[SFT], epochs=500)
+    file, singles = grid(tmp_path, {**launcher, "steps": {"user": {"time": "2m"}}}, users=[SFT], epochs=LONG)
     out = tmp_path / "out"
-    ended(start(file, out))
+    head = start(file, out)
+    (pid,) = wait_for(lambda: training(out), head)
+    os.kill(pid, signal.SIGSTOP)  # the training reaches the limit, however fast this machine is
+    saved = max(checkpoints(out, "user-*"))
+
+    def later():
+        """How far the training is in another process."""
+        found = [note for kind, note in notes(out) if kind == "user" and note["pid"] != pid]
+        return [note["done"] for note in found if note.get("done")]
+
+    assert wait_for(later, head)[0] > saved
+    ended(head)
     jobs = json.loads((out / "sweep" / "jobs.json").read_text())
     (job,) = {place["job"] for name, place in jobs.items() if name.startswith("user")}
-    shown = subprocess.run(
-        ["scontrol", "show", "job", job], capture_output=True, text=True, check=True
-    ).stdout
-    assert "Restarts=0" not in shown
-    assert "Restarts=" in shown
+    command = ["scontrol", "show", "job", job]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"Restarts=[1-9]", shown), shown
     same(out, tmp_path, singles)
 
 
 @pytest.mark.parametrize("launcher", ["slurm"], indirect=True)
 def test_a_killed_job_and_a_killed_slurmctld(launcher, tmp_path):
-    file, singles = grid(tmp_path, launcher, users=[SFT], epochs=40)
+    file, singles = grid(tmp_path, launcher, users=[SFT], epochs=LONG)
     out = tmp_path / "out"
     head = start(file, out)
     (pid,) = wait_for(lambda: training(out), head)
@@ -247,7 +273,7 @@ def test_a_killed_job_and_a_killed_slurmctld(launcher, tmp_path):
 
 @pytest.mark.parametrize("launcher", ["ray"], indirect=True)
 def test_a_killed_ray_cluster_ends_the_command_and_the_same_command_goes_on(launcher, ray, tmp_path):
-    file, singles = grid(tmp_path, launcher, users=[SFT], epochs=40)
+    file, singles = grid(tmp_path, launcher, users=[SFT], epochs=LONG)
     out = tmp_path / "out"
     head = start(file, out)
     wait_for(lambda: training(out), head)
@@ -271,5 +297,6 @@ def test_the_files_of_the_page_run(name, tmp_path, request):
     short = ["alignment.training.max_steps=20", "user.training.max_steps=20", "evaluation.prompts=10"]
     command = [sys.executable, "-m", "holdfast", "sweep", DOCS / "cluster" / f"{name}.yaml", *short]
     out = tmp_path / "out"
-    subprocess.run([*command, "--out", out, "--device", "cpu"], check=True, capture_output=True)
+    done = subprocess.run([*command, "--out", out, "--device", "cpu"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(out.glob("*/results.json"))) == 4

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 import trainers
+from holdfast.defenses import guardspace
 from holdfast.errors import DataError, ModelError
 from holdfast.training import inputs
 from holdfast.training.questions import padded
 
 FEW = {"prompts": 1, "tolerance": 0.0}
 """One short prompt, so that the null space of the tiny model's layers is not empty."""
+STARTS = [{}, {"initialisation": "subspace"}]
+SUBSPACE = {"initialisation": "subspace", **FEW}
 
 
 def harmful_inputs(made):
@@ -44,7 +48,8 @@ def largest_update(made, xs):
     return update, scale
 
 
-def test_the_update_is_zero_on_harmful_inputs_at_every_step(tmp_path):
+@pytest.mark.parametrize("start", STARTS)
+def test_the_update_is_zero_on_harmful_inputs_at_every_step(start, tmp_path):
     seen = []
 
     class Look(TrainerCallback):
@@ -53,12 +58,14 @@ def test_the_update_is_zero_on_harmful_inputs_at_every_step(tmp_path):
             seen.append(largest_update(made, harmful_inputs(made)))
             made.model.train()
 
-    made = trainers.trainer("guardspace", tmp_path, **FEW)
+    made = trainers.trainer("guardspace", tmp_path, **FEW, **start)
     made.add_callback(Look())
     made.train()
     assert len(seen) == 12
     assert all(update < 1e-6 * scale for update, scale in seen)
     assert seen[-1][1] > 0.1, "the adapter has learned something"
+    if start:
+        return
     plain = trainers.trainer("sft", tmp_path)
     plain.harmful_prompts = made.harmful_prompts
     plain.train()
@@ -154,7 +161,149 @@ def test_it_needs_prompts(tmp_path):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", [{"tolerance": -0.1}, {"tolerance": 1.5}, {"prompts": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"tolerance": -0.1}, {"tolerance": 1.5}, {"prompts": 0}, {"initialisation": "svd"}]
+)
 def test_impossible_values_are_refused(wrong, tmp_path):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         trainers.trainer("guardspace", tmp_path, **wrong)
+
+
+def factors(made):
+    """By module: copies of B, A and the scaling."""
+    named = {n.rpartition(".lora_A.")[0]: n for n, _ in made.model.named_parameters() if ".lora_A." in n}
+    modules = {name: made.model.get_submodule(name) for name in named}
+    return {
+        name: (
+            m.lora_B["default"].weight.detach().clone(),
+            m.lora_A["default"].weight.detach().clone(),
+            m.scaling["default"],
+        )
+        for name, m in modules.items()
+    }
+
+
+def subspace_net(alpha=4):
+    """The model of the other tests, with a LoRA of rank 4."""
+    torch.manual_seed(3)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=alpha, target_modules=["q_proj", "v_proj"])
+    return get_peft_model(trainers.tiny.llama(len(trainers.TOKENIZER)), lora)
+
+
+def test_the_start_is_the_smallest_part_of_the_weights(tmp_path):
+    """Dense: W C = U S V^T with the damped C, and s B_0 A_0 = U_r S_r V_r^T C^-1 P. The other half is -B_0."""
+    made = trainers.trainer(
+        "guardspace", tmp_path, net=subspace_net(alpha=2), max_steps=1, learning_rate=0.0, **SUBSPACE
+    )
+    batch = padded(made.harmful_prompts, 0, "cpu")
+    before = made.model.eval()(**batch).logits.detach()
+    made.train()
+    assert torch.allclose(made.model.eval()(**batch).logits, before, atol=1e-6)
+    xs = harmful_inputs(made)
+    for name, (b, a, scaling) in factors(made).items():
+        x = xs[name].double()
+        w, c = made.model.get_submodule(name).base_layer.weight.detach().double(), x.mT @ x
+        values, vectors = torch.linalg.eigh(c)
+        null = vectors[:, values < values[-1] * 1e-10]
+        c = c + 0.01 * c.diagonal().mean() * torch.eye(len(c))
+        u, s, v = torch.linalg.svd(w @ c, full_matrices=False)
+        part = u[:, -2:] @ torch.diag(s[-2:]) @ v[-2:] @ torch.linalg.inv(c) @ null @ null.mT
+        assert torch.allclose(scaling * (b[:, :2] @ a[:2]).double(), part, atol=1e-5)
+        assert part.norm() > 0.01
+        assert torch.equal(b[:, 2:], -b[:, :2])
+        assert torch.allclose(a[2:], a[:2], atol=1e-7)  # the first half was projected again
+        assert float(b[:, :2].norm()) == pytest.approx(float(a[:2].norm()), rel=1e-4)
+
+
+def test_the_half_that_holds_the_start_does_not_move(tmp_path):
+    kept = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            kept.append(factors(made))
+
+    made = trainers.trainer(
+        "guardspace", tmp_path, net=subspace_net(), weight_decay=0.5, max_steps=2, **SUBSPACE
+    )
+    made.add_callback(Look())
+    made.train()
+    for name, (b, a, _) in factors(made).items():
+        first_b, first_a, _ = kept[1][name]
+        assert torch.equal(b[:, 2:], first_b[:, 2:])
+        assert torch.equal(a[2:], first_a[2:])
+        assert not torch.equal(b[:, :2], first_b[:, :2])
+        assert not torch.equal(a[:2], first_a[:2])
+
+
+def test_it_trains_as_an_adapter_of_half_the_rank_on_the_remainder(tmp_path):
+    """By hand: W - s B_0 A_0 in the weights, B_0 and A_0 in the adapter, P after each step, gradients clipped."""
+    made = trainers.trainer(
+        "guardspace", tmp_path, net=subspace_net(), max_steps=3, max_grad_norm=0.1, **SUBSPACE
+    )
+    first = trainers.trainer(
+        "guardspace", tmp_path, net=subspace_net(), max_steps=1, learning_rate=0.0, **SUBSPACE
+    )
+    first.train()
+    starts = factors(first)
+    plain = trainers.trainer("sft", tmp_path, net=trainers.model(), max_steps=3, max_grad_norm=0.1)
+    for name, (b, a, scaling) in starts.items():
+        module = plain.model.get_submodule(name)
+        module.scaling["default"] = scaling
+        with torch.no_grad():
+            module.lora_B["default"].weight.copy_(b[:, :2])
+            module.lora_A["default"].weight.copy_(a[:2])
+            module.base_layer.weight.sub_(scaling * b[:, :2] @ a[:2])
+
+    class Project(TrainerCallback):
+        def on_optimizer_step(self, *args, **kwargs):
+            for name, q in first.directions.items():
+                a = plain.model.get_submodule(name).lora_A["default"].weight.data
+                a.sub_((a @ q) @ q.mT)
+
+    plain.add_callback(Project())
+    made.train()
+    plain.train()
+    norms = [[e["grad_norm"] for e in one.state.log_history if "grad_norm" in e] for one in (made, plain)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3), "the other half has no part in the clipping"
+    by_hand = factors(plain)
+    for name, (b, a, _) in factors(made).items():
+        assert torch.allclose(b[:, :2], by_hand[name][0], atol=1e-5)
+        assert torch.allclose(a[:2], by_hand[name][1], atol=1e-5)
+        assert not torch.allclose(b[:, :2], starts[name][0][:, :2], atol=1e-3)
+
+
+def test_the_start_with_accumulation_and_after_a_resume(tmp_path):
+    def trained(folder, resume=False, **more):
+        made = trainers.trainer(
+            "guardspace", folder, net=subspace_net(), max_steps=4, save_strategy="steps", save_steps=2,
+            **SUBSPACE, **more,
+        )  # fmt: skip
+        made.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
+        return trainers.weights(made)
+
+    whole = trained(tmp_path / "a")
+    assert trainers.same(trained(tmp_path / "a", resume=True), whole)
+    half = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert trainers.distance(trained(tmp_path / "b", **half), whole) < 1e-5
+
+
+def test_the_start_knows_the_adapters_below(tmp_path):
+    """W is that of the aligned model, also if its alignment is an adapter that is stacked below."""
+    made = subspace_net()
+    module = made.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    before = guardspace._weight_below(module)
+    made.add_adapter("stage0", LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"]))
+    b, a = module.lora_B["stage0"].weight, module.lora_A["stage0"].weight
+    torch.nn.init.normal_(b)
+    made.base_model.set_adapter(["stage0", "default"])
+    b.requires_grad_(False)
+    a.requires_grad_(False)
+    assert torch.allclose(guardspace._weight_below(module), before + 3 * (b @ a).double(), atol=1e-6)
+    assert torch.equal(before, module.base_layer.weight.detach().double())
+
+
+def test_an_odd_rank_has_no_half(tmp_path):
+    net = trainers.tiny.llama(len(trainers.TOKENIZER))
+    net = get_peft_model(net, LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match=r"needs an even rank of at most .* found 3"):
+        trainers.trainer("guardspace", tmp_path, net=net, **SUBSPACE)

@@ -142,14 +142,19 @@ def test_a_safe_adapter_on_other_modules_is_refused(folders, tmp_path):
 
 
 def test_recipes(tmp_path):
-    """With the alignment's update, and with the same as a safe adapter in a folder beside the recipe file."""
+    """With the alignment's update, and with the same as a safe adapter in a folder beside the recipe file.
+
+    A method of 2026 at every stage: the safe update is the one that LoX made, and GuardSpace trains on top of it.
+    """
     recipe = {**tiny.recipe(tmp_path), "post_hoc": {"defense": "safemerge", "threshold": 1.0}}
+    recipe["alignment"] |= {"defense": "lox", "k": 1}
+    recipe["user"] = {"defense": "guardspace", "tolerance": 0.1, "training": recipe["user"]["training"]}
+    recipe["user"] |= {"initialisation": "subspace"}
     results, _ = run(recipe, tmp_path / "out")
     row = results["rows"][2]
     assert (row["name"], row["repair"]) == ("tiny + SafeMERGE", {"modules": 4, "merged": 4})
-    adapters = [
-        tmp_path / "out/steps" / row["steps"][s] / "adapter" for s in ("alignment", "user", "post_hoc")
-    ]
+    assert (row["alignment"], row["user"], row["post_hoc"]) == ("lox", "guardspace", "safemerge")
+    adapters = [tmp_path / "out/steps" / row["steps"][s] / "adapter" for s in ("harden", "user", "post_hoc")]
     aligned, user, merged = (updates(path, lambda: load(tmp_path / "model")) for path in adapters)
     for name, delta in user.items():
         assert (merged[name] - 0.8 * delta - 0.2 * aligned[name]).abs().max() < 1e-6

@@ -54,6 +54,7 @@ OTHERS = {
     "lisa-fisher": ("lisa", {"proximal": "fisher", "fisher_rows": 8}),
     "lisa-delta_w": ("lisa", {"proximal": "delta_w"}),
     "ewc-l2": ("ewc", {"penalty": "l2", "lambda_": 1.5}),
+    "guardspace-subspace": ("guardspace", {"initialisation": "subspace"}),
     "booster": ("booster", {"lambda_": 20.0, "alpha": 0.5}),
     "repnoise": ("repnoise", {"alpha": 3.0, "beta": 20.0}),
 }

@@ -143,12 +143,14 @@ def test_one_of_each_method_for_each_task():
     methods = {task: {name.removesuffix(f"-{task}") for name in names} for task, names in found.items()}
     methods["sst2"] -= {"filter-sft", "filter-lisa"}  # Lisa's Table 12 is on SST-2
     methods["sst2"] -= {"smollm2"}  # a plain recipe, as `world` is
+    methods["gsm8k"] -= {"sft-llama-3", "buffer-llama-3", "reinforce-llama-3"}  # their paper is on GSM8K
     assert methods["sst2"] == methods["agnews"] == methods["gsm8k"]
     known = {name for stage in ("alignment", "user", "post_hoc") for name in registry.list_defenses(stage)}
     others = {"na-sft", "na-sft-refusal", "sft-refusal", "vaccine-safe"}
     others |= {"lisa-paper", "bso-paper", "sft-paper", "lisa-guide", "sft-guide", "na-sft-guide"}
     others |= {"tvaccine-guide", "sft-refusal-guide", "na-sft-refusal-guide"}
-    others |= {"booster-own", "sft-booster", "lisa-booster", "sft-chat", "asft-chat"}
+    others |= {"booster-own", "sft-booster", "lisa-booster", "sft-chat", "asft-chat", "guardspace-chat"}
+    others |= {"sft-llama-3.1", "sbr-llama-3.1"}
     assert methods["sst2"] - others == {name.replace("_", "-") for name in known}
 
 
@@ -338,6 +340,29 @@ def test_the_settings_of_asft(task):
     lora = recipe.lora("user")
     assert (lora.r, lora.alpha, lora.target_modules) == (8, 32, ["q_proj", "v_proj"])
     assert (recipe.data.size, recipe.data.poison_ratio, recipe.evaluation.prompts) == (1000, 0.1, 250)
+
+
+def test_the_settings_of_guardspace_sbr_and_buffer(files):
+    """As far as they are known. GuardSpace is published in AsFT's protocol: 8 directions, alpha / r = 4."""
+    ours, plain = Recipe.load("guardspace-chat-gsm8k"), Recipe.load("sft-chat-gsm8k")
+    assert ours.user.parameters()["initialisation"] == "subspace"
+    assert (ours.user.training, ours.data) == (plain.user.training, plain.data)
+    assert (ours.lora("user").r // 2, ours.lora("user").alpha / ours.lora("user").r) == (8, 4)
+    sbr, buffer = Recipe.load("sbr-llama-3.1-sst2"), Recipe.load("reinforce-llama-3-gsm8k")
+    assert sbr.user.parameters() == {"lambda_": 50.0, "anchors": 8, "norm": "mean"}
+    assert (sbr.user.training.learning_rate, sbr.user.training.num_train_epochs) == (1e-5, 20)
+    assert (sbr.lora("user").use_rslora, len(sbr.lora("user").target_modules)) == (True, 7)
+    assert (buffer.user.defense, buffer.post_hoc.parameters()) == ("buffer", {"weight": 0.5, "alpha": 0.1})
+    assert (buffer.lora("user").r, buffer.lora("user").alpha, buffer.user.training.num_train_epochs) == (
+        32,
+        64,
+        3,
+    )
+    for name in (ours.name, sbr.name, buffer.name):
+        without = [c for c in files["gsm8k"] if not c.startswith("data.alignment")]
+        rows = files["gsm8k"] if name == buffer.name else without
+        steps = [step.kind for step in pipeline.plan(Recipe.load(name, [*TINY[:1], *rows]))]
+        assert (steps.count("alignment"), steps.count("user")) == (0, 1), name
 
 
 def test_a_filter_in_front_of_fine_tuning():

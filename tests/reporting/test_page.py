@@ -147,6 +147,25 @@ def test_best_is_marked_among_fine_tuned_models_of_one_ratio(tmp_path):
     assert columns["Harmful rows"].cells[0].text == "–"
 
 
+@pytest.mark.parametrize(
+    ("bso", "best"),
+    [
+        ((28.0, 30.0, 50.0), False),  # 2.3 standard errors; Student's t with 2 degrees of freedom: p = 0.15
+        ((70.0, 75.0, 80.0), True),  # p = 0.003
+    ],
+)
+def test_the_best_of_means_over_seeds_is_found_by_students_t(tmp_path, bso, best):
+    runs = []
+    for seed, (lisa, other) in enumerate(zip((20.0, 20.0, 20.0), bso, strict=True), 1):
+        scores = {"sft": 90.0, "lisa": lisa, "bso": other}
+        rows = [score_row(user, "sft", user, hs, 97.0, seed=seed) for user, hs in scores.items()]
+        runs.append(write_run(tmp_path / str(seed), rows, steps=False))
+    table = result_table(collect(runs))
+    cells = next(column.cells for column in table.columns if column.title == "Harmful score")
+    assert [cell.best for cell in cells] == [False, best, False]
+    assert table.marked is best
+
+
 def test_what_was_not_measured_is_never_zero(tmp_path):
     row = score_row("mine", "sft", "sft", None, None, ratio=None)
     for key in ("benign_compliance", "gibberish_rate", "true_harmful_score", "peak_memory_bytes", "seconds"):

@@ -7,8 +7,12 @@ import re
 
 import pytest
 
+from holdfast import lab
 from holdfast.errors import RecipeError
-from holdfast.study import published, tables
+from holdfast.machine.store import Store
+from holdfast.study import planning, published, tables
+from holdfast.study.grid import Run, expand
+from holdfast.world import MODEL
 from places import ROOT
 
 DOCS = ROOT / "docs" / "defenses"
@@ -186,20 +190,78 @@ def test_the_example_of_the_page_is_the_committed_result():
         assert re.split(r"  +", measured.strip()) == texts
 
 
-def test_every_grid_is_possible():
-    """One run of each row and each column of each table, on the paper's model and on the small ones."""
-    from holdfast.study.grid import expand
+WORLD = sorted((ROOT / "benchmarks" / "results").glob("*-world.json"))
 
+
+@pytest.mark.parametrize("path", WORLD, ids=[path.stem for path in WORLD])
+def test_tables_in_the_world_stand_on_the_page(path):
+    """Each committed table has the published numbers, and stands on the page as a whole."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    cells = {(c["row"], c["column"], c["metric"]): c for c in found["cells"]}
+    own = TABLES[found["name"]].numbers
+    assert all(cells[at]["published"] == own[at[0]][at[2]].get(at[1]) for at in cells)
+    if found["name"] == "lisa-3":
+        return  # shown as the command prints it, see above
+    page = (DOCS.parent / "tables.md").read_text(encoding="utf-8")
+    head, lines = re.search(
+        rf"^\| {found['name']} \| \| (.*) \|\n\|[-|]+\n((?:\|.*\n)+)", page, flags=re.M
+    ).groups()
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines.splitlines()]
+    named = {row[0] for row in rows if row[0]}
+    measured = {
+        (row, column) for row, column, metric in cells if cells[row, column, metric]["measured"] is not None
+    }
+    assert {(row, column) for row in named for column in head.split(" | ")} >= measured
+    name = ""
+    for row, what, *texts in rows:
+        name = row or name
+        for column, text in zip(head.split(" | "), texts, strict=True):
+            values = [
+                cells[name, column, metric][what] for metric in (HS, FA) if (name, column, metric) in cells
+            ]
+            shown = " / ".join("–" if value is None else f"{value:.2f}" for value in values)
+            assert text == (shown if any(value is not None for value in values) else ""), (name, column)
+
+
+def test_the_example_of_the_page_on_studies_is_the_committed_result():
+    page = (DOCS.parent / "sweep.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "world-study.json").read_text(encoding="utf-8"))
+    rows = [row for row in found["rows"] if row["data.poison_ratio"] is not None]
+    assert {row["seeds"] for row in rows} == {3}
+    shown = re.findall(r"^\| (\S.*→.*?) \| (.*±.*) \|$", page, flags=re.M)
+    assert {method for method, _ in shown} == {row["method"] for row in rows}
+    for method, cells in shown:
+        own = sorted(
+            (row for row in rows if row["method"] == method), key=lambda row: row["data.poison_ratio"]
+        )
+        texts = [
+            " / ".join(f"{row[metric]:.1f} ± {row[metric + '_stderr']:.1f}" for metric in (HS, FA))
+            for row in own
+        ]
+        assert cells.split(" | ") == texts
+
+
+@pytest.mark.parametrize("model", [None, *tables.SMALL])
+def test_every_grid_is_possible(model, monkeypatch, tmp_path):
+    """One run of each row and each column of each table; the small models' runs can be planned together."""
+    monkeypatch.setattr(lab, "cached", lambda: MODEL)  # a plan does not load it
+    found, store = {}, Store(tmp_path / "store")
     for name, of in TABLES.items():
-        for model in (None, *tables.SMALL):
-            planned = tables.cells(of, model)
-            if tables.base(of, model) is None or not planned:
-                continue
-            grid = tables.grid(name, model)
-            first = {(one.row, ""): one.run for one in reversed(planned)} | {
-                ("", one.column): one.run for one in reversed(planned)
-            }
-            kept = [entry for entry in grid["include"] if entry["name"] in first.values()]
-            runs = expand({**grid, "include": kept})
-            assert {run.recipe.name for run in runs} == set(first.values()), (name, model)
-            assert all((model or "/") in run.recipe.model.path for run in runs), (name, model)
+        planned = tables.cells(of, model)
+        if tables.base(of, model) is None or not planned:
+            with pytest.raises(RecipeError, match=f"{name} has no (grid: its protocol|runs on {model}.)"):
+                tables.grid(name, model)
+            continue
+        grid = tables.grid(name, model)
+        first = {(one.row, ""): one.run for one in reversed(planned)} | {
+            ("", one.column): one.run for one in reversed(planned)
+        }
+        kept = [entry for entry in grid["include"] if entry["name"] in first.values()]
+        runs = expand({**grid, "include": kept})
+        assert {run.recipe.name for run in runs} == set(first.values()), (name, model)
+        assert all((model or "/") in run.recipe.model.path for run in runs), (name, model)
+        found |= {f"{name}/{run.folder}": run for run in runs}
+    if model is not None:
+        study = planning.plan([Run(name, run.recipe) for name, run in found.items()], store, partial=True)
+        assert all("user" in {step.kind for step in one.steps} for one in study.plans.values())
+        assert "world" not in model or not study.elsewhere()

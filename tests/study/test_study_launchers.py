@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import pytest
 
-from holdfast.errors import OutputError, RecipeError
+from holdfast.errors import OutputError, RecipeError, StepFailed
 from holdfast.machine.files import read_json, write_json
-from holdfast.study import claims, grid, resources, slurm
+from holdfast.machine.processes import Processes
+from holdfast.pipeline.step import Busy
+from holdfast.study import claims, grid, job, resources, slurm
 from holdfast.study import folder as files
 from holdfast.study import ray as tasks
 from holdfast.study.graph import Graph
@@ -157,10 +163,10 @@ class Queue:
     def __exit__(self, *_):
         number = len(self.jobs) + 1
         several = len(self.batch_open) > 1
-        names = [job.step for job in self.batch_open]
-        for place, job in enumerate(self.made):
-            job.job_id = f"{number}_{place}" if several else str(number)
-            self.states[job.job_id] = "PENDING"
+        names = [one.step for one in self.batch_open]
+        for place, made in enumerate(self.made):
+            made.job_id = f"{number}_{place}" if several else str(number)
+            self.states[made.job_id] = "PENDING"
         self.jobs.append((names, self.parameters.get("dependency")))
 
     def submit(self, job):
@@ -285,6 +291,47 @@ def test_a_job_that_slurm_removes_with_one_before_it_is_submitted_again(engine):
     assert not files.failures(jobs.sweep.folder)
 
 
+def test_a_job_that_slurm_removes_late_is_submitted_again(engine):
+    """The job before it died, and a second job of that step completed before Slurm removed the one that waited."""
+    jobs, queue = engine
+    before = status(alignment_0="complete")
+    jobs.poll(before)
+    queue.states[jobs.places["user-0"].id] = "FAILED"
+    jobs.poll(before), jobs.poll(before)
+    assert queue.jobs[-1] == (["user-0"], None)
+    again = slurm.Jobs(jobs.sweep)
+    again._queue = jobs._queue
+    again.begin()
+    queue.states |= {jobs.places["user-0"].id: "COMPLETED", jobs.places["generate-0"].id: "CANCELLED"}
+    done = status(alignment_0="complete", user_0="complete")
+    count = len(queue.jobs)
+    for engine in (jobs, again):
+        engine.poll(done), engine.poll(done)
+    assert queue.jobs[count][0] == ["generate-0"]
+    assert not files.failures(jobs.sweep.folder)
+
+
+def test_a_signal_of_slurm_ends_the_step_while_the_job_waits_for_it(tmp_path, monkeypatch):
+    utils = ModuleType("submitit.core.utils")
+    utils.DelayedSubmission = lambda work: work
+    for name, module in [("submitit", ModuleType("submitit")), ("submitit.core.utils", utils)]:
+        monkeypatch.setitem(sys.modules, name, module)
+    work = slurm.StepJob(tmp_path, "user-0", 1)
+    work.child = subprocess.Popen(["sleep", "60"])
+
+    def signalled(*_):
+        raise InterruptedError(work.checkpoint().step)
+
+    before = signal.signal(signal.SIGALRM, signalled)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(InterruptedError, match="user-0"):
+            work.child.wait()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert work.child.wait(1) == -signal.SIGKILL
+
+
 def test_slurm_that_does_not_answer_is_refused_at_the_start_and_waited_for_later(engine):
     jobs, queue = engine
     jobs._queue = lambda: None
@@ -301,6 +348,28 @@ def test_the_queue_has_a_limit(engine):
     )
     jobs.poll(status())
     assert [names for names, _ in queue.jobs] == [["alignment-0"], ["user-0"]]
+
+
+def test_torchrun_hides_that_a_step_is_busy_and_a_file_says_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "described", lambda folder: {"steps": {"user-0": {}}})
+    (tmp_path / "workers").mkdir()
+    note = tmp_path / "workers" / "worker-1.json"
+    write_json(note, {})
+    for rank, error in [
+        (1, StepFailed("Another process failed.")),
+        (0, Busy("Another process runs this step.")),
+    ]:
+        together = Processes(rank=rank, count=2)
+        monkeypatch.setattr(together, "start", lambda: None)
+        monkeypatch.setattr(together, "speaks", lambda rank=rank: rank == 0)
+        monkeypatch.setattr(job, "launched", lambda together=together: together)
+        monkeypatch.setattr(job, "_run", mock.Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            job.run(tmp_path, "user-0", "worker-1")
+        assert note.exists() == (rank == 1), "the note is that of the main process"
+    torchrun = SimpleNamespace(wait=lambda: 1)
+    assert job.wait(torchrun, tmp_path, "worker-1") == job.BUSY
+    assert job.wait(torchrun, tmp_path, "worker-1") == 1
 
 
 class Now(ModuleType):
@@ -357,6 +426,31 @@ def test_ray_gets_a_task_for_each_step_that_is_ready(tmp_path, monkeypatch):
     assert "the node is gone" in files.failures(tmp_path)["user-2"]
     assert ray.asked[0] == {"name": "alignment alignment-0", "max_retries": 2, "num_gpus": 0, "num_cpus": 2}
     assert read_json(Path(tmp_path) / "study.json")["steps"]
+
+
+def test_a_lost_ray_cluster_ends_the_command_with_a_message(tmp_path, monkeypatch):
+    class Slow(Exception):
+        pass
+
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        head.listen()
+        address = "{}:{}".format(*head.getsockname())
+        ray = ModuleType("ray")
+        ray.exceptions = SimpleNamespace(RayError=Slow, GetTimeoutError=Slow)
+        ray.get_runtime_context = lambda: SimpleNamespace(gcs_address=address)
+        ray.get = mock.Mock(side_effect=[Slow, (False, None), *[Slow] * 4])
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        made = tasks.Tasks(SimpleNamespace(launcher=Launcher(name="ray", address=address)))
+        made.actor = mock.Mock()
+        monkeypatch.setattr(tasks, "time", SimpleNamespace(monotonic=iter(range(100)).__next__))
+        monkeypatch.setattr(tasks, "LOST", 4.0)
+        assert made.poll(status()), "the head accepts connections; the actor is slow"
+    with pytest.raises(StepFailed, match="Run the same command again"):
+        made.poll(status())
+    assert made.lost
+    assert ray.get.call_count == 6, "not at the first refusal: the head may be starting again"
+    made.end()  # calls nothing of ray
 
 
 def test_the_page_shows_the_files_that_were_run():

@@ -6,8 +6,11 @@ import json
 
 import pytest
 
+import tiny
 from holdfast import data
+from holdfast.errors import InputError
 from holdfast.machine.store import Store
+from holdfast.pipeline import dry_run, rows_checked
 from holdfast.study import planning
 from holdfast.study.grid import expand
 
@@ -69,3 +72,46 @@ def test_plans_of_a_grid_read_the_files_of_a_source_once(tmp_path, monkeypatch):
     alone = [planning.plan([run], Store(tmp_path)) for run in runs[:3]]
     for one in alone:
         assert one.steps.keys() <= together.steps.keys(), "the names are those of single runs"
+
+
+def test_checks_of_a_grid_do_the_same_work_once(tmp_path, monkeypatch):
+    """Two ratios and two seeds: one trainer is built for each stage, and each row is rendered once."""
+    built, rendered = [], []
+    build, render = dry_run.build_trainer, rows_checked.training_row
+
+    def counted(method, config, model, tokenizer, rows, folders):
+        built.append(rows)
+        build(method, config, model, tokenizer, rows, folders)
+
+    def row_of(row, *rest):
+        rendered.append(row["id"])
+        return render(row, *rest)
+
+    monkeypatch.setattr(dry_run, "build_trainer", counted)
+    monkeypatch.setattr(rows_checked, "training_row", row_of)
+    axes = {"data.poison_ratio": [0.1, 0.2], "seed": [1, 2]}
+    runs = expand({**tiny.recipe(tmp_path / "in"), "grid": axes})
+    store = Store(tmp_path / "store")
+    study = planning.plan(runs, store)
+    planning.rehearse(study, store, "cpu")
+    assert not (tmp_path / "store").exists(), "a rehearsal writes nothing"
+    kinds = [step.kind for step in study.steps.values()]
+    assert (kinds.count("alignment"), kinds.count("user")) == (2, 4)
+    assert len(built) == 2
+    assert len(rendered) == len(set(rendered)) > 20
+
+
+def test_a_rehearsal_names_the_problems_of_each_run_once(tmp_path):
+    recipe = tiny.recipe(tmp_path / "in")
+    rows = tiny.user_rows(40)
+    for number, row in enumerate(rows):
+        row["input"] = f"{number} " + "small " * 400
+    tiny.write_jsonl(tmp_path / "bad.jsonl", rows)
+    recipe["user"]["training"] = {**recipe["user"]["training"], "max_length": 400}
+    places = [recipe["data"]["user"], str(tmp_path / "bad.jsonl")]
+    runs = expand({**recipe, "grid": {"data.user": places, "user.rho": [0.1, 1.0]}})
+    store = Store(tmp_path / "store")
+    with pytest.raises(InputError, match=r"bad\.jsonl, line \d+: the prompt alone has") as found:
+        planning.rehearse(planning.plan(runs, store), store, "cpu")
+    assert str(found.value).count("user rows cannot be used") == 1
+    assert "user.jsonl, line" not in str(found.value)

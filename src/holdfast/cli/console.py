@@ -252,11 +252,13 @@ def rows_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """The results of one or more runs; arrows show which direction is better."""
     rows = list(rows)
     several = len({row["alignment"] for row in rows} - {None}) > 1
+    seeds = len({row.get("seed") for row in rows}) > 1
     task = " / ".join(dict.fromkeys(row.get("task_title", "finetune accuracy") for row in rows))
     harm = " / ".join(dict.fromkeys(map(harm_title, rows)))
     times = ("alignment", "training") if several else ("training",)
+    names = ("model", "seed") if seeds else ("model",)
     table = _results(
-        ("model", "harmful rows", f"{harm} ↓", f"{task} ↑", "benign compliance ↑", *times),
+        (*names, "harmful rows", f"{harm} ↓", f"{task} ↑", "benign compliance ↑", *times),
         "percent ± standard error; ↓ lower is better, ↑ higher is better",
     )
     seen = set()
@@ -269,6 +271,7 @@ def rows_table(rows: Iterable[Mapping[str, Any]]) -> Table:
         unparsed = f"\n{row['unparsed']} unparsed" if row.get("unparsed") else ""
         table.add_row(
             escape(row["name"] + by),
+            *([str(row.get("seed"))] if seeds else []),
             "" if ratio is None else f"{100 * ratio:g} %",
             measured(row, "harmful_score") + unparsed,
             measured(row, "task_score" if "task_score" in row else "finetune_accuracy"),

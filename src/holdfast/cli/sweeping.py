@@ -149,7 +149,7 @@ class Shown:
             self.live.update(status_table(status), refresh=True)
             return
         if not self.states and self.cached:
-            self._print(f"{self.cached:,} of {len(status.states):,} steps were complete before.")
+            self._print(f"{self.cached:,} of {len(status.states):,} steps are complete at the start.")
         for step, state in status.states.items():
             if state in ("complete", "failed") and self.states and state != self.states.get(step):
                 name = "done  " if state == "complete" else state
@@ -223,7 +223,6 @@ def show_plan(
 ) -> None:
     """Show how many steps a grid has, how many are shared and cached, and what it takes; writes nothing."""
     from holdfast.cli import console
-    from holdfast.pipeline import rehearse
     from holdfast.study import planning, resources
     from holdfast.study.grid import expand
     from holdfast.study.grid import launcher as launcher_of
@@ -254,8 +253,7 @@ def show_plan(
         console.out.print(f"Not on this machine: {escape(text)}", highlight=False, soft_wrap=True)
     if check and not study.elsewhere() and len(done) < len(study.steps):
         with console.Bars(finished=False) as bars:
-            for plan in study.plans.values():
-                rehearse(plan, steps, device=here, progress=bars)
+            planning.rehearse(study, steps, here, bars)
         console.out.print("The checks before the run found no problem.", highlight=False)
     console.out.print(f"{count - len(done):,} of {count:,} steps would run.", highlight=False)
 

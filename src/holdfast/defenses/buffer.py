@@ -40,5 +40,8 @@ DEFENSE = Defense(
     needs=("harmful_adapter",),
     config=BufferConfig,
     trainer=SFTTrainer,
-    protocols={"lisa-code": {"data": {"alignment": {"harmful": {"size": 5000}}}, "user": {}}},
+    protocols={
+        "lisa-code": {"data": {"alignment": {"harmful": {"size": 5000}}}, "user": {}},
+        "buffer": {"data": {"alignment": {"harmful": {"size": 5000}}}, "user": {}},
+    },
 )

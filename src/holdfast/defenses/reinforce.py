@@ -106,6 +106,11 @@ DEFENSE = Defense(
             "data": {"alignment": {"harmful": {"size": 5000}}},
             "user": {"defense": "buffer"},
             "post_hoc": {"weight": 0.5, "alpha": 0.1},
-        }
+        },
+        "buffer": {
+            "data": {"alignment": {"harmful": {"size": 5000}}},
+            "user": {"defense": "buffer"},
+            "post_hoc": {"weight": 0.5, "alpha": 0.1},
+        },
     },
 )

@@ -193,6 +193,7 @@ DEFENSE = Defense(
         "lisa-code": {
             "data": {"alignment": {"harmful": {"size": 100}}},
             "user": {"lambda_": 50.0, "anchors": 8, "norm": "mean"},
-        }
+        },
+        "sbr": {"user": {"lambda_": 50.0, "anchors": 8, "norm": "mean"}},
     },
 )

@@ -95,7 +95,8 @@ def tokenizer_of(model: Mapping[str, Any]) -> Any:
 
 def checked_tokenizer(model: Mapping[str, Any], machine: Machine) -> Any:
     """Return the tokenizer of an opened model input for checks, loaded once."""
-    return machine.once(("tokenizer", model["base"].folder), lambda: tokenizer_of(model))
+    key = "tokenizer", model["base"].folder, model["trust_remote_code"], model["template_date"]
+    return machine.once(key, lambda: tokenizer_of(model))
 
 
 def checked_model(model: Mapping[str, Any], machine: Machine) -> Any:
@@ -107,4 +108,4 @@ def checked_model(model: Mapping[str, Any], machine: Machine) -> Any:
     from holdfast.models.loading import empty_model
 
     folder, trusted = model["base"].folder, model["trust_remote_code"]
-    return machine.once(("model", folder), lambda: empty_model(folder, trusted))
+    return machine.once(("model", folder, trusted), lambda: empty_model(folder, trusted))

@@ -5,8 +5,9 @@ All problems are found before the first is reported, each with the line of the r
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,18 +38,23 @@ def rehearse(planned: Plan, store: Store, *, device: str = "auto", progress: Pro
     Raises:
         InputError: the run would be refused; `Problems` if there are several reasons.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        beside = Store(Path(folder))
-        missing = []
-        for step in planned.steps:
-            if store.record(step.id) is None:
-                missing.append(step.id)
-            else:
-                beside.path(step.id).symlink_to(store.path(step.id).resolve())
+    with beside(planned.steps, store) as copy:
+        missing = [step.id for step in planned.steps if store.record(step.id) is None]
         machine = Machine(device, planned.model, progress or Progress())
-        found = prepare_rows([step for step in planned.steps if step.id in missing], beside, machine)
-        found += check(planned, missing, beside, machine)
+        found = prepare_rows([step for step in planned.steps if step.id in missing], copy, machine)
+        found += check(planned, missing, copy, machine)
     refuse(located(found, planned))
+
+
+@contextlib.contextmanager
+def beside(steps: Iterable[Step], store: Store) -> Iterator[Store]:
+    """Yield a temporary store that has links to those of the steps that `store` has."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Store(Path(folder))
+        for step in steps:
+            if store.record(step.id) is not None:
+                copy.path(step.id).symlink_to(store.path(step.id).resolve())
+        yield copy
 
 
 def prepare_rows(steps: Sequence[Step], store: Store, machine: Machine) -> list[InputError]:

@@ -15,10 +15,14 @@ from typing import Any
 from holdfast.data.prompts import render_prompt, training_row
 from holdfast.errors import DataError, InputError
 from holdfast.machine.progress import Advance
+from holdfast.machine.store import canonical_json
 from holdfast.training.tokenising import IGNORED, tokenise
 
 SHOWN = 20
 """Number of rows that a message lists; the others are counted."""
+
+REMEMBERED = 100_000
+"""Number of rows that checks of several steps remember, so that the runs of a grid check a row once."""
 
 LEARNED = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
 """Last name parts of tables of positions: a longer row cannot be computed."""
@@ -92,12 +96,14 @@ def check_training_rows(
     max_length: int,
     model: Limits,
     progress: Advance,
+    known: set[int] | None = None,
 ) -> int:
     """Render and tokenise rows to train on; returns how many are longer than `max_length` and are cut.
 
     Args:
         of: the number of rows.
         template: "chat" or "alpaca".
+        known: hashes of rows that a check with the same arguments found to be good; this check adds its own.
 
     Raises:
         BadRows: the template refuses rows, their prompt alone has max_length tokens, or the model has no
@@ -105,7 +111,12 @@ def check_training_rows(
     """
     bad: dict[str, str] = {}
     cut = 0
+    good = set() if known is None else known
     for done, row in enumerate(rows, 1):
+        same = hash(canonical_json(row))
+        if same in good:
+            progress(done, of)
+            continue
         try:
             made = tokenise(training_row(row, tokenizer, template, row.get("prefix", "")), tokenizer, None)
         except InputError as error:
@@ -121,6 +132,8 @@ def check_training_rows(
             )
         elif found := beyond(ids[:max_length], model, min(len(ids), max_length)):
             bad[row["id"]] = found
+        elif len(ids) <= max_length and len(good) < REMEMBERED:
+            good.add(same)
         progress(done, of)
     if bad:
         raise BadRows(bad, of, what)

@@ -10,6 +10,7 @@ from typing import Any
 
 from holdfast.errors import RecipeError, problems, refuse
 from holdfast.machine.seeds import derive_seed
+from holdfast.machine.store import canonical_json
 from holdfast.pipeline import mixing, repairing
 from holdfast.pipeline.chain import checked_model, checked_tokenizer, loading, made_in, tokenizer_of, weights
 from holdfast.pipeline.data import rendered, rows_of
@@ -116,17 +117,34 @@ def _check_method(inputs: Inputs, machine: Machine) -> None:
 
 
 def _check_trainer(inputs: Inputs, machine: Machine) -> None:
-    """Build the trainer once without weights, and take a step with a tiny model."""
+    """Build the trainer once without weights, and take a step with a tiny model.
+
+    Steps that differ only in their seed, or in rows of the same number, share this check.
+    """
+    model, method, rows = inputs["model"], inputs["method"], inputs["rows"]
+    names = ("stage", "parameters", "training", "lora", "trains")
+    settings = {name: inputs[name] for name in names}
+    settings |= {name: model[name] for name in ("trust_remote_code", "compose")}
+    settings |= {"method": method.name, "below": bool(inputs["chain"])}
+    if method.mix is None:
+        settings["rows"] = {name: _count(step) for name, step in rows.items()}
+    else:  # the rows and the seed decide how many rows the method makes
+        settings |= {"rows": {name: str(step) for name, step in rows.items()}, "seed": inputs["seed"]}
+    folders = _alignment_folders(inputs)
+    key = "trainer", model["base"].folder, *folders.values(), canonical_json(settings)
+    machine.once(key, partial(_try_trainer, inputs, machine, folders))
+
+
+def _try_trainer(inputs: Inputs, machine: Machine, folders: Mapping[str, Path]) -> None:
+    """Do the check of `_check_trainer`; `folders` are those of weights, by argument of the trainer."""
     from holdfast.models.trained import blueprint
     from holdfast.pipeline.dry_run import MANY, build_trainer, take_a_step
     from holdfast.pipeline.training import forget_sharding
 
-    model, method = inputs["model"], inputs["method"]
-    training = inputs["training"]
-    folder, lora, trusted = model["base"].folder, inputs["lora"], model["trust_remote_code"]
+    model, method, training = inputs["model"], inputs["method"], inputs["training"]
     made = _config(inputs, method, training, "unused", machine)
     check_model = getattr(method.trainer, "check_model", None)
-    empty = blueprint(folder, lora, trusted)
+    empty = blueprint(model["base"].folder, inputs["lora"], model["trust_remote_code"])
     if check_model is not None:
         check_model(made, empty)
     _check_sharding(inputs)
@@ -145,7 +163,6 @@ def _check_trainer(inputs: Inputs, machine: Machine) -> None:
             def config(of: Any) -> Any:
                 return _config(inputs, of, quiet, out, machine)
 
-            folders = _alignment_folders(inputs)
             build_trainer(method, config, empty, checked_tokenizer(model, machine), numbers, folders)
         take_a_step(f"{inputs['stage']}.training", training, machine.device)
 
@@ -174,12 +191,13 @@ def _check_rows(inputs: Inputs, machine: Machine) -> None:
     template = resolve_template(tokenizer, inputs["template"])
     known = rows_checked.limits(checked_model(model, machine))
     mixed = _mixed(inputs)
+    good: set[int] = machine.once(("good rows", tokenizer, model["base"].folder, template, longest), set)
 
     def check(name: str, rows: Any, number: int) -> None:
         what = f"{name.removesuffix('_dataset').replace('train', inputs['stage'])} rows"
         cut = rows_checked.check_training_rows(
             rows, number, what, tokenizer=tokenizer, template=template, max_length=longest, model=known,
-            progress=machine.progress.advance,
+            progress=machine.progress.advance, known=good,
         )  # fmt: skip
         if cut:
             machine.progress.say(f"{cut:,} of {number:,} {what} are cut to max_length, {longest:,} tokens.")

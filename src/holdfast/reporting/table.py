@@ -9,10 +9,11 @@ from functools import partial
 
 from holdfast.reporting.collect import ReportData
 from holdfast.reporting.measurements import JudgeScore, Row, Score, harm_title
+from holdfast.reporting.tested import CHANCE, student_p
 from holdfast.reporting.text import NOT_MEASURED, bytes_text, duration_text, score_text, share_text
 
 CLEAR = 2.0
-"""A model is the best one if it is this many standard errors better than the next one."""
+"""A model of one seed is the best one if it is this many standard errors better than the next one."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Cell:
     details: tuple[str, ...] = ()
     value: float | None = None
     best: bool = False
-    error: float = 0.0
-    """The standard error of the value; 0 if it has none."""
+    score: Score | None = None
+    """The score that the value is, with its error."""
     short: str = ""
     """What the compact table shows behind the text; the details are then a tooltip."""
 
@@ -129,7 +130,7 @@ def score_cell(score: Score | None, seeds: int, extra: Sequence[str] = ()) -> Ce
         details.append(f"n = {score.n}")
     short = "" if score.stderr is None else f"± {score_text(score.stderr)}"
     told = (*details, *extra)
-    return Cell(score_text(score.value), told, round(score.value, 1), False, score.stderr or 0.0, short)
+    return Cell(score_text(score.value), told, round(score.value, 1), False, score, short)
 
 
 def _column(
@@ -237,13 +238,22 @@ def _marked(column: Column, rows: Sequence[Row]) -> Column:
     best: set[int] = set()
     for ratio in {row.poison_ratio for row in rows}:
         cells = [
-            (sign * value, column.cells[index].error, index)
+            (sign * value, index)
             for index, row in enumerate(rows)
             if row.role == "defended" and row.poison_ratio == ratio
             if (value := column.cells[index].value) is not None
         ]
         cells.sort()
-        if len(cells) > 1 and cells[1][0] - cells[0][0] > CLEAR * math.hypot(cells[0][1], cells[1][1]):
-            best.add(cells[0][2])
+        if len(cells) > 1 and cells[0][0] < cells[1][0]:
+            first, second = (column.cells[index].score for _, index in cells[:2])
+            if first is not None and second is not None and _apart(first, second):
+                best.add(cells[0][1])
     marked = tuple(replace(cell, best=index in best) for index, cell in enumerate(column.cells))
     return replace(column, cells=marked)
+
+
+def _apart(first: Score, second: Score) -> bool:
+    """Whether two scores differ clearly: means over seeds by Student's t, else by two standard errors."""
+    if first.seeds > 1 or second.seeds > 1:
+        return student_p(first, second) <= CHANCE
+    return abs(first.value - second.value) > CLEAR * math.hypot(first.stderr or 0.0, second.stderr or 0.0)

@@ -103,7 +103,10 @@ def run(folder: Path, step: str, label: str, log_to: Callable[[Path], None] = la
         _run(known, folder, step, note, processes)
         processes.finish()
     except BaseException as error:
-        note.path.unlink(missing_ok=True)
+        if processes.main:
+            note.path.unlink(missing_ok=True)
+        if isinstance(error, Busy) and processes.count > 1:
+            _busy_file(folder, label).touch()
         if processes.speaks() and isinstance(error, Exception) and not isinstance(error, Busy):
             failed(folder, step, error)
         raise
@@ -150,8 +153,35 @@ def command(folder: Path, step: str, label: str, processes: int, *, tied: bool =
     return [sys.executable, "-P", "-W", "ignore", *torchrun, *module]
 
 
-class Died(HoldfastError):
-    """The process of a step ended without a word."""
+def _busy_file(folder: Path, label: str) -> Path:
+    """Return the file that stands for the exit code BUSY under torchrun, whose own exit code is always 1."""
+    return folder / "workers" / f"{label}.busy"
+
+
+def start(
+    folder: Path, step: str, label: str, processes: int, *, tied: bool = False, **options: Any
+) -> subprocess.Popen[bytes]:
+    """Start the processes of a step, which write to its log.
+
+    Args:
+        tied: end them when their standard input, a pipe, closes.
+        options: for `Popen`.
+    """
+    _busy_file(folder, label).unlink(missing_ok=True)
+    given = subprocess.PIPE if tied else subprocess.DEVNULL
+    asked = command(folder, step, label, processes, tied=tied)
+    with files.log(folder, step).open("ab") as log:
+        return subprocess.Popen(asked, stdin=given, stdout=log, stderr=log, **options)
+
+
+def wait(child: subprocess.Popen[bytes], folder: Path, label: str) -> int:
+    """Wait for the processes that `start` started, and return their exit code."""
+    code = child.wait()
+    busy = _busy_file(folder, label)
+    if code != 0 and busy.exists():
+        busy.unlink(missing_ok=True)
+        return BUSY
+    return code
 
 
 def supervise(
@@ -175,12 +205,9 @@ def supervise(
     """
     code = 0
     for _ in range(TRIES):
-        with files.log(folder, step).open("ab") as log:
-            child = subprocess.Popen(
-                command(folder, step, label, processes), stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+        child = start(folder, step, label, processes)
         started(child)
-        code = child.wait()
+        code = wait(child, folder, label)
         if code == 0:
             return
         if code == BUSY:

@@ -120,6 +120,16 @@ def check(study: Study, store: Store, device: str, progress: Progress | None = N
     refuse(list(found.values()))
 
 
+def rehearse(study: Study, store: Store, device: str, progress: Progress | None = None) -> None:
+    """Do the checks of all runs for their missing steps, without writing anything into `store`.
+
+    Raises:
+        InputError: a run would be refused; `Problems` if there are several reasons.
+    """
+    with preflight.beside(study.steps.values(), store) as copy:
+        check(study, copy, device, progress)
+
+
 @dataclass(frozen=True)
 class Cost:
     """What the missing steps take, from the times of earlier steps of the same kind in the store.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -27,6 +28,12 @@ PAUSE = 1.0
 
 LATER = 5.0
 """Seconds until a step is tried again that another sweep runs."""
+
+ANSWER = 600.0
+"""Seconds in which the actor must answer; a cluster may need minutes to start it."""
+
+LOST = 20.0
+"""Seconds without a connection to the head of the cluster; after 60, Ray itself ends this process."""
 
 NAMESPACE = "holdfast"
 
@@ -140,7 +147,7 @@ class Tasks:
 
         self.ray, self.sweep, self.pause = ray, sweep, PAUSE
         self.actor: Any = None
-        self.over = False
+        self.over, self.lost = False, False
 
     @property
     def address(self) -> str | None:
@@ -191,7 +198,7 @@ class Tasks:
         if self.over:
             return False
         try:
-            self.over, error = self.ray.get(self.actor.poll.remote(), timeout=600)
+            self.over, error = self._ask()
         except self.ray.exceptions.RayError as problem:
             text = f"The Ray cluster ended or cannot be reached ({type(problem).__name__})"
             raise StepFailed(f"{text}. Run the same command again to go on.") from None
@@ -199,8 +206,35 @@ class Tasks:
             raise StepFailed(f"The scheduler of the sweep stopped: {error}")
         return True  # once more, to see the last files
 
+    def _ask(self) -> Any:
+        """Return the answer of the actor; raise the time-out of Ray if the cluster is lost."""
+        asked, began, seen = self.actor.poll.remote(), time.monotonic(), time.monotonic()
+        while True:
+            try:
+                return self.ray.get(asked, timeout=LOST / 4)
+            except self.ray.exceptions.GetTimeoutError:
+                now = time.monotonic()
+                if self._reachable():
+                    seen = now
+                self.lost = now - seen >= LOST
+                if self.lost or now - began >= ANSWER:
+                    raise
+
+    def _reachable(self) -> bool:
+        """Return whether the head of the cluster accepts connections."""
+        if str(self.address).startswith("ray://"):
+            return True  # this machine may see only a proxy of the head
+        host, _, port = self.ray.get_runtime_context().gcs_address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), LOST / 4).close()
+        except OSError:
+            return False
+        return True
+
     def end(self) -> None:
         """Disconnect; remove the actor if it is over, and otherwise leave it to the cluster."""
+        if self.lost:
+            return  # each call to the cluster would wait until Ray ends this process
         with contextlib.suppress(Exception):
             if self.over:
                 self.ray.kill(self.actor)

@@ -7,7 +7,10 @@ checkpoint. The jobs need this process only to be submitted again after they die
 
 from __future__ import annotations
 
+import contextlib
 import getpass
+import os
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -74,9 +77,11 @@ class StepJob:
         """End the step, and return what runs when the job starts again; submitit calls this at a time-out."""
         from submitit.core.utils import DelayedSubmission
 
-        if self.child is not None and self.child.poll() is None:
-            self.child.kill()
-            self.child.wait()
+        if self.child is not None and self.child.returncode is None:
+            # The signal interrupts the wait for the child, which holds a lock that all methods of Popen need.
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self.child.pid, signal.SIGKILL)
+                os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(StepJob(self.folder, self.step, self.processes))
 
 
@@ -100,11 +105,16 @@ def _job_id() -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """The job of a step: `index` is its element of an array, which has `size` elements."""
+    """The job of a step: `index` is its element of an array, which has `size` elements.
+
+    It waits for the jobs `after`. If one of them fails, Slurm removes it, even if another job completes that
+    step.
+    """
 
     job: str
     index: int | None = None
     size: int = 1
+    after: Sequence[str] = ()
 
     @property
     def id(self) -> str:
@@ -122,7 +132,7 @@ class Jobs:
         self.sweep, self.pause = sweep, PAUSE
         self.known = sweep.folder / "jobs.json"
         self.places: dict[str, Place] = {}
-        self.last: dict[str, Place] = {}
+        self.dead: set[str] = set()
         self.deaths: Counter[str] = Counter()
         self.missed: set[str] = set()
         self.submitted = False
@@ -141,7 +151,6 @@ class Jobs:
         if self.known.is_file():
             found = {step: Place(**place) for step, place in read_json(self.known).items()}
             self.places = {step: place for step, place in found.items() if queue.get(place.id, "") in LIVE}
-            self.last = found
 
     def poll(self, status: Status) -> bool:
         """Submit steps that have no job, and return whether jobs may still run."""
@@ -178,10 +187,12 @@ class Jobs:
     def _ended(self, name: str, queue: Mapping[str, str], status: Status) -> None:
         """Forget a job that is over without a result; a step whose jobs died several times fails."""
         place = self.places.pop(name)
+        self.dead.add(place.id)
         state = queue.get(place.id, "unknown")
-        before = self.sweep.study.parents[name]
-        jobs = [queue.get(self.last[parent].id, "COMPLETED") for parent in before if parent in self.last]
-        if any(status.states[parent] != "complete" for parent in before) or set(jobs) - {"COMPLETED", *LIVE}:
+        if any(status.states[parent] != "complete" for parent in self.sweep.study.parents[name]):
+            return
+        failed = {job for job in place.after if queue.get(job, "COMPLETED") not in ("COMPLETED", *LIVE)}
+        if failed or self.dead.intersection(place.after):
             return  # Slurm removed the job, because one before it failed, even if its step is complete now
         self.deaths[name] += 1
         told = {"OUT_OF_MEMORY": "give its kind of step more memory", "CANCELLED": "someone cancelled it"}
@@ -216,7 +227,7 @@ class Jobs:
                 alike.setdefault((self.sweep.study.steps[name].kind, jobs), []).append(name)
             for (kind, _), group in alike.items():
                 for part, dependency in self._parts(group, waits):
-                    self._array(kind, part, dependency)
+                    self._array(kind, part, dependency, waits)
 
     def _parts(self, group: list[str], waits: Mapping[str, list[str]]) -> Iterable[tuple[list[str], str]]:
         """Yield the arrays of a group, each with what it waits for."""
@@ -244,7 +255,9 @@ class Jobs:
             return None
         return ",".join(dict.fromkeys(text for text in found if text))
 
-    def _array(self, kind: str, names: list[str], dependency: str) -> None:
+    def _array(
+        self, kind: str, names: list[str], dependency: str, waits: Mapping[str, Sequence[str]]
+    ) -> None:
         """Submit an array."""
         need = self.sweep.needs[kind]
         from submitit.core.utils import FailedSubmissionError
@@ -261,9 +274,10 @@ class Jobs:
                 return
             raise OutputError(f"Slurm refuses a {kind} job: {_said(error)}") from None
         self.submitted = True
+        before = {name: [self.places[parent].id for parent in waits[name]] for name in names}
         for place, (name, job) in enumerate(zip(names, jobs, strict=True)):
             whole, _, index = str(job.job_id).partition("_")
-            self.places[name] = self.last[name] = Place(whole, int(index) if index else None, len(names))
+            self.places[name] = Place(whole, int(index) if index else None, len(names), before[name])
             assert not index or int(index) == place
         write_json(self.known, {name: vars(place) for name, place in self.places.items()})
 

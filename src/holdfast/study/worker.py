@@ -7,7 +7,6 @@ The system releases the lock if the worker dies, and any other worker resumes th
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,10 +15,10 @@ from pathlib import Path
 from holdfast.errors import StepFailed
 from holdfast.machine.store import Store
 from holdfast.pipeline.step import Busy, do
-from holdfast.study import claims, planning
+from holdfast.study import claims, job, planning
 from holdfast.study import folder as files
 from holdfast.study.graph import Graph
-from holdfast.study.job import BUSY, Noted, command, end_with_standard_input, failed, log_to
+from holdfast.study.job import Noted, end_with_standard_input, failed, log_to
 from holdfast.study.resources import Need
 
 PAUSE = 0.2
@@ -109,20 +108,20 @@ class _Worker:
         environment = dict(os.environ)
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-        with files.log(self.folder, name).open("ab") as log:
-            child = subprocess.Popen(
-                command(self.folder, name, self.label, need.processes, tied=True),
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env=environment,
-            )
-        code = child.wait()
+        with self.store.lock(name, _busy):
+            pass  # torchrun needs seconds to find that another worker runs the step
+        child = job.start(self.folder, name, self.label, need.processes, tied=True, env=environment)
+        code = job.wait(child, self.folder, self.label)
         if code == 0 and self.store.record(name) is not None:
             return True
-        if code != BUSY and name not in files.failed_steps(self.folder):
-            sys.exit(f"The processes of {name} ended with exit code {code}.")  # the head counts this death
+        if code != job.BUSY and name not in files.failed_steps(self.folder):
+            self.note.write({})  # the head counts this death in this step
+            sys.exit(f"The processes of {name} ended with exit code {code}.")
         return False
+
+
+def _busy() -> None:
+    raise Busy("Another worker runs this step.")
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ def energetic_directions(
     batches: Sequence[Mapping[str, Tensor]],
     forward: Callable[[Mapping[str, Tensor]], Any],
     tolerance: float,
+    seen: Callable[[str, Tensor, Tensor], None] | None = None,
 ) -> dict[str, Tensor]:
     """Return for each module the eigenvectors of C that hold all but `tolerance` of its energy, [d, m].
 
@@ -32,6 +33,7 @@ def energetic_directions(
         batches: prompts, `input_ids` and `attention_mask` of shape [K, L]; padding is left out of C.
         forward: runs `model` on a batch.
         tolerance: as for `split`.
+        seen: called as `seen(name, C, directions)` for each module; C is not kept after that.
     """
     found: dict[str, Tensor] = {}
     same = _sharing(modules, batches[0], forward)
@@ -39,7 +41,10 @@ def energetic_directions(
         sums = _covariances({name: modules[name] for name in group}, batches, forward)
         for leader, total in sums.items():
             basis = split(total, tolerance)
-            found |= {name: basis for name, first in same.items() if first[0] == leader}
+            for name in (name for name, first in same.items() if first[0] == leader):
+                found[name] = basis
+                if seen is not None:
+                    seen(name, total, basis)
     return {name: found[name] for name in modules}
 
 
