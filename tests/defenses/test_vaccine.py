@@ -108,10 +108,11 @@ def test_both_passes_draw_the_same_random_numbers(tmp_path, accumulation):
 @pytest.mark.parametrize("kind", ["activation", "gradient"])
 def test_checkpointing_has_another_name_in_older_transformers(kind):
     """Up to transformers 5.20 the arguments are called gradient_checkpointing*."""
-    names = f"{kind}_checkpointing", f"{kind}_checkpointing_kwargs"
-    off, on = (
-        SimpleNamespace(**dict(zip(names, v))) for v in ((False, None), (True, {"use_reentrant": True}))
-    )
+
+    def asked(on, options):
+        return SimpleNamespace(**{f"{kind}_checkpointing": on, f"{kind}_checkpointing_kwargs": options})
+
+    off, on = asked(False, None), asked(True, {"use_reentrant": True})
     perturbation.refuse_reentrant(off)
     assert perturbation.asked_checkpointing(on) == (True, {"use_reentrant": True})
     with pytest.raises(ValueError, match="Reentrant"):
