@@ -11,10 +11,8 @@ import torch
 import training
 from _gpu_models import base, device, with_lora, without_lora
 from _rows import Rows
-from training import LORA, METHODS, PUBLISHED, WARM, Clock, rows
-from transformers import Trainer, TrainingArguments, default_data_collator
+from training import LORA, PLAIN, PUBLISHED, WARM
 
-PLAIN = "plain transformers.Trainer"
 STEPS, TURNS = 103, 2
 """Optimizer steps of a run, the first three not counted; every other turn has the opposite order."""
 ORDER = ("sft", PLAIN, "lisa", "bso", "ewc")
@@ -44,8 +42,7 @@ def one(name: str, case: dict[str, Any], steps: int, held: list[Any], trial: boo
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
-        ours = name in METHODS
-        clock = (training.train if ours else plain)(name, model, case, steps, folder).steps
+        clock = training.train(name, model, case, steps, folder).steps
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     held[0] = without_lora(model)
@@ -58,19 +55,3 @@ def one(name: str, case: dict[str, Any], steps: int, held: list[Any], trial: boo
         "steps": len(clock) - WARM,
         "published": PUBLISHED.get(name),
     }
-
-
-def plain(name: str, model: Any, case: dict[str, Any], steps: int, folder: str) -> Clock:
-    """A `transformers.Trainer` of the same model, rows and arguments, without anything of Holdfast."""
-    clock = Clock()
-    arguments = TrainingArguments(
-        output_dir=folder, use_cpu=case["device"] == "cpu", max_steps=steps, report_to="none",
-        disable_tqdm=True, per_device_train_batch_size=case["batch"], learning_rate=1e-5,
-        lr_scheduler_type="constant", logging_steps=10, save_strategy="no", logging_nan_inf_filter=False,
-        bf16=case["device"] == "cuda",
-    )  # fmt: skip
-    Trainer(
-        model=model, args=arguments, train_dataset=rows(model, 40, case["length"], 1),
-        data_collator=default_data_collator, callbacks=[clock],
-    ).train()  # fmt: skip
-    return clock

@@ -1,6 +1,7 @@
 """Claim: a step of Lisa takes at most 1.02 times as long as a step of SFT; of BSO 1.01; of EWC 1.05.
 
-Lisa needs the memory of SFT plus one copy of the trainable weights.
+Lisa needs the memory of SFT plus one copy of the trainable weights. A step of SFT takes at most 1.05 times
+as long as a step of a plain `transformers.Trainer`.
 
 Every method uses the same Trainer, model and rows of one length, in one run: the methods take turns, and each
 round gives one ratio to that round's SFT. `--gpu` measures only Llama-2-7B's shapes (random weights) on a
@@ -20,10 +21,17 @@ import torch
 from _memory import peak_live_bytes
 from _record import RESULTS, save
 from _rows import arguments as add_options
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from holdfast import get_defense, world
-from holdfast.machine.files import read_json
+from holdfast.machine.files import read_json, write_json
 from holdfast.models.loading import add_lora, load_model
 
 LORA = {"r": 8, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
@@ -34,6 +42,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "lisa": {**PHASES, "rho": 1.0, "proximal_warmup_ratio": 0.0},
     "ewc": {"lambda_": 0.001, "fisher_rows": 20},
 }
+PLAIN = "plain transformers.Trainer"
+PLAIN_GOAL = 1.05
+"""SFT takes at most this many times the step time of the plain Trainer."""
 GOALS = {"bso": 1.01, "lisa": 1.02, "ewc": 1.05}
 PUBLISHED = {  # Lisa, arXiv 2405.18641, Table 7: seconds per 1000 steps and GB on an H100
     "sft": (115.53, 47.97),
@@ -100,6 +111,8 @@ def rows(model: Any, number: int, length: int, seed: int) -> list[dict[str, list
 
 def train(name: str, model: Any, case: dict[str, Any], steps: int, folder: str, **changed: int) -> Clock:
     """Run a method; return the clock with the time of every step. `changed` overrides method settings."""
+    if name == PLAIN:
+        return plain(model, case, steps, folder)
     defense, clock = get_defense(name), Clock()
     settings = METHODS[name] | {key: value for key, value in changed.items() if key in METHODS[name]}
     need = {"alignment_dataset": rows(model, 40, case["length"], 2)} if defense.needs else {}
@@ -115,6 +128,22 @@ def train(name: str, model: Any, case: dict[str, Any], steps: int, folder: str, 
     made = defense.trainer(model=model, args=config, train_dataset=rows(model, 40, case["length"], 1), **need)
     made.add_callback(clock)
     made.train()
+    return clock
+
+
+def plain(model: Any, case: dict[str, Any], steps: int, folder: str) -> Clock:
+    """A `transformers.Trainer` of the same model, rows and arguments, without anything of Holdfast."""
+    clock = Clock()
+    arguments = TrainingArguments(
+        output_dir=folder, use_cpu=case["device"] == "cpu", max_steps=steps, report_to="none",
+        disable_tqdm=True, per_device_train_batch_size=case["batch"], learning_rate=1e-5,
+        lr_scheduler_type="constant", logging_steps=10, save_strategy="no", logging_nan_inf_filter=False,
+        bf16=case["device"] == "cuda",
+    )  # fmt: skip
+    Trainer(
+        model=model, args=arguments, train_dataset=rows(model, 40, case["length"], 1),
+        data_collator=default_data_collator, callbacks=[clock],
+    ).train()  # fmt: skip
     return clock
 
 
@@ -186,7 +215,22 @@ def measure(case: dict[str, Any], rounds: int, steps: int) -> dict[str, Any]:
         "rounds": rounds,
         "steps": steps,
         "time": timed(case, methods, rounds, steps),
+        "beside_plain": beside_plain(case, rounds, steps),
         "memory": memory(case, methods),
+    }
+
+
+def beside_plain(case: dict[str, Any], rounds: int, steps: int) -> dict[str, Any]:
+    """SFT and the plain Trainer in turns: step times, and SFT's ratio to the plain Trainer in each round."""
+    times = timed(case, ["sft", PLAIN], rounds, steps)
+    ratios = [1 / ratio for ratio in times[PLAIN]["ratios_of_median_steps"]]
+    return {
+        "rounds": rounds,
+        "steps": steps,
+        "seconds_per_step_median": {name: of["seconds_per_step_median"] for name, of in times.items()},
+        "ratio_of_median_steps": statistics.median(ratios),
+        "ratios_of_median_steps": ratios,
+        "goal": PLAIN_GOAL,
     }
 
 
@@ -194,6 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_options(parser)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--plain", action="store_true", help="only SFT beside the plain Trainer, on the CPU")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.gpu:
@@ -209,8 +254,15 @@ def main() -> None:
             18,
         ),
     }
-    found = {name: measure(*case) for name, case in cases.items()}
     place = RESULTS / "training.json"
+    if arguments.plain:
+        held = read_json(place)
+        for name, case in cases.items():
+            held["cases"][name]["beside_plain"] = found = beside_plain(*case)
+            print(name, found["seconds_per_step_median"], found["ratio_of_median_steps"], flush=True)
+            write_json(place, held)
+        return
+    found = {name: measure(*case) for name, case in cases.items()}
     missing = {"not measured": "no GPU; run with --gpu", "published": PUBLISHED}
     earlier = read_json(place)["cases"] if place.is_file() else {}
     found["llama-2-7b"] = earlier.get("llama-2-7b", missing)
