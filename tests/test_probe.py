@@ -17,6 +17,7 @@ from holdfast import SafetyProbe
 from holdfast.data.prompts import render
 from holdfast.errors import RecipeError
 from holdfast.evaluation.judges import Verdict
+from holdfast.probe import untouched
 
 PROMPTS = [row["prompt"] for row in tiny.harmful_rows(20)]
 
@@ -282,6 +283,43 @@ def test_generation_settings_are_as_before(tmp_path):
     in_a_plain_trainer(tmp_path, tiny.tokenizer(), model=net)
     assert net.generation_config.to_dict() == before
     assert net.get_base_model().generation_config is net.generation_config
+
+
+class Unsloths:
+    """What Unsloth changes in a model on a GPU, and how: `generate` undoes it only in training mode."""
+
+    def __init__(self, net):
+        self.net, self._generate = net, net.generate
+        net.generate, net.for_training = self.generate, self.for_training
+
+    def generate(self, *args, **kwargs):
+        restore, kind = self.net.training, self.net.model.gradient_checkpointing
+        self.net.eval()
+        self.net.model.gradient_checkpointing, self.net._flag_for_generation = False, True
+        made = self._generate(*args, **kwargs)
+        if restore:
+            self.for_training(kind)
+        return made
+
+    def for_training(self, use_gradient_checkpointing):
+        self.net.train()
+        self.net.model.gradient_checkpointing = use_gradient_checkpointing
+        self.net.__dict__.pop("_flag_for_generation", None)
+
+
+def test_a_model_of_unsloth_is_as_before():
+    net = trainers.model().get_base_model()
+    Unsloths(net)
+    net.for_training("unsloth")
+    net.model.layers[0].eval()  # a mode that the caller chose
+    with untouched(net):
+        assert not net.training
+        net.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=1)
+        assert net._flag_for_generation
+    assert net.training
+    assert not net.model.layers[0].training
+    assert net.model.gradient_checkpointing == "unsloth"
+    assert not hasattr(net, "_flag_for_generation")
 
 
 def test_warnings_that_are_errors_do_not_end_the_training(tmp_path):

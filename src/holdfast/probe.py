@@ -229,7 +229,11 @@ def untouched(model: Any = None, tokenizer: Any = None) -> Iterator[None]:
     """Use evaluation mode inside; afterwards restore all that generating could leave changed.
 
     These are every module's mode, all random states, the tokenizer's padding and the generation settings.
+    On a GPU, Unsloth's `generate` also turns off gradient checkpointing and turns on fast decoding. It undoes
+    both only for a model in training mode, so its `for_training` undoes them here.
     """
+    back = getattr(model, "for_training", None) if getattr(model, "training", False) else None
+    checkpointing = _checkpointing(model) if callable(back) else False
     settings = getattr(model, "generation_config", None)
     kept = deepcopy(vars(settings)) if settings is not None else {}
     padding = {name: getattr(tokenizer, name, None) for name in ("padding_side", "truncation_side")}
@@ -242,6 +246,8 @@ def untouched(model: Any = None, tokenizer: Any = None) -> Iterator[None]:
         try:
             yield
         finally:
+            if callable(back):
+                back(use_gradient_checkpointing=checkpointing)
             for module, mode in modes.items():
                 module.training = mode
             if settings is not None:
@@ -252,3 +258,9 @@ def untouched(model: Any = None, tokenizer: Any = None) -> Iterator[None]:
                     setattr(tokenizer, name, side)
             random.setstate(python)
             np.random.set_state(numbers)
+
+
+def _checkpointing(model: Any) -> Any:
+    """Return how the model checkpoints gradients: False, True, or Unsloth's name of the kind."""
+    kinds = (getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return next((kind for kind in kinds if kind), False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -101,6 +103,20 @@ def test_both_passes_draw_the_same_random_numbers(tmp_path, accumulation):
         for first, second in zip(step[:accumulation], step[accumulation:], strict=True):
             assert torch.equal(first, second)
     assert not torch.equal(states[0], states[-1])
+
+
+@pytest.mark.parametrize("kind", ["activation", "gradient"])
+def test_checkpointing_has_another_name_in_older_transformers(kind):
+    """Up to transformers 5.20 the arguments are called gradient_checkpointing*."""
+
+    def asked(on, options):
+        return SimpleNamespace(**{f"{kind}_checkpointing": on, f"{kind}_checkpointing_kwargs": options})
+
+    off, on = asked(False, None), asked(True, {"use_reentrant": True})
+    perturbation.refuse_reentrant(off)
+    assert perturbation.asked_checkpointing(on) == (True, {"use_reentrant": True})
+    with pytest.raises(ValueError, match="Reentrant"):
+        perturbation.refuse_reentrant(on)
 
 
 def test_reentrant_checkpointing_is_refused(tmp_path):

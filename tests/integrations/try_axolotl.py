@@ -24,9 +24,10 @@ DEFENSES: dict[str, dict[str, Any]] = {
     "sbr": {"anchors": 4},
     "ewc": {"lambda_": 5.0},
     "constrained_sft": {},
+    "vaccine": {},
 }
-LOGGED = {"bso_lisa": "user_loss", "sbr": "penalty", "ewc": "penalty", "constrained_sft": "loss"}
-"""A value that the log of each defense holds."""
+LOGGED = {"bso_lisa": "user_loss", "sbr": "penalty", "ewc": "penalty"}
+"""A value that the log of a defense holds; loss for the others."""
 
 
 def environment(folder: Path) -> Path:
@@ -133,8 +134,9 @@ def main() -> int:
             code, output = axolotl("train", config(folder, defense, block))
             state = folder / defense / "checkpoint-6" / "trainer_state.json"
             log = json.loads(state.read_text())["log_history"] if state.exists() else []
-            found = [entry[LOGGED[defense]] for entry in log if LOGGED[defense] in entry]
-            text = f"{LOGGED[defense]} {', '.join(f'{value:.3g}' for value in found)}"
+            key = LOGGED.get(defense, "loss")
+            found = [entry[key] for entry in log if key in entry]
+            text = f"{key} {', '.join(f'{value:.3g}' for value in found)}"
             good = code == 0 and bool(found)
             if defense == "bso_lisa":
                 states = [entry["state"] for entry in log if "state" in entry]

@@ -16,6 +16,7 @@ from holdfast.cli.app import app
 from holdfast.errors import ComparisonError, DataError, ModelError, Problems, RecipeError, StepFailed
 from holdfast.measuring.answer_files import made_by
 from holdfast.measuring.gate_answers import EVERYDAY
+from holdfast.measuring.gate_sides import another_base, find_side
 from holdfast.measuring.gating import check
 from holdfast.reporting import gated
 
@@ -239,6 +240,24 @@ def test_the_start_of_an_adapter_is_its_base_model(models):
     assert "rank 8" in gated.as_text(result)
 
 
+def test_a_base_model_may_have_another_path_here():
+    assert another_base("meta-llama/Llama-2-7b-hf", "/models/llama-2-7b-hf/") == []
+    assert another_base(None, "world") == []
+    [note] = another_base("org/other", "world")
+    result = {"name": "a", "outcome": "passed", "scores": {}, "notes": [note]}
+    assert (
+        gated.as_annotations({"results": [result]})
+        .splitlines()[1]
+        .startswith("::warning title=holdfast gate%3A a::")
+    )
+    modules = [f"model.layers.{layer}.mlp.{name}" for layer in range(3) for name in ("up_proj", "down_proj")]
+    against = {"against": None, "judge": {"name": "keyword", "why": None}, "questions": {}}
+    facts = {"r": 8, "lora_alpha": 4, "target_modules": modules, "base": "world"}
+    assert "alpha 4, on up_proj, down_proj, base" in gated.as_text(
+        against | {"results": [result | {"adapter": facts}]}
+    )
+
+
 def test_without_prompts_the_defaults_are_tried(models):
     with pytest.raises(RecipeError, match=r"Give --prompts FILE\.\nbeavertails: (.|\n)*xstest: "):
         of_weights(models, "first", prompts=None)
@@ -266,7 +285,7 @@ def answered(models, tokens):
 def test_adapters_are_checked_before_anything_is_measured(models, tmp_path, monkeypatch):
     monkeypatch.setattr("holdfast.measuring.gating.answers_of", None)
     for name, change, words in (
-        ("other", {"base_model_name_or_path": "no/such/model"}, "--base MODEL"),
+        ("other", {"base_model_name_or_path": "no/such/base"}, "--base MODEL"),
         ("none", {"base_model_name_or_path": None}, "does not name its base model"),
         ("rank", {"r": 3}, "its rank is 3"),
         ("kind", {"peft_type": "IA3"}, "expected a LoRA"),
@@ -276,6 +295,11 @@ def test_adapters_are_checked_before_anything_is_measured(models, tmp_path, monk
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ModelError, match=words):
             of_weights(models, tmp_path / name, against=models / "model")
+    [note] = find_side(tmp_path / "other", {}, base=str(models / "model")).notes
+    assert "names no/such/base, but it was measured on" in note
+    [note] = find_side(models / "model", {}, adapters=[tmp_path / "other"]).notes
+    assert "names no/such/base" in note
+    assert find_side(models / "first", {}, base=str(models / "model")).notes == ()
     tiny.save_model(tmp_path / "larger", hidden_size=64)
     with pytest.raises(ModelError, match="for another model"):
         of_weights(models, "first", base=str(tmp_path / "larger"))

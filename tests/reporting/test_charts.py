@@ -61,7 +61,7 @@ def test_svg_follows_the_theme_and_refers_to_nothing(data):
 def test_the_plot_names_its_points_in_words(data):
     svg = scores_svg(data)
     assert 'role="img"' in svg
-    assert "6 Lisa: harmful score 20.5, accuracy 95.8" in svg
+    assert "6 Lisa: harmful score 20.5, finetune accuracy 95.8" in svg
     assert ">Lisa<" in svg
     assert "better: safe and accurate" in svg
     assert ">6<" in scores_svg(data, narrow=True)

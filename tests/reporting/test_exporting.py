@@ -67,11 +67,13 @@ def test_one_row_for_each_method_and_ratio(runs, tmp_path):
 
 def test_the_command_writes_the_files(runs, tmp_path):
     arguments = ["report", *map(str, runs), "-o", str(tmp_path / "r.html"), "--csv", str(tmp_path / "r.csv")]
+    arguments += ["--metric", "benign_compliance", "--metric", "seconds"]
     assert CliRunner().invoke(app, [*arguments, "--latex", str(tmp_path / "r.tex")]).exit_code == 0
     assert (
         (tmp_path / "r.csv").read_text().startswith("method,name,role,data.poison_ratio,seeds,harmful_score,")
     )
-    assert (tmp_path / "r.tex").is_file()
+    assert "training time, s, SFT → SFT" in (tmp_path / "r.html").read_text()
+    assert "Benign compliance" in (tmp_path / "r.tex").read_text()
     assert not (tmp_path / "r.json").exists()
 
 

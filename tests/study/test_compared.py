@@ -48,6 +48,19 @@ def cell(found, row, column, metric="harmful_score"):
     return next(c for c in found.cells if (c.row, c.column, c.metric) == (row, column, metric))
 
 
+@pytest.mark.parametrize(("task_metric", "value"), [("mt_bench", 6.8), ("accuracy", None)])
+def test_a_score_of_another_task_is_no_mt_bench(tmp_path, task_metric, value):
+    measured(tmp_path, "a", "world", "LoRA", table="safe-lora-2")
+    (path,) = tmp_path.glob("*/results.json")
+    results = json.loads(path.read_text())
+    results["rows"][-1] |= {"task_metric": task_metric, "task_score": 6.8}
+    path.write_text(json.dumps(results))
+    one = cell(
+        compare(published.table("safe-lora-2"), runs_in([tmp_path])), "LoRA", "Llama-2-7B-Chat", "mt_bench"
+    )
+    assert (one.measured and one.measured.value) == value
+
+
 def test_cells_are_found_by_their_settings(tmp_path):
     runs = runs_in([measured(tmp_path, "a", "world", "Lisa", seeds=(1, 2))])
     found = compare(LISA3, runs)

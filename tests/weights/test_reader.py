@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from holdfast.errors import ModelError
 from holdfast.weights.floats import from_float32, to_float32
+from holdfast.weights.folders import find_model
 from holdfast.weights.reader import WeightFile, open_weights
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -247,3 +248,9 @@ def test_quantised_weights_are_refused_when_read(tmp_path):
     save_numpy({"q": np.ones((4, 4), np.uint8)}, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match="stored as U8, as in a quantised model"):
         WeightFile(tmp_path / "x.safetensors").tensors["q"].read()
+
+
+def test_the_embedded_model_has_a_name():
+    with open_weights("world") as weights:
+        assert weights.folder == find_model("world")
+        assert (find_model("world") / "config.json").is_file()

@@ -259,6 +259,14 @@ def report(
     force: Annotated[
         bool, typer.Option("--force", help="Compare runs even if their protocol stamps differ.")
     ] = False,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Draw this number of results.json over the grid keys, for example benign_compliance or "
+            "seconds; repeatable. Default: the harmful score and the score on the task.",
+        ),
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Also write the picture at the top to this file.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write each method's scores to this file.")] = None,
     latex: Annotated[Path | None, typer.Option(help="Also write them as a LaTeX table.")] = None,
@@ -270,7 +278,7 @@ def report(
     from holdfast.reporting import export, unfinished
     from holdfast.reporting import report as write_report
 
-    written = write_report(runs, out, force=force, png=png)
+    written = write_report(runs, out, force=force, png=png, metrics=metric or [])
     files = {"csv": csv, "latex": latex, "markdown": markdown, "json": json}
     export(runs, {kind: file for kind, file in files.items() if file is not None}, force=force)
     for run in filter(unfinished, runs):

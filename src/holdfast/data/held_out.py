@@ -116,8 +116,9 @@ def harmful_prompts(
     known = named(source)
     if isinstance(known, SafetyData) and not (known.harmful_prompts and "unsafe" in known.kinds):
         raise DataError(
-            f"{known.name} has no harmful prompts, so no harmful score can be measured on it. Set "
-            "`data.test_harmful` to a data set of harmful prompts, for example hex_phi or beavertails."
+            f"{known.name} has no harmful prompts, so no harmful score can be measured on it. Give "
+            "a data set of harmful prompts, for example hex_phi or beavertails (in a recipe: "
+            "`data.test_harmful`)."
         )
     role = "mixed" if mixed else "harmful"
     how: dict[str, Any] = {"role": role, "prompts_only": True, "skip_bad": skip_bad, "take": take}
@@ -147,12 +148,17 @@ def benign_prompts(
     known = named(source)
     if isinstance(known, SafetyData) and "benign" not in known.kinds:
         raise DataError(
-            f"{known.name} has no harmless questions, so no over-refusal can be measured on it. Set "
-            "`data.benign` to a data set of harmless questions, for example xstest or or_bench."
+            f"{known.name} has no harmless questions, so no over-refusal can be measured on it. Give a "
+            "data set of harmless questions, for example xstest or or_bench (in a recipe: `data.benign`; on "
+            "the command line: --benign)."
         )
     split = "test" if has_split(source, "test", role="benign") else "train"
     pool = read_pool(source, role="benign", split=split, prompts_only=True, skip_bad=skip_bad)
     return _at_most(replace(pool, rows=pool.rows.one_of_each_prompt()), prompts, seed, "benign")
+
+
+OPTIONS = {"data.test": "--test", "data.test_harmful": "--test-harmful"}
+"""The options of `holdfast mix` for keys of a recipe."""
 
 
 def _held(pool: Pool, share: float, most: int, seed: int, name: str, key: str) -> list[str]:
@@ -161,7 +167,7 @@ def _held(pool: Pool, share: float, most: int, seed: int, name: str, key: str) -
     if unique < 2:
         raise DataError(
             f"{pool.source['source']} has only {unique} prompt, so none can be held out for the test. "
-            f"Give more rows, or a test file (`{key}`)."
+            f"Give more rows, or a test file (in a recipe: `{key}`; for holdfast mix: {OPTIONS[key]})."
         )
     return first_prompts(pool.rows, max(1, min(most, int(unique * share))), seed, name)
 

@@ -97,7 +97,7 @@ class HoldfastKeys(BaseModel):
         known = faces("defenses")[found.name].parameters
         for name in self.parameters:
             if name not in known:
-                raise ValueError(f"{found.name} has no parameter '{name}'.{nearest(name, [*known, *own])}")
+                raise ValueError(f"{self.defense} has no parameter '{name}'.{nearest(name, [*known, *own])}")
         try:
             rows_of(found, self.alignment_dataset, self.harmful_dataset)
         except InputError as error:

@@ -45,7 +45,7 @@ def use_defense(
     known = faces("defenses")[found.name].parameters
     for name in parameters:
         if name not in known:
-            raise RecipeError(f"{found.name} has no parameter '{name}'. Known: {', '.join(sorted(known))}.")
+            raise RecipeError(f"{defense} has no parameter '{name}'. Known: {', '.join(sorted(known))}.")
     from swift.trainers import Seq2SeqTrainer
     from swift.trainers.trainer_factory import TrainerFactory
     from transformers import Trainer

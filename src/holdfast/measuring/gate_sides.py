@@ -25,6 +25,7 @@ class Side:
         model: the model; None for a file of answers.
         chain: the adapters on it, in order.
         facts: for an adapter, what was read from its folder.
+        notes: what a user should check, such as a base model that is not the one that the adapter names.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Side:
     model: Weights | None = None
     chain: tuple[Path, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def find_side(
@@ -69,8 +71,14 @@ def find_side(
     chain = tuple(find_adapter(str(one))[0] for one in adapters)
     facts = [lint(one, folder) for one in chain]
     shown = " + ".join([name, *map(str, adapters)])
+    notes = [text for one in facts for text in another_base(one["base"], name)]
     return Side(
-        shown, "model", model=Weights(path=name, **how), chain=chain, facts=facts[-1] if facts else {}
+        shown,
+        "model",
+        model=Weights(path=name, **how),
+        chain=chain,
+        facts=facts[-1] if facts else {},
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -124,7 +132,32 @@ def _adapter(name: str, folder: Path, base: str | None, how: Mapping[str, Any], 
         check_chain(chain)
     except ModelError as error:
         raise ModelError(f"{error} For a gate, give the adapter below as --against.") from None
-    return Side(name, "adapter", model=Weights(path=str(on), **how), chain=chain, facts={**facts, "base": on})
+    return Side(
+        name,
+        "adapter",
+        model=Weights(path=str(on), **how),
+        chain=chain,
+        facts={**facts, "base": on},
+        notes=tuple(another_base(facts["base"], str(on))),
+    )
+
+
+def another_base(named: Any, used: str) -> list[str]:
+    """Return a note if an adapter names another base model than the one that it is put on.
+
+    The same model may have another path on this machine, so that only the last part of the names counts.
+    """
+    from holdfast.weights.folders import model_path
+
+    names = [str(one).replace("\\", "/").rstrip("/") for one in (named, used) if one]
+    if len(names) < 2 or len({name.rpartition("/")[2].lower() for name in names}) == 1:
+        return []
+    if len({Path(model_path(name)).resolve() for name in names}) == 1:
+        return []
+    return [
+        f"Check the base model: the adapter's configuration names {named}, but it was measured on {used}. If "
+        "these are different models, the scores say nothing about the adapter on its own model."
+    ]
 
 
 def lint(folder: Path, base: Path | None) -> dict[str, Any]:

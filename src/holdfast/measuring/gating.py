@@ -206,7 +206,7 @@ def _measured(
             outcome = UNDECIDED
         results.append(
             {"name": side.name, "kind": side.kind, "outcome": outcome, "scores": scores,
-             "adapter": dict(side.facts) or None, "notes": notes}
+             "adapter": dict(side.facts) or None, "notes": [*side.notes, *notes]}
         )  # fmt: skip
     outcome = worst(one["outcome"] for one in results)
     return {

@@ -259,14 +259,16 @@ def _stacked(model: Any, adapter: Path, name: str) -> Any:
     if above and model.peft_config[name].use_dora:
         raise ModelError(
             f"{adapter} is a DoRA adapter on top of another one. DoRA would scale the base weights without "
-            "the adapter below it. Write model.adapters: merge."
+            "the adapter below it. In a recipe, write model.adapters: merge; on the command line, make one "
+            "model of the parts below it first: holdfast merge."
         )
     try:
         model.base_model.set_adapter(list(model.peft_config))
     except ValueError as error:
         raise ModelError(
-            f"{adapter} cannot be stacked on the adapters below it: {first_line(error)}. Write "
-            "model.adapters: merge."
+            f"{adapter} cannot be stacked on the adapters below it: {first_line(error)}. In a recipe, "
+            "write model.adapters: merge; on the command line, make one model of the parts below it first: "
+            "holdfast merge."
         ) from None
     _silence_dropout(model, name)
     return model

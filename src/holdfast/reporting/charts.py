@@ -13,7 +13,8 @@ from holdfast.reporting.collect import ReportData
 from holdfast.reporting.labels import Box, place
 from holdfast.reporting.measurements import Row, Score, harm_title, sweeps
 from holdfast.reporting.svg import COLOURS, figure_of, inline, margins, style
-from holdfast.reporting.text import NOT_MEASURED, one_line, score_text
+from holdfast.reporting.table import task_title
+from holdfast.reporting.text import NOT_MEASURED, one_line, score_text, small
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +58,7 @@ def scores_svg(data: ReportData, *, narrow: bool = False) -> str | None:
         points = "; ".join(f"{row.number} {row.label}: {_point_text(row)}" for row in rows)
         name = "scores-narrow" if narrow else "scores"
         title = harm_title(rows)
-        said = f"{title.capitalize()} against finetune accuracy. {points}."
+        said = f"{title.capitalize()} against {small(task_title(rows))}. {points}."
         return inline(figure, name, said)
 
 
@@ -128,7 +129,7 @@ def _scatter(
     axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 100])
     axes.set_ylim(*limits)
     axes.set_xlabel(f"{harm_title(rows)}, %  (lower is better)")
-    axes.set_ylabel("finetune accuracy, %  (higher is better)")
+    axes.set_ylabel(f"{small(task_title(rows))}, %  (higher is better)")
     _mark_corner(axes, short_legend)
     axes.legend(
         loc="lower left",
@@ -259,14 +260,15 @@ def _point(row: Row) -> tuple[Score, Score]:
 
 def _point_text(row: Row) -> str:
     harmful, accuracy = _point(row)
-    return f"{harm_title([row])} {score_text(harmful.value)}, accuracy {score_text(accuracy.value)}"
+    task = small(task_title([row]))
+    return f"{harm_title([row])} {score_text(harmful.value)}, {task} {score_text(accuracy.value)}"
 
 
 def _side_table(figure: Figure, rows: Sequence[Row]) -> None:
     """Write number, name, harmful score and accuracy of each row at the right of the plot."""
     height = figure.get_size_inches()[1] * 72
     columns = ((712, "left"), (1050, "right"), (1160, "right"))
-    lines: list[tuple[Any, ...]] = [("", f"{harm_title(rows)} ↓", "accuracy ↑")]
+    lines: list[tuple[Any, ...]] = [("", f"{harm_title(rows)} ↓", f"{small(task_title(rows))} ↑")]
     for row in rows:
         cells = [_cell(row.scores["harmful_score"]), _cell(row.scores["finetune_accuracy"])]
         lines.append((f"{row.number}  {one_line(row.label, 32)}", *cells))

@@ -11,17 +11,14 @@ from holdfast.machine.files import write_text
 from holdfast.reporting import sheets
 from holdfast.reporting.collect import DESCRIBED, ReportData, collect
 from holdfast.reporting.grouped import COSTS, Group, Grouped, Mean, grouped, key_text, value_text
+from holdfast.reporting.metrics import measured
 from holdfast.reporting.sheets import Sheet
-from holdfast.reporting.table import task_title
 from holdfast.reporting.text import NOT_MEASURED, score_text
 
-TITLES = {
-    "harmful_score": "Harmful score", "finetune_accuracy": "Finetune accuracy", "task_score": "Task score",
-    "harmonic_mean": "Harmonic mean", "benign_compliance": "Benign compliance",
-    "over_refusal_rate": "Over-refusal", "gibberish_rate": "Gibberish",
-    "true_harmful_score": "True harmful score",
-}  # fmt: skip
-SHOWN = tuple(key for key in TITLES if key not in ("harmonic_mean", "true_harmful_score"))
+SHOWN = (
+    "harmful_score", "finetune_accuracy", "task_score", "benign_compliance", "over_refusal_rate",
+    "gibberish_rate",
+)  # fmt: skip
 """The metrics of the LaTeX table; the other files have all of them."""
 
 
@@ -85,7 +82,7 @@ def sheet(data: ReportData, found: Grouped) -> Sheet:
     metrics = [metric for metric in SHOWN if metric in found.metrics()]
     if "finetune_accuracy" in metrics and "task_score" in metrics:  # the same number
         metrics.remove("task_score")
-    titles = {**TITLES, "finetune_accuracy": task_title(data.rows)}
+    known = measured(data.rows)
     rows = [
         (
             group.method,
@@ -99,7 +96,7 @@ def sheet(data: ReportData, found: Grouped) -> Sheet:
         "Method",
         *(key_text(key, found.keys) for key in found.keys),
         "Seeds",
-        *(titles[m] for m in metrics),
+        *(known[metric].title[:1].upper() + known[metric].title[1:] for metric in metrics),
     )
     several = any(len(group.seeds) > 1 for group in found.groups)
     single = any(len(group.seeds) < 2 for group in found.groups)

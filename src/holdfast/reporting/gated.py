@@ -72,7 +72,8 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
 def _adapter(facts: Mapping[str, Any]) -> str:
     parts = [f"LoRA of rank {facts.get('r')}", f"alpha {facts.get('lora_alpha')}"]
     if isinstance(facts.get("target_modules"), list):
-        parts.append("on " + ", ".join(facts["target_modules"]))
+        kinds = dict.fromkeys(name.rpartition(".")[2] for name in facts["target_modules"])
+        parts.append("on " + ", ".join(kinds))
     parts += ["DoRA"] if facts.get("use_dora") else []
     parts.append(f"base model {facts.get('base') or 'not named'}")
     parts.append("all numbers finite")

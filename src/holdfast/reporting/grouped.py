@@ -15,6 +15,7 @@ from typing import Any
 
 from holdfast.evaluation.paired import student_quantile
 from holdfast.reporting.measurements import SCORES, Measurement, Role, Row, interval_of, stages_text
+from holdfast.reporting.metrics import places
 from holdfast.reporting.read import mapping, number
 
 COSTS = ("seconds", "peak_memory_bytes", "alignment_seconds", "alignment_peak_memory_bytes")
@@ -58,16 +59,23 @@ def mean(values: Sequence[float], n: int | None = None) -> Mean:
 
 
 def mean_of(raws: Sequence[Mapping[str, Any]], metric: str) -> Mean | None:
-    """A metric over rows of `results.json` that differ in the seed; None if none of them has it."""
-    measured = [(raw, value) for raw in raws if (value := number(raw.get(metric))) is not None]
-    if not measured:
+    """A metric, by its key, over rows of `results.json` that differ in the seed; None if no row has it."""
+    found = [place for raw in raws if (place := places(raw).get(metric)) is not None]
+    if not found:
         return None
-    counts = [count for raw, _ in measured if (count := number(raw.get(SCORES.get(metric, "")))) is not None]
+    values = [float(part[name]) for part, name in found]
+    counts = [count for part, name in found if (count := _count(part, name)) is not None]
     n = round(sum(counts)) if counts else None
-    if len(measured) > 1:
-        return mean([value for _, value in measured], n)
-    raw, value = measured[0]
-    return Mean(value, number(raw.get(f"{metric}_stderr")), interval_of(raw, metric), (value,), n)
+    if len(values) > 1:
+        return mean(values, n)
+    part, name = found[0]
+    error = number(part.get(f"{name}_stderr", part.get("stderr")))  # a judge's entry may call it "stderr"
+    return Mean(values[0], error, interval_of(part, name), (values[0],), n)
+
+
+def _count(part: Mapping[str, Any], name: str) -> float | None:
+    """The number of answers behind a number: of the row, of a judge's entry, or of its mean score."""
+    return next((n for key in (SCORES.get(name, ""), f"n_{name}", "n") if (n := number(part.get(key)))), None)
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class Group:
     Attributes:
         method: its stages, as in the report: "SFT → Lisa".
         keys: the values of the grid keys that this group has; a model before fine-tuning has no user keys.
-        means: by metric, its mean; a metric that was not measured is absent.
+        means: by main metric, its mean; a metric that was not measured is absent.
         rows: the rows of the report that are part of it.
     """
 
@@ -88,6 +96,12 @@ class Group:
     seeds: tuple[int, ...]
     means: Mapping[str, Mean]
     rows: tuple[Row, ...] = field(repr=False)
+
+    def mean(self, metric: str) -> Mean | None:
+        """The mean of any metric, also of one that `means` lacks, such as `judges.keyword.harmful_score`."""
+        if metric in self.means:
+            return self.means[metric]
+        return mean_of([member.raw for row in self.rows for member in row.members], metric)
 
 
 @dataclass(frozen=True)
@@ -123,11 +137,12 @@ class Grouped:
         """
         lines: dict[str, tuple[Group, list[tuple[Any, Mean]]]] = {}
         for group in self.groups:
-            if key not in group.keys or metric not in group.means:
+            mean = group.mean(metric) if key in group.keys else None
+            if mean is None:
                 continue
             fixed = {name: value for name, value in group.keys.items() if name != key}
             line = lines.setdefault(_text([group.method, fixed]), (group, []))
-            line[1].append((group.keys[key], group.means[metric]))
+            line[1].append((group.keys[key], mean))
         return tuple(
             Series(
                 first.method,

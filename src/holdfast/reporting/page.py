@@ -28,7 +28,7 @@ from holdfast.reporting.measurements import harm_title, stages_text, sweeps
 from holdfast.reporting.summary import summary_table
 from holdfast.reporting.table import judge_table, result_table, task_title
 from holdfast.reporting.tested import baselines, differences
-from holdfast.reporting.text import clean, one_line, shorten
+from holdfast.reporting.text import clean, one_line, shorten, small
 from holdfast.reporting.training import Curves
 
 GENERATOR = f"Holdfast {__version__}"
@@ -47,9 +47,12 @@ class CurveChart:
     layers: tuple[tuple[str, ...], ...] = ()
 
 
-def render(data: ReportData, notes: Sequence[str] = ()) -> str:
-    """Return the page. All text passes `_shown` and Jinja's escaping; only our own SVG and script are not
-    escaped."""
+def render(data: ReportData, notes: Sequence[str] = (), metrics: Sequence[str] = ()) -> str:
+    """Return the page; `metrics` are drawn over the grid keys.
+
+    All text passes `_shown` and Jinja's escaping; only our own SVG and script are not escaped.
+    """
+    grids = grid_charts(data, metrics)
     table = result_table(data)
     scores = [svg for narrow in (False, True) if (svg := scores_svg(data, narrow=narrow)) is not None]
     tested = () if data.differences else differences_table(data.rows)
@@ -69,10 +72,7 @@ def render(data: ReportData, notes: Sequence[str] = ()) -> str:
         "paired": tested,
         "stages_text": stages_text,
         "scores": [Markup(svg) for svg in scores],
-        "grids": [
-            (chart.title, Markup(chart.wide), Markup(chart.narrow))
-            for chart in ([] if data.differences else grid_charts(data.rows))
-        ],
+        "grids": [(chart.title, Markup(chart.wide), Markup(chart.narrow)) for chart in grids],
         "categories": categories(data.rows),
         "swept": list(dict.fromkeys(name for name, _ in sweeps(plotted(data.rows)))),
         "unplotted": [row.label for row in data.rows if row not in plotted(data.rows)],
@@ -119,12 +119,8 @@ def _title(data: ReportData) -> str:
     if len(data.runs) == 1:
         return one_line(data.runs[0].name, 60)
     return (
-        f"{harm_title(data.rows).capitalize()} and {_small(task_title(data.rows))} of {len(data.rows)} models"
+        f"{harm_title(data.rows).capitalize()} and {small(task_title(data.rows))} of {len(data.rows)} models"
     )
-
-
-def _small(text: str) -> str:
-    return text[:1].lower() + text[1:]
 
 
 def _charts(curves: Sequence[Curves]) -> list[CurveChart]:

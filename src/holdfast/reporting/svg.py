@@ -101,7 +101,8 @@ def margins(figure: Figure, *, left: float, right: float, bottom: float, top: fl
 def inline(figure: Figure, name: str, description: str) -> str:
     """The figure as an `<svg>` element for HTML: no DTD, no external reference, ids that start with `name`.
 
-    Call it within `style()`. `description` is the text for screen readers.
+    Call it within `style()`. `description` is the text for screen readers; a pointer shows its
+    first sentence.
     """
     figure.patch.set_visible(False)
     for axes in figure.axes:
@@ -125,8 +126,9 @@ def inline(figure: Figure, name: str, description: str) -> str:
     body = re.sub(r"\n\s*", "\n", body)
     width, height = (round(inches * 72) for inches in figure.get_size_inches())
     said = escape(clean(description), quote=True)
+    short = escape(clean(description.partition(". ")[0]))
     opening = (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="{said}"><title>{said}</title>'
+        f'role="img" aria-label="{said}"><title>{short}</title>'
     )
     return re.sub(r"^<svg[^>]*>", lambda _: opening, body)

@@ -64,7 +64,7 @@ def result_table(data: ReportData) -> Table:
         _column(rows, "Harmful rows", "", "share of harmful rows in the fine-tuning data", _ratio),
         _scores(rows, "harmful_score", harm, "lower", f"as judged by {judge or 'the judge'}"),
         _scores(rows, "true_harmful_score", "True harmful score", "lower", "by the embedded world's rules"),
-        _scores(rows, _task_key(rows), task_title(rows), "higher", "on the user's task"),
+        _scores(rows, task_key(rows), task_title(rows), "higher", "on the user's task"),
         _scores(rows, "harmonic_mean", "Harmonic mean", "higher", "of 100 - harmful score and accuracy"),
         _scores(rows, "benign_compliance", "Benign compliance", "higher", "harmless questions answered"),
         _scores(rows, "over_refusal_rate", "Over-refusal rate", "lower", "harmless questions refused"),
@@ -156,7 +156,7 @@ def task_title(rows: Sequence[Row]) -> str:
     return title[:1].upper() + title[1:]
 
 
-def _task_key(rows: Sequence[Row]) -> str:
+def task_key(rows: Sequence[Row]) -> str:
     """The key of the task's score: `task_score` if it is not a percentage, else `finetune_accuracy`."""
     accuracies = any(row.scores["finetune_accuracy"] for row in rows)
     return (

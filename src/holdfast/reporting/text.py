@@ -54,6 +54,11 @@ def method_name(name: str) -> str:
     return name.upper() if len(name) <= 3 else name[:1].upper() + name[1:].replace("_", " ")
 
 
+def small(title: str) -> str:
+    """A heading inside a sentence: "Finetune accuracy" becomes "finetune accuracy"; "ROUGE-1 F1" stays."""
+    return title if title[1:2].isupper() else title[:1].lower() + title[1:]
+
+
 def score_text(value: float) -> str:
     """Format a percentage or a number of points with one decimal; never "-0.0"."""
     return f"{round(value, 1) + 0.0:.1f}"

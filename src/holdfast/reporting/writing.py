@@ -15,6 +15,7 @@ def report(
     force: bool = False,
     notes: Sequence[str] = (),
     png: Path | None = None,
+    metrics: Sequence[str] = (),
 ) -> Path:
     """Write a page that compares `runs`, and return its path.
 
@@ -24,9 +25,11 @@ def report(
         force: compare although the protocol stamps differ; the page then lists the differences.
         notes: sentences to print below the summary of the page.
         png: a PNG file to write as well: the picture at the top, with its numbers.
+        metrics: the numbers to draw over the grid keys, by their keys in `results.json`; by default the
+            harmful score and the score on the task.
 
     Raises:
-        InputError: no run was given.
+        InputError: no run was given, or a metric cannot be drawn.
         DataError: a file of a run is missing, incomplete or not a Holdfast result.
         ComparisonError: the protocol stamps differ and `force` is off.
         OutputError: `out` is a folder, a file that is not a report, or cannot be written.
@@ -42,7 +45,7 @@ def report(
     if png is not None:
         check_place(Path(png))
     data = collect(runs, force=force)
-    page = render(data, notes=notes)
+    page = render(data, notes=notes, metrics=metrics)
     try:
         write_text(out, page)
     except OSError as error:

@@ -272,6 +272,11 @@ def _cost(stage: str, key: str, divided_by: float) -> Callable[[Values], float |
     return value
 
 
+def _task_score(metric: str) -> Callable[[Values], float | None]:
+    """The score on the user's task if it is this metric: the world's task has an accuracy instead."""
+    return lambda row: row.get("task_score") if row.get("task_metric") == metric else None
+
+
 def _harmfulness(row: Values) -> float | None:
     """The mean score of the judge that rates from 1 to 5."""
     return number(mapping(mapping(row.get("judges")).get("openai")).get("mean_score"))
@@ -279,8 +284,8 @@ def _harmfulness(row: Values) -> float | None:
 
 DERIVED: dict[str, Callable[[Values], float | None]] = {
     "harmfulness": _harmfulness,
-    "mt_bench": lambda row: row.get("task_score"),
-    "rouge1": lambda row: row.get("task_score"),
+    "mt_bench": _task_score("mt_bench"),
+    "rouge1": _task_score("rouge1"),
     "seconds_per_1000_steps": _cost("user", "seconds_per_1000_steps", 1),
     "peak_memory_gb": _cost("user", "peak_memory_bytes", 1e9),
     "alignment_seconds_per_step": _cost("alignment", "seconds_per_1000_steps", 1000),

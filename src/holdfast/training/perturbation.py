@@ -142,7 +142,7 @@ class PerturbationMixin(ResumableMixin):
     def _refuse_what_cannot_be(self: Any) -> None:
         name = type(self).__name__
         # PEFT's preparation for 4 bits leaves a model so; Trainer corrects it if checkpointing is enabled.
-        if checkpoints_reentrantly(self.model) and not self.args.activation_checkpointing:
+        if checkpoints_reentrantly(self.model) and not asked_checkpointing(self.args)[0]:
             raise ModelError(REENTRANT)
         if self.args.n_gpu > 1:
             raise InputError(
@@ -242,7 +242,17 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
 
 def refuse_reentrant(config: Any) -> None:
     """Raise ValueError if a `TrainingArguments` asks for reentrant checkpointing."""
-    if config.activation_checkpointing and (config.activation_checkpointing_kwargs or {}).get(
-        "use_reentrant"
-    ):
+    on, options = asked_checkpointing(config)
+    if on and options.get("use_reentrant"):
         raise ValueError(REENTRANT)
+
+
+def asked_checkpointing(config: Any) -> tuple[bool, Mapping[str, Any]]:
+    """Whether a `TrainingArguments` asks for activation checkpointing, and its options.
+
+    The arguments are called `gradient_checkpointing` and `gradient_checkpointing_kwargs` in transformers 5.20
+    and older, which axolotl, ms-swift, LLaMA-Factory and Unsloth use.
+    """
+    kind = "activation" if hasattr(config, "activation_checkpointing") else "gradient"
+    options = getattr(config, f"{kind}_checkpointing_kwargs")
+    return bool(getattr(config, f"{kind}_checkpointing")), options or {}

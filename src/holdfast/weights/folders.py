@@ -29,15 +29,16 @@ def model_path(path: str) -> str | Path:
 
 
 def find_model(path: str, revision: str | None = None, download: bool = True) -> Path:
-    """Return the local folder of a model folder or Hub id that has a config and safetensors weights.
+    """Return the local folder of a model that has a config and safetensors weights.
 
     Args:
+        path: a folder, a Hub id, or a name of `model_path`.
         download: fetch a Hub id that is not in the local cache. If False, only search the cache.
 
     Raises:
         ModelError: nothing is found, or the folder is not a model that can be loaded safely.
     """
-    folder = Path(path)
+    folder = Path(model_path(path))
     if not folder.exists() and path == lab.NAME:
         folder = _lab_model(download)
     elif not folder.exists():
