@@ -59,8 +59,8 @@ def test_the_cost_of_each_alignment_stands_beside_the_scores(data, tmp_path):
 
 def test_only_the_stage_that_draws_has_a_chart_of_layers(data):
     page = render(data)
-    assert page.count("Layers drawn: T-Vaccine, seed 42") == 1
-    assert page.count("Layers drawn: ") == 1 + 1  # the legend
+    assert page.count("Layers drawn: T-Vaccine, seed 42") == 2  # the heading, and the name of its table
+    assert page.count("Layers drawn: ") == 2 + 1  # the legend
     assert "probabilities computed 4 times, 20 draws" in page
     assert page.count("of steps</td>") == 4
 
