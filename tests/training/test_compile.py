@@ -13,7 +13,6 @@ from holdfast import registry
 ACTS = {
     "vaccine": {},  # two passes, and hooks on hidden states that differ in each step
     "lisa": {"alignment_steps": 1, "finetune_steps": 1},  # an anchor, and rows that change between steps
-    "spag": {},  # weights that change within the step
 }
 """A method for each way to act, with phases of one step. Every method was compared once: see docs/memory.md."""
 
