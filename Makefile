@@ -20,7 +20,7 @@ test: $(INSTALLED)  ## Run the whole test suite, offline and on the CPU
 test-gpu: $(INSTALLED)  ## Run the tests that need a GPU
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 
-test-cluster: $(INSTALLED)  ## Set up a Slurm (Debian, as root) and Ray, and run sweeps on them; takes half an hour
+test-cluster: $(INSTALLED)  ## Set up a Slurm (Debian, as root) and Ray, and run sweeps on them; takes an hour on two busy cores
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[slurm,ray]"
 	sh tests/cluster/slurm.sh install && sh tests/cluster/slurm.sh start $(CLUSTER) || echo "Without Slurm."
 	SLURM_CONF=$(CLUSTER)/slurm.conf HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m cluster tests/cluster $(ARGS); \
