@@ -115,3 +115,12 @@ def test_a_rehearsal_names_the_problems_of_each_run_once(tmp_path):
         planning.rehearse(planning.plan(runs, store), store, "cpu")
     assert str(found.value).count("user rows cannot be used") == 1
     assert "user.jsonl, line" not in str(found.value)
+
+
+def test_a_shared_check_hides_no_problem(tmp_path):
+    """The runs differ only in parameters of the method, and one of them cannot be trained."""
+    runs = expand({**tiny.recipe(tmp_path / "in"), "grid": {"user.alignment_steps": [1, 1000]}})
+    store = Store(tmp_path / "store")
+    with pytest.raises(InputError, match="it would train on no user row") as found:
+        planning.rehearse(planning.plan(runs, store), store, "cpu")
+    assert str(found.value).count("no user row") == 1

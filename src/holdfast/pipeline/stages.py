@@ -131,7 +131,7 @@ def _check_trainer(inputs: Inputs, machine: Machine) -> None:
     else:  # the rows and the seed decide how many rows the method makes
         settings |= {"rows": {name: str(step) for name, step in rows.items()}, "seed": inputs["seed"]}
     folders = _alignment_folders(inputs)
-    key = "trainer", model["base"].folder, *folders.values(), canonical_json(settings)
+    key = "trainer", method.trainer, model["base"].folder, *folders.values(), canonical_json(settings)
     machine.once(key, partial(_try_trainer, inputs, machine, folders))
 
 
