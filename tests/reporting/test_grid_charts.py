@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from matplotlib.axes import Axes
 
 from holdfast.errors import InputError
 from holdfast.reporting import report
@@ -78,8 +79,16 @@ def grid(folder, **more):
     ]
 
 
-def test_any_metric_of_the_results_is_drawn_over_the_grid(tmp_path):
+def test_any_metric_of_the_results_is_drawn_over_the_grid(tmp_path, monkeypatch):
     """By the key of results.json, or by the name that the tables show; with its unit."""
+    drawn = {}
+
+    def kept(axes, across, values, **more):
+        drawn[axes.figure.axes.index(axes)] = values
+        return errorbar(axes, across, values, **more)
+
+    errorbar = Axes.errorbar
+    monkeypatch.setattr(Axes, "errorbar", kept)
     asr = {"harmful_score": 62.0, "harmful_score_stderr": 3.0, "title": "attack success rate", "n": 200}
     data = collect(grid(tmp_path, seconds=90.0, judges={"keyword": asr}, judge="beaver_dam"))
     asked = ["benign_compliance", "Training time", "peak-memory", "judges.keyword.harmful_score"]
@@ -91,6 +100,8 @@ def test_any_metric_of_the_results_is_drawn_over_the_grid(tmp_path):
         "keyword: attack success rate, %, SFT → SFT: 0.1: 62.0",
     ):
         assert shown in chart.wide
+    assert drawn[1] == [90.0, 90.0]
+    assert drawn[2] == pytest.approx([0.7593] * 2, rel=1e-3), "in the unit of the panel"
     assert "harmful score, %" not in chart.wide
     [line] = grouped(data.rows).series("data.poison_ratio", "judges.keyword.harmful_score")
     assert [(mean.value, mean.stderr, mean.n) for _, mean in line.points] == [(62.0, 3.0, 200)] * 2

@@ -16,8 +16,9 @@ import pytest
 from holdfast.errors import OutputError, RecipeError, StepFailed
 from holdfast.machine.files import read_json, write_json
 from holdfast.machine.processes import Processes
+from holdfast.machine.store import Store
 from holdfast.pipeline.step import Busy
-from holdfast.study import claims, grid, job, resources, slurm
+from holdfast.study import claims, grid, job, resources, slurm, worker
 from holdfast.study import folder as files
 from holdfast.study import ray as tasks
 from holdfast.study.graph import Graph
@@ -296,19 +297,21 @@ def test_a_job_that_slurm_removes_late_is_submitted_again(engine):
     jobs, queue = engine
     before = status(alignment_0="complete")
     jobs.poll(before)
-    queue.states[jobs.places["user-0"].id] = "FAILED"
+    died, waits = jobs.places["user-0"].id, jobs.places["generate-0"].id
+    queue.states[died] = "FAILED"
     jobs.poll(before), jobs.poll(before)
     assert queue.jobs[-1] == (["user-0"], None)
     again = slurm.Jobs(jobs.sweep)
     again._queue = jobs._queue
     again.begin()
-    queue.states |= {jobs.places["user-0"].id: "COMPLETED", jobs.places["generate-0"].id: "CANCELLED"}
+    queue.states |= {jobs.places["user-0"].id: "COMPLETED", waits: "CANCELLED"}
     done = status(alignment_0="complete", user_0="complete")
-    count = len(queue.jobs)
-    for engine in (jobs, again):
+    for engine in (again, jobs):
+        count = len(queue.jobs)
         engine.poll(done), engine.poll(done)
-    assert queue.jobs[count][0] == ["generate-0"]
-    assert not files.failures(jobs.sweep.folder)
+        assert queue.jobs[count][0] == ["generate-0"]
+        assert not files.failures(jobs.sweep.folder)
+        queue.states.pop(died, None)  # Slurm forgets old jobs; the process that saw the death remembers it
 
 
 def test_a_signal_of_slurm_ends_the_step_while_the_job_waits_for_it(tmp_path, monkeypatch):
@@ -426,6 +429,22 @@ def test_ray_gets_a_task_for_each_step_that_is_ready(tmp_path, monkeypatch):
     assert "the node is gone" in files.failures(tmp_path)["user-2"]
     assert ray.asked[0] == {"name": "alignment alignment-0", "max_retries": 2, "num_gpus": 0, "num_cpus": 2}
     assert read_json(Path(tmp_path) / "study.json")["steps"]
+
+
+def test_the_death_of_a_step_in_several_processes_is_one_of_its_worker(tmp_path, monkeypatch):
+    """The head reads in the worker's note which step killed it."""
+    made = worker._Worker.__new__(worker._Worker)
+    made.folder, made.label, made.store = tmp_path, "worker-1", Store(tmp_path / "store", read_only=False)
+    made.note = job.Noted(tmp_path / "worker-1.json", lambda step: None)
+    made.note.step = "user-0"
+    (tmp_path / "failed").mkdir()
+    monkeypatch.setattr(job, "start", mock.Mock())
+    monkeypatch.setattr(job, "wait", lambda *_: 1)
+    with pytest.raises(SystemExit, match="user-0 ended with exit code 1"):
+        made._together("user-0", Need(processes=2), [])
+    assert read_json(made.note.path)["step"] == "user-0"
+    monkeypatch.setattr(job, "wait", lambda *_: job.BUSY)
+    assert made._together("user-0", Need(processes=2), []) is False
 
 
 def test_a_lost_ray_cluster_ends_the_command_with_a_message(tmp_path, monkeypatch):
