@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 import tiny
-from commands import holdfast_command
 from holdfast import registry
 from holdfast.recipe import Recipe, data, evaluation
 from holdfast.recipe import recipe as recipes
@@ -71,8 +70,13 @@ def test_the_script_with_trl_runs(tmp_path, monkeypatch):
     assert "seq_lengths" in trainer.alignment_dataset.column_names
 
 
-def test_the_first_pages_commands_run(tmp_path):
+def test_the_first_pages_commands_run(tmp_path, monkeypatch):
     """The recipe and the commands of docs/start.md as they stand there, on a tiny model; the README's are the same."""
+    from typer.testing import CliRunner
+
+    from holdfast.cli.app import app
+
+    monkeypatch.chdir(tmp_path)
     tiny.save_model(tmp_path / "my-model", max_position_embeddings=160)  # so that answers end
     tiny.write_jsonl(tmp_path / "my.jsonl", tiny.user_rows(30))  # more steps than an alignment phase of Lisa
     tiny.write_jsonl(tmp_path / "safe.jsonl", tiny.safe_rows(10))
@@ -87,8 +91,8 @@ def test_the_first_pages_commands_run(tmp_path):
     assert [words[1] for words in lines] == ["plan", "run", "run", "run", "report"]
     for words in lines:
         assert words[0] == "holdfast"
-        done = holdfast_command(*words[1:], cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        done = CliRunner().invoke(app, words[1:])
+        assert done.exit_code == 0, done.output
     page = (tmp_path / "compare.html").read_text()
     assert "first" in page
     assert "rho3" in page

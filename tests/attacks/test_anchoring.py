@@ -198,11 +198,12 @@ def test_a_run_trains_on_the_chosen_rows_alone(by, copy):
         assert "chosen by bi_directional_anchoring" in (out / "report.html").read_text()
     title = "user rows that bi_directional_anchoring chooses"
     assert seen.ran.index(title) < seen.ran.index("user fine-tuning with Lisa")
-    results, again = run(recipe, out)
-    assert not again.ran
-    # The rows are chosen on the aligned model: another alignment needs another choice.
-    other = {**recipe, "alignment": {**recipe["alignment"], "training": {"max_steps": 2}}}
-    assert title in run(other, out)[1].ran
+    if by == "gradient":
+        results, again = run(recipe, out)
+        assert not again.ran
+        # The rows are chosen on the aligned model: another alignment needs another choice.
+        other = {**recipe, "alignment": {**recipe["alignment"], "training": {"max_steps": 2}}}
+        assert title in run(other, out)[1].ran
 
 
 def test_a_filter_stands_behind_the_attack(copy, tmp_path):

@@ -77,7 +77,7 @@ class NoLastCheckpoint(TrainerCallback):
 def make(case, folder, dropout=0.0, **more):
     name, given = CASES[case]
     strong = {k: v for k, v in STRONG.items() if k in known(name)}
-    always = {"max_steps": 6, "include_num_input_tokens_seen": "non_padding"}
+    always = {"max_steps": 6 if resumed_of(case) else 4, "include_num_input_tokens_seen": "non_padding"}
     torch.manual_seed(0)
     net = trainers.model(dropout=dropout)
     made = trainers.trainer(name, folder, net=net, **{**always, **strong, **given, **more})

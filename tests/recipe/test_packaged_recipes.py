@@ -30,19 +30,15 @@ RUN = (
     "sft-refusal-agnews",
     "world",
     "lisa-sst2",
-    "bso-agnews",
     "na-sft-gsm8k",
     "ewc-sst2",
     "bea-sst2",
-    "constrained-sft-agnews",
     "vaccine-safe-gsm8k",
     "tvaccine-sst2",
-    "repnoise-agnews",
     "tar-sst2",
     "booster-gsm8k",
     "anchoring-lisa-alpaca",
     "lisa-guide-sst2",
-    "booster-own-agnews",
 )
 OWN = {"tvaccine": ["alignment.num_layers=1"], "tar": ["alignment.inner_steps=4"]}
 """What a model of two layers, and seconds, need beside that."""
