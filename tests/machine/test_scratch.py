@@ -10,6 +10,7 @@ import signal
 import pytest
 
 from holdfast.errors import OutputError
+from holdfast.machine import scratch
 from holdfast.machine.files import beside, replace_folder
 from holdfast.machine.scratch import Writing, is_temporary, temporary
 from holdfast.machine.store import Store, claim_folder
@@ -44,6 +45,23 @@ def test_only_what_a_killed_process_left_is_removed(tmp_path, folder):
         replace_folder(ours, place)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [".out.holdfast-me", ".out.settings", "out", "out.holdfast-abcdefgh"]
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_temporary_that_another_process_is_removing_is_not_used(tmp_path, monkeypatch, folder):
+    """It locks the temporary before its owner does, and removes it afterwards."""
+    lock, taken = scratch._lock, []
+
+    def late(path):
+        if not taken:
+            taken.append((path, lock(path)))  # the other process
+        return lock(path)
+
+    monkeypatch.setattr(scratch, "_lock", late)
+    with temporary(tmp_path / "out", folder=folder) as made:
+        ((theirs, descriptor),) = taken
+        assert made != theirs
+        os.close(descriptor)
 
 
 def test_an_error_leaves_nothing(tmp_path):

@@ -56,12 +56,15 @@ def _make(place: Path, folder: bool) -> tuple[Path, int | None]:
             handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.holdfast-")
             os.close(handle)
             made = Path(name)
+        # Another process may take it for one that was left, before it is locked. Then that process holds the
+        # lock, or has removed the file.
         try:
             return made, _lock(made)
+        except BlockingIOError:
+            continue
         except OSError:
             if made.exists():
                 return made, None
-        # Another process took it for one that was left, before it was locked.
 
 
 def remove_left(place: Path) -> None:
