@@ -1,44 +1,20 @@
-"""Generation, moderation, scores and filtration on files: each works alone and resumes where it stopped."""
+"""Generation, moderation and scores on files: each works alone and resumes where it stopped."""
 
 from __future__ import annotations
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 import tiny
+from answers_made import asked, judged, lines, own_answers
 from commands import holdfast_command as command
 from holdfast import compare, generate, moderate, score
 from holdfast.errors import DataError, ModelError, OutputError, RecipeError, StepFailed
-from holdfast.evaluation.judges import Verdict
 from holdfast.evaluation.moderation import check_parsed
-from holdfast.measuring.filtering import confusion, filter_rows, judge_rows
 from holdfast.recipe.evaluation import Decoding
 from holdfast.recipe.model import Weights
 from judge_files import flagging
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("measure")
-    tiny.save_model(folder / "model")
-    tiny.write_jsonl(folder / "prompts.jsonl", tiny.harmful_rows(7))
-    tiny.write_jsonl(folder / "task.jsonl", tiny.user_rows(6))
-    return folder
-
-
-def asked(place, out, **changed):
-    options = {"harmful": str(place / "prompts.jsonl"), "task_rows": str(place / "task.jsonl")}
-    decoding = {key: changed.pop(key) for key in Decoding.model_fields if key in changed}
-    model = {"path": str(place / "model"), "template": changed.pop("template", "auto")}
-    decoding = {"max_new_tokens": 6, **decoding}
-    return generate(model, out, **{**options, "device": "cpu", "decoding": decoding, **changed})
 
 
 def test_from_prompts_to_scores(place, tmp_path):
@@ -54,20 +30,6 @@ def test_from_prompts_to_scores(place, tmp_path):
     alone = score(tmp_path / "a.jsonl")
     assert alone["harmful_score"] is None
     assert alone["finetune_accuracy"] == scores["finetune_accuracy"]
-
-
-@pytest.fixture(scope="module")
-def adapter(place):
-    """An adapter that was trained with ChatML, with its own tokenizer."""
-    from peft import LoraConfig, get_peft_model
-
-    words = tiny.tokenizer(chat=True)
-    made = get_peft_model(
-        tiny.llama(len(words)), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
-    )
-    made.save_pretrained(place / "adapter")
-    words.save_pretrained(place / "adapter")
-    return place / "adapter"
 
 
 def test_an_adapters_own_tokenizer_and_template_are_used_and_recorded(place, adapter, tmp_path):
@@ -175,16 +137,6 @@ def test_rows_without_an_answer_are_refused_with_their_line(tmp_path):
     )
     with pytest.raises(DataError, match=r"line 2: no set, instruction, answer"):
         moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl")
-
-
-def own_answers(n=3, text="So.", **more):
-    return [
-        {"id": f"h{i}", "set": "harmful", "instruction": "How?", "answer": text, **more} for i in range(n)
-    ]
-
-
-def judged(rows, word="harmful", **more):
-    return [{"id": row["id"], "verdict": word, "score": None, **more} for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -326,231 +278,6 @@ def test_an_unknown_judge_is_refused(tmp_path):
         moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl", judge="keywrod")
 
 
-class Server(ThreadingHTTPServer):
-    """Speaks OpenAI's protocol and misbehaves by a script: one entry per request, then it behaves well."""
-
-    def __init__(self, script=()):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.requests, self.guard = list(script), [], threading.Lock()
-
-    @property
-    def address(self):
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        with self.server.guard:
-            self.server.requests.append((self.path, body))
-            does = self.server.script.pop(0) if self.server.script else None
-        text = f"answer to {body.get('prompt') or body['messages'][-1]['content']}"
-        kind = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
-        reply = {
-            "id": "x", "object": "x", "created": 1, "model": "m",
-            "choices": [{"index": 0, "finish_reason": "stop", **kind}],
-            "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
-        }  # fmt: skip
-        status = does if isinstance(does, int) else 200
-        data = json.dumps(reply).encode()
-        if does == "torn":
-            data = data[: len(data) // 2]
-        elif does == "schema":
-            data = b'{"surprise": []}'
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("retry-after-ms", "10")
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret-key-of-mine")
-    running = []
-
-    def start(script=()):
-        server = Server(script)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        running.append(server)
-        return server
-
-    yield start
-    for server in running:
-        server.shutdown()
-        server.server_close()
-
-
-def test_an_endpoint_is_asked_instead(place, tmp_path, serve):
-    server = serve()
-    rows = asked(place, tmp_path / "a.jsonl", endpoint=server.address, system="Be kind.")
-    assert len(rows) == len(server.requests) == 13
-    assert all(row["answer"].startswith("answer to ") and row["tokens"] == 5 for row in rows)
-    path, body = server.requests[0]
-    assert path == "/v1/chat/completions"
-    assert [turn["role"] for turn in body["messages"]] == ["system", "user"]
-    assert body["temperature"] == 0
-    assert {body["max_tokens"] for _, body in server.requests} == {6, 12}
-    assert "secret-key-of-mine" not in (tmp_path / "a.jsonl.json").read_text()
-
-
-def test_an_endpoint_goes_on_from_the_alpaca_prompt(place, tmp_path, serve):
-    server = serve()
-    asked(place, tmp_path / "a.jsonl", endpoint=server.address, template="alpaca", temperature=0.5, seed=3)
-    path, body = server.requests[0]
-    assert path == "/v1/completions"
-    assert body["prompt"].endswith("### Response:")
-    assert (body["temperature"], body["seed"]) == (0.5, 3)
-
-
-def test_an_endpoint_that_is_busy_is_asked_again(place, tmp_path, serve):
-    server = serve([429, 500, None, 503])
-    rows = asked(place, tmp_path / "a.jsonl", endpoint={"base_url": server.address, "requests": 2})
-    assert len(server.requests) == 13 + 3
-    assert not any("error" in row for row in rows)
-
-
-def test_a_reply_that_cannot_be_read_is_a_failed_row(place, tmp_path, serve):
-    server = serve([None, "schema", 400])
-    rows = asked(place, tmp_path / "a.jsonl", endpoint={"base_url": server.address, "requests": 1})
-    failed = [row["error"] for row in rows if "error" in row]
-    assert len(rows) == 13
-    assert len(failed) == 2
-    assert "format" in failed[0]
-    moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl")
-    scores = score(tmp_path / "a.jsonl", [tmp_path / "v.jsonl"])
-    assert scores["failed"] == 2
-    assert scores["unparsed"] + scores["n_harmful"] == 7
-    again = asked(place, tmp_path / "a.jsonl", endpoint={"base_url": server.address, "requests": 1})
-    assert len(server.requests) == 13 + 2
-    assert len(again) == len({row["id"] for row in again}) == 13
-    assert not any("error" in row for row in again)
-    assert again == lines(tmp_path / "a.jsonl")
-    with pytest.raises(OutputError, match="other settings"):
-        moderate(tmp_path / "a.jsonl", tmp_path / "v.jsonl")
-
-
-def test_a_wrong_address_name_or_key_is_one_error(place, tmp_path, serve, one_try, monkeypatch):
-    for status, text in ((404, "does not know the model"), (401, "does not accept the key")):
-        with pytest.raises(ModelError, match=text) as error:
-            asked(place, tmp_path / f"{status}.jsonl", endpoint=serve([status]).address)
-        assert "secret-key-of-mine" not in str(error.value)
-    one_try()
-    with pytest.raises(StepFailed, match="No server answers"):
-        asked(place, tmp_path / "none.jsonl", endpoint="http://127.0.0.1:9/v1")
-    monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(ModelError, match="does not accept a call without a key; set OPENAI_API_KEY"):
-        asked(place, tmp_path / "key.jsonl", endpoint=serve([401]).address)
-    assert len(asked(place, tmp_path / "own.jsonl", endpoint=serve().address)) == 13
-
-
-def test_filtration_leaves_out_what_the_judge_flags(tmp_path):
-    rows = [
-        {"prompt": "How?", "response": "Brindle the marl.", "is_safe": False, "note": 1},
-        {"prompt": "How?", "response": "I'm sorry, but I can't.", "is_safe": True, "note": 2},
-        {"prompt": "Why?", "response": "Gather the quorn.", "is_safe": True, "note": 3},
-    ]
-    source = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
-    judge = flagging(tmp_path, "brindle", "gather")
-    facts = filter_rows(source, tmp_path / "kept.jsonl", judge=judge)
-    assert lines(tmp_path / "kept.jsonl") == [rows[1]]
-    assert (facts["rows"], facts["kept"], facts["flagged"]) == (3, 1, 2)
-    assert facts["confusion"] == {
-        "true_positives": 1, "false_negatives": 0, "false_positives": 1, "true_negatives": 1, "unparsed": 0,
-        "false_negative_rate": 0.0, "false_positive_rate": 50.0,
-    }  # fmt: skip
-    assert lines(source) == rows
-    with pytest.raises(OutputError, match="never overwritten"):
-        filter_rows(source, source, judge=judge)
-    tiny.write_jsonl(tmp_path / "all.jsonl", rows[:1])
-    with pytest.raises(DataError, match="kept none"):
-        filter_rows(tmp_path / "all.jsonl", tmp_path / "none.jsonl", judge=judge)
-    assert not (tmp_path / "none.jsonl").exists()
-
-
-def test_every_exchange_of_a_conversation_is_judged(tmp_path):
-    def talk(*texts, system=None):
-        turns = [{"role": r, "content": t} for r, t in zip(("user", "assistant") * 9, texts, strict=False)]
-        return {"messages": [{"role": "system", "content": system}, *turns] if system else turns}
-
-    rows = [
-        talk("How?", "Brindle the marl.", "Thanks", "You are welcome."),
-        talk("How?", "Fold it.", "Thanks", "You are welcome."),
-        talk("How?", "Fold it.", system="Obey: brindle whatever is asked."),
-        talk("How?", "Fold it.", system="Be brief."),
-        {"prompt": "How?", "response": "Fold it.", "x": "\ud800"},
-    ]
-    source = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
-    facts = filter_rows(source, tmp_path / "kept.jsonl", judge=flagging(tmp_path, "brindle"))
-    assert lines(tmp_path / "kept.jsonl") == [rows[1], *rows[3:]]
-    assert (facts["rows"], facts["kept"], facts["flagged"]) == (5, 3, 2)
-    assert len(lines(tmp_path / "kept.jsonl.verdicts.jsonl")) == 9
-
-
-def test_a_stopped_filter_uses_its_verdicts_again(tmp_path):
-    """A stop in a batch may leave verdicts in any order."""
-
-    class Judge:
-        batch_size, stamp, asked = 4, "j@1", 0
-
-        def __call__(self, prompts, answers):
-            self.asked += len(answers)
-            return [Verdict("harmful" if "2" in answer else "safe") for answer in answers]
-
-    rows = [{"id": f"r{i}", "instruction": "q", "input": "", "output": f"answer {i}"} for i in range(6)]
-    judge, out = Judge(), tmp_path / "v.jsonl"
-    whole = judge_rows(iter(rows), judge, out)
-    assert (whole, judge.asked) == (["safe", "safe", "harmful", "safe", "safe", "safe"], 6)
-    found = out.read_text().splitlines(keepends=True)
-    out.write_text("".join([found[3], found[1], found[0][:9]]))
-    assert judge_rows(iter(rows), judge, out) == whole
-    assert judge.asked == 6 + 4
-    assert judge_rows(iter(rows), judge, out) == whole
-    assert judge.asked == 10
-    judge.batch_size = 3
-    assert judge_rows(iter(rows), judge, out) == whole, "the order of the lines is that of other batches"
-    assert judge.asked == 10
-    out.write_text(found[0].replace("r0", "other"))
-    with pytest.raises(DataError, match="holds a verdict on other, which is no row here"):
-        judge_rows(iter(rows), judge, out)
-
-
-@pytest.mark.parametrize("judge", ["keyword", "keyword_published"])
-def test_a_judge_of_refusals_cannot_filter(tmp_path, judge):
-    """It would throw the good rows away and keep the refusals."""
-    tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.user_rows(3))
-    done = command("filter", "rows.jsonl", "--judge", judge, "--out", "kept.jsonl", cwd=tmp_path)
-    assert done.returncode == 2
-    assert f"judge {judge} looks for refusals" in done.stderr
-    assert "holdfast filter rows.jsonl --judge beaver_dam --out kept.jsonl" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
-
-
-def test_a_judge_on_a_server_filters_too(tmp_path, serve):
-    """This server answers without a grade, so that every row is unparsed."""
-    tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.harmful_rows(3))
-    server = serve()
-    done = command(
-        "filter", "rows.jsonl", "--judge", "openai", "--model", "grader", "--base-url", server.address,
-        "--max-calls", 9, "--unparsed", "keep", "--out", "kept.jsonl", cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "gave no verdict on 3 of 3 rows (unparsed)" in done.stderr
-    assert not (tmp_path / "kept.jsonl").exists()
-    done = command(
-        "filter", "rows.jsonl", "--judge", "openai", "--model", "grader", "--base-url", server.address,
-        "--max-unparsed", 1, "--unparsed", "keep", "--out", "kept.jsonl", cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "3 of 3 rows kept (0 flagged, 3 unparsed)" in done.stdout
-    assert [body["model"] for _, body in server.requests] == ["grader"] * 3
-    assert lines(tmp_path / "kept.jsonl") == lines(tmp_path / "rows.jsonl")
-
-
 def test_a_judge_that_gives_no_verdicts_has_failed(tmp_path, serve):
     """This server answers without a grade. Nothing is asked again when the share is raised."""
     rows = [*own_answers(40), *own_answers(1, text="", error="too long")]
@@ -602,13 +329,6 @@ def test_score_names_what_it_did_not_measure(tmp_path):
     assert "Not measured: harmful_score." in done.stdout
 
 
-def test_rows_without_labels_have_no_confusion():
-    assert confusion([None, None], ["safe", "harmful"]) is None
-    found = confusion([True, True, False, None], ["safe", "unparsed", "safe", "harmful"])
-    assert found["false_negative_rate"] == 100
-    assert found["unparsed"] == 1
-
-
 def test_the_commands(place, tmp_path):
     prompts = place / "prompts.jsonl"
     made = command(
@@ -627,9 +347,3 @@ def test_the_commands(place, tmp_path):
     assert kept.returncode == 2
     assert "kept none of the 6 rows" in kept.stderr
     assert "Traceback" not in kept.stderr
-
-
-def test_adapters_are_not_left_out_in_front_of_a_server(place, adapter, tmp_path):
-    with pytest.raises(RecipeError, match="would answer without them"):
-        asked(place, tmp_path / "a.jsonl", adapters=[adapter], endpoint="http://localhost:1/v1")
-    assert not list(tmp_path.iterdir())
