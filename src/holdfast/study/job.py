@@ -154,7 +154,7 @@ def command(folder: Path, step: str, label: str, processes: int, *, tied: bool =
 
 
 def _busy_file(folder: Path, label: str) -> Path:
-    """Return the file that stands for the exit code BUSY under torchrun, whose own exit code is always 1."""
+    """Return the file that reports the exit code BUSY, because torchrun itself always ends with 1."""
     return folder / "workers" / f"{label}.busy"
 
 
