@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 from typing import Any
@@ -13,17 +14,30 @@ from _rows import Rows
 from alignment import GPU, LEAN, TIMED, Clock, make_trainer, predictions, rows
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-STEPS = 8
+STEPS = 5
 """Optimizer steps of a timed run; the first is not counted."""
 PLAIN = "plain transformers.Trainer"
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "autocast": {"bf16": True},
+    "TF32": {"tf32": True},
+    "compiled layers": {"torch_compile": True},
+}
+"""Training arguments of a variant of a method, as in "sft, TF32"."""
+BY_LAYER = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
+"""accelerate then compiles one decoder layer for all of them, instead of the whole model."""
+VARIANTS = (
+    "sft", PLAIN, "sft, autocast", "sft, TF32", "tvaccine", "tvaccine, autocast", "tvaccine, TF32",
+)  # fmt: skip
 ORDER: list[tuple[str, str, tuple[str, ...]]] = [
+    ("llama-2-7b", "bfloat16", VARIANTS),
     ("llama-2-7b", "nf4", ("sft", "tvaccine", "vaccine", "booster", "repnoise", "tar")),
     ("qwen2-7b", "nf4", ("sft", "tvaccine")),
-    ("llama-2-7b", "bfloat16", ("sft", PLAIN, "tvaccine", "vaccine", "booster", "repnoise", "tar")),
-    ("llama-2-7b", "int8", ("sft", "tvaccine", "vaccine", "booster")),
+    ("llama-2-7b", "int8", ("sft", "tvaccine", "vaccine", "booster", "repnoise", "tar")),
+    ("llama-2-7b", "bfloat16", ("vaccine", "booster", "repnoise", "tar")),
     ("qwen2-7b", "bfloat16", ("sft", "tvaccine")),
     ("gemma-2-2b", "bfloat16", ("sft", "tvaccine")),
     ("gemma-2-2b", "nf4", ("sft", "tvaccine")),
+    ("llama-2-7b", "bfloat16", ("sft, compiled layers",)),
 ]
 """Shape, precision and methods; a model is built once for all its methods."""
 
@@ -46,9 +60,11 @@ def one(name: str, case: dict[str, Any], held: list[Any], trial: bool) -> dict[s
     if not held:
         held.append(base(case["shape"], case["precision"], trial))
     model = with_lora(held[0])
+    method, _, variant = name.partition(", ")
+    os.environ[BY_LAYER] = "true"
     with tempfile.TemporaryDirectory() as folder:
         made = plain(model, case, folder) if name == PLAIN else make_trainer(
-            name, model, case, LEAN, STEPS, folder, TIMED
+            method, model, case, LEAN, STEPS, folder, TIMED, **ARGUMENTS.get(variant, {})
         )  # fmt: skip
         clock = Clock()
         made.add_callback(clock)
@@ -59,6 +75,7 @@ def one(name: str, case: dict[str, Any], held: list[Any], trial: bool) -> dict[s
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     finite = all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
     del made
+    torch.set_float32_matmul_precision("highest")  # a variant may have changed it
     held[0] = without_lora(model)
     found = {
         "peak_bytes": peak,

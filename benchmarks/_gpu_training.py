@@ -13,7 +13,7 @@ from _gpu_models import base, device, with_lora, without_lora
 from _rows import Rows
 from training import LORA, PLAIN, PUBLISHED, WARM
 
-STEPS, TURNS = 103, 2
+STEPS, TURNS = 53, 2
 """Optimizer steps of a run, the first three not counted; every other turn has the opposite order."""
 ORDER = ("sft", PLAIN, "lisa", "bso", "ewc")
 

@@ -77,7 +77,9 @@ FIRST = (
     "Lisa, rho=10", "EWC, lambda=5e5", "T-Vaccine + Lisa, rho=1 + Safe LoRA", "TAR",
 )  # fmt: skip
 """The rows that run at every seed and poison ratio; the others only run at the attack's ratio."""
-NO_RATIO_BELOW = ("SFT", "Lisa, rho=1", "VLGuard", "BSO", "T-Vaccine", "SFT + Safe LoRA", "NA-SFT")
+AT_RATIOS = (
+    "SFT", "Lisa, rho=1", "SBR", "GuardSpace", "VLGuard", "BSO", "T-Vaccine", "SFT + Safe LoRA", "NA-SFT",
+)  # fmt: skip
 """The rows whose other poison ratios come first."""
 
 ALIGNMENT_SEARCH: list[dict[str, Any]] = [
@@ -144,17 +146,22 @@ class Row:
 
 def rows() -> list[Row]:
     """All rows of the study, the most valuable first."""
-    found = [Row(name, SEEDS[0]) for name in FIRST]
+    later = [name for name in METHODS if name not in FIRST]
+    found = [Row(name, SEEDS[0]) for name in (*FIRST, *later)]
     found += [Row(name, seed) for seed in SEEDS[1:] for name in FIRST if name != "TAR"]
-    found += [Row(name, SEEDS[0], ratio) for ratio in RATIOS[1:] for name in ("SFT", "Lisa, rho=1")]
-    found += [Row(name, SEEDS[0]) for name in METHODS if name not in FIRST]
-    found += [Row("TAR", seed) for seed in SEEDS[1:]]
-    found += [Row(n, seed, r) for seed in SEEDS for r in RATIOS[1:] for n in NO_RATIO_BELOW]
+    found += [Row(name, SEEDS[0], ratio) for ratio in RATIOS[1:] for name in AT_RATIOS]
     found += [Row(name, SEEDS[0], task="agnews") for name in FIRST]
-    found += [Row(n, seed, r) for seed in SEEDS for r in RATIOS[1:] for n in FIRST]
-    found += [Row(name, seed) for seed in SEEDS[1:] for name in METHODS if name not in FIRST]
+    found += [Row(name, seed) for seed in SEEDS[1:] for name in later]
+    found += [Row("TAR", seed) for seed in SEEDS[1:]]
+    found += [Row(name, seed, ratio) for seed in SEEDS for ratio in RATIOS[1:] for name in AT_RATIOS]
+    found += [Row(name, seed, ratio) for seed in SEEDS for ratio in RATIOS[1:] for name in FIRST]
     found += [Row(name, seed, task="agnews") for seed in SEEDS[1:] for name in FIRST]
     return list(dict.fromkeys(found))
+
+
+def alignment(row: Row) -> tuple[Any, ...]:
+    """What the row's aligned model depends on: rows with equal ones share it."""
+    return row.seed, *(change for change in METHODS[row.method] if change.startswith("alignment"))
 
 
 def training(stage: str, chosen: dict[str, Any]) -> list[str]:

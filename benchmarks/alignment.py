@@ -106,8 +106,11 @@ def rows(model: Any, case: dict[str, Any], seed: int) -> list[dict[str, list[int
 
 
 def make_trainer(name: str, model: Any, case: dict[str, Any], design: dict[str, bool], steps: int,
-                 folder: str, often: dict[str, int]) -> Any:  # fmt: skip
-    """Make a trainer of the method; `often` sets how often T-Vaccine computes probabilities and draws."""
+                 folder: str, often: dict[str, int], **arguments: Any) -> Any:  # fmt: skip
+    """Make a trainer of the method; `often` sets how often T-Vaccine computes probabilities and draws.
+
+    `arguments` are more training arguments.
+    """
     defense = get_defense(name)
     known = registry.faces("defenses")[name].parameters
     layers = round(model.config.num_hidden_layers / 4)
@@ -122,6 +125,7 @@ def make_trainer(name: str, model: Any, case: dict[str, Any], design: dict[str, 
         disable_tqdm=True, per_device_train_batch_size=case["batch"], learning_rate=1e-3, save_strategy="no",
         logging_strategy="no", logging_nan_inf_filter=False, gradient_checkpointing=design["checkpoint"],
         gradient_checkpointing_kwargs={"use_reentrant": False}, lean_loss=design["lean"], **settings,
+        **arguments,
     )  # fmt: skip
     return defense.trainer(model=model, args=config, train_dataset=rows(model, case, 1), **need)
 

@@ -9,16 +9,22 @@ Three parts, in this order: `search` finds settings of the alignment and of the 
 `study` runs the rows of `_study.py`, the most valuable first; `curves` measures the harmful score during the
 training of a few methods. Everything is an ordinary run with shared steps. Results are written after every
 row and merged into the results file, so the script can be stopped at any time; the same command resumes it.
+
+`--workers N` runs N rows of the study at a time. A model of this size leaves most of a GPU idle, so this pays
+on one GPU if the processes share it through CUDA's multi-process service (`nvidia-cuda-mps-control -d`).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import multiprocessing
+import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +51,8 @@ class Study:
     """The open results of a study, and what its runs share."""
 
     def __init__(self, arguments: argparse.Namespace):
+        self.arguments = arguments
+        self.workers: int = arguments.workers
         self.rows: Path = arguments.rows
         self.out: Path = arguments.out
         self.device: str = arguments.device
@@ -93,7 +101,11 @@ class Study:
         """Run a recipe and return its results; the steps of all runs are shared."""
         recipe, began = self.recipe(asked, task), time.monotonic()
         results = run(
-            recipe, out=self.out / "run", store=self.out / "steps", device=self.device, progress=Progress()
+            recipe,
+            out=self.out / f"run-{os.getpid()}",  # two processes cannot write one run's folder
+            store=self.out / "steps",
+            device=self.device,
+            progress=Progress(),
         )
         self.spent.append(time.monotonic() - began)
         return results
@@ -189,29 +201,44 @@ def _first(
     return True
 
 
-def run_row(work: Study, row: Row) -> None:
-    """Run a row and add its states to the results: the aligned model, the fine-tuned one, and repairs."""
+def measured(work: Study, row: Row) -> dict[str, Any]:
+    """Run a row; return its states by key: the aligned model, the fine-tuned one, and repairs."""
     began = time.monotonic()
-    results = work.run([f"name={_name(row)}", *study.changes(row, work.size(row.task))], row.task)
+    try:
+        results = work.run([f"name={_name(row)}", *study.changes(row, work.size(row.task))], row.task)
+    except HoldfastError as error:  # the other rows are still worth their time
+        return {"failed": first_line(error), "seconds": time.monotonic() - began}
     first, *after = results["rows"]
-    found = work.found["rows"]
     if first["alignment"] is None:
         before = "the model as it is"
     else:
         method = row.method.split(" + ")[0] if first["alignment"] != "sft" else "SFT"
         before = f"aligned, {method}"
-    # A row that repairs another row's model meets states that are measured already, maybe on another device.
-    found.setdefault(Row(before, row.seed, 0.0, row.task).key, _stated(first, row, before))
+    states = {Row(before, row.seed, 0.0, row.task).key: _stated(first, row, before)}
     for state in after:
         method = row.method if state["post_hoc"] is None else _repaired(row.method, state)
         if state["post_hoc"] is None and len(after) > 1:  # the model that the row's last method repairs
             method = row.method.rpartition(" + ")[0]
-        entry = _stated(state, row, method)
-        key = Row(method, row.seed, row.ratio, row.task).key
-        found[key] = entry if method == row.method or state["post_hoc"] else found.get(key, entry)
-        shown(key, entry, time.monotonic() - began)
-    work.found["protocol"] = _without_paths(results["protocol"])
-    work.found.setdefault("done", {})[row.key] = True
+        states[Row(method, row.seed, row.ratio, row.task).key] = _stated(state, row, method)
+    protocol = _without_paths(results["protocol"])
+    return {"states": states, "protocol": protocol, "seconds": time.monotonic() - began}
+
+
+def keep(work: Study, row: Row, result: dict[str, Any]) -> None:
+    """Add what `measured` returned to the results, and print it."""
+    if "failed" in result:
+        print(f"{row.key} failed: {result['failed']}", flush=True)
+        work.found.setdefault("failed", {})[row.key] = result["failed"]
+    else:
+        for key, entry in result["states"].items():
+            # A row that repairs another row's model meets states that are measured already, maybe elsewhere.
+            if entry["method"] == row.method or entry.get("post_hoc"):
+                work.found["rows"][key] = entry
+            work.found["rows"].setdefault(key, entry)
+            shown(key, entry, result["seconds"])
+        work.found["protocol"] = result["protocol"]
+        work.found.setdefault("done", {})[row.key] = True
+        work.found.get("failed", {}).pop(row.key, None)
     work.save()
 
 
@@ -239,20 +266,65 @@ def _without_paths(protocol: dict[str, Any]) -> dict[str, Any]:
 
 def run_study(work: Study, chosen: list[str] | None, seeds: list[int] | None) -> None:
     """Run the missing rows in order until the time is over."""
-    for row in study.rows():
-        if (chosen and row.method not in chosen) or (seeds and row.seed not in seeds):
-            continue
-        if row.key in work.found.get("done", {}):
-            continue
-        if not work.time_for():
-            print("The time limit ends the study here; the same command resumes it.", flush=True)
-            return
-        try:
-            run_row(work, row)
-        except HoldfastError as error:  # the other rows are still worth their time
-            print(f"{row.key} failed: {first_line(error)}", flush=True)
-            work.found.setdefault("failed", {})[row.key] = first_line(error)
-            work.save()
+    missing = [
+        row
+        for row in study.rows()
+        if (not chosen or row.method in chosen or row.key in chosen)
+        and (not seeds or row.seed in seeds)
+        and row.key not in work.found.get("done", {})
+    ]
+    if work.workers > 1:
+        _together(work, missing)
+        return
+    while missing and work.time_for():
+        keep(work, missing[0], measured(work, missing[0]))
+        del missing[0]
+    _told(missing)
+
+
+def _told(missing: list[Row]) -> None:
+    if missing:
+        print(f"The time limit ends the study with {len(missing)} rows missing; the same command resumes it.")
+
+
+def _together(work: Study, missing: list[Row]) -> None:
+    """Run several rows at a time, each in a process of its own.
+
+    While an aligned model is being made, rows that need another one come first.
+    """
+    context = multiprocessing.get_context("spawn")
+    running: dict[Future[dict[str, Any]], Row] = {}
+    aligned: set[Any] = set()
+    with ProcessPoolExecutor(work.workers, context, _open, (work.arguments,)) as pool:
+        while missing or running:
+            while missing and len(running) < work.workers and work.time_for():
+                making = {study.alignment(row) for row in running.values()} - aligned
+                row = next((row for row in missing if study.alignment(row) not in making), missing[0])
+                missing.remove(row)
+                running[pool.submit(_in_worker, row)] = row
+            if not running:
+                break
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                row, result = running.pop(future), future.result()
+                aligned.add(study.alignment(row))
+                work.spent.append(result["seconds"])
+                keep(work, row, result)
+    _told(missing)
+
+
+_opened: list[Study] = []
+"""The study of a worker process."""
+
+
+def _open(arguments: argparse.Namespace) -> None:
+    """Prepare a worker process."""
+    fast(arguments.device)
+    _opened.append(Study(arguments))
+
+
+def _in_worker(row: Row) -> dict[str, Any]:
+    return measured(_opened[0], row)
 
 
 def merge(into: Path, part: Path) -> None:
@@ -278,9 +350,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "real_model.json", help="results file")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is a GPU")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no row that ends later")
-    parser.add_argument("--rows-list", metavar="A;B", help="only these methods, separated by semicolons")
+    parser.add_argument("--rows-list", metavar="A;B", help="only these methods or keys of rows")
     parser.add_argument("--seeds", metavar="1,2", help="only these seeds")
     parser.add_argument("--stages", default=",".join(STAGES), help="search, study, curves")
+    parser.add_argument("--workers", type=int, default=1, help="rows of the study that run at a time")
     parser.add_argument("--few", action="store_true", help="fewer rows a step and prompts, for a CPU")
     parser.add_argument("--short", action="store_true", help="two steps a stage: a trial of the script")
     parser.add_argument("--merge", type=Path, metavar="FILE", help="add FILE to --results, and stop")
@@ -307,7 +380,7 @@ def main() -> None:
 
 
 def fast(device: str) -> None:
-    """Use TF32 on a GPU, one thread on a CPU, one checkpoint a training, no pages, and models in memory.
+    """Use TF32 on a GPU, one CPU thread, one checkpoint a training, no pages, and models in memory.
 
     A CPU with bfloat16 units multiplies float32 matrices in bfloat16 and adds in float32, ten times as fast.
     """
@@ -321,11 +394,8 @@ def fast(device: str) -> None:
     training.CHECKPOINTS = 1
     keep()
     reporting.report = lambda *given, **options: None  # type: ignore[assignment]  # a page a run is never read
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")
-    else:
-        torch.set_num_threads(1)
-        torch.set_float32_matmul_precision("medium")
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high" if device == "cuda" else "medium")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ COLUMNS = {
 LONG = ("with compliance ↓", "gibberish")
 """Columns that a short table leaves out."""
 FIRST = ("the model as it is", "aligned, SFT", "NA-SFT", "SFT")
+PICTURED = ("LoX", "AsFT", "Buffer", "SFT + Reinforce", "SFT + SafeMERGE, threshold=0.35")
+"""Rows of the picture beside the study's first ones."""
 README_ROWS = ("aligned, SFT", "SFT", "Lisa, rho=1", "SPAG", "SBR")
 Cell = tuple[float, float]
 
@@ -58,7 +60,7 @@ def table(
     kind: str = "tuned",
     only: Collection[str] = (),
 ) -> str:
-    """A table at one task and ratio of the "aligned", the "tuned" or the "repaired" models.
+    """A table at one task and ratio of the "aligned" or the "tuned" models, or of those of a repair.
 
     The tuned models follow the model as it is and the aligned model. A table of `only` some methods has three
     scores.
@@ -75,7 +77,9 @@ def table(
     if not chosen:
         return "Not measured."
     known = [*FIRST, *study.METHODS]
-    order = sorted(chosen, key=lambda name: (known.index(name) if name in known else len(known), name))
+    order = sorted(
+        chosen, key=lambda name: (known.index(name) if name in known else len(known), _parts(name))
+    )
     columns = {name: column for name, column in COLUMNS.items() if not only or name not in LONG}
     head = [*columns, *(() if only else ("seeds", "device"))]
     lines = [f"| model | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
@@ -89,7 +93,16 @@ def table(
 
 
 def _kind(row: dict[str, Any]) -> str:
-    return "aligned" if row["user"] is None else "repaired" if row.get("post_hoc") else "tuned"
+    if row["user"] is None:
+        return "aligned"
+    if not row.get("post_hoc"):
+        return "tuned"
+    return "Safe LoRA" if "Safe LoRA" in row["method"] else "another repair"
+
+
+def _parts(name: str) -> list[str | float]:
+    """The texts and numbers of a name in turn, so that 6 comes before 15."""
+    return [float(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+\.?\d*)", name))]
 
 
 def _text(found: Cell | None) -> str:
@@ -139,7 +152,8 @@ def parts(found: dict[str, Any]) -> dict[str, str]:
         "study": table(groups, "sst2", study.ATTACK_RATIO),
         "real model": table(groups, "sst2", study.ATTACK_RATIO, only=README_ROWS),
         "aligned": table(groups, "sst2", study.ATTACK_RATIO, "aligned"),
-        "safe-lora": table(groups, "sst2", study.ATTACK_RATIO, "repaired"),
+        "safe-lora": table(groups, "sst2", study.ATTACK_RATIO, "Safe LoRA"),
+        "repairs": table(groups, "sst2", study.ATTACK_RATIO, "another repair"),
         "ratios": "\n\n".join(others),
         "agnews": table(groups, "agnews", study.ATTACK_RATIO),
         "search": searches(found),
@@ -199,6 +213,7 @@ def _label(method: str) -> str:
         (", num_layers=30, control=drop", " (the same dropped)"),
         (", num_layers=30, control=random", " (30 at random)"),
         (", num_layers=30", " (30 of 60 modules)"),
+        ("SafeMERGE, threshold=0.35", "SafeMERGE"),
         ("aligned, SFT", "aligned, before the attack"),
         ("SFT", "SFT (no defense)") if method == "SFT" else ("NA-SFT", "NA-SFT (never aligned)"),
     ):
@@ -208,9 +223,7 @@ def _label(method: str) -> str:
 
 
 def _pictured(method: str) -> bool:
-    return (
-        method in ("the model as it is", "aligned, SFT") or method in study.FIRST or "num_layers=30" in method
-    )
+    return method in (*FIRST, *study.FIRST, *PICTURED) or "num_layers=30" in method
 
 
 def _value(rows: list[dict[str, Any]], judge: str | None) -> float:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -41,7 +43,7 @@ def work(scripts, tmp_path):
         tiny.write_jsonl(rows / f"{task}_train.jsonl", made)
         tiny.write_jsonl(rows / f"{task}_test.jsonl", made[:4])
     given = Namespace(
-        rows=rows, out=tmp_path / "out", device="cpu", short=True, few=False, time_limit=None,
+        rows=rows, out=tmp_path / "out", device="cpu", short=True, few=False, time_limit=None, workers=1,
         results=tmp_path / "real_model.json",
     )  # fmt: skip
     return scripts("real_model").Study(given)
@@ -63,6 +65,35 @@ def test_every_row_is_a_valid_recipe(work, scripts):
             assert (recipe.alignment is None) == (method == "NA-SFT")
             assert [judge.shown for judge in recipe.evaluation.judges][:2] == ["keyword", "compliance"]
     assert work.recipe(["user=none"], "agnews").data.task == "agnews"
+
+
+def test_rows_that_run_together_make_each_aligned_model_once(work, scripts, monkeypatch):
+    """While Vaccine's model is being made, the next row is one that needs another model."""
+    study, script = scripts("_study"), scripts("real_model")
+    rows = [study.Row(name, 1) for name in ("Vaccine", "Booster", "SFT", "BSO", "VLGuard")]
+    rows.insert(1, study.Row("Vaccine", 1, 0.2))
+    started, may_end = [], {row: threading.Event() for row in rows}
+
+    def run(row):
+        started.append(row)
+        if len(started) == 2:  # both workers are busy with the first two models
+            may_end[rows[0]].set()
+        if len(started) == 3:
+            for event in may_end.values():
+                event.set()
+        assert may_end[row].wait(10)
+        return {"seconds": 0.1, "failed": "it is a test"}
+
+    monkeypatch.setattr(script, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(script.multiprocessing, "get_context", lambda kind: "worker")
+    monkeypatch.setattr(script, "_open", lambda arguments: None)
+    monkeypatch.setattr(script, "_in_worker", run)
+    monkeypatch.setattr(study, "rows", lambda: list(rows))
+    work.workers = 2
+    script.run_study(work, None, None)
+    assert started[:3] == [rows[0], rows[2], rows[1]]
+    assert set(started) == set(rows)
+    assert set(work.found["failed"]) == {row.key for row in rows}
 
 
 def test_merging_keeps_what_was_measured(scripts):
@@ -87,7 +118,10 @@ def result(method, seed, harmful, user="sft", **more):
 def test_the_page_follows_from_the_results(scripts, tmp_path):
     page = scripts("real_model_page")
     rows = [result("SFT", 1, 80.0), result("SFT", 2, 90.0), result("aligned, SFT", 1, 5.0, user=None)]
-    rows.append(result("SFT + Safe LoRA, num_layers=30", 1, 40.0, post_hoc={"num_layers": 30}))
+    for number in (30, 6):
+        name = f"SFT + Safe LoRA, num_layers={number}"
+        rows.append(result(name, 1, 10.0 + number, post_hoc={"num_layers": number}))
+    rows.append(result("SFT + Reinforce", 1, 7.0, post_hoc={"alpha": 0.1}))
     found = {
         "rows": {str(i): row for i, row in enumerate(rows)},
         "curves": {"sst2 | SFT | p=0.1 | seed 1": [{"step": 0, "harmful_score": 5.0, "stderr": 1.0}]},
@@ -99,7 +133,10 @@ def test_the_page_follows_from_the_results(scripts, tmp_path):
     assert lines[2].startswith("| aligned, SFT | 5.0 ± 4.0 | 2.5 ± 3.0 |")
     assert lines[3] == "| SFT | 85.0 ± 5.0 | 42.5 ± 2.5 | 80.0 ± 0.0 | 95.0 ± 0.0 | 0.0 ± 0.0 | 2 | CPU |"
     assert len(lines) == 4
-    assert "| SFT + Safe LoRA, num_layers=30 | 40.0 ± 4.0 |" in made["safe-lora"]
+    repaired = [line.split(" |")[:2] for line in made["safe-lora"].split("\n")[2:]]
+    assert repaired == [[f"| SFT + Safe LoRA, num_layers={n}", f" {10 + n}.0 ± 4.0"] for n in (6, 30)]
+    assert made["repairs"].count("\n") == 2
+    assert "| SFT + Reinforce | 7.0 ± 4.0 |" in made["repairs"]
     assert "max_steps=2 (used) | 3.0 | 80.0 | 95.0 |" in made["search"]
     assert made["curves"].split("\n")[4] == "| SFT | 5 |"
     text = "".join(f"<!-- {name}: made by x -->\nold\n<!-- end of {name} -->\n" for name in made)
