@@ -23,8 +23,8 @@ from holdfast.training.batches import SeededSampler
 
 PINNED = {
     "torch": (
-        "_foreach_add_", "_foreach_div", "_foreach_mul", "_foreach_mul_", "_foreach_norm", "_foreach_sqrt",
-        "_foreach_sub",
+        "_dynamo", "_foreach_add_", "_foreach_div", "_foreach_mul", "_foreach_mul_", "_foreach_norm",
+        "_foreach_sqrt", "_foreach_sub",
     ),
     "torch.nn.Module": ("_forward_hooks",),
     "torch.compile": ("_orig_mod",),
@@ -51,6 +51,9 @@ foreach_sub = torch._foreach_sub
 
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 """Parts that activation checkpointing and torch.compile add to the names of parameters."""
+
+BY_LAYER = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
+"""accelerate's environment variable that compiles the layers of a model instead of the whole model."""
 
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """torch's environment variable that makes every `torch.load` read with `weights_only=True`."""
@@ -173,6 +176,25 @@ def only_tensors(checkpoint: str | Path | None) -> Iterator[None]:
             del os.environ[WEIGHTS_ONLY]
         else:
             os.environ[WEIGHTS_ONLY] = before
+
+
+@contextmanager
+def compiling_layers() -> Iterator[None]:
+    """Let an Accelerator that is created inside compile layers, and let compiled code notice hooks.
+
+    By default, torch does not check whether hooks were added since it compiled a module. A method that adds
+    some would silently train as plain SFT if the process had compiled the same layers without them. The
+    tracing of a whole model fails on hooks with tensors inside checkpointed layers; that of one layer works.
+    The environment variable, or accelerate's configuration file, can still ask for the whole model.
+    """
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    before = os.environ.get(BY_LAYER)
+    os.environ.setdefault(BY_LAYER, "true")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[BY_LAYER]
 
 
 def batch_size(trainer: Any) -> int:

@@ -16,7 +16,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from holdfast.training.lean_loss import LeanLossMixin
 from holdfast.training.method_files import read_tensors, write_tensors
 from holdfast.training.private import (
     CheckpointSlots,
+    compiling_layers,
     foreach_norm,
     is_reentrant,
     is_sft,
@@ -104,6 +105,11 @@ class ResumableMixin(CheckpointSlots):
 
         A run calls this before anything starts. A trainer that overrides it calls it for itself.
         """
+
+    def create_accelerator_and_postprocess(self: Any) -> None:
+        """With `torch_compile`, compile layer by layer, in a way that notices a method's hooks."""
+        with compiling_layers() if self.args.torch_compile else nullcontext():
+            super().create_accelerator_and_postprocess()  # type: ignore[misc]
 
     def method_state(self: Any) -> dict[str, Tensor]:
         """Return the tensors to save, by name. A resume fills them in place and calls `method_loaded`."""
