@@ -20,7 +20,17 @@ from holdfast.pipeline.stages import train_stage
 from holdfast.pipeline.step import Inputs, Machine
 
 AT = (0, 5, 10, 20, 35, 50, 75, 100, 150, 200, 300, 400)
-PICTURED = ("SFT", "Lisa, rho=1", "SBR", "GuardSpace", "SPAG", "VLGuard", "BSO", "T-Vaccine", "NA-SFT")
+PICTURED = (
+    "SFT",
+    "Lisa, rho=1",
+    "SBR, norm=mean",
+    "GuardSpace",
+    "SPAG",
+    "VLGuard",
+    "BSO",
+    "T-Vaccine",
+    "NA-SFT",
+)
 """The most important first."""
 
 

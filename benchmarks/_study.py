@@ -33,7 +33,7 @@ METHODS: dict[str, list[str]] = {
     "BSO": ["user.defense=bso", *PHASES],
     "Constrained SFT": ["user.defense=constrained_sft"],
     "SafeInstr": ["user.defense=safe_instr"],
-    "SBR": ["user.defense=sbr", "user.lambda_=50", "user.norm=mean"],
+    "SBR, norm=mean": ["user.defense=sbr", "user.lambda_=50", "user.norm=mean"],
     "GuardSpace": ["user.defense=guardspace", "user.tolerance=0.01"],
     "SPAG": ["user.defense=spag", "user.tau=0.2", "user.eta=1"],
     "T-Vaccine": TVACCINE,
@@ -61,7 +61,7 @@ METHODS: dict[str, list[str]] = {
         change.replace("alignment.rho=3", "alignment.rho=8") for change in TVACCINE
     ],
     "Vaccine, rho=8": ["alignment.defense=vaccine", "alignment.rho=8"],
-    "SBR, lambda=50 in the paper's norm": ["user.defense=sbr", "user.lambda_=50", "user.norm=sum"],
+    "SBR, norm=sum": ["user.defense=sbr", "user.lambda_=50", "user.norm=sum"],
     "GuardSpace, tolerance=0.1": ["user.defense=guardspace", "user.tolerance=0.1"],
     "SFT + Safe LoRA, thresholds": ["post_hoc={defense: safe_lora, threshold: [0.05, 0.1, 0.2, 0.35]}"],
     "LoX": ["alignment.defense=lox"],
@@ -72,13 +72,14 @@ METHODS: dict[str, list[str]] = {
 }  # fmt: skip
 """By row, its changes to the recipe. Values are the papers' unless the name says otherwise."""
 FIRST = (
-    "NA-SFT", "SFT", "Lisa, rho=1", "VLGuard", "BSO", "Constrained SFT", "SafeInstr", "SBR", "GuardSpace",
-    "SPAG", "SFT + Safe LoRA", "T-Vaccine", "Vaccine", "Booster", "RepNoise", "Lisa, rho=0.1",
+    "NA-SFT", "SFT", "Lisa, rho=1", "VLGuard", "BSO", "Constrained SFT", "SafeInstr", "SBR, norm=mean",
+    "GuardSpace", "SPAG", "SFT + Safe LoRA", "T-Vaccine", "Vaccine", "Booster", "RepNoise", "Lisa, rho=0.1",
     "Lisa, rho=10", "EWC, lambda=5e5", "T-Vaccine + Lisa, rho=1 + Safe LoRA", "TAR",
 )  # fmt: skip
 """The rows that run at every seed and poison ratio; the others only run at the attack's ratio."""
 AT_RATIOS = (
-    "SFT", "Lisa, rho=1", "SBR", "GuardSpace", "VLGuard", "BSO", "T-Vaccine", "SFT + Safe LoRA", "NA-SFT",
+    "SFT", "Lisa, rho=1", "SBR, norm=mean", "GuardSpace", "VLGuard", "BSO", "T-Vaccine", "SFT + Safe LoRA",
+    "NA-SFT",
 )  # fmt: skip
 """The rows whose other poison ratios come first."""
 

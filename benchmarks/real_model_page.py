@@ -28,7 +28,7 @@ LONG = ("with compliance ↓", "gibberish")
 FIRST = ("the model as it is", "aligned, SFT", "NA-SFT", "SFT")
 PICTURED = ("LoX", "AsFT", "Buffer", "SFT + Reinforce", "SFT + SafeMERGE, threshold=0.35")
 """Rows of the picture beside the study's first ones."""
-README_ROWS = ("aligned, SFT", "SFT", "Lisa, rho=1", "SPAG", "SBR")
+README_ROWS = ("aligned, SFT", "SFT", "Lisa, rho=1", "SPAG", "SBR, norm=mean")
 Cell = tuple[float, float]
 
 
@@ -195,7 +195,7 @@ def draw(found: dict[str, Any]) -> None:
         error_kw={"lw": 0.8},
     )  # fmt: skip
     left.set_yticks(range(len(order)), [_label(name) for name in order])
-    left.set(xlim=(0, 109), xlabel="harmful score, % (lower is better)")
+    left.set(xlim=(0, 109), ylim=(-0.7, len(order) - 0.3), xlabel="harmful score, % (lower is better)")
     right.set(xlim=(0, 105), xlabel="finetune accuracy, %")
     figure.legend(loc="lower left", fontsize=8, frameon=False)
     for axis in (left, right):
