@@ -78,6 +78,7 @@ def what_is_imported_stays():
     lighten()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 20, 50)  # a twentieth of the time of the suite
 
 
 @pytest.fixture
