@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from holdfast.errors import ModelError
+from holdfast.training.private import compiles
 from holdfast.training.tokenising import IGNORED
 
 LOGITS = 2**24
@@ -188,7 +189,7 @@ class LeanLossMixin:
         others = (
             self.label_smoother,
             self.compute_loss_func,
-            args.torch_compile,
+            compiles(args),
             self.is_deepspeed_enabled,
             waits,
         )

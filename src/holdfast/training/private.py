@@ -7,6 +7,7 @@ them, or if another file of the package uses a private name that is not its own.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -54,6 +55,9 @@ WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 BY_LAYER = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
 """accelerate's environment variable that compiles the layers of a model instead of the whole model."""
+
+BACKEND = "ACCELERATE_DYNAMO_BACKEND"
+"""accelerate's environment variable that compiles every model (`accelerate launch --dynamo_backend`)."""
 
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """torch's environment variable that makes every `torch.load` read with `weights_only=True`."""
@@ -178,8 +182,13 @@ def only_tensors(checkpoint: str | Path | None) -> Iterator[None]:
             os.environ[WEIGHTS_ONLY] = before
 
 
+def compiles(args: Any) -> bool:
+    """Whether the training arguments, or accelerate's environment, ask for `torch.compile`."""
+    return args.torch_compile or os.environ.get(BACKEND, "no").lower() != "no"
+
+
 @contextmanager
-def compiling_layers() -> Iterator[None]:
+def compiling_layers(args: Any) -> Iterator[None]:
     """Let an Accelerator that is created inside compile layers, and let compiled code notice hooks.
 
     By default, torch does not check whether hooks were added since it compiled a module. A method that adds
@@ -187,7 +196,8 @@ def compiling_layers() -> Iterator[None]:
     tracing of a whole model fails on hooks with tensors inside checkpointed layers; that of one layer works.
     The environment variable, or accelerate's configuration file, can still ask for the whole model.
     """
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    if compiles(args) or "torch._dynamo" in sys.modules:  # else nothing was compiled, and nothing will be
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
     before = os.environ.get(BY_LAYER)
     os.environ.setdefault(BY_LAYER, "true")
     try:

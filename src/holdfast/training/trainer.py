@@ -16,7 +16,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,8 @@ class ResumableMixin(CheckpointSlots):
         """
 
     def create_accelerator_and_postprocess(self: Any) -> None:
-        """With `torch_compile`, compile layer by layer, in a way that notices a method's hooks."""
-        with compiling_layers() if self.args.torch_compile else nullcontext():
+        """If the model is compiled: layer by layer, and in a way that notices a method's hooks."""
+        with compiling_layers(self.args):
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
 
     def method_state(self: Any) -> dict[str, Tensor]:
