@@ -105,6 +105,7 @@ def test_a_failed_step_stops_only_what_needs_it_and_the_same_call_goes_on(tmp_pa
     assert state.runs == (2, 1)
     assert set(state.counts()) == {"complete", "failed", "stopped"}
     assert "1 of 2 runs complete" in status_table(state).title
+    assert {title.rpartition(", ")[2] for title in state.titles.values()} == {"sft", "lisa", "2 runs"}
     assert not state.alive
     with lock(out / "sweep"):
         assert status(out).alive

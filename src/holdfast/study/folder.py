@@ -152,7 +152,7 @@ class Status:
 
     Attributes:
         states: by step, "complete", "running", "failed", "stopped" (it needs a failed step) or "waiting".
-        titles: by step, its title.
+        titles: by step, its title, and the run that it belongs to or the number of its runs.
         workers: by number of the worker, its step and progress.
         failed: by failed step, the message.
         runs: the number of runs, and of complete ones.
@@ -180,6 +180,10 @@ def status(out: Path) -> Status:
     return Watch(out).look()
 
 
+def _of_runs(title: str, runs: Sequence[str]) -> str:
+    return f"{title}, {runs[0]}" if len(runs) == 1 else f"{title}, {len(runs)} runs"
+
+
 class Watch:
     """Looks at a sweep again and again; a step that was complete once is not looked at again."""
 
@@ -192,7 +196,6 @@ class Watch:
         self.folder, self.alive = out / NAME, alive
         self.known = described(self.folder)
         self.store = self.folder / self.known["store"]
-        self.titles = {name: step["title"] for name, step in self.known["steps"].items()}
         self.graph = Graph({name: step["parents"] for name, step in self.known["steps"].items()})
         self.done: set[str] = set()
         self.failed: dict[str, str] = {}
@@ -201,6 +204,10 @@ class Watch:
         for name, steps in self.known["runs"].items():
             for step in set(steps):
                 self.users.setdefault(step, []).append(name)
+        steps = self.known["steps"]
+        self.titles = {
+            name: _of_runs(step["title"], self.users.get(name, [])) for name, step in steps.items()
+        }
         self.finished: list[str] = [name for name, left in self.left.items() if not left]
 
     def look(self) -> Status:
