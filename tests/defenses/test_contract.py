@@ -243,11 +243,11 @@ def test_it_trains_and_resumes_whatever_is_trained(name, net, tmp_path):
     """Or refuses it before training; an adapter on top of another one is refused by no method."""
     if net is not alignment_below and refuses(name, net(tmp_path), tmp_path):
         return
-    whole = make(name, tmp_path, net=net(tmp_path), max_steps=8, **SAVES)
+    whole = make(name, tmp_path, net=net(tmp_path), max_steps=6, **SAVES)
     before = {k: p.clone() for k, p in whole.model.named_parameters()}
     trained = {k for k, p in whole.model.named_parameters() if p.requires_grad}
     whole.train()
-    resumed = make(name, tmp_path, net=net(tmp_path), max_steps=8, **SAVES)
+    resumed = make(name, tmp_path, net=net(tmp_path), max_steps=6, **SAVES)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert trainers.same(trainers.weights(whole), trainers.weights(resumed))
     for made in (whole, resumed):
