@@ -259,6 +259,18 @@ def test_it_trains_and_resumes_whatever_is_trained(name, net, tmp_path):
         assert resumed.model.active_adapters == ["stage0", "default"]
 
 
+def test_both_adapters_are_read_also_where_trainer_reads_one(tmp_path):
+    """Older versions of Trainer read the folders of the other adapters only, not the default one's files."""
+    whole = make(
+        "sft", tmp_path, net=alignment_below(tmp_path), max_steps=1, save_strategy="steps", save_steps=1
+    )
+    whole.train()
+    resumed = make("sft", tmp_path, net=alignment_below(tmp_path), max_steps=1)
+    with resumed.loading_weights(tmp_path / "checkpoint-1", resumed.model):
+        pass  # what Trainer reads
+    assert trainers.same(trainers.weights(whole), trainers.weights(resumed))
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_another_runs_checkpoint_is_refused(name, finished, tmp_path):
     """Other settings, other rows, and another value of each of the method's own numeric parameters."""

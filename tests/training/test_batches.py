@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 
 import pytest
+from accelerate import skip_first_batches
 
 import trainers
 from holdfast import registry
+from holdfast.defenses.bso import PhaseBatchSampler
 from holdfast.errors import DataError, InputError
 
 LENGTHS = [{"prompt": "x" * (1 + i * 37 % 50), "completion": "yes</s>"} for i in range(22)]
@@ -115,6 +117,17 @@ def test_epochs_and_steps_are_those_of_trainer(tmp_path):
     assert logged == [(5, 1.0), (10, 2.0), (15, 3.0)]
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-5", "checkpoint-10", "checkpoint-15"}
     assert made.args.max_steps == -1, "the caller's arguments can be used again on other rows"
+
+
+def test_the_epoch_reaches_the_phases_after_a_resume_in_older_versions_of_trainer(tmp_path):
+    """Those call `set_epoch` of the loader only, around which a resume puts a sampler that skips batches."""
+    made = trainers.trainer("bso", tmp_path, alignment_steps=1, finetune_steps=2)
+    loader = skip_first_batches(made.get_train_dataloader(), 1)
+    loader.set_epoch(2)
+    inner = loader.batch_sampler
+    while not isinstance(inner, PhaseBatchSampler):
+        inner = inner.batch_sampler
+    assert inner.epoch == 2
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

@@ -41,9 +41,9 @@ def runs_of_layers(net):
 def test_the_hooks_that_are_removed_are_those_of_transformers_and_peft():
     """Repeated calls leave several hooks; `disable_input_require_grads` would remove only one."""
     net = deep()
-    net.get_base_model().activation_checkpointing_enable()
+    net.get_base_model().gradient_checkpointing_enable()
     net.prepare_model_for_gradient_checkpointing(net.get_base_model())
-    net.get_base_model().activation_checkpointing_enable()
+    net.get_base_model().gradient_checkpointing_enable()
     net.get_input_embeddings().register_forward_hook(lambda *_: None)
     assert hooks(net) == 4
     assert free_inputs(net) == 3
@@ -51,9 +51,9 @@ def test_the_hooks_that_are_removed_are_those_of_transformers_and_peft():
     ids = torch.tensor([[1, 2]])
     assert not net.get_input_embeddings()(ids).requires_grad
     assert not checkpoints_reentrantly(net)
-    net.get_base_model().activation_checkpointing_enable({"use_reentrant": True})
+    net.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
     assert checkpoints_reentrantly(net)
-    net.get_base_model().activation_checkpointing_disable()
+    net.get_base_model().gradient_checkpointing_disable()
     assert not checkpoints_reentrantly(net)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 import tiny
 import trainers
@@ -13,6 +14,12 @@ from holdfast.models.loading import add_lora, load_model
 NAMES = ("sft", "bso", "lisa")
 """Plain, with two sources of batches, and with a gradient added by hand; the contract suite has the others."""
 LORA = {"r": 2, "alpha": 4, "dropout": 0.1, "target_modules": "all-linear"}
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(TrainingArguments, "activation_checkpointing")
+    else "gradient_checkpointing"
+)
+"""The newer name, which older versions of transformers do not have."""
 
 
 def own(name):
@@ -51,7 +58,7 @@ def train(folder, out, name, lora=LORA, stacked=True, model=None, **options):
     "options",
     [
         {"gradient_checkpointing": True},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
     ],
     ids=["non-reentrant", "reentrant"],
 )

@@ -138,6 +138,9 @@ class PhaseBatchSampler:
         self.steps = math.ceil(len(user) / accumulation)
         self.missing = self.steps * accumulation - len(user)
         self.epoch = 0
+        # After a resume, a sampler that skips batches is around this one. accelerate then calls `set_epoch`
+        # of its `sampler`; only newer versions of Trainer call it here.
+        self.sampler = self
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Trainer before each epoch."""

@@ -108,6 +108,7 @@ def refuse_deepspeed(trainer: Any) -> None:
 
 def counts_the_step(trainer: Any, items: Any) -> bool:
     """Whether a micro-batch's loss is already its share of the whole step's, by Trainer's own rule."""
-    if trainer.loss_is_scaled_for_ga is not None:
-        return trainer.loss_is_scaled_for_ga
+    told = getattr(trainer, "loss_is_scaled_for_ga", None)  # older versions of transformers do not have it
+    if told is not None:
+        return bool(told)
     return (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None

@@ -254,6 +254,9 @@ class ResumableMixin(CheckpointSlots):
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         yield
         if len(adapters) > 1:
+            if "default" in adapters and (checkpoint / "adapter_config.json").is_file():
+                # transformers before 5.21 reads the other adapters' folders only
+                model.load_adapter(str(checkpoint), "default", is_trainable=True)
             model.base_model.set_adapter(adapters)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in trainable)
