@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -254,9 +255,11 @@ class ResumableMixin(CheckpointSlots):
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         yield
         if len(adapters) > 1:
-            if "default" in adapters and (checkpoint / "adapter_config.json").is_file():
-                # transformers before 5.21 reads the other adapters' folders only
-                model.load_adapter(str(checkpoint), "default", is_trainable=True)
+            weights = checkpoint / "adapter_model.safetensors"
+            if "default" in adapters and weights.is_file():  # older versions of Trainer do not read it
+                from peft import set_peft_model_state_dict
+
+                set_peft_model_state_dict(model, load_file(weights), adapter_name="default")
             model.base_model.set_adapter(adapters)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in trainable)
