@@ -251,7 +251,9 @@ class ResumableMixin(CheckpointSlots):
         """Refuse another run's checkpoint, and restore which adapters are active and what trains."""
         self._refuse_inexact()
         self._refuse_other_run(checkpoint / METHOD_FOLDER / "run.json")
-        adapters = list(getattr(model, "active_adapters", [])) if hasattr(model, "peft_config") else []
+        active = getattr(model, "active_adapters", [])
+        # On a whole model, where older versions of PEFT leave a `peft_config`, it is a method.
+        adapters = list(active) if hasattr(model, "peft_config") and not callable(active) else []
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         yield
         if len(adapters) > 1:
