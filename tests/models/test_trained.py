@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
@@ -136,6 +137,21 @@ def test_full_fine_tuning_trains_all_weights_with_the_adapter_in_them(folder, tm
     saved = save(model, tmp_path / "model", tmp_path)
     assert far(logits(AutoModelForCausalLM.from_pretrained(saved)), trained) == 0
     assert AutoTokenizer.from_pretrained(saved).eos_token == "</s>"
+
+
+def test_a_merged_model_is_a_whole_model_also_with_older_versions_of_peft(folder, tmp_path, monkeypatch):
+    """Those leave the adapter's settings on it, by which it would be taken for a model with an adapter."""
+    first = save(move(load(folder, tmp_path), seed=2), tmp_path / "first", tmp_path)
+    merge = LoraModel.merge_and_unload
+
+    def older(tuner, **options):
+        merged = merge(tuner, **options)
+        merged.peft_config = tuner.peft_config
+        return merged
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", older)
+    model = load(folder, tmp_path, None, below=[first], trains="full")
+    assert (save(model, tmp_path / "model", tmp_path) / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize(

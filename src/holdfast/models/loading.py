@@ -286,9 +286,16 @@ def _merged(model: Any, adapter: Path) -> Any:
             "this model, so it cannot be merged. Write model.adapters: stack."
         )
     try:
-        return model.merge_and_unload(safe_merge=True)
+        return without_settings(model.merge_and_unload(safe_merge=True))
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise ModelError(f"Cannot merge the adapter in {adapter}: {first_line(error)}") from None
+
+
+def without_settings(model: Any) -> Any:
+    """A model that adapters were taken off, without the settings that older versions of PEFT leave on it."""
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    return model
 
 
 def _from_folder(kind: Any, folder: Path, what: str, **options: Any) -> tuple[Any, Mapping[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.models.loading import load_model, with_adapters
+from holdfast.models.loading import load_model, with_adapters, without_settings
 from holdfast.weights.chains import check_chain
 from holdfast.weights.files import safe_path
 from holdfast.weights.folders import ADAPTER_WEIGHTS
@@ -34,7 +34,7 @@ class Shared:
         check_chain(adapters)
         key = (folder.resolve(), sorted(options.items(), key=lambda item: item[0]))
         if self._above is not None:
-            self._base, self._above = self._above.unload(), None
+            self._base, self._above = without_settings(self._above.unload()), None
         if self._base is None or key != self._key:
             self._base = None  # before the next one is loaded
             self._base, self._key = load_model(folder, (), **options), key
