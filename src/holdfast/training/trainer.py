@@ -257,8 +257,9 @@ class ResumableMixin(CheckpointSlots):
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         yield
         if len(adapters) > 1:
-            weights = checkpoint / "adapter_model.safetensors"
-            if "default" in adapters and weights.is_file():  # older versions of Trainer do not read it
+            # Older versions of Trainer do not read this file; FSDP and DeepSpeed load weights themselves.
+            weights, sharded = checkpoint / "adapter_model.safetensors", self.is_fsdp_enabled
+            if "default" in adapters and weights.is_file() and not (sharded or self.is_deepspeed_enabled):
                 from peft import set_peft_model_state_dict
 
                 set_peft_model_state_dict(model, load_file(weights), adapter_name="default")
