@@ -36,6 +36,7 @@ from holdfast.errors import DataError, ModelError, first_line
 from holdfast.machine.files import read_json, write_text
 from holdfast.training import fingerprint
 from holdfast.training.batches import knows_epoch, not_empty, refuse_no_rows
+from holdfast.training.casts import without_undone_casts
 from holdfast.training.lean_loss import LeanLossMixin
 from holdfast.training.method_files import read_tensors, write_tensors
 from holdfast.training.private import (
@@ -111,6 +112,11 @@ class ResumableMixin(CheckpointSlots):
         """If the model is compiled: layer by layer, and in a way that notices a method's hooks."""
         with compiling_layers(self.args):
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Train without casts that autocast undoes."""
+        with without_undone_casts(self.model, self.args.device.type):
+            return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def method_state(self: Any) -> dict[str, Tensor]:
         """Return the tensors to save, by name. A resume fills them in place and calls `method_loaded`."""
