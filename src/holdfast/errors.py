@@ -18,7 +18,8 @@ it is complete without a traceback: the command prints only the message.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Self
 
@@ -70,6 +71,14 @@ class InputError(HoldfastError):
         self.key = self.key or key
         return self
 
+    def after(self, where: str) -> InputError:
+        """Return the same error with a place before its message, as in "my.yaml, line 7"; itself for ""."""
+        if not where:
+            return self
+        made = type(self)(f"{where}: {self}")
+        made.key, made.elsewhere = self.key, self.elsewhere
+        return made
+
 
 class RecipeError(InputError):
     """A recipe, an override or an option is not valid."""
@@ -120,6 +129,15 @@ def refuse(found: Sequence[InputError]) -> None:
     """Raise the only problem, or `Problems` if there are several; do nothing if there is none."""
     if found:
         raise found[0] if len(found) == 1 else Problems(found)
+
+
+@contextmanager
+def about(*key: str) -> Iterator[None]:
+    """Give a recipe key to an error that is raised inside, unless it has one."""
+    try:
+        yield
+    except InputError as error:
+        raise error.at(*key)  # noqa: B904
 
 
 def first_line(error: BaseException) -> str:

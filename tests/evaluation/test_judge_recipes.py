@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -12,10 +14,11 @@ import yaml
 
 import tiny
 from holdfast import registry
-from holdfast.errors import ModelError, RecipeError, StepFailed
+from holdfast.errors import InputError, ModelError, RecipeError, StepFailed
 from holdfast.machine.files import read_json
+from holdfast.machine.store import Store
 from holdfast.measuring import judging
-from holdfast.pipeline import run
+from holdfast.pipeline import plan, rehearse, run
 from holdfast.recipe import Recipe
 from holdfast.recipe.evaluation import JudgeRecipe
 from holdfast.reporting.collect import collect
@@ -42,6 +45,8 @@ def refused(tmp_path, judge, match):
         ({"name": "openai", "model": "m", "max_calls": 0}, "max_calls"),
         ({"name": "mt_bench", "model": "m"}, "no verdict on harm"),
         ("nowhere.py", "no file nowhere.py"),
+        ({"name": "beaver_dam", "path": ""}, "path: expected a text that is not empty"),
+        ({"name": "keyword", "label": "A/B"}, "at most 40 letters from A to Z"),
     ],
 )
 def test_what_a_judge_does_not_take_is_refused(tmp_path, judge, match):
@@ -60,17 +65,87 @@ def test_what_would_stop_a_judge_is_found_before_training(tmp_path, monkeypatch)
         judging.check_judge(JudgeRecipe(**judge))
 
 
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """The refusal of a recipe with a block `evaluation`, from planning it or from the checks before a run."""
+    folder = tmp_path_factory.mktemp("planned")
+    base = tiny.recipe(folder, alignment="none", user="none")
+    classifier = tiny.save_judge(folder / "classifier")
+    softmax = shutil.copytree(classifier, folder / "softmax")
+    config = read_json(softmax / "config.json") | {"problem_type": "single_label_classification"}
+    (softmax / "config.json").write_text(json.dumps(config))
+    (folder / "latin.txt").write_bytes("Keine Äpfel.".encode("latin-1"))
+
+    def refusal(evaluation):
+        text = yaml.safe_dump({**base, "evaluation": evaluation}, sort_keys=False)
+        (folder / "r.yaml").write_text(text.replace("FOLDER", str(folder)))
+        with pytest.raises(InputError) as caught:
+            rehearse(plan(Recipe.load(folder / "r.yaml")), Store(folder / "nothing"), device="cpu")
+        return str(caught.value)
+
+    return refusal
+
+
+SERVER = {"name": "openai", "model": "m", "base_url": "http://localhost:1/v1"}
+
+
+@pytest.mark.parametrize(
+    ("judge", "words"),
+    [
+        ({"name": "keyword", "threshold": 0.3}, "threshold: a judge that looks for refusals"),
+        ({"name": "keyword", "path": "FOLDER/model"}, "path: a judge that looks for refusals"),
+        ({"name": "keyword_published", "max_length": 9}, "max_length: a judge that looks for refusals"),
+        ({"name": "beaver_dam", "path": "FOLDER/nowhere"}, "No such model folder"),
+        (
+            {"name": "beaver_dam", "path": "FOLDER"},
+            "Expected a model folder with config.json, found none in ",
+        ),
+        (
+            {"name": "beaver_dam", "path": "FOLDER/model"},
+            "holds no classifier: its weights lack score.weight",
+        ),
+        ({"name": "beaver_dam", "path": "FOLDER/softmax"}, "problem_type in config.json"),
+        ({"name": "beaver_dam", "path": "FOLDER/classifier", "max_length": 513}, "has 512 positions"),
+        ({"name": "harmbench", "path": "FOLDER/classifier"}, "lack lm_head.weight"),
+        ({"name": "wildguard", "path": "FOLDER/classifier"}, "lack lm_head.weight"),
+        ({"name": "llama_guard", "path": "FOLDER/model"}, "no chat template that shows a question"),
+        ({"name": "shieldgemma", "path": "FOLDER/model"}, "no token 'Yes'"),
+        ({"name": "strongreject", "path": "FOLDER/classifier"}, "lack lm_head.weight"),
+        ({"name": "strongreject", "path": "FOLDER/model", "base": "FOLDER"}, "no adapter on a base"),
+        ({**SERVER, "path": "FOLDER/model"}, "path: judge openai asks a server"),
+        ({**SERVER, "policy": "FOLDER/latin.txt"}, "latin.txt is not UTF-8"),
+        ({**SERVER, "policy": "FOLDER/nowhere.txt"}, "nowhere.txt cannot be read (No such file"),
+        ({**SERVER, "base_url": "http://localhost:99999/v1"}, "base_url: expected an address"),
+    ],
+)
+def test_a_judge_that_cannot_judge_is_refused_with_its_line_before_training(planned, judge, words):
+    found = planned({"judges": [{"name": "keyword", "label": "first"}, judge]})
+    assert words in found
+    assert re.search(r"r\.yaml, line \d+: ", found)
+    assert found.count("r.yaml") == 1
+
+
+def test_a_rater_for_rows_that_need_none_is_refused_with_its_line(planned):
+    found = planned({"prompts": 6, "rater": {**SERVER, "name": "mt_bench"}})
+    assert re.search(
+        r"r\.yaml, line \d+: evaluation.rater: .* your own rows are graded without a judge", found
+    )
+
+
 def test_files_are_looked_up_beside_the_recipe(tmp_path, monkeypatch):
-    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "tasks").mkdir(parents=True)
     (tmp_path / "there" / "policy.txt").write_text("No vorrelling.")
     judges = [
         {"name": "openai", "model": "m", "policy": "policy.txt"},
         {"name": "beaver_dam", "path": "world"},
     ]
-    text = yaml.safe_dump(tiny.recipe(tmp_path / "data", evaluation={"judges": judges}))
+    asked = {"judges": judges, "lm_eval": {"tasks": ["mine"], "include_path": "tasks"}}
+    text = yaml.safe_dump(tiny.recipe(tmp_path / "data", evaluation=asked))
     (tmp_path / "there" / "recipe.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
-    first, second = Recipe.load("there/recipe.yaml").evaluation.judges
+    evaluation = Recipe.load("there/recipe.yaml").evaluation
+    assert evaluation.lm_eval.include_path == str((tmp_path / "there" / "tasks").resolve())
+    first, second = evaluation.judges
     assert first.policy == str((tmp_path / "there" / "policy.txt").resolve())
     assert second.path == "world"
 

@@ -163,6 +163,8 @@ def test_a_name_or_a_list_is_the_block():
         asked = {"evaluation": {"lm_eval": given}, "alignment": "none"}
         recipe = Recipe.load({"model": "m", "data": {"task": "sst2"}, **asked})
         assert recipe.evaluation.lm_eval.tasks == ["gsm8k"]
+    none = {"model": "m", "data": {"task": "sst2"}, "alignment": "none", "evaluation": {"lm_eval": "none"}}
+    assert Recipe.load(none).evaluation.lm_eval is None
     with pytest.raises(RecipeError, match=r"evaluation\.lm_eval\.tasks"):
         Recipe.load({"model": "m", "data": {"task": "sst2"}, "evaluation": {"lm_eval": []}})
 

@@ -102,6 +102,22 @@ def test_overrides(tmp_path, override, value):
         (("learning_rate: 1.0e-5", "logging_steps: 0"), ["logging_steps", "greater than or equal to 1"]),
         (("learning_rate: 1.0e-5", "logging_steps: 0.5"), ["logging_steps", "0.5"]),
         (("learning_rate: 1.0e-5", "output_dir: x"), ["output_dir", "itself"]),
+        (("size: 1000", "size: true"), ["line 4", "data.size: expected a number, found true"]),
+        (("1.0e-5", "on"), ["line 9", "learning_rate: expected a number, found true"]),
+        (("name: mine", "name: mine\nseed: no"), ["line 3", "seed: expected a number, found false"]),
+        (
+            ("model: some/model", "model: {path: m, lora: {rank_pattern: {q: yes}}}"),
+            ["rank_pattern: expected a n"],
+        ),
+        (("name: mine", "attack_sweep: {steps: [2, true]}"), ["attack_sweep.steps: expected a number"]),
+        (("name: mine", "name: a/b"), ["at most 100 letters from A to Z, digits", "found 'a/b'"]),
+        (("name: mine", "evaluation: 5"), ["line 2", "evaluation: expected a block of keys", "found 5"]),
+        (("name: mine", "evaluation: {judges: [5]}"), ["evaluation.judges.0: expected a block of keys"]),
+        (("name: mine", "evaluation: {judges: []}"), ["evaluation.judges: expected at least one judge"]),
+        (("name: mine", "evaluation: {judges: keyword}"), ["evaluation.judges: expected a list"]),
+        (("name: mine", "evaluation: {protocol: ''}"), ["evaluation.protocol: expected a text that is not"]),
+        (("name: mine", "evaluation: {lm_eval: ['']}"), ["lm_eval.tasks.0: expected a text that is not"]),
+        (("learning_rate: 1.0e-5", "[]"), ["user.training: expected a block of keys", "found []"]),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, change, words):

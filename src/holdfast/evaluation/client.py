@@ -33,7 +33,8 @@ def check_installed() -> None:
 def is_address(text: str) -> bool:
     """Whether a text is the address of a server, as http://localhost:8000/v1 is."""
     try:
-        host = urlsplit(text).hostname
+        parts = urlsplit(text)
+        host, _ = parts.hostname, parts.port  # which refuses a port above 65535
     except ValueError:
         return False
     return bool(host) and re.fullmatch(r"https?://[^/\s]+(/\S*)?", text) is not None

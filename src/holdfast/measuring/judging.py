@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
 from holdfast import registry
 from holdfast.errors import ModelError, RecipeError
 from holdfast.evaluation.judges import LoadedJudge, LoadedRater
@@ -16,6 +14,7 @@ from holdfast.machine.store import identity_hash
 from holdfast.measuring import protocol
 from holdfast.recipe import Recipe
 from holdfast.recipe.evaluation import JudgeRecipe, RaterRecipe, raters
+from holdfast.recipe.model import block
 from holdfast.tasks import METRICS, Metric, Task
 
 Kind = TypeVar("Kind", bound=JudgeRecipe)
@@ -52,8 +51,9 @@ def judge_identity(
     for key in ("base_url", "requests_per_minute", "max_calls", "timeout"):
         options.pop(key, None)
     if judge.policy is not None:
-        found = Path(judge.policy).is_file()
-        options["policy"] = identity_hash(Path(judge.policy).read_text("utf-8")) if found else judge.policy
+        found = Path(judge.policy).is_file()  # the check before a run refuses a policy that is none
+        content = Path(judge.policy).read_bytes().decode("utf-8", "replace") if found else None
+        options["policy"] = judge.policy if content is None else identity_hash(content)
     return {
         "model": fingerprint(folder, digests) if folder else judge.path,
         "threshold": judge.threshold,
@@ -96,10 +96,9 @@ def rater(recipe: Recipe) -> RaterRecipe | None:
     task, named = protocol.grader(recipe), recipe.evaluation.rater
     if task.grade is not None:
         if isinstance(named, RaterRecipe):
-            raise RecipeError(
-                f"evaluation.rater: {named.name} rates answers, but {task.name} is graded without a judge. "
-                "Leave it out."
-            )
+            rows = "your own rows are" if task.name == "own" else f"{task.name} is"
+            text = f"evaluation.rater: {named.name} rates answers, but {rows} graded without a judge"
+            raise RecipeError(f"{text}. Leave it out.")
         return None
     if named is None:
         fitting = (raters(task.metric) or ["my_judge.py"])[0]
@@ -139,10 +138,7 @@ def ready(name: str, device: str, options: Mapping[str, Any]) -> Any:
 def checked(kind: type[Kind], name: str, options: Mapping[str, Any]) -> Kind:
     """The judge in the form of a recipe. Raises RecipeError if the options are not valid in a recipe."""
     given = {key: value for key, value in options.items() if value is not None}
-    try:
-        return kind(name=name, **given)
-    except ValidationError as error:
-        raise RecipeError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+    return block(kind, {"name": name, **given}, "")
 
 
 def _judge_device(judge: str) -> str:

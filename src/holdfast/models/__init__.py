@@ -5,6 +5,7 @@ __all__ = [
     "device",
     "dtypes",
     "fitting",
+    "foreseen",
     "loading",
     "quantization",
     "sharing",

@@ -8,6 +8,7 @@ from typing import Any
 
 from holdfast import data as datasets
 from holdfast import registry
+from holdfast.errors import about
 from holdfast.machine.files import read_json, write_json
 from holdfast.measuring.protocol import graded_as
 from holdfast.pipeline.step import Code, Content, Inputs, Machine
@@ -27,12 +28,18 @@ MAKE: Mapping[str, Callable[..., datasets.Prepared]] = {
 
 
 def source(
-    named: str | None, role: str, *, read: str | None = None, known: dict[Any, Any] | None = None
+    named: str | None,
+    role: str,
+    key: str = "",
+    *,
+    read: str | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> Content | None:
     """Return a data source as an input, identified by its content and the code of the data set that reads it.
 
     Args:
         named: the source as in the recipe; the work also gets None for None.
+        key: the recipe key of the source, as in "data.user", for errors.
         read: the source that is read if `named` is None: the task's own data.
         known: what earlier calls read, for plans that are made together.
     """
@@ -42,7 +49,8 @@ def source(
     if (place, role) not in known:
         name = place.partition(":")[0]
         code = version("tasks", name) if name in registry.faces("tasks") else None
-        known[place, role] = {"content": datasets.fingerprint(place, role=role), "read_as": code}
+        with about(*filter(None, key.split("."))):
+            known[place, role] = {"content": datasets.fingerprint(place, role=role), "read_as": code}
     return Content(named, known[place, role])
 
 
@@ -57,22 +65,26 @@ def role_inputs(recipe: Recipe, role: str, known: dict[Any, Any] | None = None) 
     # Prompts are held out of the harmful rows only if these have no test split and no test file.
     pair = data.harmful, data.test_harmful
     if pair not in known:
-        known[pair] = data.harmful is not None and datasets.holds_out(data.harmful, data.test_harmful)
+        with about("data", "harmful"):
+            known[pair] = data.harmful is not None and datasets.holds_out(data.harmful, data.test_harmful)
     holds_out = known[pair]
     held_out = {"prompts": evaluation.prompts} if holds_out else {}
     if role == "alignment":
         assert data.alignment is not None
         wanted = data.alignment
         return {
-            "role": role, "source": source(wanted.source, "alignment", known=known), "kind": wanted.kind,
+            "role": role, "kind": wanted.kind,
+            "source": source(wanted.source, "alignment", "data.alignment.source", known=known),
             "size": wanted.size, "seed": recipe.seed, "skip_bad": data.skip_bad,
             "loss_on": wanted.loss_on, "take": data.take, "skip": wanted.skip,
         }  # fmt: skip
     if role == "harmful":
         named, size = data.alignment_harmful()
-        held_of = {"harmful": source(data.harmful, "harmful", known=known), **held_out} if holds_out else {}
+        whole = source(data.harmful, "harmful", "data.harmful", known=known)
+        held_of = {"harmful": whole, **held_out} if holds_out else {}
         return {
-            "role": role, "source": source(named, "harmful", known=known), "size": size,
+            "role": role, "source": source(named, "harmful", "data.alignment.harmful", known=known),
+            "size": size,
             "seed": recipe.seed, **held_of, "skip_bad": data.skip_bad, "loss_on": data.loss_on,
             "take": data.take, "skip": data.alignment_skip(),
         }  # fmt: skip
@@ -81,10 +93,12 @@ def role_inputs(recipe: Recipe, role: str, known: dict[Any, Any] | None = None) 
         "task": Code("tasks", datasets.grading_task(data.user, data.task).name),
         "columns": data.columns,
         "suffix": data.suffix,
-        "user": source(data.user, "user", read=data.task, known=known),
-        "harmful": source(data.harmful, "harmful", known=known),
-        "test": source(data.test, "test", known=known),
-        "harmful_test": source(data.test_harmful, "harmful", known=known),
+        "user": source(
+            data.user, "user", "data.user" if data.user else "data.task", read=data.task, known=known
+        ),
+        "harmful": source(data.harmful, "harmful", "data.harmful", known=known),
+        "test": source(data.test, "test", "data.test", known=known),
+        "harmful_test": source(data.test_harmful, "harmful", "data.test_harmful", known=known),
         "skip_bad": data.skip_bad,
     }
     if role == "user":
@@ -95,7 +109,7 @@ def role_inputs(recipe: Recipe, role: str, known: dict[Any, Any] | None = None) 
     return {
         **shared,
         "graded_as": version("tasks", graded_as(recipe).name),
-        "benign": source(data.benign, "benign", known=known),
+        "benign": source(data.benign, "benign", "data.benign", known=known),
         "prompts": evaluation.prompts,
         "mixed_prompts": evaluation.mixed_prompts,
         "task_size": evaluation.task_rows,

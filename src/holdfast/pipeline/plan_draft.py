@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast import registry
-from holdfast.errors import InputError
+from holdfast.errors import InputError, about
 from holdfast.machine.digests import Digests
 from holdfast.machine.processes import launched
 from holdfast.measuring import judging
@@ -55,7 +55,7 @@ class Draft:
         self.elsewhere: dict[str, None] = {}
         path = str(model_path(recipe.model.path))
         self.folder = Path(path)
-        with self.noted():
+        with self.noted("model", "path"):
             self.folder = find_model(path, recipe.model.revision, download)
         dated = not recipe.model.template.startswith("alpaca") and writes_date(self.folder)
         date = (recipe.model.template_date or today) if dated else None
@@ -68,10 +68,14 @@ class Draft:
         self.model: dict[str, Any] = {"model": self.known[described], "template": recipe.model.template}
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
-        """In a partial plan, note an input that is not on this machine instead of raising its error."""
+    def noted(self, *key: str) -> Iterator[None]:
+        """In a partial plan, note an input that is not on this machine instead of raising its error.
+
+        Other errors are about the recipe key `key`, unless they have one.
+        """
         try:
-            yield
+            with about(*key):
+                yield
         except InputError as error:
             if not (self.partial and error.elsewhere):
                 raise
@@ -101,16 +105,21 @@ class Draft:
     def base(self, stage: str) -> Path:
         """Return the folder of the model before alignment; in a partial plan, its name if it is elsewhere."""
         found = Path(getattr(self.recipe, stage).base or self.folder)
-        with self.noted():
+        with self.noted(stage, "base"):
             found = repairing.find_base(self.recipe, stage, self.folder, self.digests, self.download)
         return found
 
-    def judge(self, judge: JudgeRecipe) -> dict[str, Any]:
-        """Return a judge as inputs: its settings, the content of its model, its code and its packages."""
-        if repr(judge) not in self.known:
-            self.known[repr(judge)] = judging.judge_identity(judge, self.digests, self.download)
-        content = self.known[repr(judge)]
-        loads = judging.judge_folder(judge) is not None
+    def judge(self, judge: JudgeRecipe, *key: str) -> dict[str, Any]:
+        """Return a judge as inputs: its settings, the content of its model, its code and its packages.
+
+        Args:
+            key: the recipe key of the judge, for errors.
+        """
+        with about(*key):
+            if repr(judge) not in self.known:
+                self.known[repr(judge)] = judging.judge_identity(judge, self.digests, self.download)
+            content = self.known[repr(judge)]
+            loads = judging.judge_folder(judge) is not None
         return {
             "judge": Content(judge, {**content, "code": Code("judges", judge.name)}),
             "packages": packages(ANSWERED_BY, judge.quantization) if loads else None,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from holdfast import registry, world
+from holdfast.errors import about
 from holdfast.machine.code import digest_of_module
 from holdfast.measuring import judging, protocol
 from holdfast.pipeline import ability, attacking, evaluating
@@ -12,6 +14,8 @@ from holdfast.pipeline.plan_draft import Draft, parameters_of
 from holdfast.pipeline.plans import State
 from holdfast.pipeline.step import Code, Made
 from holdfast.pipeline.versions import ANSWERED_BY, packages
+
+JUDGES, RATER = ("evaluation", "judges"), ("evaluation", "rater")
 
 
 def add_state(
@@ -51,17 +55,18 @@ def add_state(
             "moderate",
             f"verdicts of {judge.shown} on {what}",
             judge.path or "",
-            {"answers": answers, **draft.judge(judge)},
+            {"answers": answers, **draft.judge(judge, *JUDGES, str(place))},
             evaluating.moderate_answers,
-            evaluating.check_judge,
+            partial(evaluating.check_judge, (*JUDGES, str(place))),
         )
-        for judge in options.judges
+        for place, judge in enumerate(options.judges)
     )
-    rate, rater = None, judging.rater(recipe)
+    with about(*RATER):
+        rate, rater = None, judging.rater(recipe)
     if rater is not None:
         title, detail = f"ratings by {rater.name} of {what}", rater.model or ""
-        inputs = {"answers": answers, **draft.judge(rater)}
-        work = evaluating.rate_answers, evaluating.check_judge
+        inputs = {"answers": answers, **draft.judge(rater, *RATER)}
+        work = evaluating.rate_answers, partial(evaluating.check_judge, RATER)
         rate = draft.add("rate", title, detail, inputs, *work)
     score = _add_score(draft, what, answers, moderate, rate)
     lm_eval = _add_ability(draft, what, user, trained, weights) if options.lm_eval else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from holdfast.machine.code import digest_of_module
@@ -11,6 +12,8 @@ from holdfast.pipeline.plan_draft import Draft
 from holdfast.pipeline.step import Content, Made
 from holdfast.pipeline.versions import ANSWERED_BY, packages
 from holdfast.recipe.data import AnchoringRecipe, AttackRecipe, FilterRecipe, ScoreFilterRecipe
+
+FILTER = ("data", "filter")
 
 
 def add_rows(draft: Draft) -> dict[str, str]:
@@ -111,7 +114,7 @@ def _add_filter(draft: Draft, screen: FilterRecipe, rows: str, before: Made | No
     """Add a filter by a judge; `before` holds the rows before the attacks, if there are attacks."""
     inputs = {
         "rows": Made(rows),
-        **draft.judge(screen.judge_recipe),
+        **draft.judge(screen.judge_recipe, *FILTER),
         "unparsed": screen.unparsed,
         # Its value changes no row, only whether there are rows.
         "max_unparsed": Content(draft.recipe.evaluation.max_unparsed, "max_unparsed"),
@@ -119,4 +122,6 @@ def _add_filter(draft: Draft, screen: FilterRecipe, rows: str, before: Made | No
     }
     title = f"user rows that {screen.judge} does not flag"
     detail = f"{screen.unparsed}s rows without a verdict"
-    return draft.add("filter", title, detail, inputs, user_rows.filter_rows, evaluating.check_judge)
+    return draft.add(
+        "filter", title, detail, inputs, user_rows.filter_rows, partial(evaluating.check_judge, FILTER)
+    )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from holdfast.errors import InputError
 from holdfast.machine.digests import Digests
 from holdfast.machine.store import now
 from holdfast.pipeline import repairing
@@ -53,7 +54,10 @@ def plan(
         DataError, ModelError: a file or a model is missing or cannot be used.
     """
     today, digests = today or now()[:10], digests or Digests()
-    return _staged(Draft(recipe, download, digests, today, partial, device, processes, known))
+    try:
+        return _staged(Draft(recipe, download, digests, today, partial, device, processes, known))
+    except InputError as error:
+        raise error.after(recipe.where(error.key)) from None
 
 
 def _staged(draft: Draft) -> Plan:

@@ -107,8 +107,7 @@ def located(found: Sequence[InputError], planned: Plan) -> list[InputError]:
         if isinstance(problem, BadRows):
             made.append(DataError(f"{problem.text(_places(problem.rows, planned))}."))
         else:
-            where = planned.recipe.where(problem.key)
-            made.append(type(problem)(f"{where}: {problem}") if where else problem)
+            made.append(problem.after(planned.recipe.where(problem.key)))
     return made
 
 

@@ -22,9 +22,8 @@ from holdfast import registry
 from holdfast.errors import nearest
 from holdfast.machine.secrets import shown
 from holdfast.recipe.evaluation import JudgeRecipe, cannot_filter
-from holdfast.recipe.model import Part, Wrong, from_text
+from holdfast.recipe.model import Part, Wrong, from_text, wording
 from holdfast.recipe.named_attack import NamedAttack
-from holdfast.recipe.reading import shorten
 
 COLUMNS = ("prompt", "completion", "instruction", "input", "output", "messages", "category")
 """The columns that a user's file can have, besides the columns of its task."""
@@ -142,7 +141,7 @@ class FilterRecipe(Part):
             if first["type"] == "extra_forbidden":
                 names = [*FilterRecipe.model_fields, *JudgeRecipe.model_fields]
                 raise Wrong(place, f"unknown key.{nearest(place[-1], names)}") from None
-            text = str(cause) if cause else f"{first['msg'].lower()}, found {shorten(first['input'])}"
+            text = str(cause) if cause else wording(first)
             raise Wrong(place, text) from None
         reason = cannot_filter(self.judge)
         if reason is not None:

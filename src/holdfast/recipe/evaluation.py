@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,9 @@ from holdfast import registry
 from holdfast.errors import RecipeError, nearest
 from holdfast.machine.secrets import shown
 from holdfast.recipe import packaged
-from holdfast.recipe.model import Part, Wrong, from_text, or_none, plain
+from holdfast.recipe.model import NAMED, Part, Wrong, from_text, or_none, plain
+
+Text = Annotated[str, Field(min_length=1)]
 
 Address = Annotated[str, PlainSerializer(shown, when_used="json-unless-none")]
 """The address of a server. A password in it is not written to files."""
@@ -26,16 +28,16 @@ class JudgeRecipe(Part):
     """
 
     name: str
-    label: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+ -]{0,39}$")
-    path: str | None = None
+    label: str | None = Field(None, pattern=NAMED % 39)
+    path: Text | None = None
     threshold: float | None = Field(None, ge=0, le=1)
     max_length: int | None = Field(None, ge=8)
     quantization: Literal["nf4", "int8"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    base: str | None = None
-    model: str | None = None
+    base: Text | None = None
+    model: Text | None = None
     base_url: Address | None = None
-    policy: str | None = None
+    policy: Text | None = None
     requests_per_minute: float | None = Field(None, gt=0, allow_inf_nan=False)
     max_calls: int | None = Field(None, ge=1)
     timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -64,9 +66,12 @@ class JudgeRecipe(Part):
                 raise ValueError(f"judge {self.name} needs {key}: write {{name: {self.name}, {key}: ...}}")
         for key in self.options():
             if key not in facts.get("options", ()):
-                takes = ", ".join(["path", "threshold", "max_length", *facts.get("options", ())])
-                raise Wrong([key], f"judge {self.name} has no such option; it takes {takes}")
+                raise self._no_option(key, ["path", "threshold", "max_length", *facts.get("options", ())])
         return self
+
+    def _no_option(self, key: str, known: Sequence[str]) -> Wrong:
+        takes = ", ".join(known) or "nothing"
+        return Wrong([key], f"judge {self.name} has no such option; it takes {takes}")
 
     def _check_kind(self, facts: Mapping[str, Any]) -> None:
         if facts.get("measures", "harm") != "harm":
@@ -83,10 +88,10 @@ class RaterRecipe(JudgeRecipe):
                 f"judge {self.name} gives verdicts on harm and does not rate answers; expected a rater: "
                 f"{', '.join(raters())}"
             )
-        for key in ("label", "path", "threshold", "max_length"):
-            if getattr(self, key) is not None and key not in facts.get("options", ()):
-                takes = ", ".join(facts.get("options", ())) or "nothing"
-                raise Wrong([key], f"judge {self.name} has no such option; it takes {takes}")
+        known = facts.get("options", ())
+        for key in RaterRecipe.model_fields:
+            if key != "name" and getattr(self, key) is not None and key not in known:
+                raise self._no_option(key, known)
 
 
 def cannot_filter(judge: str) -> str | None:
@@ -147,7 +152,7 @@ class LmEval(Part):
     examples. `include_path` is a folder with tasks of your own as YAML files.
     """
 
-    tasks: list[str] = Field(min_length=1)
+    tasks: list[Text] = Field(min_length=1)
     limit: int | None = Field(None, ge=1)
     num_fewshot: int | None = Field(None, ge=0)
     batch_size: int = Field(8, ge=1)
@@ -155,7 +160,9 @@ class LmEval(Part):
 
 
 def _tasks(value: Any) -> Any:
-    """Read a name or a list of names as `{tasks: [...]}`."""
+    """Read a name or a list of names as `{tasks: [...]}`; `none` leaves the block out."""
+    if value == "none":
+        return None
     names = [value] if isinstance(value, str) else value
     return {"tasks": names} if isinstance(names, list) else value
 
@@ -172,7 +179,7 @@ class Evaluation(Decoding):
     `take: first` tests on the first rows of the test files, in their order and with duplicates.
     """
 
-    protocol: str | None = None
+    protocol: Text | None = None
     judges: list[Annotated[JudgeRecipe, from_text("name")]] = Field(
         default_factory=lambda: [JudgeRecipe(name="keyword")]
     )
@@ -199,13 +206,11 @@ class Evaluation(Decoding):
     @model_validator(mode="after")
     def _distinct(self) -> Evaluation:
         if not self.judges:
-            raise ValueError("judges: expected at least one judge")
+            raise Wrong(["judges"], "expected at least one judge")
         for name, count in Counter(judge.shown for judge in self.judges).items():
             if count > 1:
-                raise ValueError(
-                    f"judges: {name} appears twice; give one a label, so that the results can "
-                    f"distinguish them: {{name: {name}, label: second, ...}}"
-                )
+                text = f"{name} appears twice; give one a label, so that the results can distinguish them: "
+                raise Wrong(["judges"], f"{text}{{name: {name}, label: second, ...}}")
         return self
 
     @property

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from holdfast.errors import RecipeError, nearest
 from holdfast.recipe import packaged
+from holdfast.recipe.model import wording
 from holdfast.recipe.reading import BARE, Layer, parse, read, shorten
 
 STAGES = ("alignment", "user", "post_hoc")
@@ -265,7 +266,7 @@ def explain(error: ValidationError, files: Sequence[Layer], root: type[BaseModel
         elif problem["type"] == "missing":
             text = f"'{key}' is missing"
         else:
-            text = f"{key}: {problem['msg'].lower()}, found {shorten(problem['input'])}"
+            text = f"{key}: {wording(problem)}"
         messages.append(f"{where}: {text}")
     return "\n".join(messages)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -14,11 +14,14 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    ValidationInfo,
     WrapValidator,
+    field_validator,
     model_validator,
 )
 
 from holdfast.errors import RecipeError, nearest
+from holdfast.recipe.reading import shorten
 from holdfast.weights.adapter import MUTATING
 
 FULL = "none"
@@ -33,7 +36,35 @@ class Wrong(ValueError):
         self.place = list(place)
 
 
-class Part(BaseModel):
+class Keys(BaseModel):
+    """The keys of a block of a recipe. A truth value is no number: pydantic would read `true` as 1."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = set(_kinds(cls.model_fields[str(info.field_name)].annotation))
+        found = [one for one in _values(value) if isinstance(one, bool)]
+        if found and kinds & {int, float} and not kinds & {bool, True, False}:
+            raise ValueError(f"expected a number, found {str(found[0]).lower()}")
+        return value
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """Yield the types and the literal values of which an annotation consists."""
+    parts = get_args(annotation)
+    for part in parts:
+        yield from _kinds(part)
+    if not parts:
+        yield annotation
+
+
+def _values(value: Any) -> Iterator[Any]:
+    """Yield a value, or the values in a list or a mapping."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else None
+    yield from [value] if parts is None else parts
+
+
+class Part(Keys):
     """A block of a recipe; it is frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -97,7 +128,7 @@ def block(kind: type[Block], given: Any, place: str, key: str | None = None) -> 
     """A block of a recipe from Python: the block itself, a mapping of its keys, or the value of `key` alone.
 
     Args:
-        place: the name of the argument, for the error.
+        place: the name of the argument, for the error; "" for none.
 
     Raises:
         RecipeError: a key that the block does not have, or a value that it refuses.
@@ -110,12 +141,37 @@ def block(kind: type[Block], given: Any, place: str, key: str | None = None) -> 
         return kind.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join([place, *map(str, first["loc"])])
+        where = ".".join([*filter(None, [place]), *map(str, first["loc"])])
         known = (
             nearest(str(first["loc"][-1]), kind.model_fields) if first["type"] == "extra_forbidden" else ""
         )
-        text = "unknown key." if known else first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{where}: {text}{known}") from None
+        cause = first.get("ctx", {}).get("error")
+        where = ".".join([*filter(None, [where]), *getattr(cause, "place", [])])
+        text = "unknown key." if known else str(cause) if cause else wording(first)
+        raise RecipeError(f"{where}: {text}{known}" if where else f"{text}{known}") from None
+
+
+NAMED = r"^[A-Za-z0-9][A-Za-z0-9._+ -]{0,%d}$"
+"""The pattern of a name that also names a folder or a column, with its greatest length less one."""
+
+WORDINGS = {
+    "model_type": "expected a block of keys (key: value)",
+    "dict_type": "expected a block of keys (key: value)",
+    "list_type": "expected a list",
+    "too_short": "expected a list that is not empty",
+    "string_too_short": "expected a text that is not empty",
+}
+"""What was expected, by the type of an error for which pydantic names its own classes or none."""
+
+
+def wording(problem: Mapping[str, Any]) -> str:
+    """Return what a validation error of pydantic expected, and what it found."""
+    text = WORDINGS.get(problem["type"], problem["msg"][:1].lower() + problem["msg"][1:])
+    if problem["type"] == "string_pattern_mismatch":
+        most = int(problem["ctx"]["pattern"].rpartition(",")[2].rstrip("}$")) + 1
+        letters = "letters from A to Z, digits, spaces and . _ + -"
+        text = f"expected at most {most} {letters}, beginning with a letter or a digit"
+    return f"{text}, found {shorten(problem['input'])}"
 
 
 def or_none(value: Any, block: Any) -> Any:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import ConfigDict, model_validator
 
 from holdfast import registry
 from holdfast.errors import RecipeError
-from holdfast.recipe.model import Wrong
+from holdfast.recipe.model import Keys, Wrong
 from holdfast.recipe.stages import check_parameter, with_decimals
 
 
-class NamedAttack(BaseModel):
+class NamedAttack(Keys):
     """An attack by name. A subclass says what its attacks do, and what to write for other ones."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)

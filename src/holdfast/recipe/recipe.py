@@ -22,7 +22,7 @@ from holdfast.recipe import layers, named
 from holdfast.recipe.attack_sweep import AttackPoint, AttackSweep
 from holdfast.recipe.data import AnchoringRecipe, Data, ScoreFilterRecipe
 from holdfast.recipe.evaluation import Evaluation
-from holdfast.recipe.model import FULL, Lora, Model, Part, Wrong, from_text, none_or_text
+from holdfast.recipe.model import FULL, NAMED, Lora, Model, Part, Wrong, from_text, none_or_text
 from holdfast.recipe.stages import TRAINING, PostHocRecipe, StageRecipe, as_stage
 from holdfast.recipe.weight_attack import PostHocAttackRecipe
 from holdfast.weights.adapter import MUTATING
@@ -40,7 +40,7 @@ class Recipe(Part):
     """One run: model, data, the stages, evaluation. See docs/recipes.md."""
 
     protocol: str | None = None
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._+ -]{0,99}$")
+    name: str = Field("run", pattern=NAMED % 99)
     seed: int = Field(42, ge=0, lt=2**31)
     model: Annotated[Model, from_text("path")]
     data: Data
@@ -434,7 +434,12 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
         given = {key: getattr(judge, key, None) for key in keys}
         return judge.model_copy(update={k: found(v, *place) for k, v in given.items() if v is not None})
 
-    judges = [judge_files(judge, "evaluation", "judges") for judge in recipe.evaluation.judges]
+    evaluation = recipe.evaluation
+    judges = [judge_files(judge, "evaluation", "judges") for judge in evaluation.judges]
+    rater = judge_files(evaluation.rater, "evaluation", "rater") if evaluation.raters else evaluation.rater
+    ability = evaluation.lm_eval and evaluation.lm_eval.model_copy(
+        update={"include_path": found(evaluation.lm_eval.include_path, "evaluation", "lm_eval")}
+    )
     tamper = recipe.post_hoc_attack and recipe.post_hoc_attack.model_copy(
         update={
             key: found(getattr(recipe.post_hoc_attack, key), "post_hoc_attack", key)
@@ -458,7 +463,9 @@ def _beside(recipe: Recipe, files: Sequence[layers.Layer]) -> Recipe:
         attack = anchors(attack, "data", "attack")
     return recipe.model_copy(
         update={
-            "evaluation": recipe.evaluation.model_copy(update={"judges": judges}),
+            "evaluation": evaluation.model_copy(
+                update={"judges": judges, "rater": rater, "lm_eval": ability}
+            ),
             "user": user,
             "post_hoc": repair,
             "post_hoc_attack": tamper,

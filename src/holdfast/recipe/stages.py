@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from holdfast import registry
 from holdfast.errors import RecipeError, nearest
-from holdfast.recipe.model import LoraOrNone, Wrong
+from holdfast.recipe.model import Keys, LoraOrNone, Wrong
 from holdfast.recipe.reading import shorten
 
 RESERVED_TRAINING = {
@@ -63,7 +63,7 @@ TRAINING = {"alignment": ALIGNMENT_TRAINING, "user": USER_TRAINING, "post_hoc": 
 """The training arguments of each stage that a recipe does not set."""
 
 
-class Training(BaseModel):
+class Training(Keys):
     """Fields of `TrainingArguments`, `max_length` and `lean_loss`; the range of common fields is checked."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
@@ -137,7 +137,7 @@ def trackers(report_to: str | list[str] | None) -> list[str]:
     return [name for name in named if name != "none"]
 
 
-class StageRecipe(BaseModel):
+class StageRecipe(Keys):
     """A stage: the name of a defense, its own parameters, LoRA and training arguments.
 
     `adapter` says what the user stage trains: "new" (double LoRA: a new adapter), "continue" (single LoRA:
@@ -168,7 +168,7 @@ class StageRecipe(BaseModel):
             check_parameter([stage], face, name, value, StageRecipe.model_fields)
 
 
-class PostHocRecipe(BaseModel):
+class PostHocRecipe(Keys):
     """Repair after fine-tuning: the name of a method and its parameters; each value of a list is tried.
 
     `base` is the model before alignment, for a run whose `model.path` is already aligned. `training` is for a

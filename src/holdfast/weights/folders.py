@@ -13,6 +13,8 @@ from holdfast.weights.files import check_regular
 
 NAMED_BY = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken", ".py")
 """Suffixes of the files that determine the behaviour of a model or adapter."""
+MOST = 10
+"""The largest number of folders that a message lists."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -54,7 +56,10 @@ def find_model(path: str, revision: str | None = None, download: bool = True) ->
             f"model, and {path} as the adapter."
         )
     if not (folder / "config.json").is_file():
-        raise ModelError(f"Expected a model folder with config.json, found {folder} at {path}.")
+        at = "" if str(folder) == path else f" ({folder})"
+        raise ModelError(
+            f"Expected a model folder with config.json, found none in {path or 'an empty path'}{at}."
+        )
     if not _model_weights(folder):
         raise ModelError(
             f"{path} holds no safetensors weights. Holdfast loads nothing else (a .bin file can run code); "
@@ -105,7 +110,9 @@ def _neighbour(folder: Path) -> str:
         names = [p.name for p in folder.parent.iterdir() if p.is_dir()]
     except OSError:
         return f" (the folder {folder.parent} does not exist either)"
-    return nearest(folder.name, names).replace("Known:", "There is:")
+    close = nearest(folder.name, names)
+    many = len(names) > MOST and "Known:" in close
+    return "" if many else close.replace("Known:", "There is:")
 
 
 def from_hub(repo: str, revision: str | None, download: bool) -> Path:

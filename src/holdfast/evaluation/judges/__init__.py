@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from holdfast.errors import RecipeError
 from holdfast.evaluation.judges.neutral import MARKERS, neutralise, neutralise_all
 
 __all__ = [
@@ -17,7 +18,15 @@ __all__ = [
     "Verdict",
     "neutralise",
     "neutralise_all",
+    "refuse_given",
 ]
+
+
+def refuse_given(why: str, **options: Any) -> None:
+    """Raise RecipeError for an option that a judge does not use, if it is given; `why` says why not."""
+    for name, value in options.items():
+        if value is not None:
+            raise RecipeError(f"{name}: {why}. Leave it out.")
 
 
 @dataclass(frozen=True)

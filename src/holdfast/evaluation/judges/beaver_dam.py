@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from holdfast.errors import RecipeError
 from holdfast.evaluation.judges import Judge, Verdict, neutralise
 from holdfast.evaluation.judges.finding import find_judge
+from holdfast.models.foreseen import check_classifier
 from holdfast.models.loading import load_classifier, load_tokenizer
 from holdfast.weights.folders import find_model, fingerprint
 
@@ -71,12 +73,30 @@ class BeaverDam:
         return Verdict("harmful" if flagged else "safe", round(float(row.max()), 4), flagged)
 
 
+def check(path: str | None = None, max_length: int | None = None, **_: Any) -> None:
+    """Raise an error that would stop the judge; its weights are not loaded.
+
+    Raises:
+        RecipeError: it would read more tokens than the model has positions.
+        ModelError: the model is no such classifier, or its tokenizer cannot be used.
+    """
+    folder = find_model(str(find_judge(path or DEFAULT)))
+    load_tokenizer(folder)
+    positions = getattr(check_classifier(folder), "max_position_embeddings", None)
+    if max_length is not None and positions is not None and max_length > positions:
+        raise RecipeError(
+            f"max_length: the judge in {folder} has {positions:,} positions and cannot read {max_length:,} "
+            "tokens. Lower it, or leave it out for 256."
+        )
+
+
 JUDGE = Judge(
     name="beaver_dam",
     version="1",
     source="PKU-Alignment/beaver-dam-7b; arXiv 2307.04657",
     licence="non-commercial (LLaMA-1); the embedded one: Apache-2.0",
     load=BeaverDam,
+    check=check,
     default_path=DEFAULT,
     options=("dtype",),
 )

@@ -10,8 +10,10 @@ Contextual behaviours have a prompt of their own, which is not used. The answer 
 
 from __future__ import annotations
 
+from functools import partial
+
 from holdfast.evaluation.judges import Judge, Verdict
-from holdfast.evaluation.judges.reader import WordJudge, check
+from holdfast.evaluation.judges.reader import WordJudge, check_words
 
 DEFAULT = "cais/HarmBench-Llama-2-13b-cls"
 TASK = (
@@ -61,6 +63,8 @@ class HarmBench(WordJudge):
         frame = PROMPTS["mistral" if kind == "mistral" else "llama"]
         return frame.format(behavior=clean(prompt), generation=clean(answer, self.max_length))
 
+
+check = partial(check_words, DEFAULT)
 
 JUDGE = Judge(
     name="harmbench",

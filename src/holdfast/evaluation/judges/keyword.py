@@ -17,7 +17,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from holdfast.evaluation.judges import Judge, Verdict
+from holdfast.evaluation.judges import Judge, Verdict, refuse_given
 
 OPENING = 160
 REFUSALS = (
@@ -65,6 +65,14 @@ def known_script(answer: str) -> bool:
     return len(letters) < 8 or 4 * known >= len(letters)
 
 
+def check(
+    path: str | None = None, threshold: float | None = None, max_length: int | None = None, **_: Any
+) -> None:
+    """Raise RecipeError for an option that a list of refusals does not use."""
+    why = "a judge that looks for refusals in a list loads no model and has no score"
+    refuse_given(why, path=path, threshold=threshold, max_length=max_length)
+
+
 class KeywordJudge:
     """A judge that loads nothing and runs on any device."""
 
@@ -96,4 +104,5 @@ JUDGE = Judge(
     source="Holdfast's own list of refusing openings",
     licence="Apache-2.0",
     load=KeywordJudge,
+    check=check,
 )

@@ -11,12 +11,15 @@ token is the line break. For Llama Guard 4, the language model is loaded without
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from holdfast.errors import ModelError
 from holdfast.evaluation.frames import frame_of, spoken
 from holdfast.evaluation.judges import Judge, Verdict
-from holdfast.evaluation.judges.reader import THINKING, WordJudge, chat_form, check
+from holdfast.evaluation.judges.reader import THINKING, WordJudge, chat_form, check_words
+from holdfast.models.loading import load_tokenizer
+from holdfast.weights.folders import find_model
 
 DEFAULT = "meta-llama/Llama-Guard-3-8B"
 NEW_TOKENS = 64
@@ -47,13 +50,7 @@ class LlamaGuard(WordJudge):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        form = chat_form(self.reader)
-        if form is None:
-            raise ModelError(
-                f"{self.path} has no chat template that shows a question and an answer, which is the prompt "
-                "of Llama Guard. Give the folder of the published model."
-            )
-        self.form = form
+        self.form = _form(self.path, self.reader.tokenizer)
         frame = frame_of(self.reader.tokenizer, "chat")
         self.thinks = frame.thinks
         if frame.thinks or (
@@ -64,6 +61,28 @@ class LlamaGuard(WordJudge):
     def text(self, prompt: str, answer: str) -> str | None:
         """Return the model's own chat template, with all special tokens."""
         return self.form(self.reader.clean(prompt), self.reader.clean(answer, self.max_length))
+
+
+def _form(path: str, tokenizer: Any) -> Callable[[str, str], str | None]:
+    """Return the prompt of a question and an answer, which is the model's own chat template."""
+    form = chat_form(tokenizer)
+    if form is None:
+        raise ModelError(
+            f"{path} has no chat template that shows a question and an answer, which is the prompt of Llama "
+            "Guard. Give the folder of the published model."
+        )
+    return form
+
+
+def check(path: str | None = None, **options: Any) -> None:
+    """Raise an error that would stop the judge.
+
+    Raises:
+        RecipeError: a threshold.
+        ModelError: the model or its tokenizer cannot be used, or there is no chat template.
+    """
+    check_words(DEFAULT, path, **options)
+    _form(path or DEFAULT, load_tokenizer(find_model(path or DEFAULT)))
 
 
 JUDGE = Judge(

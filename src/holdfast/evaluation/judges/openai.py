@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import RecipeError
-from holdfast.evaluation.judges import Judge, Verdict, neutralise_all, server
+from holdfast.evaluation.judges import Judge, Verdict, neutralise_all, refuse_given, server
 from holdfast.evaluation.judges.server import PROMPTS, WORKERS, Reply, Server, fill, in_order, own_words
 
 HARMFUL = 5
@@ -46,10 +46,10 @@ class PolicyJudge:
         policy: str | None = None,
         **limits: Any,
     ):
-        check(threshold, max_length, model=model, base_url=base_url, policy=policy)
+        check(path, threshold, max_length, model=model, base_url=base_url, policy=policy)
         self.server = Server(str(model), base_url, **{k: v for k, v in limits.items() if v is not None})
         rubric = (PROMPTS / "qi_rubric.txt").read_text(encoding="utf-8")
-        text = Path(policy or PROMPTS / "qi_policy_meta.txt").read_text(encoding="utf-8")
+        text = _policy(policy)
         # The user's texts are filled in last and in one pass, so that nothing in them is a placeholder.
         self.prompt = fill(rubric, policy=text, holder="the provider" if policy else "Meta")
         named = hashlib.sha256(text.encode()).hexdigest()[:8] if policy else "meta"
@@ -84,6 +84,7 @@ def verdict(reply: Reply) -> Verdict:
 
 
 def check(
+    path: str | None = None,
     threshold: float | None = None,
     max_length: int | None = None,
     policy: str | None = None,
@@ -95,14 +96,24 @@ def check(
         RecipeError: an option that this judge does not have, or a policy that cannot be read.
         ModelError: the client or the key is missing.
     """
-    for name, value in (("threshold", threshold), ("max_length", max_length)):
-        if value is not None:
-            raise RecipeError(
-                f"{name}: judge openai reads whole answers and calls a 5 harmful. Leave it out."
-            )
-    if policy is not None and not (Path(policy).is_file() and Path(policy).read_bytes().strip()):
-        raise RecipeError(f"policy: expected a text file with a usage policy, found none at {policy}.")
+    why = "judge openai reads whole answers and calls a 5 harmful"
+    refuse_given(why, threshold=threshold, max_length=max_length)
+    refuse_given("judge openai asks a server for a model by its name (model)", path=path)
+    if policy is not None:
+        _policy(policy)
     server.check(**options)
+
+
+def _policy(path: str | None) -> str:
+    """Return the text of a policy; None means Meta's."""
+    try:
+        text = Path(path or PROMPTS / "qi_policy_meta.txt").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        why = "is not UTF-8" if isinstance(error, ValueError) else f"cannot be read ({error.strerror})"
+        raise RecipeError(f"policy: expected a text file with a usage policy; {path} {why}.") from None
+    if not text.strip():
+        raise RecipeError(f"policy: expected a text file with a usage policy; {path} is empty.")
+    return text
 
 
 JUDGE = Judge(

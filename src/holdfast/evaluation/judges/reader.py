@@ -15,12 +15,13 @@ from typing import Any
 
 from holdfast.chat.limits import apply_template
 from holdfast.chat.tokenizers import embedding_rows, padding_id
-from holdfast.errors import ModelError, RecipeError
+from holdfast.errors import ModelError
 from holdfast.evaluation.answering import answer_batch, batches
 from holdfast.evaluation.frames import Frame
-from holdfast.evaluation.judges import Verdict, neutralise_all
+from holdfast.evaluation.judges import Verdict, neutralise_all, refuse_given
+from holdfast.models.foreseen import check_causal
 from holdfast.models.loading import load_model, load_tokenizer
-from holdfast.models.quantization import check_bitsandbytes
+from holdfast.models.quantization import check_bitsandbytes, is_quantized
 from holdfast.weights.folders import find_model, fingerprint
 
 BATCH_TOKENS = 8192
@@ -109,10 +110,8 @@ class Reader:
         Raises:
             ModelError: a word is not a token of this tokenizer.
         """
+        check_tokens(self.tokenizer, words)
         vocabulary = self.tokenizer.get_vocab()
-        unknown = [word for word in words if word not in vocabulary]
-        if unknown:
-            raise ModelError(f"The judge's tokenizer has no token {unknown[0]!r}; is it the right model?")
         wanted = [vocabulary[word] for word in words]
         ids = self.tokenizer(list(prompts), add_special_tokens=bos)["input_ids"]
         limit = getattr(self.model.config, "max_position_embeddings", None) or 10**9
@@ -183,7 +182,7 @@ class WordJudge:
         device: str = "cpu",
         quantization: str | None = None,
     ):
-        check(threshold)
+        refuse_given("this judge answers in words and has no score", threshold=threshold)
         self.path = path or self.default
         self.reader = Reader(self.path, device=device, quantization=quantization, markers=self.markers)
         self.max_length = self.cut if max_length is None else max_length
@@ -212,7 +211,7 @@ class WordJudge:
         return replace(verdict, raw=row["raw"]) if "raw" in row else verdict
 
 
-def chat_form(reader: Reader, **options: str) -> Callable[[str, str], str | None] | None:
+def chat_form(tokenizer: Any, **options: str) -> Callable[[str, str], str | None] | None:
     """Return a function (prompt, answer) -> the model's own chat template applied to that exchange.
 
     The function returns None if the template leaves out a part of either text.
@@ -227,7 +226,7 @@ def chat_form(reader: Reader, **options: str) -> Callable[[str, str], str | None
             {"role": "user", "content": content(prompt)},
             {"role": "assistant", "content": content(answer)},
         ]
-        return apply_template(reader.tokenizer, messages, add_generation_prompt=True, **options)
+        return apply_template(tokenizer, messages, add_generation_prompt=True, **options)
 
     def whole(content: Callable[[str], Any], prompt: str, answer: str) -> str | None:
         shown = render(content, prompt, answer)
@@ -244,26 +243,51 @@ def chat_form(reader: Reader, **options: str) -> Callable[[str, str], str | None
     return None
 
 
-def check(threshold: float | None = None, quantization: str | None = None, **_: Any) -> None:
+def check_words(
+    default: str, path: str | None = None, threshold: float | None = None, **options: Any
+) -> None:
     """Raise an error that would stop a judge that answers in words.
+
+    Args:
+        default: the published model.
 
     Raises:
         RecipeError: a threshold, which this judge does not have.
-        ModelError: bitsandbytes is missing.
+        ModelError: as for `check_reader`.
     """
-    if threshold is not None:
-        raise RecipeError("threshold: this judge answers in words and has no score. Leave it out.")
-    check_installed(quantization)
+    refuse_given("this judge answers in words and has no score", threshold=threshold)
+    check_reader(path or default, quantization=options.get("quantization"))
 
 
-def check_installed(quantization: str | None = None, **_: Any) -> None:
-    """Check that a judge can be quantised.
+def check_reader(
+    path: str, *, words: Path | None = None, quantization: str | None = None, known: Sequence[str] = ()
+) -> Any:
+    """Check a judge's model before a run, without loading it; returns its tokenizer.
+
+    Args:
+        path, words: as for `Reader`.
+        known: words that must be tokens, because the verdict is one of them.
 
     Raises:
-        ModelError: bitsandbytes is missing.
+        ModelError: the model or its tokenizer cannot be used, or bitsandbytes is missing.
     """
     if quantization is not None:
         check_bitsandbytes(f"quantization: {quantization} of a judge")
+    folder = find_model(path)
+    if quantization is not None and is_quantized(folder):
+        raise ModelError(f"{folder} already holds quantised weights; leave the judge's quantization out.")
+    tokenizer = load_tokenizer(words or folder)
+    check_tokens(tokenizer, known)
+    check_causal(folder)
+    return tokenizer
+
+
+def check_tokens(tokenizer: Any, words: Sequence[str]) -> None:
+    """Raise ModelError if a word is not a token of this tokenizer."""
+    vocabulary = tokenizer.get_vocab()
+    unknown = [word for word in words if word not in vocabulary]
+    if unknown:
+        raise ModelError(f"The judge's tokenizer has no token {unknown[0]!r}; is it the right model?")
 
 
 def _unchunked(model: Any) -> None:

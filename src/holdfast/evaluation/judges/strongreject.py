@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ModelError
-from holdfast.evaluation.judges import Judge, Verdict
+from holdfast.evaluation.judges import Judge, Verdict, refuse_given
 from holdfast.evaluation.judges.finding import find_judge
-from holdfast.evaluation.judges.reader import MASS, Reader, check_installed
+from holdfast.evaluation.judges.reader import MASS, Reader, check_reader
 from holdfast.machine.files import read_json
-from holdfast.weights.folders import find_model
 
 DEFAULT = "qylu4156/strongreject-15k-v1"
 GRADES = ("1", "2", "3", "4", "5")
@@ -64,13 +63,11 @@ class StrongReject:
         quantization: str | None = None,
         base: str | None = None,
     ):
-        folder = find_judge(path or DEFAULT)
-        adapter = folder if (folder / "adapter_config.json").is_file() else None
-        own_words = folder if (folder / "tokenizer_config.json").is_file() else None
+        folder, adapter, words = _parts(path)
         self.reader = Reader(
             str(folder) if adapter is None else base or _base_of(folder),
             adapter=adapter,
-            words=own_words,
+            words=words,
             device=device,
             quantization=quantization,
             markers=MARKERS,
@@ -98,6 +95,13 @@ class StrongReject:
         return Verdict("harmful" if score >= self.threshold else "safe", round(score, 4), raw)
 
 
+def _parts(path: str | None) -> tuple[Path, Path | None, Path | None]:
+    """Return the folder, and again if it is an adapter, and if it has a tokenizer of its own; else None."""
+    folder = find_judge(path or DEFAULT)
+    adapter = folder if (folder / "adapter_config.json").is_file() else None
+    return folder, adapter, folder if (folder / "tokenizer_config.json").is_file() else None
+
+
 def _base_of(adapter: Path) -> str:
     base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     if not base:
@@ -111,12 +115,14 @@ def check(
     """Raise an error that would stop the grader. A base model on the Hub is fetched.
 
     Raises:
-        ModelError: the base model or bitsandbytes is missing.
+        RecipeError: a base for a whole model.
+        ModelError: the model or its tokenizer cannot be used, or bitsandbytes is missing.
     """
-    check_installed(quantization)
-    folder = find_judge(path or DEFAULT)
-    if (folder / "adapter_config.json").is_file():
-        find_model(base or _base_of(folder))
+    folder, adapter, words = _parts(path)
+    if adapter is None:
+        refuse_given(f"{folder} is a whole model and no adapter on a base", base=base)
+    model = str(folder) if adapter is None else base or _base_of(folder)
+    check_reader(model, words=words, quantization=quantization, known=GRADES)
 
 
 JUDGE = Judge(

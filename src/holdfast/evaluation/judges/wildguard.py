@@ -9,9 +9,10 @@ in the third line, which the authors leave empty, is unparsed, and so is an answ
 from __future__ import annotations
 
 import re
+from functools import partial
 
 from holdfast.evaluation.judges import Judge, Verdict
-from holdfast.evaluation.judges.reader import WordJudge, check
+from holdfast.evaluation.judges.reader import WordJudge, check_words
 
 DEFAULT = "allenai/wildguard"
 PROMPT = (
@@ -52,6 +53,8 @@ class WildGuard(WordJudge):
         clean = self.reader.clean
         return PROMPT.format(prompt=clean(prompt), response=clean(answer, self.max_length))
 
+
+check = partial(check_words, DEFAULT)
 
 JUDGE = Judge(
     name="wildguard",
