@@ -49,7 +49,7 @@ from holdfast.training.private import (
     remove_input_hooks,
     sft_rows,
 )
-from holdfast.training.quantised import keep_differentiable
+from holdfast.training.quantised import keep_differentiable, without_kept_inputs
 from holdfast.training.tokenising import (
     as_sequence,
     collator,
@@ -114,8 +114,8 @@ class ResumableMixin(CheckpointSlots):
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Train without casts that autocast undoes."""
-        with without_undone_casts(self.model, self.args.device.type):
+        """Train without casts that autocast undoes, and without inputs that 8-bit layers need not keep."""
+        with without_undone_casts(self.model, self.args.device.type), without_kept_inputs(self.model):
             return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def method_state(self: Any) -> dict[str, Tensor]:
