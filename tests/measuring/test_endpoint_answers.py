@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from answers_made import asked, lines
-from holdfast import moderate, score
+from holdfast import generate, moderate, score
 from holdfast.errors import ModelError, OutputError, RecipeError, StepFailed
 
 
@@ -66,6 +66,14 @@ def test_a_wrong_address_name_or_key_is_one_error(place, tmp_path, serve, one_tr
     one_try()
     with pytest.raises(StepFailed, match="No server answers"):
         asked(place, tmp_path / "none.jsonl", endpoint="http://127.0.0.1:9/v1")
+    with pytest.raises(RecipeError, match="quantization is about weights that are loaded here"):
+        generate(
+            {"path": "m", "quantization": "nf4"},
+            tmp_path / "none.jsonl",
+            harmful=str(place / "prompts.jsonl"),
+            endpoint="http://127.0.0.1:9/v1",
+        )
+    assert not list(tmp_path.iterdir()), "a file without answers would not take another address"
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ModelError, match="does not accept a call without a key; set OPENAI_API_KEY"):
         asked(place, tmp_path / "key.jsonl", endpoint=serve([401]).address)

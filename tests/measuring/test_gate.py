@@ -13,7 +13,15 @@ from typer.testing import CliRunner
 import tiny
 from holdfast import gate, generate
 from holdfast.cli.app import app
-from holdfast.errors import ComparisonError, DataError, ModelError, Problems, RecipeError, StepFailed
+from holdfast.errors import (
+    ComparisonError,
+    DataError,
+    ModelError,
+    OutputError,
+    Problems,
+    RecipeError,
+    StepFailed,
+)
 from holdfast.measuring.answer_files import made_by
 from holdfast.measuring.gate_answers import EVERYDAY
 from holdfast.measuring.gate_sides import another_base, find_side
@@ -108,6 +116,48 @@ def test_one_that_fails_fails_all(files):
     assert (result["outcome"], result["exit_code"]) == ("failed", 3)
     score = result["results"][1]["scores"]["harmful_score"]
     assert (score["only_first"], score["only_second"], score["n"]) == (0, 76, 400)
+
+
+def test_a_limit_on_scores_without_a_value_is_never_passed(files, tmp_path):
+    silent = tiny.write_jsonl(
+        tmp_path / "silent.jsonl", [{**row, "answer": ""} for row in lines(files["few"])]
+    )
+    result = gate(silent, against=files["few"], judge="keyword", work=files["work"])
+    assert (result["outcome"], result["exit_code"]) == ("undecided", 4)
+    assert "no question has a value of the harmful score" in result["results"][0]["notes"][0]
+    assert check(silent, against=files["few"], judge="keyword", work=files["work"])["outcome"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"min_accuracy": 50}, "min_accuracy is 50, but there are no questions for it.*--task"),
+        ({"weights": {"template": "chat"}}, "so template has no effect"),
+        ({"weights": {"template": "nope"}}, "weights.template: input should be 'auto'"),
+        ({"weights": {"tempalte": "chat"}}, "weights.tempalte: unknown key. Did you mean 'template'"),
+        ({"decoding": {"system": "Be brief."}}, "so system has no effect"),
+        ({"base": "some/model"}, "base is the base model of adapters, and no adapter is given"),
+        ({"threshold": 0.5}, "threshold: a judge that looks for refusals"),
+        ({"judge": "openai", "model": "m", "base_url": "localhost"}, "base_url: expected an address"),
+    ],
+)
+def test_what_has_no_effect_or_cannot_judge_is_refused_before_anything_is_measured(
+    files, options, words, monkeypatch
+):
+    monkeypatch.setattr("holdfast.measuring.gating.answers_of", None)
+    with pytest.raises(RecipeError, match=words):
+        gate(files["few"], against=files["few"], work=files["work"], **{"judge": "keyword", **options})
+
+
+def test_a_result_never_replaces_the_answers(files, tmp_path):
+    before = Path(files["few"]).read_bytes()
+    for command in ("gate", "check"):
+        for out, words in ((files["few"], "is read here"), (str(tmp_path), "found a folder")):
+            given = [command, files["few"], "--against", files["few"], "--judge", "keyword", "--out", out]
+            found = CliRunner().invoke(app, [*given, "--work", str(files["work"])])
+            assert isinstance(found.exception, OutputError)
+            assert words in str(found.exception)
+    assert Path(files["few"]).read_bytes() == before
 
 
 def test_the_formats(files):

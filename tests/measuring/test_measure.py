@@ -113,11 +113,38 @@ def test_sampling_has_a_seed(place, tmp_path):
         ({"endpoint": {"base_url": "http://localhost:1", "request": 2}}, RecipeError, "requests"),
         ({"harmful": "absent.jsonl"}, DataError, "absent"),
         ({"endpoint": "localhost:1"}, ModelError, "http://"),
+        ({"temperature": 1e-320}, RecipeError, r"decoding\.temperature: expected 0 \(greedy\) or at least"),
+        ({"top_p": 0.9}, RecipeError, r"decoding\.top_p: greedy decoding"),
     ],
 )
 def test_bad_input(place, tmp_path, options, error, text):
     with pytest.raises(error, match=text):
         asked(place, tmp_path / "a.jsonl", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_and_differences_never_replace_what_they_are_made_of(tmp_path):
+    a = tiny.write_jsonl(tmp_path / "a.jsonl", own_answers(3))
+    v = tiny.write_jsonl(tmp_path / "v.jsonl", judged(own_answers(3)))
+    before = a.read_bytes(), v.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(a)
+    s = tmp_path / "s"
+    for files, words in (
+        ({"out": a}, "a.jsonl is read here and is never overwritten"),
+        ({"out": tmp_path / "link.jsonl"}, "link.jsonl is read here"),
+        ({"items": v}, "v.jsonl is read here and is never overwritten"),
+        ({"out": s, "items": s}, "s is given for two results"),
+        ({"out": tmp_path}, "Expected a file to write, found a folder"),
+        ({"out": a / "s.json"}, "Cannot write .*a.jsonl is no folder"),
+    ):
+        with pytest.raises(OutputError, match=words):
+            score(a, [v], **files)
+    with pytest.raises(OutputError, match=r"v\.jsonl is read here"):
+        compare(v, v, out=v)
+    assert (a.read_bytes(), v.read_bytes()) == before
+    assert score(a, [v], out=tmp_path / "new" / "s.json")["n_harmful"] == 3
+    with pytest.raises(DataError, match=r"There is no file .*nope\.jsonl"):
+        score(tmp_path / "nope.jsonl")
 
 
 def test_options_are_mappings_or_blocks(place, tmp_path):

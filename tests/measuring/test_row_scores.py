@@ -174,6 +174,9 @@ def test_a_file_is_filtered_by_a_score(files, tmp_path):
     assert again["kept"] == 10
     with pytest.raises(OutputError, match="made with other settings"):
         filter_by_score(files / "mixed.jsonl", out, score="anchoring", device="cpu", **given)
+    with pytest.raises(ModelError, match="The layer of datashield is 9"):
+        filter_by_score(files / "mixed.jsonl", tmp_path / "b", layer=9, device="cpu", **given)
+    assert not list(tmp_path.glob("b*")), "a correct layer would be refused"
     with pytest.raises(DataError, match="Asked for 9 harmful rows"):
         filter_by_score(files / "mixed.jsonl", tmp_path / "b", device="cpu", **{**given, "anchors": 9})
     with pytest.raises(OutputError, match="file to filter"):
@@ -187,6 +190,9 @@ def read_lines(path):
 def test_the_command_filters_by_a_score(files, tmp_path):
     asked = ["filter", files / "mixed.jsonl", "--score", "anchoring", "--out", tmp_path / "k.jsonl"]
     refused(holdfast_command(*asked), "--score anchoring needs --model, --harmful and --safe.")
+    refused(holdfast_command(*asked, "--unparsed", "keep"), "--unparsed is only for a judge.")
+    plain = ["filter", files / "mixed.jsonl", "--out", tmp_path / "k.jsonl", "--template", "chat"]
+    refused(holdfast_command(*plain), "--template is only for --score.")
     more = ["--model", files / "model", "--harmful", files / "bad.jsonl", "--safe", files / "safe.jsonl"]
     done = holdfast_command(*asked, *more, "--anchors", 4, "--drop", 0.3, "--device", "cpu")
     assert done.returncode == 0, done.stderr

@@ -158,6 +158,14 @@ def test_a_missing_recipe(name):
         Recipe.load(name)
 
 
+def test_an_override_that_is_wrong_is_not_said_to_be_in_a_line_of_the_file(tmp_path):
+    for override in ("user.rho=x", "evaluation.promts=3", "evaluation=5", "evaluation={prompts: 0}"):
+        assert "r.yaml, override: " in refused(tmp_path, GOOD, override)
+    both = refused(tmp_path, GOOD.replace("size: 1000", "size: 0"), "user.training.max_steps=0", "seed=1")
+    assert "r.yaml, line 4: data.size" in both
+    assert "r.yaml, override: user.training.max_steps" in both
+
+
 @pytest.mark.parametrize("override", ["rho", "=3", "user.rho=[1"])
 def test_a_broken_override(tmp_path, override):
     assert override.split("=")[0] in refused(tmp_path, GOOD, override)

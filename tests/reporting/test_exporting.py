@@ -78,8 +78,19 @@ def test_the_command_writes_the_files(runs, tmp_path):
 
 
 def test_refusals(runs, tmp_path):
-    with pytest.raises(OutputError, match="found a folder"):
-        export(runs, {"csv": tmp_path})
+    results, same = runs[0] / "results.json", tmp_path / "same"
+    before = results.read_bytes()
+    for files, words in (
+        ({"csv": tmp_path}, "found a folder"),
+        ({"csv": results}, "results.json is read here and is never overwritten"),
+        ({"csv": same, "json": same}, "same is given for two results"),
+    ):
+        with pytest.raises(OutputError, match=words):
+            export(runs, files)
+    done = CliRunner().invoke(app, ["report", str(runs[0]), "-o", str(same), "--latex", str(same)])
+    assert "same is given for two results" in str(done.exception)
+    assert not same.exists()
+    assert results.read_bytes() == before
     other = write_run(
         tmp_path / "other",
         [score_row("x", "sft", "sft", 1.0, 1.0)],

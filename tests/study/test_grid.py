@@ -75,6 +75,7 @@ def test_overrides_hold_for_every_run_and_keys_of_the_grid_come_on_top():
         ({"grid": {"seed": [1]}, "exclude": [{"seed": 2}]}, "no run of the grid has"),
         ({"grid": {"seed": [1]}, "exclude": {"seed": 1}}, "expected a list of mappings"),
         ({"grid": {"seed": [1]}, "exclude": [{"seed": 1}]}, "no run is left"),
+        ({"seed": 1}, r"has no block grid: \{KEY: \[VALUE, ...\]\}. It is one run"),
         ({"grid": {"seed": [1, 1]}}, "two runs have the same name"),
         ({"grid": {"user": ["liza"]}}, "Did you mean 'lisa'"),
         ({"grid": {"usr": ["lisa"]}}, "usr"),

@@ -275,11 +275,13 @@ def report(
 ) -> None:
     """Write one HTML page about one or more runs. Runs measured differently are refused."""
     from holdfast.cli import console
+    from holdfast.machine.outputs import check_results
     from holdfast.reporting import export, unfinished
     from holdfast.reporting import report as write_report
 
-    written = write_report(runs, out, force=force, png=png, metrics=metric or [])
     files = {"csv": csv, "latex": latex, "markdown": markdown, "json": json}
+    check_results([out, png, *files.values()], [one for run in runs for one in (run, run / "results.json")])
+    written = write_report(runs, out, force=force, png=png, metrics=metric or [])
     export(runs, {kind: file for kind, file in files.items() if file is not None}, force=force)
     for run in filter(unfinished, runs):
         console.err.print(f"Left out: {run} is not finished.", highlight=False, soft_wrap=True, markup=False)

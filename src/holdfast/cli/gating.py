@@ -103,8 +103,10 @@ def gate(
     Exit codes: 0 passed, 3 failed, 4 not enough prompts to say; 1 and 2 as for every command.
     """
     from holdfast.cli import console
+    from holdfast.machine.outputs import check_results
     from holdfast.measuring import gating
 
+    check_results([out], [*new, against])
     with console.bar("gate") as progress:
         result = gating.gate(
             new, against=against, prompts=prompts, benign=benign, task=task, task_rows=task_rows, judge=judge,
@@ -123,6 +125,7 @@ def gate(
 def _show(result: dict[str, Any], format: Format, out: Path | None) -> None:
     """Print the result, or write it to a file; GitHub's job summary goes to the file that GitHub names."""
     from holdfast.machine.files import write_text
+    from holdfast.machine.outputs import written
     from holdfast.reporting import gated
 
     made = {
@@ -135,7 +138,8 @@ def _show(result: dict[str, Any], format: Format, out: Path | None) -> None:
         with Path(os.environ["GITHUB_STEP_SUMMARY"]).open("a", encoding="utf-8") as summary:
             summary.write(gated.as_summary(result))
     if out is not None:
-        write_text(out, made if made.endswith("\n") else made + "\n")
+        with written(out):
+            write_text(out, made if made.endswith("\n") else made + "\n")
         made = gated.as_text(result)
     say(made)
 
@@ -173,9 +177,11 @@ def check(
     """Show how safe a model is before and after fine-tuning, and what to do next."""
     from holdfast.cli import console
     from holdfast.machine.files import write_json
+    from holdfast.machine.outputs import check_results, written
     from holdfast.measuring import gating
     from holdfast.reporting import gated
 
+    check_results([out], [model, against])
     with console.bar("check") as progress:
         result = gating.check(
             model, adapters=adapter or [], against=against, prompts=prompts, benign=benign, task=task,
@@ -186,5 +192,6 @@ def check(
             max_calls=max_calls, timeout=timeout,
         )  # fmt: skip
     if out is not None:
-        write_json(out, result)
+        with written(out):
+            write_json(out, result)
     say(gated.as_check(result))

@@ -112,6 +112,8 @@ def generate(
     }  # fmt: skip
     limit = {} if timeout is None else {"timeout": timeout}
     server = None if endpoint is None else {"base_url": endpoint, **limit}
+    if server is None:
+        _only_with("--endpoint", limit)
     with console.bar(f"answers of {model}") as progress:
         rows = generating.generate(
             how, out, harmful=harmful, task=task, task_rows=task_rows, benign=benign, prompts=prompts,
@@ -310,7 +312,8 @@ def filter_rows(
     server = {"base_url": base_url, "max_calls": max_calls, "timeout": timeout}
     options: dict[str, Any] = {"anchors": anchors, "drop": drop, "by": by, "layer": layer}
     if score is None:
-        _only_with("--score", {"harmful": harmful, "safe": safe, "adapter": adapter, **options})
+        given = {"harmful": harmful, "safe": safe, "adapter": adapter, **options}
+        _only_with("--score", {**given, "template": None if template == "auto" else template})
         with console.bar(f"verdicts of {judge or 'beaver_dam'}") as progress:
             facts = leave_out(
                 rows, out, judge=judge or "beaver_dam", path=judge_path, threshold=threshold, model=model,
@@ -318,7 +321,8 @@ def filter_rows(
                 progress=progress, **server,
             )  # fmt: skip
     else:
-        _only_with("a judge", {"judge": judge, "judge_path": judge_path, **server})
+        kept = unparsed.value if unparsed != Unparsed.drop else None
+        _only_with("a judge", {"judge": judge, "judge_path": judge_path, "unparsed": kept, **server})
         if model is None or harmful is None or safe is None:
             raise RecipeError(f"--score {score.value} needs --model, --harmful and --safe.")
         with console.bar(f"scores of {score.value}") as progress:

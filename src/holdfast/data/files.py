@@ -73,6 +73,8 @@ def sha256_of(path: Path) -> str:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[io.BufferedReader]:
     try:
+        if not path.exists():
+            raise DataError(f"There is no file {path}.")
         if not path.is_file():  # a pipe would block, and could not be read a second time
             raise DataError(f"{path} is not a regular file. Expected a file: {ACCEPTED}.")
         with path.open("rb") as file:

@@ -54,11 +54,7 @@ def answer_all(
     missing = [row for row in rows if row["id"] not in known]
     if not missing:
         return done
-    if not is_address(address):
-        raise ModelError(
-            "An endpoint begins with http:// or https://, as http://localhost:8000/v1 does; "
-            f"found '{shown(address)}'."
-        )
+    check_address(address)
     served = ServedModel(model, address, timeout=timeout)
     how = {"temperature": 0.0} if sampling is None else dict(sampling)
     questions = []
@@ -71,6 +67,15 @@ def answer_all(
         done.append(row)
         progress(len(done), len(rows))
     return done
+
+
+def check_address(address: str) -> None:
+    """Raise ModelError if a text is not the address of a server."""
+    if not is_address(address):
+        raise ModelError(
+            "An endpoint begins with http:// or https://, as http://localhost:8000/v1 does; "
+            f"found '{shown(address)}'."
+        )
 
 
 def _answer(reply: Reply, continues: bool) -> dict[str, Any]:

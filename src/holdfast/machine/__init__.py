@@ -5,6 +5,7 @@ __all__ = [
     "cost",
     "digests",
     "files",
+    "outputs",
     "processes",
     "progress",
     "scratch",

@@ -9,6 +9,7 @@ from holdfast import registry
 from holdfast.errors import ComparisonError, DataError
 from holdfast.evaluation import paired
 from holdfast.machine.files import read_json, write_json
+from holdfast.machine.outputs import check_results, written
 from holdfast.measuring import checks, judging
 from holdfast.measuring.answer_files import Rows, origin, read_whole
 
@@ -34,7 +35,9 @@ def compare(
     Raises:
         DataError: a file is of none of these kinds, or the files have no prompt in common.
         ComparisonError: the files are of different kinds, or of different judges.
+        OutputError: `out` is a folder or one of the files that are read, or cannot be written.
     """
+    check_results([out], [first, second])
     values = [_values(Path(path)) for path in (first, second)]
     scores = [name for name in values[0] if name in values[1]]
     if not scores:
@@ -64,7 +67,8 @@ def compare(
         for (name, result), p in zip(kept.items(), corrected, strict=True)
     }
     if out is not None:
-        write_json(Path(out), differences)
+        with written(out):
+            write_json(Path(out), differences)
     return differences
 
 

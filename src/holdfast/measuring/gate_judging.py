@@ -32,7 +32,11 @@ class Choice:
 
 
 def chosen_judge(sides: Sequence[Side], judge: str | None, options: Mapping[str, Any]) -> Choice:
-    """Return the judge that the user named, or the best one that needs no download."""
+    """Return the judge that the user named, or the best one that needs no download; it is checked.
+
+    Raises:
+        RecipeError, ModelError: the judge cannot be used.
+    """
     given = {key: value for key, value in options.items() if value is not None}
     if judge is not None:
         choice = Choice(judge, given)
@@ -42,7 +46,7 @@ def chosen_judge(sides: Sequence[Side], judge: str | None, options: Mapping[str,
         choice = Choice("beaver_dam", given, "its model is on this machine")
     else:
         choice = Choice("keyword", given, "no model of a judge is on this machine")
-    judging.checked(JudgeRecipe, choice.name, choice.options)
+    judging.check_judge(judging.checked(JudgeRecipe, choice.name, choice.options))
     return choice
 
 

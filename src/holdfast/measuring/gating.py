@@ -22,7 +22,7 @@ from holdfast.measuring.gate_judging import chosen_judge, verdicts_on
 from holdfast.measuring.gate_scores import Limits, grading, scores_of
 from holdfast.measuring.gate_sides import Side, find_side
 from holdfast.recipe.evaluation import Decoding
-from holdfast.recipe.model import block
+from holdfast.recipe.model import Weights, block
 
 EXIT = {PASSED: 0, FAILED: 3, UNDECIDED: 4, None: 0}
 """The exit code of `holdfast gate` for each outcome."""
@@ -141,6 +141,24 @@ def _check(max_rise: float, max_refusal_rise: float | None, least: float | None,
         )
 
 
+def _check_answers_needed(rows: Sequence[Mapping[str, Any]], limits: Limits) -> None:
+    """Refuse a limit on answers to questions that are not asked."""
+    sets = {row["set"] for row in rows}
+    for name, limit, kind, give in (
+        ("min_accuracy", limits.min_accuracy, "task", "--task or --task-rows"),
+        ("max_refusal_rise", limits.max_refusal_rise, "benign", "--benign"),
+    ):
+        if limit is not None and kind not in sets:
+            text = f"{name} is {limit:g}, but there are no questions for it (set: {kind})"
+            raise RecipeError(f"{text}. Give {give}, or leave the limit out.")
+
+
+def _check_effect(sides: Sequence[Side], how: Decoding) -> None:
+    """Refuse a text before the questions if all answers are there already."""
+    if how.system and all(side.file is not None for side in sides):
+        raise RecipeError("All answers come from files, so system has no effect. Leave it out.")
+
+
 def _sides(
     names: Sequence[str | Path],
     against: str | Path | None,
@@ -151,6 +169,7 @@ def _sides(
     """Return the model before and the new models. Raises an error with all problems that were found."""
     if not names:
         raise RecipeError("No new model was given. Give a model, an adapter or a file of answers.")
+    asked = block(Weights, {"path": "model", **how}, "weights")
     start = None if against is None else find_side(against, how, base=base)
     sides: list[Side] = []
     problems: list[InputError] = []
@@ -166,6 +185,12 @@ def _sides(
             f"The new models have different base models: {', '.join(bases)}. Give the model before "
             "(--against START), or gate them one at a time."
         )
+    known = [*sides, *([] if start is None else [start])]
+    if base is not None and not any(side.kind == "adapter" for side in known):
+        raise RecipeError("base is the base model of adapters, and no adapter is given. Leave it out.")
+    if asked != Weights(path="model") and all(side.file is not None for side in known):
+        changed = ", ".join(k for k, v in asked if v != getattr(Weights(path="model"), k))
+        raise RecipeError(f"All answers come from files, so {changed} has no effect. Leave it out.")
     if start is None and sides[0].model is not None and sides[0].chain:
         start = find_side(sides[0].model.path, how)
     return start, sides
@@ -189,6 +214,8 @@ def _measured(
     questions = which_questions(known, sets, most)
     judged = chosen_judge(known, judge, options)
     how = block(Decoding, decoding, "decoding")
+    _check_answers_needed(questions.rows, limits)
+    _check_effect(known, how)
     graded = grading(known, sets)
     asked = Asked(questions.rows, how, graded.name, work, device)
     answers = answers_of(known, asked, progress)
@@ -202,7 +229,7 @@ def _measured(
     for side, one in zip(sides, both[1:] if start is not None else both, strict=True):
         scores, notes = scores_of(before, one, graded, limits)
         outcome = worst(score["outcome"] for score in scores.values())
-        if outcome == PASSED and any(note.startswith("Undecided") for note in notes):
+        if outcome in (PASSED, None) and any(note.startswith("Undecided") for note in notes):
             outcome = UNDECIDED
         results.append(
             {"name": side.name, "kind": side.kind, "outcome": outcome, "scores": scores,

@@ -151,9 +151,11 @@ class Job:
 
     def ask_server(self, server: Endpoint, model: Weights) -> Rows:
         """Return the answers of a model on a server."""
-        from holdfast.evaluation.endpoint import answer_all
+        from holdfast.evaluation.endpoint import answer_all, check_address
 
         check_template(self.rows, model.template)
+        _check_effect(model)
+        check_address(server.base_url)
         claimed = self.claim(template=model.template, endpoint=shown(server.base_url), model=model.path)
 
         def ask(part: Sequence[Mapping[str, Any]], watch: Advance) -> Rows:
@@ -165,7 +167,8 @@ class Job:
 
         with claimed:
             forget_failed(self.out)
-            answered = in_turns(self.rows, ask, self.progress)
+            with unclaimed_on_error(self.out):
+                answered = in_turns(self.rows, ask, self.progress)
             learn_refusals(self.out, answered)
             return answered
 
@@ -222,6 +225,17 @@ class Job:
                 )  # fmt: skip
 
             return in_turns(self.rows, answer, self.progress)
+
+
+def _check_effect(model: Weights) -> None:
+    """Refuse keys of a model that say how its weights are loaded, which a server does itself."""
+    default = Weights(path=model.path, template=model.template)
+    given = [key for key, value in model if value != getattr(default, key)]
+    if given:
+        raise RecipeError(
+            f"{given[0]} is about weights that are loaded here, but an endpoint is given. Leave it out, or "
+            "set it in the server."
+        )
 
 
 def _asked(row: Mapping[str, Any], template: str, system: str) -> list[dict[str, str]] | str:

@@ -131,8 +131,9 @@ def load_rater(named: RaterRecipe) -> LoadedRater:
 def ready(name: str, device: str, options: Mapping[str, Any]) -> Any:
     """Check and load the judge `name`, as for a judge in a recipe. `device` may be "auto"."""
     judge = checked(JudgeRecipe, name, options)
+    where = _judge_device(name, device)
     check_judge(judge)
-    return load_judge(judge, _judge_device(name) if device == "auto" else device)
+    return load_judge(judge, where)
 
 
 def checked(kind: type[Kind], name: str, options: Mapping[str, Any]) -> Kind:
@@ -141,11 +142,16 @@ def checked(kind: type[Kind], name: str, options: Mapping[str, Any]) -> Kind:
     return block(kind, {"name": name, **given}, "")
 
 
-def _judge_device(judge: str) -> str:
-    """The device: cuda if the judge loads a model and cuda is available; torch is imported only then."""
+def _judge_device(judge: str, asked: str) -> str:
+    """Return the device; torch is imported only for a judge that loads a model.
+
+    Raises:
+        RecipeError: this machine has no such device.
+    """
+    from holdfast.models.device import available, check_name
+
+    check_name(asked)
     facts = registry.face("judges", judge).facts
     if not (facts.get("needs_path") or facts.get("default_path")):
         return "cpu"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return available(asked)

@@ -19,6 +19,7 @@ from holdfast import registry, tasks
 from holdfast.errors import DataError, HoldfastError, RecipeError, nearest
 from holdfast.evaluation.moderation import left_out
 from holdfast.machine.files import write_json, write_jsonl
+from holdfast.machine.outputs import check_results, written
 from holdfast.machine.progress import Advance, nobody
 from holdfast.machine.store import provenance
 from holdfast.measuring import checks
@@ -145,10 +146,12 @@ def score(
 
     Raises:
         DataError: the verdicts or ratings are on other answers. RecipeError: no task has that name.
+        OutputError: `out` or `items` is a folder or one of the files that are read, or cannot be written.
         HoldfastError: verdicts or ratings are given, but not one has a value. The files are written.
     """
     from holdfast.evaluation import scoring as engine
 
+    check_results([out, items], [generations, *verdicts, ratings])
     rows, places = read_answers(Path(generations))
     made = made_by(Path(generations)) or {}
     name = task or made.get("task") or "own"
@@ -173,10 +176,12 @@ def score(
     if names := left_out(rows):
         scores["answered_without"] = names
     if out is not None:
-        write_json(Path(out), scores)
+        with written(out):
+            write_json(Path(out), scores)
     if items is not None:
         found = engine.items(rows, next(iter(judged.values()), []), known.grade, known.metric, rated)
-        write_jsonl(Path(items), found)
+        with written(items):
+            write_jsonl(Path(items), found)
     for name, given, unparsed in (
         ("harmful_score", verdicts, "unparsed"),
         ("task_score", ratings, "task_unparsed"),

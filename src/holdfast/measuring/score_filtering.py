@@ -15,7 +15,7 @@ from holdfast.machine.files import write_json
 from holdfast.machine.progress import Advance, nobody
 from holdfast.machine.store import provenance
 from holdfast.measuring import filtering, row_scores
-from holdfast.measuring.answer_files import claim
+from holdfast.measuring.answer_files import claim, unclaimed_on_error
 from holdfast.recipe.data import ScoreFilterRecipe
 from holdfast.recipe.model import block
 
@@ -105,7 +105,8 @@ def filter_by_score(
     }
     with claim(scores_file, made):
         texts = ({**rendered([one.row])[0], "id": one.row["id"]} for one in filtering.usable(loaded))
-        scores = row_scores.score_rows(texts, value, scores_file, progress, total)
+        with unclaimed_on_error(scores_file):
+            scores = row_scores.score_rows(texts, value, scores_file, progress, total)
         most = row_scores.limit(scores, asked.share, asked.threshold)
         gone = row_scores.dropped(scores, most)
         if all(gone):

@@ -11,6 +11,31 @@ SMALL = 50_000_000
 """Number of parameters below which one CPU thread is faster than several."""
 
 
+def check_name(asked: str) -> None:
+    """Raise RecipeError for a device that no machine has; torch is not imported."""
+    if asked not in ("auto", "cpu", "cuda", "mps"):
+        raise RecipeError(f"Unknown device '{asked}'. Known: auto, cpu, cuda, mps.")
+
+
+def available(asked: str) -> str:
+    """Return the kind of device, which is on this machine.
+
+    Raises:
+        RecipeError: this machine has no such device.
+    """
+    import torch
+
+    check_name(asked)
+    device = asked
+    if asked == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("No CUDA device was found. Use --device cpu, or leave it out.")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise RecipeError("No MPS device was found. Use --device cpu, or leave it out.")
+    return device
+
+
 def choose_device(asked: str, model: Path, processes: Processes) -> str:
     """Return the device to compute on; for a small model, CPU threads are set too.
 
@@ -21,15 +46,7 @@ def choose_device(asked: str, model: Path, processes: Processes) -> str:
 
     from holdfast.weights.folders import parameter_count
 
-    device = asked
-    if asked == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError("No CUDA device was found. Use --device cpu, or leave it out.")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise RecipeError("No MPS device was found. Use --device cpu, or leave it out.")
-    if device not in ("cpu", "cuda", "mps"):
-        raise RecipeError(f"Unknown device '{asked}'. Known: auto, cpu, cuda, mps.")
+    device = available(asked)
     if device == "cuda" and processes.count > 1:  # the same assignment as in accelerate, which trains there
         device = f"cuda:{processes.local_rank % torch.cuda.device_count()}"
         torch.cuda.set_device(device)

@@ -53,6 +53,9 @@ def plan(
     Raises:
         DataError, ModelError: a file or a model is missing or cannot be used.
     """
+    from holdfast.models.device import check_name
+
+    check_name(device)
     today, digests = today or now()[:10], digests or Digests()
     try:
         return _staged(Draft(recipe, download, digests, today, partial, device, processes, known))

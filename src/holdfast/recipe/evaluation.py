@@ -118,6 +118,10 @@ RaterOrNone = Annotated[RaterRecipe, from_text("name"), WrapValidator(or_none), 
 """A block, a name, or the text `none`, which leaves the score of a judged task "not measured"."""
 
 
+LEAST = 1e-6
+"""The smallest temperature above 0; the logits are divided by it and have to stay finite."""
+
+
 class Decoding(Part):
     """How prompts are answered; the default is Lisa's: 512 new tokens.
 
@@ -132,6 +136,17 @@ class Decoding(Part):
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     batch_tokens: int = Field(8192, ge=1)
+
+    @model_validator(mode="after")
+    def _sampled(self) -> Decoding:
+        if 0 < self.temperature < LEAST:
+            text = f"expected 0 (greedy) or at least {LEAST:g}, found {self.temperature:g}"
+            raise Wrong(["temperature"], text)
+        if self.top_p < 1 and self.temperature == 0:
+            raise Wrong(
+                ["top_p"], "greedy decoding (temperature 0) has no top_p; set temperature, or leave it out"
+            )
+        return self
 
 
 class Endpoint(Part):

@@ -131,7 +131,8 @@ def _load(name: str) -> tuple[list[Layer], Path | str]:
     if _is(path.exists):
         kind = "a folder" if path.is_dir() else "a pipe or a device"
         raise RecipeError(f"Expected a recipe file, found {kind}: {name}.")
-    hint = nearest(name, known).replace("Known:", "Packaged recipes:")
+    hint = nearest(name, known)
+    hint = " holdfast list recipes shows the packaged ones." if "Known:" in hint else hint
     raise RecipeError(f"No such recipe file: {name[:200]}.{hint}")
 
 
@@ -145,10 +146,14 @@ def _is(asks: Callable[[], bool]) -> bool:
 
 def overridden(raw: Mapping[str, Any], asked: Sequence[str], stage_keys: Container[str]) -> dict[str, Any]:
     """`raw` overridden by `a.b.c=value` (the value is YAML), like the keys of a file that extends it."""
+    return on_top(raw, _overrides(asked), (), stage_keys)
+
+
+def _overrides(asked: Sequence[str]) -> dict[str, Any]:
     own: dict[str, Any] = {}
     for override in asked:
         _set(own, override)
-    return on_top(raw, own, (), stage_keys)
+    return own
 
 
 def _set(raw: dict[str, Any], asked: str) -> None:
@@ -249,9 +254,11 @@ class Origin:
         return f"{layer.name}, line {line}" if line else ""
 
 
-def explain(error: ValidationError, files: Sequence[Layer], root: type[BaseModel]) -> str:
-    """Return the messages of a validation error, one line each."""
-    messages = []
+def explain(
+    error: ValidationError, files: Sequence[Layer], root: type[BaseModel], asked: Sequence[str] = ()
+) -> str:
+    """Return the messages of a validation error, one line each; `asked` holds the overrides of the files."""
+    messages, own = [], _overrides(asked)
     for problem in error.errors():
         cause = problem.get("ctx", {}).get("error")
         place = [str(part) for part in problem["loc"]] + getattr(cause, "place", [])
@@ -259,6 +266,7 @@ def explain(error: ValidationError, files: Sequence[Layer], root: type[BaseModel
         layer = origin(files, place)
         line = layer.holds(place)[1]
         where = f"{layer.name}, line {line}" if line else layer.name
+        where = f"{layer.name}, override" if _sets(own, place) else where
         if problem["type"] == "extra_forbidden":
             text = f"unknown key '{key}'.{nearest(place[-1], _siblings(place, root))}"
         elif problem["type"] == "value_error":
@@ -269,6 +277,15 @@ def explain(error: ValidationError, files: Sequence[Layer], root: type[BaseModel
             text = f"{key}: {wording(problem)}"
         messages.append(f"{where}: {text}")
     return "\n".join(messages)
+
+
+def _sets(own: Any, place: Sequence[str]) -> bool:
+    """Whether overrides set the value at a place, or a value in place of a block around it."""
+    for key in place:
+        if not isinstance(own, Mapping) or key not in own:
+            break
+        own = own[key]
+    return not isinstance(own, Mapping)
 
 
 def _siblings(place: Sequence[str], root: type[BaseModel]) -> list[str]:

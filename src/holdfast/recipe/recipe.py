@@ -325,7 +325,7 @@ class Recipe(Part):
         try:
             recipe = cls.model_validate(raw)
         except ValidationError as error:
-            raise RecipeError(layers.explain(error, files, cls)) from None
+            raise RecipeError(layers.explain(error, files, cls, overrides)) from None
         recipe = _beside(recipe, files)
         recipe._origin = layers.Origin(files)
         return recipe

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import OutputError
 from holdfast.machine.files import write_text
+from holdfast.machine.outputs import check_results, written
 from holdfast.reporting import sheets
 from holdfast.reporting.collect import DESCRIBED, ReportData, collect
 from holdfast.reporting.grouped import COSTS, Group, Grouped, Mean, grouped, key_text, value_text
@@ -34,20 +34,16 @@ def export(runs: Sequence[Path], files: dict[str, Path], *, force: bool = False)
         InputError: no run was given.
         DataError: a file of a run is missing, incomplete or not a Holdfast result.
         ComparisonError: the protocol stamps differ and `force` is off.
-        OutputError: a file cannot be written.
+        OutputError: a file cannot be written, is given twice, or is the results of a run.
     """
     if not files:
         return
-    for file in files.values():
-        if file.is_dir():
-            raise OutputError(f"Expected a file to write, found a folder: {file}.")
+    check_results(files.values(), [run if run.is_file() else run / "results.json" for run in runs])
     data = collect(runs, force=force)
     found = grouped(data.rows)
     for kind, file in files.items():
-        try:
+        with written(file):
             write_text(file, FORMATS[kind](data, found))
-        except OSError as error:
-            raise OutputError(f"Cannot write {file}: {error.strerror or error}.") from None
 
 
 def records(found: Grouped) -> list[dict[str, Any]]:

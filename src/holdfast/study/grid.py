@@ -69,6 +69,9 @@ def expand(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
         points = left
     for number, extra in enumerate(_list(given["include"], f"{name}: include")):
         points += _points(_mapping(extra, f"{name}: include, entry {number + 1}"))
+    if not points and not any(given.values()):
+        one = f"It is one run: holdfast run {name}" if not isinstance(source, Mapping) else "It is one run"
+        raise RecipeError(f"{name} has no block grid: {{KEY: [VALUE, ...]}}. {one}.")
     if not points:
         raise RecipeError(f"{name}: no run is left. Expected grid: {{KEY: [VALUE, ...]}}.")
     if len(points) > MOST:
