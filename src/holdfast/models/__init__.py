@@ -6,6 +6,7 @@ __all__ = [
     "dtypes",
     "fitting",
     "loading",
+    "lora",
     "quantization",
     "sharing",
     "trained",
