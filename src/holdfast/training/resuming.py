@@ -31,6 +31,7 @@ from holdfast.training.batches import knows_epoch, not_empty, refuse_no_rows
 from holdfast.training.casts import without_undone_casts
 from holdfast.training.method_files import read_tensors, write_tensors
 from holdfast.training.private import CheckpointSlots, compiling_layers, is_sft, metrics_kept, sft_rows
+from holdfast.training.quantised import without_kept_inputs
 from holdfast.training.shards import complete_state
 from holdfast.training.tokenising import as_sequence, prepare_rows, rows_fingerprint
 
@@ -58,8 +59,8 @@ class ResumableMixin(CheckpointSlots):
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Train without casts that autocast undoes."""
-        with without_undone_casts(self.model, self.args.device.type):
+        """Train without casts that autocast undoes, and without inputs that 8-bit layers need not keep."""
+        with without_undone_casts(self.model, self.args.device.type), without_kept_inputs(self.model):
             return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def method_state(self: Any) -> dict[str, Tensor]:
