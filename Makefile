@@ -42,7 +42,7 @@ docs: $(INSTALLED)  ## Build the documentation as a site in build/site; every br
 bench: $(INSTALLED)  ## Run every benchmark; results go to benchmarks/results
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
 
-world: $(INSTALLED)  ## Make the embedded world's data, model and judge again (about 15 minutes)
+world: $(INSTALLED)  ## Make the embedded world's data, model and judge again (about ten minutes)
 	$(BIN)/python -m holdfast.world.make
 
 clean:  ## Remove the environment and everything that the targets above made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from holdfast.reporting.attack_sweeps import save_sweeps_png, sweep_charts
@@ -52,6 +54,9 @@ def test_a_sweep_has_a_chart_a_sentence_and_a_table(tmp_path):
     page = render(data)
     assert "What an attacker reaches" in page
     assert page.count("too inaccurate") == 1
+    assert not re.search(r"</h2>\s*(<section[^>]*>\s*)*<h2", page), "two headings in a row"
+    assert 'href="#attack-sweep"' in page
+    assert 'id="attack-sweep"' in page
     assert "What an attacker reaches" not in render(collect([write_run(tmp_path / "b", [], steps=False)]))
 
 

@@ -9,11 +9,13 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+import holdfast
 from holdfast.cli.app import app
 from holdfast.errors import InputError, RecipeError
 from holdfast.study import published, table_sheets, tables
 from holdfast.study.compared import compare, runs_in
 from holdfast.study.grid import expand
+from places import DOCS, blocks
 from synthetic_runs import score_row, write_run
 
 LISA3 = published.table("lisa-3")
@@ -206,3 +208,13 @@ def test_sheets_of_a_table_that_was_not_measured():
     found = compare(published.table("t-vaccine-7"), [])
     sheet = table_sheets.sheets(found)[0]
     assert sheet.rows == (("T-Vaccine", "published", "", "", "", "", ""),)
+
+
+def test_the_script_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    """The script of docs/tables.md, with three runs instead of its sweep."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(holdfast, "sweep", lambda grid, *, out, workers: expand(grid))
+    measured(tmp_path / "lisa-3", "a", "world", "Lisa p 0.1", seeds=(1, 2, 3))
+    (script,) = blocks(DOCS / "tables.md", "python")
+    exec(compile(script, "tables.md", "exec"), {})
+    assert "Lisa p = 0.1 harmful_score 40.2 12.0 -28.2" in capsys.readouterr().out

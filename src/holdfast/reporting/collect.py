@@ -93,7 +93,7 @@ class ReportData:
         return next((name for name in told if name in names), next(iter(names), None))
 
 
-def collect(runs: Sequence[Path], *, force: bool = False) -> ReportData:
+def collect(runs: Sequence[str | Path], *, force: bool = False) -> ReportData:
     """Read runs; each is given by its folder or its `results.json`.
 
     Raises:
@@ -105,11 +105,12 @@ def collect(runs: Sequence[Path], *, force: bool = False) -> ReportData:
         raise InputError(
             "Expected at least one run: a folder that `holdfast run` wrote, or its results.json."
         )
-    runs = [run for run in runs if not beside_runs(Path(run))] or runs
-    left = [run for run in runs if unfinished(run)]
-    if len(left) == len(runs):
+    paths = [Path(run) for run in runs]
+    paths = [run for run in paths if not beside_runs(run)] or paths
+    left = [run for run in paths if unfinished(run)]
+    if len(left) == len(paths):
         left = []  # reading the first one says what is missing
-    loaded = _titled([load(path) for path in _distinct([run for run in runs if run not in left])])
+    loaded = _titled([load(path) for path in _distinct([run for run in paths if run not in left])])
     differences = _differences(loaded)
     if differences and not force:
         raise ComparisonError(_explain(differences))
@@ -157,7 +158,7 @@ def results_file(run: Path) -> Path:
 
 
 def _distinct(runs: Sequence[Path]) -> list[Path]:
-    return list({results_file(Path(run)).resolve(): Path(run) for run in runs}.values())
+    return list({results_file(run).resolve(): run for run in runs}.values())
 
 
 def load(given: Path) -> Run:

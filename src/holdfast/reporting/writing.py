@@ -9,12 +9,12 @@ from holdfast.errors import OutputError
 
 
 def report(
-    runs: Sequence[Path],
-    out: Path,
+    runs: Sequence[str | Path],
+    out: str | Path,
     *,
     force: bool = False,
     notes: Sequence[str] = (),
-    png: Path | None = None,
+    png: str | Path | None = None,
     metrics: Sequence[str] = (),
 ) -> Path:
     """Write a page that compares `runs`, and return its path.

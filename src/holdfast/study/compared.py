@@ -84,14 +84,14 @@ class Compared:
     notes: tuple[str, ...] = ()
 
 
-def runs_in(folders: Sequence[Path]) -> list[Run]:
+def runs_in(folders: Sequence[str | Path]) -> list[Run]:
     """Return the complete runs in folders: runs themselves, or the folders of sweeps.
 
     Raises:
         InputError: a folder holds no run.
     """
     found: dict[Path, Run] = {}
-    for folder in folders:
+    for folder in map(Path, folders):
         inside = [folder] if results_file(folder).is_file() else []
         if not inside and folder.is_dir():
             inside = [one for one in sorted(folder.iterdir()) if (one / "results.json").is_file()]
