@@ -12,7 +12,7 @@ import transformers
 from _shapes import LORA, SHAPES
 from torch import nn
 
-from holdfast.models.loading import add_lora
+from holdfast.models.lora import add_lora
 from holdfast.training.quantised import keep_differentiable
 
 TRIAL = {

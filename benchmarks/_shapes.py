@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import transformers
 
-from holdfast.models.loading import add_lora, load_model
+from holdfast.models.loading import load_model
+from holdfast.models.lora import add_lora
 from holdfast.training.lean_loss import LOGITS
 
 SHAPES: dict[str, dict[str, Any]] = {

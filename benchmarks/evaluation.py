@@ -32,7 +32,8 @@ from holdfast.evaluation.answering import answer_prompts
 from holdfast.evaluation.judges import LoadedJudge
 from holdfast.evaluation.moderation import give_verdicts
 from holdfast.machine.files import read_json
-from holdfast.models.loading import add_lora, load_model, load_tokenizer
+from holdfast.models.loading import load_model, load_tokenizer
+from holdfast.models.lora import add_lora
 from holdfast.registry import get
 
 CORES = torch.get_num_threads()

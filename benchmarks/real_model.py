@@ -17,20 +17,20 @@ on one GPU if the processes share it through CUDA's multi-process service (`nvid
 from __future__ import annotations
 
 import argparse
-import functools
 import multiprocessing
 import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import _study as study
 from _record import RESULTS
+from _search import search
 from _study import Row
+from _summary import device_name, merge, shown, states, without_paths
 
 from holdfast import Recipe, run
 from holdfast.cli.lab import sources
@@ -42,7 +42,6 @@ from holdfast.machine.store import provenance
 
 JUDGES = Path(__file__).parent / "_compliance.py"
 EVALUATION = [f"evaluation.judges=[keyword, {{name: '{JUDGES}', label: compliance}}, keyword_published]"]
-SCORES = ("harmful_score", "finetune_accuracy", "benign_compliance", "over_refusal_rate", "gibberish_rate")
 SIZES = {"sst2": 1000, "agnews": 500}
 STAGES = ("search", "study", "curves")
 
@@ -111,96 +110,6 @@ class Study:
         return results
 
 
-def summary(row: dict[str, Any]) -> dict[str, Any]:
-    """The part of a row of results that is committed."""
-    found = {key: row[key] for score in SCORES for key in (score, f"{score}_stderr")}
-    found |= {key: row[key] for key in ("n_harmful", "n_task", "n_benign", "unparsed", "alignment", "user")}
-    found["judges"] = {
-        name: {key: judged[key] for key in ("harmful_score", "harmful_score_stderr", "n")}
-        for name, judged in row["judges"].items()
-    }
-    if row["post_hoc"]:
-        found |= {"post_hoc": row["post_hoc_parameters"], "repair": _plain(row["repair"])}
-    costs = ("alignment_seconds", "seconds", "alignment_peak_memory_bytes", "peak_memory_bytes")
-    return found | {key: row[key] for key in costs} | {"hardware": device_name()}
-
-
-@functools.cache
-def device_name() -> str:
-    """The name of the GPU, or "CPU"."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-
-
-def _plain(repair: dict[str, Any] | None) -> dict[str, Any]:
-    """A repair's facts without long lists."""
-    return {key: value for key, value in (repair or {}).items() if not isinstance(value, list | dict)}
-
-
-def shown(name: str, found: dict[str, Any], seconds: float) -> None:
-    """Print a line of the table."""
-    judges = " ".join(f"{judge} {judged['harmful_score']:.1f}" for judge, judged in found["judges"].items())
-    values = [found[key] for key in ("finetune_accuracy", "benign_compliance", "gibberish_rate")]
-    text = " ".join(
-        f"{word} {value:.1f}" for word, value in zip(("accuracy", "benign", "gibberish"), values, strict=True)
-    )
-    print(f"{name}: {judges} | {text} | {seconds:.0f} s", flush=True)
-
-
-def search(work: Study) -> None:
-    """Find the settings of the alignment, then those of the attack; each trial is kept in the results."""
-    for stage, asked, trials, margin in (
-        ("alignment", ["user=none"], study.ALIGNMENT_SEARCH, _margin_aligned),
-        ("user", [f"data.poison_ratio={study.ATTACK_RATIO}"], study.ATTACK_SEARCH, _margin_broken),
-    ):
-        if stage not in work.chosen and not _first(work, stage, asked, trials, margin):
-            print("The time limit ends the search here; the same command resumes it.", flush=True)
-            return
-
-
-def _margin_aligned(row: dict[str, Any]) -> float:
-    goal = study.ALIGNED
-    return min(
-        goal["harmful_score"] - row["harmful_score"], row["benign_compliance"] - goal["benign_compliance"]
-    )
-
-
-def _margin_broken(row: dict[str, Any]) -> float:
-    return min(row[score] - goal for score, goal in study.BROKEN.items())
-
-
-def _first(
-    work: Study,
-    stage: str,
-    asked: list[str],
-    trials: list[dict[str, Any]],
-    margin: Callable[[dict[str, Any]], float],
-) -> bool:
-    """Try settings until one meets the goal; otherwise use the one that comes nearest. False: out of time."""
-    tried: dict[str, Any] = work.found["search"].setdefault(stage, {})
-    best: tuple[float, dict[str, Any]] | None = None
-    for settings in trials:
-        if not work.time_for():
-            return False
-        began = time.monotonic()
-        results = work.run([f"seed={study.SEARCH_SEED}", *study.training(stage, settings), *asked])
-        row = summary(results["rows"][-1])
-        name = ", ".join(f"{key}={value:g}" for key, value in settings.items())
-        tried[name] = row | {"margin": margin(row)}
-        shown(f"search of the {stage} settings, {name}", row, time.monotonic() - began)
-        if best is None or margin(row) > best[0]:
-            best = margin(row), settings
-        work.save()
-        if margin(row) >= 0 or work.short:
-            break
-    assert best is not None
-    work.chosen[stage] = best[1]
-    work.found["search"][f"{stage} meets its goal"] = best[0] >= 0
-    work.save()
-    return True
-
-
 def measured(work: Study, row: Row) -> dict[str, Any]:
     """Run a row; return its states by key: the aligned model, the fine-tuned one, and repairs."""
     began = time.monotonic()
@@ -208,20 +117,11 @@ def measured(work: Study, row: Row) -> dict[str, Any]:
         results = work.run([f"name={_name(row)}", *study.changes(row, work.size(row.task))], row.task)
     except HoldfastError as error:  # the other rows are still worth their time
         return {"failed": first_line(error), "seconds": time.monotonic() - began}
-    first, *after = results["rows"]
-    if first["alignment"] is None:
-        before = "the model as it is"
-    else:
-        method = row.method.split(" + ")[0] if first["alignment"] != "sft" else "SFT"
-        before = f"aligned, {method}"
-    states = {Row(before, row.seed, 0.0, row.task).key: _stated(first, row, before)}
-    for state in after:
-        method = row.method if state["post_hoc"] is None else _repaired(row.method, state)
-        if state["post_hoc"] is None and len(after) > 1:  # the model that the row's last method repairs
-            method = row.method.rpartition(" + ")[0]
-        states[Row(method, row.seed, row.ratio, row.task).key] = _stated(state, row, method)
-    protocol = _without_paths(results["protocol"])
-    return {"states": states, "protocol": protocol, "seconds": time.monotonic() - began}
+    return {
+        "states": states(row, results),
+        "protocol": without_paths(results["protocol"]),
+        "seconds": time.monotonic() - began,
+    }
 
 
 def keep(work: Study, row: Row, result: dict[str, Any]) -> None:
@@ -242,26 +142,8 @@ def keep(work: Study, row: Row, result: dict[str, Any]) -> None:
     work.save()
 
 
-def _stated(state: dict[str, Any], row: Row, method: str) -> dict[str, Any]:
-    place = {"task": row.task, "method": method, "seed": row.seed, "poison_ratio": row.ratio}
-    return place | summary(state)
-
-
 def _name(row: Row) -> str:
     return "".join(c if c.isalnum() or c in "._+ -" else "-" for c in row.method)
-
-
-def _repaired(method: str, state: dict[str, Any]) -> str:
-    """The name of a repaired model, with the parameters that a sweep changes."""
-    given = state["post_hoc_parameters"]
-    told = [f"{key}={given[key]:g}" for key in ("num_layers", "threshold") if given.get(key) is not None]
-    control = given.get("control")
-    told += [f"control={control}"] if control else []
-    return ", ".join([method.removesuffix(", sweep").removesuffix(", thresholds"), *told])
-
-
-def _without_paths(protocol: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in protocol.items() if "/" not in str(value) or key == "judge"}
 
 
 def run_study(work: Study, chosen: list[str] | None, seeds: list[int] | None) -> None:
@@ -325,22 +207,6 @@ def _open(arguments: argparse.Namespace) -> None:
 
 def _in_worker(row: Row) -> dict[str, Any]:
     return measured(_opened[0], row)
-
-
-def merge(into: Path, part: Path) -> None:
-    """Add the results in `part` to `into`; equal keys are taken from `part`.
-
-    Raises:
-        SystemExit: the two were measured with different settings.
-    """
-    old, new = read_json(into) if into.is_file() else {}, read_json(part)
-    for stage, settings in new["chosen"].items():
-        if old.get("chosen", {}).get(stage, settings) != settings:
-            raise SystemExit(f"{part} was measured with other settings of the {stage} stage than {into}.")
-    merged = {**old, **new}
-    for key in ("search", "rows", "curves", "done", "chosen", "failed"):
-        merged[key] = {**old.get(key, {}), **new.get(key, {})}
-    write_json(into, merged)
 
 
 def main() -> None:

@@ -32,7 +32,8 @@ from transformers import (
 
 from holdfast import get_defense, world
 from holdfast.machine.files import read_json, write_json
-from holdfast.models.loading import add_lora, load_model
+from holdfast.models.loading import load_model
+from holdfast.models.lora import add_lora
 
 LORA = {"r": 8, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 PHASES = {"alignment_steps": 5, "finetune_steps": 10}  # the paper's 100 and 900 would switch less often

@@ -12,8 +12,9 @@ import yaml
 import tiny
 from holdfast import registry
 from holdfast.recipe import Recipe, data, evaluation
-from holdfast.recipe import recipe as recipes
 from holdfast.recipe.attack_sweep import AttackPoint, AttackSweep
+from holdfast.recipe.model import Lora, Model
+from holdfast.recipe.stages import PostHocRecipe, StageRecipe
 from holdfast.recipe.weight_attack import PostHocAttackRecipe
 from holdfast.study.grid import expand
 from places import DOCS, ROOT, blocks
@@ -166,9 +167,9 @@ def test_the_recipe_page_names_every_key():
     text = (DOCS / "recipes.md").read_text() + (DOCS / "data.md").read_text()
     text += (DOCS / "attacks.md").read_text()
     for block in (
-        recipes.Recipe,
-        recipes.Model,
-        recipes.Data,
+        Recipe,
+        Model,
+        data.Data,
         data.AlignmentData,
         data.HarmfulData,
         data.AnchoringRecipe,
@@ -178,9 +179,9 @@ def test_the_recipe_page_names_every_key():
         AttackSweep,
         AttackPoint,
         evaluation.Evaluation,
-        recipes.Lora,
-        recipes.StageRecipe,
-        recipes.PostHocRecipe,
+        Lora,
+        StageRecipe,
+        PostHocRecipe,
         PostHocAttackRecipe,
         evaluation.JudgeRecipe,
     ):

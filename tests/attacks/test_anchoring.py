@@ -11,7 +11,8 @@ import tiny
 from holdfast.attacks import anchoring
 from holdfast.data import read_rows
 from holdfast.errors import DataError, ModelError, RecipeError
-from holdfast.models.loading import add_lora, load_model
+from holdfast.models.loading import load_model
+from holdfast.models.lora import add_lora
 from holdfast.recipe import Recipe
 from judge_files import flagging
 from runs import Stopped, numbers, run

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import tiny
-from holdfast.pipeline.training import MARKER
+from holdfast.machine.store import MARKER
 from holdfast.study.folder import status
 from places import DOCS
 from runs import left, numbers, run

@@ -12,7 +12,7 @@ import trainers
 from holdfast.defenses.booster import BoosterConfig, BoosterTrainer, attenuation
 from holdfast.errors import DataError, InputError
 from holdfast.training.passes import displaced, gradients_aside, refuse_deepspeed
-from holdfast.training.trainer import prepare_rows
+from holdfast.training.tokenising import prepare_rows
 
 HARMFUL = prepare_rows(trainers.HARMFUL, trainers.TOKENIZER, 2048)
 LAMBDA, ALPHA = 20.0, 0.5

@@ -14,7 +14,7 @@ from holdfast.defenses.constrained_sft import (
     completion_places,
     constrained_loss,
 )
-from holdfast.training.trainer import prepare_rows
+from holdfast.training.tokenising import prepare_rows
 
 BETAS = {"beta_first": 0.5, "beta_early": 2.0, "beta_later": 0.1, "early_tokens": 5}
 STRONG = {"beta_first": 20.0, "beta_early": 40.0, "beta_later": 5.0, "early_tokens": 3}

@@ -21,7 +21,8 @@ import tiny
 import trainers
 from holdfast import registry
 from holdfast.errors import ModelError
-from holdfast.models.loading import add_lora, load_model
+from holdfast.models.loading import load_model
+from holdfast.models.lora import add_lora
 from holdfast.training.tokenising import IGNORED
 from holdfast.training.trainer import MethodConfig
 

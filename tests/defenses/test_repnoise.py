@@ -26,7 +26,7 @@ from holdfast.defenses.repnoise import (
 from holdfast.errors import DataError, InputError, ModelError
 from holdfast.machine.seeds import derive_seed
 from holdfast.training.layers import decoder_layers, mixers
-from holdfast.training.trainer import prepare_rows
+from holdfast.training.tokenising import prepare_rows
 
 HARMFUL = prepare_rows(trainers.HARMFUL, trainers.TOKENIZER, 2048)
 ALPHA, BETA = 3.0, 20.0

@@ -10,7 +10,7 @@ import torch
 import trainers
 from holdfast.errors import DataError
 from holdfast.training.questions import last_states, padded, questions
-from holdfast.training.trainer import prepare_rows
+from holdfast.training.tokenising import prepare_rows
 
 STRONG = {"lambda_": 2.0, "anchors": 3}
 

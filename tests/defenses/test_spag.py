@@ -11,7 +11,7 @@ import trainers
 from holdfast.defenses.spag import step_size
 from holdfast.errors import DataError
 from holdfast.training.streams import stream
-from holdfast.training.trainer import prepare_rows
+from holdfast.training.tokenising import prepare_rows
 
 TAU, STEPS = 6.0, 6
 

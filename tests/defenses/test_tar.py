@@ -14,7 +14,7 @@ import trainers
 from holdfast.defenses.tar import TARConfig, TARMixin
 from holdfast.errors import InputError, ModelError
 from holdfast.training import tampering as tamper
-from holdfast.training.trainer import prepare_rows
+from holdfast.training.tokenising import prepare_rows
 
 HARMFUL = prepare_rows(trainers.HARMFUL, trainers.TOKENIZER, 2048)
 STEPS, K, EVERY, LAMBDA, RATE = 3, 4, 2, 0.3, 1e-2

@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 import torch
 
 from holdfast.defenses import Defense
-from holdfast.training.trainer import MethodConfig, RowTrainer, gradient_scale, trainable_parameters
+from holdfast.training.parameters import gradient_scale, trainable_parameters
+from holdfast.training.trainer import MethodConfig, RowTrainer
 
 
 @dataclass

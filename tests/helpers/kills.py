@@ -40,7 +40,7 @@ def in_training(stage, step):
     """Kill after an optimizer step."""
 
     def arm():
-        from holdfast.pipeline.training import TrainingMonitor
+        from holdfast.pipeline.monitor import TrainingMonitor
 
         on_step_end = TrainingMonitor.on_step_end
 

@@ -10,8 +10,7 @@ import torch
 
 import trainers
 from holdfast.machine.seeds import derive_seed
-from holdfast.training.tokenising import collator
-from holdfast.training.trainer import prepare_rows
+from holdfast.training.tokenising import collator, prepare_rows
 
 SEED, BATCH, STEPS = 11, 4, 12
 USER = prepare_rows(trainers.USER, trainers.TOKENIZER, 2048)

@@ -14,8 +14,7 @@ from peft import LoraConfig, get_peft_model
 import tiny
 import trainers
 from holdfast.machine.seeds import derive_seed
-from holdfast.training.tokenising import collator
-from holdfast.training.trainer import prepare_rows
+from holdfast.training.tokenising import collator, prepare_rows
 
 LAYERS = 4
 HARMFUL = prepare_rows(trainers.HARMFUL, trainers.TOKENIZER, 2048)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import holdfast
 import tiny
 from holdfast.errors import ModelError
-from holdfast.models.loading import add_lora, load_model
+from holdfast.models.loading import load_model
+from holdfast.models.lora import add_lora
 from holdfast.models.trained import check_lora
 from holdfast.weights.folders import find_model, fingerprint, parameter_count
 

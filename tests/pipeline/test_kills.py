@@ -13,7 +13,7 @@ import pytest
 
 from holdfast import pipeline
 from holdfast.machine.progress import Progress
-from holdfast.pipeline.training import last_checkpoint
+from holdfast.pipeline.checkpoints import last_checkpoint
 from holdfast.recipe import Recipe
 from kills import before_the_marker, in_a_checkpoint, in_training, in_writing_rows, killed_run
 from runs import left, numbers, run

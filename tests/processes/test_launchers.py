@@ -104,7 +104,7 @@ def test_a_run_speaks_with_one_voice(folder):
 
 def fail():
     """In the training of the second process, while the first waits for it."""
-    from holdfast.pipeline.training import TrainingMonitor
+    from holdfast.pipeline.monitor import TrainingMonitor
 
     on_step_end = TrainingMonitor.on_step_end
 
@@ -134,7 +134,7 @@ def test_what_all_refuse_is_said_once(folder):
 
 
 def interrupt():
-    from holdfast.pipeline.training import TrainingMonitor
+    from holdfast.pipeline.monitor import TrainingMonitor
 
     def interrupted(self, args, state, control, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)

@@ -124,7 +124,7 @@ def test_the_same_again_does_nothing(two, recipe, tmp_path):
 
 def kill_in_training():
     """The second process dies inside a phase, one step after a checkpoint."""
-    from holdfast.pipeline.training import TrainingMonitor
+    from holdfast.pipeline.monitor import TrainingMonitor
 
     on_step_end = TrainingMonitor.on_step_end
 

@@ -19,8 +19,8 @@ import launch
 import trainers
 from holdfast import registry
 from holdfast.errors import ModelError
+from holdfast.training.resuming import ResumableMixin
 from holdfast.training.shards import gather_trainable
-from holdfast.training.trainer import ResumableMixin
 
 TOLERANCE = 1e-6
 """Absolute, on weights that move by 0.015 to 0.02. Measured: at most 6e-8."""

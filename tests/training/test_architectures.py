@@ -7,7 +7,8 @@ import torch
 
 import architectures
 import trainers
-from holdfast.models.loading import add_lora, load_model
+from holdfast.models.loading import load_model
+from holdfast.models.lora import add_lora
 from holdfast.models.trained import check_lora
 
 LORA = {"r": 2, "alpha": 4, "dropout": 0.1, "target_modules": "all-linear"}

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 import tiny
 import trainers
-from holdfast.training.trainer import checkpoints_reentrantly, free_inputs
+from holdfast.training.gradient_checkpointing import checkpoints_reentrantly, free_inputs
 
 CHECKPOINTED = {"gradient_checkpointing": True}
 COUNTED = CHECKPOINTED | {"max_steps": 1, "lean_loss": False}  # its check runs the layers too

@@ -9,7 +9,8 @@ from transformers import TrainingArguments
 import tiny
 import trainers
 from holdfast import registry
-from holdfast.models.loading import add_lora, load_model
+from holdfast.models.loading import load_model
+from holdfast.models.lora import add_lora
 
 NAMES = ("sft", "bso", "lisa")
 """Plain, with two sources of batches, and with a gradient added by hand; the contract suite has the others."""

@@ -1,9 +1,8 @@
-"""`holdfast generate | moderate | rate | score | compare | filter`: the parts of an evaluation, on files."""
+"""`holdfast generate | moderate | rate | score | compare`: the parts of an evaluation, on files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,28 +23,12 @@ ServerUrl = Annotated[
 MaxCalls = Annotated[
     int | None, typer.Option(min=1, help="For a judge on a server: maximum number of calls.")
 ]
-
-
 Timeout = Annotated[
     float | None, typer.Option(min=0.001, help="For a server: maximum number of seconds for one call.")
 ]
 MaxUnparsed = Annotated[
     float, typer.Option(min=0, max=1, help="Share of unparsed answers above which the judge has failed.")
 ]
-
-
-class Score(StrEnum):
-    """A score of rows that look harmless."""
-
-    datashield = "datashield"
-    anchoring = "anchoring"
-
-
-class Unparsed(StrEnum):
-    """What to do with a row for which the judge gave no verdict."""
-
-    drop = "drop"
-    keep = "keep"
 
 
 def generate(
@@ -113,7 +96,7 @@ def generate(
     limit = {} if timeout is None else {"timeout": timeout}
     server = None if endpoint is None else {"base_url": endpoint, **limit}
     if server is None:
-        _only_with("--endpoint", limit)
+        only_with("--endpoint", limit)
     with console.bar(f"answers of {model}") as progress:
         rows = generating.generate(
             how, out, harmful=harmful, task=task, task_rows=task_rows, benign=benign, prompts=prompts,
@@ -245,116 +228,11 @@ def compare(
         say(f"Differences: {out}")
 
 
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Drop and count the rows that cannot be used.")]
-
-
-def filter_rows(
-    rows: Annotated[
-        str, typer.Argument(metavar="FILE", help="Rows to fine-tune on: a file, a folder or a Hub id.")
-    ],
-    out: Annotated[Path, typer.Option(help="JSONL file for the rows that are kept.")],
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            help="Name of a judge (see holdfast list judges), or a Python file. Default: beaver_dam."
-        ),
-    ] = None,
-    judge_path: JudgePath = None,
-    threshold: Annotated[
-        float | None, typer.Option(help="Score above which an answer is harmful, or a row is dropped.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", help="With --score: the model that reads the rows. For a judge on a server: its name."
-        ),
-    ] = None,
-    base_url: ServerUrl = None,
-    max_calls: MaxCalls = None,
-    timeout: Timeout = None,
-    unparsed: Annotated[
-        Unparsed, typer.Option(help="What to do with rows for which the judge gave no verdict.")
-    ] = Unparsed.drop,
-    score: Annotated[
-        Score | None, typer.Option(help="Drop rows that look harmless and undo safety, by a score.")
-    ] = None,
-    adapter: Annotated[
-        list[str] | None, typer.Option(help="With --score: adapter on the model; repeat for several.")
-    ] = None,
-    harmful: Annotated[
-        str | None, typer.Option(help="With --score: harmful rows with harmful answers, the anchors.")
-    ] = None,
-    safe: Annotated[
-        str | None, typer.Option(help="With --score: rows with safe answers, the anchors.")
-    ] = None,
-    anchors: Annotated[int | None, typer.Option(min=1, help="With --score: anchors of each kind.")] = None,
-    drop: Annotated[
-        float | None, typer.Option(help="With --score: the share of rows to drop. Default: 0.1.")
-    ] = None,
-    by: Annotated[
-        str | None, typer.Option(help="With --score anchoring: representation (default) or gradient.")
-    ] = None,
-    layer: Annotated[
-        int | None, typer.Option(help="With --score datashield: layer of the states. Default: the last.")
-    ] = None,
-    template: Annotated[
-        str, typer.Option(help="With --score: prompt template: chat, alpaca, alpaca_newline, auto.")
-    ] = "auto",
-    skip_bad: SkipBad = False,
-    max_unparsed: MaxUnparsed = 0.05,
-    device: Device = "auto",
-) -> None:
-    """Remove the rows that a judge flags as harmful, or that a score finds suspicious."""
-    from holdfast.cli import console
-    from holdfast.measuring.filtering import filter_rows as leave_out
-    from holdfast.measuring.score_filtering import filter_by_score
-
-    server = {"base_url": base_url, "max_calls": max_calls, "timeout": timeout}
-    options: dict[str, Any] = {"anchors": anchors, "drop": drop, "by": by, "layer": layer}
-    if score is None:
-        given = {"harmful": harmful, "safe": safe, "adapter": adapter, **options}
-        _only_with("--score", {**given, "template": None if template == "auto" else template})
-        with console.bar(f"verdicts of {judge or 'beaver_dam'}") as progress:
-            facts = leave_out(
-                rows, out, judge=judge or "beaver_dam", path=judge_path, threshold=threshold, model=model,
-                unparsed=unparsed.value, skip_bad=skip_bad, max_unparsed=max_unparsed, device=device,
-                progress=progress, **server,
-            )  # fmt: skip
-    else:
-        kept = unparsed.value if unparsed != Unparsed.drop else None
-        _only_with("a judge", {"judge": judge, "judge_path": judge_path, "unparsed": kept, **server})
-        if model is None or harmful is None or safe is None:
-            raise RecipeError(f"--score {score.value} needs --model, --harmful and --safe.")
-        with console.bar(f"scores of {score.value}") as progress:
-            facts = filter_by_score(
-                rows, out, score=score.value, model=model, adapters=adapter or [], harmful=harmful, safe=safe,
-                threshold=threshold, template=template, skip_bad=skip_bad, device=device, progress=progress,
-                **options,
-            )  # fmt: skip
-    left = f"{facts['flagged']} flagged, {facts['unparsed']} unparsed"
-    say(f"{facts['kept']} of {facts['rows']} rows kept ({left}): {out}")
-    if facts.get("bad_rows_dropped"):
-        say(f"{facts['bad_rows_dropped']:,} rows cannot be used and are dropped.")
-    if facts.get("confusion"):
-        say(_confusion(facts["confusion"]))
-    if facts.get("attack_rows"):
-        say(_attack_rows(facts["attack_rows"]))
-
-
-def _only_with(what: str, given: Mapping[str, Any]) -> None:
+def only_with(what: str, given: Mapping[str, Any]) -> None:
     """Raise RecipeError if an option is given that belongs to something else."""
     named = [name.replace("_", "-") for name, value in given.items() if value is not None]
     if named:
         raise RecipeError(f"--{named[0]} is only for {what}. Leave it out.")
-
-
-def _attack_rows(found: Mapping[str, Any]) -> str:
-    recall = f"{found['found']} of {found['rows']} harmful rows are dropped ({found['recall']:.1f} %)"
-    if found["precision"] is None:
-        return f"By the rows' own labels: {recall}."
-    return (
-        f"By the rows' own labels: {recall}, and {found['precision']:.1f} % of the dropped rows are harmful."
-    )
 
 
 def _say_left_out(rows: list[dict[str, Any]]) -> None:
@@ -362,16 +240,6 @@ def _say_left_out(rows: list[dict[str, Any]]) -> None:
     names = sorted({name for row in rows for name in row.get("without", ())})
     if names:
         say(f"The server does not accept {', '.join(names)}, so its own default applies to some answers.")
-
-
-def _confusion(found: dict[str, Any]) -> str:
-    def percent(name: str) -> str:
-        return "not measured" if found[name] is None else f"{found[name]:.2f} %"
-
-    return (
-        f"By the rows' own labels: false negatives {percent('false_negative_rate')}, false positives "
-        f"{percent('false_positive_rate')}."
-    )
 
 
 def say(text: str) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from holdfast import __version__
+from holdfast.data.evaluation_rows import test_rows
 from holdfast.data.jsonl import cannot_write, write_rows
-from holdfast.data.prepare import overlaps, test_rows, user_rows
+from holdfast.data.prepare import user_rows
+from holdfast.data.shared_prompts import overlaps
 from holdfast.data.sources import Source, place_of
 from holdfast.errors import OutputError
 from holdfast.machine.files import read_json, replace_folder, write_json

@@ -1,4 +1,4 @@
-"""Training and test rows of a run: seeded draws, the poison ratio, held-out prompts, and the manifest.
+"""Training rows of a run: seeded draws, the poison ratio, held-out prompts, and the manifest.
 
 Every draw takes the first rows of an order that depends on the seed, the consumer's name and each row's
 content, but not on the order in the file. So the harmful rows of a smaller ratio are among those of a
@@ -6,26 +6,19 @@ larger ratio, and adding a row to a file hardly changes a draw. With `take` "fir
 the first rows of each file are taken instead, in their order, and duplicates are kept.
 """
 
-# ruff: noqa: PT028 (`test_rows` makes test rows; it is not a test)
-
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from holdfast.chat.turns import only_last
-from holdfast.data.held_out import benign_prompts, harmful_pool, harmful_prompts, task_test, user_pool
-from holdfast.data.pool import Pool, draw, numbered, read_pool
-from holdfast.data.rows import prompt_key, row_id
+from holdfast.data.held_out import harmful_pool, user_pool
+from holdfast.data.pool import Pool, draw, read_pool
 from holdfast.data.sources import Source
 from holdfast.data.stored import StoredRows
 from holdfast.errors import DataError
 from holdfast.tasks import Row, Task
-
-EXAMPLES = 10
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ def alignment_rows(
     """
     if kind not in ("safe", "refusal"):
         raise DataError(f"The kind of alignment rows is '{kind}'. Expected 'safe' or 'refusal'.")
-    _check_size(size)
+    check_size(size)
     pool = _after(read_pool(source, role="alignment", kind=kind, skip_bad=skip_bad, take=take), skip)
     rows = draw(pool, size, seed, "alignment", "alignment rows")
     manifest = {
@@ -104,7 +97,7 @@ def harmful_rows(
     Raises:
         DataError: fewer rows than asked for, or what `read_records` and `to_rows` raise.
     """
-    _check_size(size)
+    check_size(size)
     pool = _after(harmful_pool(source, harmful, harmful_test, prompts, test_seed, skip_bad, take), skip)
     rows = draw(pool, size, seed, "alignment harmful", "harmful rows for the alignment stage")
     manifest = {
@@ -155,7 +148,7 @@ def user_rows(
         DataError: the ratio or size is out of range, there are fewer rows than asked for, or the harmful
             source is missing.
     """
-    _check_size(size)
+    check_size(size)
     if not 0 <= poison_ratio <= 1:
         raise DataError(f"poison_ratio is {poison_ratio}. Expected a share from 0 to 1 (0.1 is 10 %).")
     if poison_ratio > 0 and harmful is None:
@@ -218,144 +211,6 @@ def _poisoned(
     return parts
 
 
-def test_rows(
-    *,
-    user: Source | None = None,
-    task: str | Task | None = None,
-    harmful: Source | None = None,
-    test: Source | None = None,
-    harmful_test: Source | None = None,
-    benign: Source | None = None,
-    prompts: int = 1000,
-    task_size: int | None = None,
-    mixed_prompts: bool = False,
-    test_seed: int = 0,
-    skip_bad: bool = False,
-    take: str = "drawn",
-) -> Prepared:
-    """The test rows of a run: harmful prompts, rows of the task, benign questions.
-
-    Args:
-        user, task, harmful: as given to `user_rows`. A source with splits gives its test split. A single file
-            gives a held-out share: `user` 10 % of its prompts (at most 1000), `harmful` up to `prompts`, but
-            at most 20 % of its prompts.
-        test, harmful_test, benign: files or data set names for the three sets. If `test` is a task's name,
-            that task grades the answers. The harmful and benign sets need no answers. The embedded world has
-            its own benign questions.
-        prompts: maximum number of harmful prompts, and of benign prompts.
-        task_size: maximum number of rows of the task; None takes the task's default.
-        mixed_prompts: also take the prompts of safe answers, as the Lisa paper does.
-        test_seed: seed of every draw here. It is separate from the seed of a run, so that runs with different
-            seeds are measured on the same prompts and can be compared.
-        skip_bad: leave out rows that cannot be used, and count them in the manifest.
-        take: "first" takes the first harmful rows and the first rows of the task, as in the papers' code: in
-            the order of the file, and with duplicates. It does not apply to rows that are held out.
-
-    Returns:
-        rows with id, set ("harmful", "task" or "benign"), instruction, input, target (None for harmful
-        prompts), category, and, if the row has them, messages (a conversation of several turns), turns and
-        reference (see `holdfast.tasks`). The manifest holds
-        "prompts" ("unsafe-only", "mixed" or "unknown") and 12 hex digits for the harmful and task sets.
-    """
-    _check_size(prompts, "prompts")
-    _check_size(task_size, "task_size")
-    sets: dict[str, Pool] = {}
-    if harmful is not None or harmful_test is not None:
-        sets["harmful"] = harmful_prompts(
-            harmful, harmful_test, prompts, test_seed, mixed_prompts, skip_bad, take
-        )
-    if user is not None or task is not None or test is not None:
-        sets["task"] = task_test(user, task, test, task_size, test_seed, skip_bad, take)
-    found = benign_prompts(benign, harmful_test or harmful, prompts, test_seed, skip_bad)
-    if found:
-        sets["benign"] = found
-    rows = list(numbered(_test_row(name, row) for name, pool in sets.items() for row in pool.rows))
-    harmful_set = sets.get("harmful")
-    manifest = {
-        **{name: len(sets[name].rows) if name in sets else 0 for name in ("harmful", "task", "benign")},
-        "prompts": harmful_set.prompts if harmful_set else "unknown",
-        "prompt_set": _set_id(row for row in rows if row["set"] == "harmful"),
-        "task_set": _set_id(row for row in rows if row["set"] == "task"),
-        "test_seed": test_seed,
-        "taken": {name: pool.taken for name, pool in sets.items()},
-        "sources": [pool.source for pool in sets.values()],
-    }
-    return Prepared(rows, manifest)
-
-
-def overlaps(
-    *,
-    alignment: Iterable[Mapping[str, Any]] = (),
-    harmful: Iterable[Mapping[str, Any]] = (),
-    user: Iterable[Mapping[str, Any]] = (),
-    test: Iterable[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
-    """Count the prompts that appear in two sets that should be disjoint, ignoring case and whitespace.
-
-    Returns:
-        harmful_in_alignment, harmful_in_test: harmful training rows whose prompt is also an alignment
-        prompt or a harmful test prompt. task_in_user: rows of the task's test set whose prompt is also a
-        training prompt. If there are `harmful` rows of the alignment stage: alignment_harmful_in_user and
-        alignment_harmful_in_test, those whose prompt is also a harmful training prompt or a harmful test
-        prompt. examples: ids of up to 10 of all these rows.
-    """
-    known = [(row["id"], prompt_key(row)) for row in harmful]
-    known_keys = {key for _, key in known}
-    aligned = {prompt_key(row) for row in alignment}
-    tested, wanted = set(), []
-    for row in test:
-        if row["set"] == "harmful":
-            tested.add(prompt_key(row))
-        elif row["set"] == "task":
-            wanted.append((row["id"], prompt_key(row)))
-    task_keys, trained, attacked = {key for _, key in wanted}, set(), set()
-    in_alignment, in_test = [], []
-    for row in user:  # once, and without keeping its prompts: there may be a million rows
-        key = prompt_key(row)
-        if row["source"] != "harmful":
-            trained |= {key} & task_keys
-            continue
-        attacked |= {key} & known_keys
-        if key in aligned:
-            in_alignment.append(row["id"])
-        if key in tested:
-            in_test.append(row["id"])
-    in_user = [name for name, key in wanted if key in trained]
-    known_in_test = [name for name, key in known if key in tested]
-    known_in_user = [name for name, key in known if key in attacked]
-    found: dict[str, Any] = {
-        "harmful_in_alignment": len(in_alignment),
-        "harmful_in_test": len(in_test),
-        "task_in_user": len(in_user),
-    }
-    if known:
-        found["alignment_harmful_in_user"] = len(known_in_user)
-        found["alignment_harmful_in_test"] = len(known_in_test)
-    names = in_test + known_in_test + in_alignment + in_user + known_in_user
-    return {**found, "examples": list(dict.fromkeys(names))[:EXAMPLES]}
-
-
-def _test_row(name: str, row: Row) -> Row:
-    # The answer to a harmful prompt is not a target, and the id of a prompt does not depend on the answer.
-    blank = {**row, "output": ""} if name == "harmful" else row
-    further: tuple[str, ...] = ("messages", "tools", "turns", "reference")
-    return {
-        "id": row_id(name, blank),
-        "set": name,
-        "instruction": row["instruction"],
-        "input": row["input"],
-        "target": blank["output"] or None,
-        "category": row.get("category", []),
-        **{key: row[key] for key in further if key in row},
-    }
-
-
-def _set_id(rows: Iterable[Row]) -> str | None:
-    """12 hex digits that are equal for equal sets of prompts and targets; None if there are no rows."""
-    texts = sorted(json.dumps([prompt_key(row), row["target"]]) for row in rows)
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12] if texts else None
-
-
 def _after(pool: Pool, skip: int) -> Pool:
     """The pool without its first `skip` rows."""
     return replace(pool, rows=pool.rows.pick(range(skip, len(pool.rows)))) if skip else pool
@@ -368,6 +223,6 @@ def _taken(take: str, skip: int, seed: int) -> dict[str, Any]:
     return {"taken": f"the first after {skip} rows" if skip else "the first"}
 
 
-def _check_size(size: int | None, name: str = "size") -> None:
+def check_size(size: int | None, name: str = "size") -> None:
     if size is not None and size < 1:
         raise DataError(f"{name} is {size}. Expected at least 1.")

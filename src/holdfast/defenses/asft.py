@@ -48,10 +48,11 @@ from holdfast.defenses.safe_lora_parts.directions import (
     read_directions,
 )
 from holdfast.errors import DataError
+from holdfast.training.parameters import trainable_parameters
 from holdfast.training.penalty import PenaltyMixin
 from holdfast.training.private import WRAPPERS
 from holdfast.training.proximal import Factors, Tensors, lora_factors, sharded_like, split_change, whole
-from holdfast.training.trainer import MethodConfig, RowTrainer, trainable_parameters
+from holdfast.training.trainer import MethodConfig, RowTrainer
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 """The dtypes in which V is kept; float32 for any other."""

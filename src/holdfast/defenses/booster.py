@@ -35,6 +35,7 @@ from torch import Tensor
 from holdfast.defenses import Defense
 from holdfast.training.fisher import dropout_off
 from holdfast.training.harmful_rows import HarmfulRows
+from holdfast.training.parameters import gradient_scale, squared_norm, trainable_parameters
 from holdfast.training.passes import (
     Means,
     displaced,
@@ -45,13 +46,7 @@ from holdfast.training.passes import (
 )
 from holdfast.training.private import foreach_div, foreach_sub
 from holdfast.training.proximal import add_gradient
-from holdfast.training.trainer import (
-    MethodConfig,
-    RowTrainer,
-    gradient_scale,
-    squared_norm,
-    trainable_parameters,
-)
+from holdfast.training.trainer import MethodConfig, RowTrainer
 
 
 @dataclass

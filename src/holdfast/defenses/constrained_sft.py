@@ -29,8 +29,9 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from holdfast.defenses import Defense
+from holdfast.training.resuming import ResumableMixin
 from holdfast.training.tokenising import IGNORED
-from holdfast.training.trainer import MethodConfig, ResumableMixin, RowTrainer
+from holdfast.training.trainer import MethodConfig, RowTrainer
 
 ROW = "row"
 """The column that carries a row's position in the training data through the collator."""

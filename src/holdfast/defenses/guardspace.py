@@ -50,18 +50,15 @@ from holdfast.defenses import Defense
 from holdfast.errors import DataError, ModelError
 from holdfast.training.fisher import dropout_off
 from holdfast.training.inputs import energetic_directions
+from holdfast.training.parameters import trainable_parameters
 from holdfast.training.passes import displaced, refuse_deepspeed
 from holdfast.training.private import batch_size
 from holdfast.training.proximal import lora_factors, sharded_like, whole
 from holdfast.training.questions import padded, questions
+from holdfast.training.resuming import ResumableMixin
+from holdfast.training.shards import drop_gathered
 from holdfast.training.tokenising import rows_fingerprint
-from holdfast.training.trainer import (
-    MethodConfig,
-    ResumableMixin,
-    RowTrainer,
-    drop_gathered,
-    trainable_parameters,
-)
+from holdfast.training.trainer import MethodConfig, RowTrainer
 
 DAMPING = 0.01
 """Share of the mean of C's diagonal that is added to it before the smallest directions are chosen."""

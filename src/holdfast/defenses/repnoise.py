@@ -44,11 +44,13 @@ from holdfast.defenses import Defense
 from holdfast.errors import InputError, ModelError
 from holdfast.machine.seeds import derive_seed
 from holdfast.training.fisher import dropout_off
+from holdfast.training.gradient_checkpointing import checkpoints_reentrantly
 from holdfast.training.harmful_rows import HarmfulRows
 from holdfast.training.layers import decoder_layers
+from holdfast.training.parameters import gradient_scale
 from holdfast.training.passes import Means, refuse_deepspeed, share_of_step, step_backward
 from holdfast.training.tokenising import IGNORED
-from holdfast.training.trainer import MethodConfig, RowTrainer, checkpoints_reentrantly, gradient_scale
+from holdfast.training.trainer import MethodConfig, RowTrainer
 
 BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Bandwidths of the five kernels in units of the mean squared distance, as in the authors' code."""

@@ -38,11 +38,14 @@ from holdfast.errors import DataError
 from holdfast.machine.seeds import derive_seed
 from holdfast.training.fisher import dropout_off
 from holdfast.training.layers import plain_model, text_config
+from holdfast.training.parameters import gradient_scale
 from holdfast.training.passes import Means, refuse_deepspeed, step_backward
 from holdfast.training.private import batch_size
 from holdfast.training.questions import last_states, padded, questions
+from holdfast.training.resuming import ResumableMixin
+from holdfast.training.shards import drop_gathered
 from holdfast.training.tokenising import rows_fingerprint
-from holdfast.training.trainer import MethodConfig, ResumableMixin, RowTrainer, drop_gathered, gradient_scale
+from holdfast.training.trainer import MethodConfig, RowTrainer
 
 
 @dataclass

@@ -31,18 +31,13 @@ from transformers import TrainerCallback
 from holdfast.defenses import Defense
 from holdfast.errors import DataError
 from holdfast.training.fisher import dropout_off
+from holdfast.training.parameters import gradient_scale, squared_norm, trainable_parameters
 from holdfast.training.passes import Means, gradients_aside, refuse_deepspeed, share_of_step, step_backward
 from holdfast.training.penalty import AlignmentRows
 from holdfast.training.private import foreach_add_
+from holdfast.training.shards import drop_gathered
 from holdfast.training.streams import step_batches
-from holdfast.training.trainer import (
-    MethodConfig,
-    RowTrainer,
-    drop_gathered,
-    gradient_scale,
-    squared_norm,
-    trainable_parameters,
-)
+from holdfast.training.trainer import MethodConfig, RowTrainer
 
 
 @dataclass

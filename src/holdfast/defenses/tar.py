@@ -37,10 +37,11 @@ from holdfast.defenses import Defense
 from holdfast.errors import InputError
 from holdfast.training import tampering as tamper
 from holdfast.training.harmful_rows import HarmfulRows
+from holdfast.training.parameters import gradient_scale
 from holdfast.training.penalty import AnchorMixin
 from holdfast.training.perturbation import same_random_numbers
 from holdfast.training.proximal import add_gradient
-from holdfast.training.trainer import MethodConfig, RowTrainer, gradient_scale
+from holdfast.training.trainer import MethodConfig, RowTrainer
 
 
 @dataclass

@@ -29,14 +29,9 @@ from holdfast.machine.seeds import derive_seed
 from holdfast.training.fisher import dropout_off
 from holdfast.training.harmful_rows import HarmfulRows
 from holdfast.training.layers import decoder_layers, mixers
+from holdfast.training.parameters import gradient_scale, trainable_parameters
 from holdfast.training.perturbation import PerturbationMixin, refuse_reentrant, squared_gradient_norms
-from holdfast.training.trainer import (
-    MethodConfig,
-    RowTrainer,
-    gradient_scale,
-    planned_steps,
-    trainable_parameters,
-)
+from holdfast.training.trainer import MethodConfig, RowTrainer, planned_steps
 
 
 @dataclass

@@ -7,6 +7,7 @@ __all__ = [
     "fitting",
     "foreseen",
     "loading",
+    "lora",
     "quantization",
     "sharing",
     "trained",

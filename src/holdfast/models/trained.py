@@ -14,7 +14,8 @@ from typing import Any
 
 from holdfast.errors import ModelError, RecipeError, nearest
 from holdfast.models.dtypes import stored_dtype
-from holdfast.models.loading import add_lora, continue_lora, empty_model, load_model
+from holdfast.models.loading import empty_model, load_model
+from holdfast.models.lora import add_lora, continue_lora
 from holdfast.models.quantization import is_quantized
 from holdfast.weights.adapter import MUTATING
 from holdfast.weights.patterns import check_patterns, matches_end

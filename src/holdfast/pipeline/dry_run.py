@@ -19,7 +19,7 @@ from holdfast import registry
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError, RecipeError, first_line
 from holdfast.machine.store import canonical_json
-from holdfast.pipeline.training import make_config
+from holdfast.pipeline.method_config import make_config
 from holdfast.recipe.stages import NOT_IDENTITY
 from holdfast.training.trainer import planned_steps
 

@@ -169,7 +169,7 @@ def _try_trainer(inputs: Inputs, machine: Machine, folders: Mapping[str, Path]) 
 
 def _config(inputs: Inputs, method: Any, training: Mapping[str, Any], folder: str, machine: Machine) -> Any:
     """Return the configuration of the training."""
-    from holdfast.pipeline.training import make_config
+    from holdfast.pipeline.method_config import make_config
 
     seed = derive_seed(inputs["seed"], inputs["stage"])
     return make_config(method, inputs["parameters"], training, seed, Path(folder), machine.device)

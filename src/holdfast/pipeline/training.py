@@ -1,41 +1,38 @@
 """One training stage: trains a model on rows with a method, writes a PEFT adapter folder, and can resume.
 
 The step's folder contains `checkpoints/` during the training, then `adapter/` (or `model/` if all weights
-were trained) with a model card, and `trainer_state.json`. A checkpoint is used only if it has a
-`holdfast.json`, which is written last, so that a kill while saving costs only one interval. It lists the
-checkpoint's files with sizes and SHA-256; a checkpoint whose files differ is removed.
+were trained) with a model card, and `trainer_state.json`.
 
 Several processes train together; the main one writes the complete files after all have written their parts.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import DistributedType, broadcast_object_list
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
 
 from holdfast.defenses import Defense
-from holdfast.errors import ModelError, RecipeError, first_line
-from holdfast.machine import digests
-from holdfast.machine.cost import SUM, Cost
-from holdfast.machine.files import read_json, remove_tree, replace_folder, write_json, write_text
+from holdfast.errors import ModelError, RecipeError
+from holdfast.machine.files import remove_tree, replace_folder, write_text
 from holdfast.machine.processes import Processes
 from holdfast.machine.progress import Progress
 from holdfast.machine.seeds import derive_seed
-from holdfast.machine.store import MARKER, SCRATCH
+from holdfast.machine.store import SCRATCH
 from holdfast.models.trained import load_trainable, save_trained
-from holdfast.recipe.stages import NOT_IDENTITY, trackers
-from holdfast.training.shards import finite, gather_trainable, trainable_numel
+from holdfast.pipeline.checkpoints import last_checkpoint
+from holdfast.pipeline.method_config import make_config
+from holdfast.pipeline.monitor import TrainingMonitor, over_processes
+from holdfast.recipe.stages import NOT_IDENTITY
+from holdfast.training.shards import finite, gather_trainable
 from holdfast.training.trainer import planned_steps
 from holdfast.weights.card import name_base, without_paths
 from holdfast.weights.chains import write_below
@@ -159,64 +156,6 @@ def _check_processes(trainer: Any, processes: Processes) -> None:
         )
 
 
-def over_processes(trainer: Any, value: float) -> torch.Tensor:
-    """Return the `value` of every process of a training, shape (processes,); all of them call this."""
-    here = torch.tensor([float(value)], dtype=torch.float64)
-    if trainer.args.world_size == 1:
-        return here
-    return trainer.accelerator.gather(here.to(trainer.args.device)).cpu()
-
-
-def make_config(
-    defense: Defense,
-    parameters: Mapping[str, Any],
-    training: Mapping[str, Any],
-    seed: int,
-    output: Path,
-    device: str,
-) -> Any:
-    """Return the method's Config with the recipe's values and the pipeline's own.
-
-    Raises:
-        RecipeError: the Config refuses a value, or a tracker is not installed.
-    """
-    assert defense.config is not None
-    _check_trackers(trackers(training.get("report_to")))
-    common = {"logging_steps": 10, "logging_nan_inf_filter": False, "report_to": "none"}
-    settings = {**common, **training, **parameters}
-    try:
-        config: Any = defense.config(
-            output_dir=str(output),
-            seed=seed,
-            use_cpu=device == "cpu",
-            disable_tqdm=True,
-            save_strategy="steps",
-            save_total_limit=2,
-            include_num_input_tokens_seen="non_padding",
-            **settings,
-        )
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"{defense.name}: a training value cannot be used: {first_line(error)}") from None
-    asked = "fp16" if config.fp16 else "bf16" if config.bf16 else "no"
-    if getattr(config, "mixed_precision", asked) != asked:
-        raise RecipeError(
-            f"The launcher asks for mixed precision {config.mixed_precision}, the recipe for {asked}; only "
-            "the recipe counts. Write training: {bf16: true} in it, or start with --mixed_precision no."
-        )
-    return config
-
-
-def _check_trackers(named: Sequence[str]) -> None:
-    """Raise RecipeError if a tracker is not installed; transformers checks it after loading the model."""
-    for tracker in named:
-        packages = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
-        if all(importlib.util.find_spec(package) is None for package in packages):
-            raise RecipeError(
-                f"training.report_to: {tracker} is not installed. Install it (pip install {tracker}), or "
-                "leave report_to out."
-            )
-
-
 @contextmanager
 def tracked(trainer: Any, name: str, logs: Path) -> Iterator[None]:
     """Name the training for its trackers, and keep the logs of each training separate.
@@ -242,110 +181,6 @@ def tracked(trainer: Any, name: str, logs: Path) -> Iterator[None]:
     finally:
         if ours:
             wandb.finish()
-
-
-def last_checkpoint(folder: Path, say: Callable[[str], None] | None = None) -> Path | None:
-    """Return the newest checkpoint that is complete and unchanged.
-
-    Newer ones with other files are removed, and so are half-written ones, which have no marker.
-
-    Args:
-        say: called with a message about each checkpoint that is removed.
-    """
-    found = {}
-    for path in folder.glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if number.isdecimal() and (path / MARKER).is_file():
-            found[int(number)] = path
-        else:
-            remove_tree(path)
-    for _, checkpoint in sorted(found.items(), reverse=True):
-        changed = _changed(checkpoint)
-        if changed is None:
-            return checkpoint
-        if say is not None:
-            say(f"{checkpoint} is damaged ({changed}). It is removed; training resumes from an earlier one.")
-        remove_tree(checkpoint)
-    return None
-
-
-def _changed(checkpoint: Path) -> str | None:
-    """Return what differs between a checkpoint's files and its marker; None if nothing does."""
-    try:
-        marked = read_json(checkpoint / MARKER)
-        if not digests.intact(marked):
-            return f"{MARKER} was changed, or was written by an earlier version"
-        listed = marked["files"]
-        added = [p for p in _files(checkpoint) if p.relative_to(checkpoint).as_posix() not in listed]
-        names = digests.changed(listed, checkpoint)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return f"{MARKER} cannot be read"
-    # Systems add hidden files of their own; `.metadata` is torch's.
-    names += [p.name for p in added if p.name == ".metadata" or not p.name.startswith(".")]
-    return f"changed, missing or added: {', '.join(names)}" if names else None
-
-
-def _files(checkpoint: Path) -> list[Path]:
-    return [p for p in checkpoint.rglob("*") if p.is_file() and p != checkpoint / MARKER]
-
-
-class TrainingMonitor(TrainerCallback):
-    """Reports progress, measures seconds, peak memory (bytes) and tokens, and marks checkpoints as complete.
-
-    The costs of a killed run up to its last checkpoint are read from that checkpoint's marker and added.
-    """
-
-    def __init__(self, trainer: Any, total: int, checkpoint: Path | None, progress: Progress):
-        earlier = read_json(checkpoint / MARKER) if checkpoint else {}
-        self.trainer, self.total, self.progress = trainer, total, progress
-        self.cost = Cost(str(trainer.args.device), earlier.get("cost"))
-        self.latest: dict[str, Any] = {}
-
-    def facts(self) -> dict[str, Any]:
-        """Return the facts of a training for `step.json`; every process calls this."""
-        trainer, args = self.trainer, self.trainer.args
-        tokens, steps = int(trainer.state.num_input_tokens_seen), trainer.state.global_step
-
-        def over(value: float, how: str) -> float:
-            everywhere = over_processes(trainer, value)
-            return float(everywhere.sum() if how == SUM else everywhere.max())
-
-        cost = self.cost.facts(tokens=tokens, steps=steps, over=over)
-        training = {
-            "steps": steps,
-            "tokens": tokens,
-            "tokens_per_second": cost["tokens_per_second"],
-            "trainable_parameters": trainable_numel(trainer.model),
-            "processes": args.world_size,
-            "distributed_type": trainer.accelerator.distributed_type.value,
-            "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        }
-        if hasattr(trainer, "reported"):
-            training |= trainer.reported(self.total)
-        same = {key: cost[key] for key in ("seconds", "peak_memory_bytes", "peak_memory_kind")}
-        return {**same, "cost": cost, "training": training}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the step and measure the memory."""
-        self.cost.look()
-        state_at = getattr(self.trainer, "state_at", None)
-        now = state_at(state.global_step - 1) if state_at else None
-        speed = state.num_input_tokens_seen / max(self.cost.seconds, 1e-9)
-        self.latest["tokens_per_second"] = speed
-        self.progress.advance(state.global_step, self.total, state=now, **self.latest)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Keep the values that the progress bar shows beside the steps."""
-        if logs and "loss" in logs:
-            self.latest["loss"] = logs["loss"]
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Mark the checkpoint as complete: every process has written its part of it by now."""
-        facts = self.facts()
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            files = digests.describe(_files(folder), folder)
-            write_json(folder / MARKER, digests.sealed({**facts, "files": files}))
 
 
 def _save(

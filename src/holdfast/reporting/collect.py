@@ -13,7 +13,8 @@ from holdfast.errors import ComparisonError, DataError, InputError
 from holdfast.machine.files import read_json
 from holdfast.reporting.answers import Comparison, compare_answers
 from holdfast.reporting.finding import parts
-from holdfast.reporting.measurements import SCORES, Measurement, Row, gather
+from holdfast.reporting.gathering import gather
+from holdfast.reporting.measurements import SCORES, Measurement, Row
 from holdfast.reporting.read import mapping, objects, read_object
 from holdfast.reporting.text import plain
 from holdfast.reporting.training import Curves, read_curves, step_folder

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast.evaluation.paired import student_quantile
-from holdfast.reporting.measurements import SCORES, Measurement, Role, Row, interval_of, stages_text
+from holdfast.reporting.gathering import interval_of
+from holdfast.reporting.measurements import SCORES, Measurement, Role, Row, stages_text
 from holdfast.reporting.metrics import places
 from holdfast.reporting.read import mapping, number
 

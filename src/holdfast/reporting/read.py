@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,22 @@ def mapping(value: Any) -> dict[str, Any]:
 def objects(value: Any) -> list[dict[str, Any]]:
     """The objects in a list; anything else counts as absent."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def text_of(value: Any) -> str | None:
+    """`value` as text; None stays None."""
+    return None if value is None else str(value)
+
+
+def values_of(raws: Iterable[Mapping[str, Any]], key: str) -> list[float]:
+    """The numbers under `key`, of the objects that have one."""
+    return [value for raw in raws if (value := number(raw.get(key))) is not None]
+
+
+def total(raws: Sequence[Mapping[str, Any]], key: str) -> int | None:
+    """The sum of the numbers under `key`, or None if an object lacks it: it would look like the whole sum."""
+    values = values_of(raws, key)
+    return round(sum(values)) if values and len(values) == len(raws) else None
 
 
 def _text(path: Path) -> str:

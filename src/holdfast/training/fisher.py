@@ -21,9 +21,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from holdfast.errors import ModelError
 from holdfast.machine.seeds import derive_seed
+from holdfast.training.parameters import gradient_scale, squared_norm, trainable_parameters
 from holdfast.training.passes import share_of_step, step_backward
 from holdfast.training.private import foreach_mul_, foreach_sqrt
-from holdfast.training.trainer import gradient_scale, squared_norm, trainable_parameters
 
 Batch = TypeVar("Batch")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from holdfast.errors import DataError
+from holdfast.training.resuming import ResumableMixin
 from holdfast.training.streams import step_batches, step_places, stream
 from holdfast.training.tokenising import rows_fingerprint
-from holdfast.training.trainer import ResumableMixin
 
 
 class HarmfulRows(ResumableMixin):

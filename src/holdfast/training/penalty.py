@@ -23,15 +23,11 @@ from transformers import TrainerCallback
 
 from holdfast.errors import DataError, InputError
 from holdfast.training.fisher import mean_1, trainer_fisher
+from holdfast.training.parameters import gradient_scale, squared_norm, trainable_parameters
 from holdfast.training.proximal import L2, DeltaW, Term, Weighted, add_gradient, difference, lora_factors
+from holdfast.training.resuming import ResumableMixin
+from holdfast.training.shards import drop_gathered
 from holdfast.training.tokenising import rows_fingerprint
-from holdfast.training.trainer import (
-    ResumableMixin,
-    drop_gathered,
-    gradient_scale,
-    squared_norm,
-    trainable_parameters,
-)
 
 
 class AlignmentRows(ResumableMixin):

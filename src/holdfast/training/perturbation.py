@@ -25,15 +25,11 @@ from accelerate.utils import DistributedType, send_to_device
 from torch import Tensor, nn
 
 from holdfast.errors import InputError, ModelError
+from holdfast.training.gradient_checkpointing import checkpoints_reentrantly, free_inputs
 from holdfast.training.layers import mixers
+from holdfast.training.parameters import gradient_scale, squared_norm
 from holdfast.training.passes import counts_the_step
-from holdfast.training.trainer import (
-    ResumableMixin,
-    checkpoints_reentrantly,
-    free_inputs,
-    gradient_scale,
-    squared_norm,
-)
+from holdfast.training.resuming import ResumableMixin
 
 REENTRANT = (
     "Reentrant gradient checkpointing hides the activations that the method perturbs. "

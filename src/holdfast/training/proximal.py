@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import ModelError
+from holdfast.training.parameters import squared_norm
 from holdfast.training.private import foreach_add_, foreach_mul, foreach_sqrt, foreach_sub
-from holdfast.training.trainer import squared_norm
 
 Tensors = Sequence[Tensor]
 

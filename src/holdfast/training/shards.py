@@ -53,3 +53,27 @@ def _whole(parameter: Any) -> Any:
             yield parameter
     else:
         yield parameter
+
+
+def drop_gathered(model: nn.Module) -> None:
+    """Shard the weights again: FSDP2 keeps its outermost module whole after a forward without backward."""
+    for module in model.modules():
+        drop = getattr(module, "reshard", None)
+        if callable(drop):
+            drop()
+
+
+def complete_state(optimizer: Any) -> None:
+    """Set the state of parameters that have had no gradient yet to zeros, the initial values of Adam.
+
+    Torch fails to load a sharded optimizer if the checkpoint lacks the state of a parameter.
+    """
+    some = next(iter(optimizer.state), None)
+    if some is None:
+        return
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if parameter not in optimizer.state:
+            optimizer.state[parameter] = {
+                name: torch.zeros_like(parameter.detach() if value.shape == some.shape else value)
+                for name, value in optimizer.state[some].items()
+            }

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from holdfast.errors import ModelError
 from holdfast.machine.seeds import derive_seed
 from holdfast.training.fisher import dropout_off
+from holdfast.training.parameters import gradient_scale, squared_norm
+from holdfast.training.shards import drop_gathered
 from holdfast.training.tokenising import IGNORED
-from holdfast.training.trainer import drop_gathered, gradient_scale, squared_norm
 
 
 def predicted(labels: Tensor) -> Tensor:

@@ -110,6 +110,15 @@ def tokenise_all(rows: Any, tokenizer: Any, max_length: int | None, loss_on: str
     return [tokenise(rows[i], tokenizer, max_length, i, loss_on) for i in range(len(rows))]
 
 
+def prepare_rows(rows: Any, tokenizer: Any, max_length: int | None, loss_on: str = "all") -> Any:
+    """Return rows of any accepted kind as tokenised rows; a dict of data sets stays a dict."""
+    if rows is None:
+        return None
+    if isinstance(rows, dict):
+        return {name: prepare_rows(part, tokenizer, max_length, loss_on) for name, part in rows.items()}
+    return tokenise_all(as_sequence(rows), text_tokenizer(tokenizer), max_length, loss_on)
+
+
 def rows_fingerprint(rows: Any, samples: int = 256) -> str:
     """Return a hash of tokenised rows: their number, and ids and labels of up to `samples` rows."""
     digest = hashlib.sha256(str(len(rows)).encode())

@@ -1,65 +1,24 @@
-"""Shared by all trainers: rows, exact resume, method state in the checkpoint, and honest logs.
-
-A method's tensors go into `method/` of Trainer's own checkpoint. With two active adapters Trainer would load
-only the first one and make it trainable; the list and the flags are restored. `training/private.py` holds the
-private names that this needs.
-
-Resuming runs no code from a checkpoint. `method/` holds JSON and safetensors. Trainer reads its own files
-(optimizer, scheduler, scaler, random numbers, weights in `.bin`) with `weights_only=True`. Files of
-`torch.distributed.checkpoint` (FSDP with SHARDED_STATE_DICT) are read only within `private.only_tensors`.
-DeepSpeed reads its own files with pickle: resume a DeepSpeed training only from a checkpoint that you trust.
-"""
+"""The trainer of all methods: a `transformers.Trainer` for rows of text, and its configuration."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import DistributedType
-from datasets import Dataset
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from holdfast.chat.rendering import LOSS_ON
-from holdfast.chat.tokenizers import embedding_rows, text_tokenizer
-from holdfast.errors import DataError, ModelError, first_line
-from holdfast.machine.files import read_json, write_text
-from holdfast.training import fingerprint
-from holdfast.training.batches import knows_epoch, not_empty, refuse_no_rows
-from holdfast.training.casts import without_undone_casts
+from holdfast.chat.tokenizers import embedding_rows
+from holdfast.errors import ModelError, first_line
+from holdfast.training.batches import refuse_no_rows
+from holdfast.training.gradient_checkpointing import checkpoints_reentrantly, free_inputs
 from holdfast.training.lean_loss import LeanLossMixin
-from holdfast.training.method_files import read_tensors, write_tensors
-from holdfast.training.private import (
-    CheckpointSlots,
-    compiling_layers,
-    foreach_norm,
-    is_reentrant,
-    is_sft,
-    metrics_kept,
-    remove_input_hooks,
-    sft_rows,
-)
-from holdfast.training.quantised import keep_differentiable, without_kept_inputs
-from holdfast.training.tokenising import (
-    as_sequence,
-    collator,
-    equal_lengths,
-    rows_fingerprint,
-    tokenise_all,
-)
-
-METHOD_FOLDER = "method"
-METHOD_STATE = "state.safetensors"
+from holdfast.training.quantised import keep_differentiable
+from holdfast.training.resuming import ResumableMixin
+from holdfast.training.shards import drop_gathered
+from holdfast.training.tokenising import collator, equal_lengths, prepare_rows
 
 
 @dataclass
@@ -94,184 +53,16 @@ class MethodConfig(TrainingArguments):
             raise ValueError("fp16 needs a loss scaler, which a CPU does not have. Use bf16")
 
 
-class ResumableMixin(CheckpointSlots):
-    """Saves what a method needs to resume exactly, and refuses to resume from a checkpoint of another run.
-
-    A subclass returns its tensors from `method_state`. Anything that follows from `global_step` is not
-    stored. Tensors may be sharded (DTensor): the file contains whole ones, and each process reads its part.
-    """
-
-    @classmethod
-    def check_model(cls, config: Any, model: nn.Module) -> None:
-        """Raise ModelError if the method cannot train these weights of `model` (its tensors may be "meta").
-
-        A run calls this before anything starts. A trainer that overrides it calls it for itself.
-        """
-
-    def create_accelerator_and_postprocess(self: Any) -> None:
-        """If the model is compiled: layer by layer, and in a way that notices a method's hooks."""
-        with compiling_layers(self.args):
-            super().create_accelerator_and_postprocess()  # type: ignore[misc]
-
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Train without casts that autocast undoes, and without inputs that 8-bit layers need not keep."""
-        with without_undone_casts(self.model, self.args.device.type), without_kept_inputs(self.model):
-            return super().train(*args, **kwargs)  # type: ignore[misc]
-
-    def method_state(self: Any) -> dict[str, Tensor]:
-        """Return the tensors to save, by name. A resume fills them in place and calls `method_loaded`."""
-        return {}
-
-    def method_loaded(self: Any, state: dict[str, Tensor]) -> None:
-        """Take over the tensors of `method_state`, filled from the checkpoint."""
-
-    def reported(self: Any, steps: int) -> dict[str, Any]:
-        """Facts on a training of `steps` optimizer steps, for `step.json`: those the method declares."""
-        return {}
-
-    def state_at(self: Any, step: int) -> str | None:
-        """The state of optimizer step `step` (from 0), for the progress bar; None without states."""
-        return None
-
-    def run_fingerprint(self: Any) -> dict[str, Any]:
-        """Return what must not change for a resumed run to equal an uninterrupted run."""
-        args = self.args
-        # DDP, FSDP and DeepSpeed write different checkpoints.
-        kind = self.accelerator.distributed_type.value
-        return {
-            "trainer": type(self).__name__,
-            "world_size": args.world_size,
-            **({"distributed_type": kind} if args.world_size > 1 else {}),
-            **fingerprint.options(args),
-            **fingerprint.model_facts(self.accelerator.unwrap_model(self.model)),
-            "data_collator": type(self.data_collator).__name__,
-            "compute_loss_func": getattr(self.compute_loss_func, "__qualname__", None),
-            "train_dataset": rows_fingerprint(self.train_dataset),
-        }
-
-    def prepare_extra_rows(self: Any, rows: Any) -> Any:
-        """Prepare rows beyond `train_dataset` like this trainer prepares its own (TRL: also packed).
-
-        Raises:
-            DataError: on `trl.SFTTrainer`, rows of another kind than `train_dataset` (training would silently
-                include their prompts), rows without any completion within max_length, or `loss_on`, which has
-                no effect there.
-        """
-        if rows is None or not is_sft(self):
-            return prepare_rows(rows, self.processing_class, self.args.max_length, self.args.loss_on)
-        args = self.args
-        if getattr(args, "loss_on", "all") != "all":
-            raise DataError("loss_on has no effect on trl.SFTTrainer. Set assistant_only_loss instead.")
-        rows = rows if hasattr(rows, "column_names") else Dataset.from_list(list(as_sequence(rows)))
-        told = args.completion_only_loss is not None or "input_ids" in rows.column_names
-        if not told and self.completion_only_loss != ("completion" in rows.column_names):
-            has = "has" if self.completion_only_loss else "does not have"
-            raise DataError(
-                f"train_dataset {has} prompt and completion columns, the other rows have "
-                f"{', '.join(rows.column_names)}: the loss would be on other parts of them. "
-                "Give both as prompt and completion, or set completion_only_loss."
-            )
-        made = sft_rows(self, rows)
-        if not len(made):
-            raise DataError(
-                f"None of the other {len(rows)} rows has a completion within max_length={args.max_length}. "
-                "Raise it."
-            )
-        return made
-
-    def get_train_dataloader(self: Any) -> DataLoader:
-        """Return the loader of the parent class, with an order that depends on seed and epoch alone."""
-        refuse_no_rows(self.train_dataset)
-        return knows_epoch(not_empty(self, super().get_train_dataloader()))
-
-    def unrecorded(self: Any) -> AbstractContextManager[None]:
-        """Keep losses computed inside out of the metrics that `trl.SFTTrainer` collects with each loss."""
-        return metrics_kept(self)
-
-    def before_optimizer_is_saved(self: Any) -> None:
-        """Complete the optimizer's state, without which FSDP could not load it."""
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            complete_state(self.optimizer)
-
-    def save_to(self: Any, checkpoint: Path) -> None:
-        """Write `method/`: the run's fingerprint and the method's tensors."""
-        folder = checkpoint / METHOD_FOLDER
-        if self.args.should_save:
-            folder.mkdir(exist_ok=True)
-            write_text(folder / "run.json", _as_json(self.run_fingerprint() | self._optimizer_facts()))
-        state = self.method_state()
-        if state:
-            write_tensors(folder / METHOD_STATE, state, main=self.args.should_save)
-
-    def _optimizer_facts(self: Any) -> dict[str, Any]:
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return {}  # its own wrappers, which its checkpoint checks
-        return fingerprint.optimizer_facts(self.optimizer, self.lr_scheduler)
-
-    def before_optimizer_is_read(self: Any, checkpoint: Path) -> None:
-        """Refuse a checkpoint of another optimizer or scheduler, whose state would replace this run's."""
-        self._refuse_other_run(checkpoint / METHOD_FOLDER / "run.json", self._optimizer_facts())
-
-    def load_from(self: Any, checkpoint: Path) -> None:
-        """Read `method/`, after a check that it is of this run."""
-        folder = checkpoint / METHOD_FOLDER
-        self._refuse_other_run(folder / "run.json")
-        state = self.method_state()
-        if state:
-            read_tensors(folder / METHOD_STATE, state)
-            self.method_loaded(state)
-
-    def _refuse_other_run(self: Any, path: Path, facts: dict[str, Any] | None = None) -> None:
-        """Raise ModelError if the run that wrote `path` differs in its fingerprint, or in these `facts`."""
-        if not path.is_file():
-            raise ModelError(
-                f"{path.parent.parent} was not written by a Holdfast trainer: {path} is missing, so the run "
-                "cannot resume exactly. Start without resume_from_checkpoint."
-            )
-        ours = json.loads(_as_json(self.run_fingerprint() if facts is None else facts))
-        try:
-            saved = read_json(path)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{path} is damaged ({first_line(error)}). Use another checkpoint.") from None
-        if not isinstance(saved, dict):
-            raise ModelError(f"{path} is damaged (expected an object). Use another checkpoint.")
-        saved = {name: fingerprint.default(name) for name in ours} | saved
-        different = [k for k in ours if saved[k] != ours[k]]
-        if different:
-            what = "; ".join(f"{k}: {saved[k]} in the checkpoint, {ours[k]} now" for k in different)
-            raise ModelError(
-                f"{path.parent.parent} belongs to another run ({what}). Resume with the same values."
-            )
-
-    def _refuse_inexact(self: Any) -> None:
-        config, wrong = self.args.accelerator_config, None
-        if not config.use_seedable_sampler:
-            wrong = "use_seedable_sampler=False, the order of the rows is not known after a stop"
-        if self.args.ignore_data_skip:
-            wrong = "ignore_data_skip=True, the epoch begins again with its first rows"
-        if wrong:
-            raise ModelError(f"The run cannot resume exactly: with {wrong}. Leave it out, or start anew.")
-
-    @contextmanager
-    def loading_weights(self: Any, checkpoint: Path, model: Any) -> Iterator[None]:
-        """Refuse another run's checkpoint, and restore which adapters are active and what trains."""
-        self._refuse_inexact()
-        self._refuse_other_run(checkpoint / METHOD_FOLDER / "run.json")
-        active = getattr(model, "active_adapters", [])
-        # On a whole model, where older versions of PEFT leave a `peft_config`, it is a method.
-        adapters = list(active) if hasattr(model, "peft_config") and not callable(active) else []
-        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-        yield
-        if len(adapters) > 1:
-            # Older versions of Trainer do not read this file; FSDP and DeepSpeed load weights themselves.
-            weights, sharded = checkpoint / "adapter_model.safetensors", self.is_fsdp_enabled
-            if "default" in adapters and weights.is_file() and not (sharded or self.is_deepspeed_enabled):
-                from peft import set_peft_model_state_dict
-
-                set_peft_model_state_dict(model, load_file(weights), adapter_name="default")
-            model.base_model.set_adapter(adapters)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name in trainable)
+def refuse_not_finite(name: str, value: Any) -> None:
+    """Raise ValueError if the value of the option `name` is or contains NaN or infinity."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            refuse_not_finite(f"{name}[{key!r}]", part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            refuse_not_finite(name, part)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, found {value}")
 
 
 class RowTrainer(LeanLossMixin, ResumableMixin, Trainer):
@@ -345,95 +136,8 @@ def check_savable(trainer: Any) -> None:
         logging.getLogger(__name__).warning(text)
 
 
-def checkpoints_reentrantly(model: nn.Module) -> bool:
-    """Whether a layer of `model` uses torch's reentrant checkpointing, which needs inputs with gradients.
-
-    Reentrant checkpointing also does not work with `torch.autograd.grad`, so methods with two passes refuse
-    it.
-    """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    return any(layer.gradient_checkpointing and is_reentrant(layer) for layer in layers)
-
-
-def free_inputs(model: nn.Module) -> int:
-    """Remove every hook that makes the embeddings' output require gradients; return the number of hooks.
-
-    transformers and PEFT add a hook each time checkpointing is enabled, and remove only the last.
-    Non-reentrant checkpointing needs none of them, and they extend backward, with its recomputation, through
-    all layers below the lowest trainable layer. No gradient of a weight changes.
-    """
-    return sum(remove_input_hooks(module) for module in model.modules())
-
-
-def prepare_rows(rows: Any, tokenizer: Any, max_length: int | None, loss_on: str = "all") -> Any:
-    """Return rows of any accepted kind as tokenised rows; a dict of data sets stays a dict."""
-    if rows is None:
-        return None
-    if isinstance(rows, dict):
-        return {name: prepare_rows(part, tokenizer, max_length, loss_on) for name, part in rows.items()}
-    return tokenise_all(as_sequence(rows), text_tokenizer(tokenizer), max_length, loss_on)
-
-
-def refuse_not_finite(name: str, value: Any) -> None:
-    """Raise ValueError if the value of the option `name` is or contains NaN or infinity."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            refuse_not_finite(f"{name}[{key!r}]", part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            refuse_not_finite(name, part)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, found {value}")
-
-
 def planned_steps(trainer: Any) -> int:
     """Return the total number of optimizer steps of the trainer, counted like Trainer does."""
     if trainer.args.max_steps > 0:
         return trainer.args.max_steps
     return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
-
-
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that an optimizer step may change, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def complete_state(optimizer: Any) -> None:
-    """Set the state of parameters that have had no gradient yet to zeros, the initial values of Adam.
-
-    Torch fails to load a sharded optimizer if the checkpoint lacks the state of a parameter.
-    """
-    some = next(iter(optimizer.state), None)
-    if some is None:
-        return
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        if parameter not in optimizer.state:
-            optimizer.state[parameter] = {
-                name: torch.zeros_like(parameter.detach() if value.shape == some.shape else value)
-                for name, value in optimizer.state[some].items()
-            }
-
-
-def drop_gathered(model: nn.Module) -> None:
-    """Shard the weights again: FSDP2 keeps its outermost module whole after a forward without backward."""
-    for module in model.modules():
-        drop = getattr(module, "reshard", None)
-        if callable(drop):
-            drop()
-
-
-def gradient_scale(accelerator: Any) -> float:
-    """Return the factor for a gradient that is added by hand: in fp16, gradients are still scaled."""
-    scaler = getattr(accelerator, "scaler", None)
-    return float(scaler.get_scale()) if scaler is not None else 1.0
-
-
-def squared_norm(tensors: list[Tensor]) -> Tensor:
-    """Return the sum of squares of all tensors, at least in float32 (a scalar, replicated if sharded)."""
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    total = torch.stack(foreach_norm(tensors, 2, dtype=wide)).square().sum()
-    return total.full_tensor() if hasattr(total, "full_tensor") else total
-
-
-def _as_json(fingerprint: dict[str, Any]) -> str:
-    return json.dumps(fingerprint, indent=1, default=str)
