@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import tiny
 from holdfast.evaluation import answering as module
@@ -61,6 +63,33 @@ def test_equals_the_plain_way(model, tmp_path):
             row["answer"]
             == TOKENIZER.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         )
+
+
+@pytest.mark.parametrize("wrap", [False, True], ids=["model", "adapter"])
+def test_settings_of_the_model_that_nobody_asked_for_are_not_used(model, tmp_path, wrap):
+    """Settings that published models have, or could have; each of them changes these answers if it is used."""
+    used = deepcopy(model)
+    if wrap:
+        from peft import LoraConfig, get_peft_model
+
+        used = get_peft_model(used, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).eval()
+    for sampling in (None, {"temperature": 1.0, "top_p": 0.9, "seed": 3}):
+
+        def answered(name, sampling=sampling):
+            out = tmp_path / f"{name}-{sampling is None}.jsonl"
+            return answer_prompts(used, TOKENIZER, prompts(3), out, max_new_tokens=NEW, sampling=sampling)
+
+        plain = answered("plain")
+        for name, value in {
+            "repetition_penalty": 1.8, "no_repeat_ngram_size": 1, "num_beams": 3, "min_p": 0.5, "max_time": 0.0,
+            "forced_eos_token_id": 2, "stop_strings": ["a"], "sequence_bias": [[[70], 100.0]],
+        }.items():  # fmt: skip
+            inner = used.get_base_model() if wrap else used
+            own = inner.generation_config = GenerationConfig(**{name: value})
+            assert answered(name) == plain, name
+            assert inner.generation_config is own
+            assert used.generation_config is own
+            assert getattr(own, name) == value
 
 
 def test_batches_are_sorted_and_bounded():

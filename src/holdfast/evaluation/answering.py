@@ -208,13 +208,34 @@ def _decode(
     config = GenerationConfig(
         max_new_tokens=new_tokens, eos_token_id=stops, pad_token_id=pad, use_cache=True, **how
     )
-    with torch.inference_mode():
+    with torch.inference_mode(), _own_settings_aside(model):
         output = model.generate(input_ids=tokens, attention_mask=mask, generation_config=config, **by_text)
     answers = []
     for row in output[:, longest:].tolist():
         end = next((i for i, token in enumerate(row) if token in stops), None)
         answers.append(_answer(tokenizer, row if end is None else row[:end], end is None, frame, pad))
     return answers
+
+
+@contextmanager
+def _own_settings_aside(model: Any) -> Iterator[None]:
+    """Decode inside without the model's generation_config.
+
+    `generate` takes from it whatever a call leaves open: a repetition penalty, beams, a least length. The
+    answers would then not be decoded as their stamp says, and models with other settings would be compared.
+    """
+    from transformers import GenerationConfig
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    held = {id(one): one for one in (model, inner) if "generation_config" in vars(one)}
+    kept = {name: one.generation_config for name, one in held.items()}
+    for one in held.values():
+        one.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for name, one in held.items():
+            one.generation_config = kept[name]
 
 
 def _stop_at(tokenizer: Any, text: str, start: int) -> Any:

@@ -33,7 +33,7 @@ from holdfast.pipeline.versions import version
 
 FORMAT = {
     "data": 4, "manifest": 3, "attack": 5, "change": 1, "filter": 4, "alignment": 6, "user": 6, "harden": 1,
-    "harmful_adapter": 1, "refusal_adapter": 1, "post_hoc": 3, "tamper": 1, "generate": 5, "moderate": 2,
+    "harmful_adapter": 1, "refusal_adapter": 1, "post_hoc": 3, "tamper": 1, "generate": 6, "moderate": 2,
     "rate": 2, "score": 4, "lm_eval": 1,
 }  # fmt: skip
 """By kind of step. Increase a number when that kind of step produces other content for the same inputs."""
