@@ -22,6 +22,8 @@ from holdfast.pipeline import plan, rehearse, run
 from holdfast.recipe import Recipe
 from holdfast.recipe.evaluation import JudgeRecipe
 from holdfast.reporting.collect import collect
+from holdfast.weights.adapter_folder import find_adapter
+from holdfast.weights.folders import find_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "judges.md"
 
@@ -130,6 +132,18 @@ def test_a_rater_for_rows_that_need_none_is_refused_with_its_line(planned):
     assert re.search(
         r"r\.yaml, line \d+: evaluation.rater: .* your own rows are graded without a judge", found
     )
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "model").mkdir()
+    for find in (find_model, find_adapter):
+        with pytest.raises(ModelError, match="so the revision 'v2' has no effect"):
+            find(str(tmp_path / "model"), "v2")
+    for number in range(12):
+        (tmp_path / f"other{number}").mkdir()
+    with pytest.raises(ModelError) as caught:
+        find_model(str(tmp_path / "zzz"))
+    assert str(caught.value) == f"No such model folder: {tmp_path}/zzz.", "a long list helps nobody"
 
 
 def test_files_are_looked_up_beside_the_recipe(tmp_path, monkeypatch):

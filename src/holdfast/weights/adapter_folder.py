@@ -19,6 +19,7 @@ from holdfast.weights.folders import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     NAMED_BY,
+    check_revision,
     from_hub,
     looks_local,
 )
@@ -66,6 +67,7 @@ def find_adapter(path: str, revision: str | None = None) -> tuple[Path, list[str
             folder is a pipe, a socket or a device.
     """
     folder = Path(path)
+    check_revision(path, folder, revision)
     if not folder.exists():
         if looks_local(path):
             raise ModelError(f"No such adapter folder: {path}. PEFT's save_pretrained writes one.")

@@ -41,6 +41,7 @@ def find_model(path: str, revision: str | None = None, download: bool = True) ->
         ModelError: nothing is found, or the folder is not a model that can be loaded safely.
     """
     folder = Path(model_path(path))
+    check_revision(path, folder, revision)
     if not folder.exists() and path == lab.NAME:
         folder = _lab_model(download)
     elif not folder.exists():
@@ -66,6 +67,15 @@ def find_model(path: str, revision: str | None = None, download: bool = True) ->
             "convert it: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW_PATH)."
         )
     return folder
+
+
+def check_revision(name: str, folder: Path, revision: str | None) -> None:
+    """Raise ModelError for a revision of a folder on this machine, which has none."""
+    if revision is not None and (folder.exists() or name == lab.NAME):
+        raise ModelError(
+            f"{name} is on this machine, so the revision '{revision}' has no effect. Leave it out, or "
+            "give an id of the Hub."
+        )
 
 
 def _lab_model(make: bool) -> Path:
