@@ -103,6 +103,11 @@ def test_folder_with_a_file_for_each_split(jsonl, tmp_path):
     assert loaded.records == ROWS
     assert "train-00001" in loaded.place(1)
     assert data.has_split(tmp_path / "d", "test")
+    jsonl("only/test.jsonl", ROWS)
+    assert not data.has_split(tmp_path / "only", "test"), "the same rows would train and test"
+    assert data.read_records(tmp_path / "only").records == ROWS
+    jsonl("only/validation.jsonl", ROWS)
+    assert data.has_split(tmp_path / "only", "test")
     assert data.read_records(tmp_path / "d", split="test").records == ROWS[1:]
     jsonl("b/30k_train.jsonl", ROWS)
     jsonl("b/30k_test.jsonl", ROWS[:1])

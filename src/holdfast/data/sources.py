@@ -5,6 +5,7 @@ Rows are not interpreted here; `rows.to_rows` does that.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -196,12 +197,17 @@ def fingerprint(source: Source, *, role: str = "user", split: str | None = None)
 
 
 def has_split(source: Source, split: str, *, role: str = "user") -> bool:
-    """Whether `source` has separate rows for `split`; a single file has none for the test."""
+    """Whether `source` has separate rows for `split`; a single file or a single split has none for a test."""
     try:
         found = _locate(source, role, split)
     except NoSplit:
         return False
-    return not (found.alone and split != "train")
+    if split == "train":
+        return True
+    with contextlib.suppress(NoSplit):
+        if found.files and _locate(source, role, "train").files == found.files:
+            return False  # the only split of a folder, which is also read to train on
+    return not found.alone
 
 
 def _existing(text: str) -> Path | None:
