@@ -73,11 +73,11 @@ def test_settings_of_the_model_that_nobody_asked_for_are_not_used(model, tmp_pat
         from peft import LoraConfig, get_peft_model
 
         used = get_peft_model(used, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).eval()
-    for sampling in (None, {"temperature": 1.0, "top_p": 0.9, "seed": 3}):
+    for sampling in (None,) if wrap else (None, {"temperature": 1.0, "top_p": 0.9, "seed": 3}):
 
         def answered(name, sampling=sampling):
             out = tmp_path / f"{name}-{sampling is None}.jsonl"
-            return answer_prompts(used, TOKENIZER, prompts(3), out, max_new_tokens=NEW, sampling=sampling)
+            return answer_prompts(used, TOKENIZER, prompts(1), out, max_new_tokens=NEW, sampling=sampling)
 
         plain = answered("plain")
         for name, value in {

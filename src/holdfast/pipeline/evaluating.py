@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import about
 from holdfast.machine.files import read_jsonl, write_json, write_jsonl
 from holdfast.machine.progress import Advance
 from holdfast.measuring import judging
@@ -130,16 +129,11 @@ def moderate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str
     }
 
 
-def check_judge(key: Sequence[str], inputs: Inputs, machine: Machine) -> None:
-    """Check a judge or a rater, and download its model; the main process does this for all processes.
-
-    Args:
-        key: the recipe key of the judge, for errors.
-    """
+def check_judge(inputs: Inputs, machine: Machine) -> None:
+    """Check a judge or a rater, and download its model; the main process does this for all processes."""
     if machine.processes.main:
         judge = inputs["judge"]
-        with about(*key):
-            machine.once(("judge", repr(judge)), lambda: judging.check_judge(judge))
+        machine.once(("judge", repr(judge)), lambda: judging.check_judge(judge))
 
 
 def rate_answers(inputs: Inputs, folder: Path, machine: Machine) -> dict[str, Any]:

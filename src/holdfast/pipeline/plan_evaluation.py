@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from holdfast import registry, world
@@ -57,7 +56,7 @@ def add_state(
             judge.path or "",
             {"answers": answers, **draft.judge(judge, *JUDGES, str(place))},
             evaluating.moderate_answers,
-            partial(evaluating.check_judge, (*JUDGES, str(place))),
+            evaluating.check_judge,
         )
         for place, judge in enumerate(options.judges)
     )
@@ -66,7 +65,7 @@ def add_state(
     if rater is not None:
         title, detail = f"ratings by {rater.name} of {what}", rater.model or ""
         inputs = {"answers": answers, **draft.judge(rater, *RATER)}
-        work = evaluating.rate_answers, partial(evaluating.check_judge, RATER)
+        work = evaluating.rate_answers, evaluating.check_judge
         rate = draft.add("rate", title, detail, inputs, *work)
     score = _add_score(draft, what, answers, moderate, rate)
     lm_eval = _add_ability(draft, what, user, trained, weights) if options.lm_eval else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from holdfast.machine.code import digest_of_module
@@ -122,6 +121,4 @@ def _add_filter(draft: Draft, screen: FilterRecipe, rows: str, before: Made | No
     }
     title = f"user rows that {screen.judge} does not flag"
     detail = f"{screen.unparsed}s rows without a verdict"
-    return draft.add(
-        "filter", title, detail, inputs, user_rows.filter_rows, partial(evaluating.check_judge, FILTER)
-    )
+    return draft.add("filter", title, detail, inputs, user_rows.filter_rows, evaluating.check_judge)

@@ -14,12 +14,13 @@ from typing import Any
 
 from holdfast import data as datasets
 from holdfast import registry
-from holdfast.errors import DataError, InputError, problems, refuse
+from holdfast.errors import DataError, InputError, about, problems, refuse
 from holdfast.machine.progress import Progress
 from holdfast.machine.store import Store
 from holdfast.pipeline.plans import Plan
 from holdfast.pipeline.rows_checked import BadRows
 from holdfast.pipeline.step import Content, Inputs, Machine, Made, Step, do
+from holdfast.recipe import Recipe
 from holdfast.tasks.graders import adapted
 
 ROWS = ("data", "manifest", "change")
@@ -75,11 +76,26 @@ def check(planned: Plan, names: Collection[str], store: Store, machine: Machine)
     checks = []
     for step in planned.steps:
         if step.id in names and step.check is not None:
-            checks.append(partial(step.check, Inputs(_readable(step, known, store), store), machine))
+            given = Inputs(_readable(step, known, store), store)
+            checks.append(partial(_checked, step, _judge_key(step, planned.recipe), given, machine))
     machine.progress.checking(True)
     found = problems(checks)
     machine.progress.checking(False)
     return found
+
+
+def _checked(step: Step, key: Sequence[str], inputs: Inputs, machine: Machine) -> None:
+    assert step.check is not None
+    with about(*key):
+        step.check(inputs, machine)
+
+
+def _judge_key(step: Step, recipe: Recipe) -> tuple[str, ...]:
+    """Return the recipe key of a step's judge; () for a step without one."""
+    judge = step.inputs.get("judge")
+    if step.kind == "moderate" and isinstance(judge, Content):
+        return "evaluation", "judges", str(recipe.evaluation.judges.index(judge.place))
+    return {"rate": ("evaluation", "rater"), "filter": ("data", "filter")}.get(step.kind, ())
 
 
 def _readable(step: Step, known: Mapping[str, Step], store: Store) -> Mapping[str, Any]:
