@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -202,16 +203,20 @@ def test_a_new_method_has_recipes_by_its_declaration_alone(tmp_path, monkeypatch
     assert (own.alignment.parameters(), own.data.size, own.data.task) == ({"strength": 2.0}, 7, "sst2")
 
 
-def test_an_error_names_the_protocols_file_and_line():
-    text = (packaged.FOLDER / "lisa-code.yaml").read_text().splitlines()
-    line = next(i for i, line in enumerate(text, 1) if line.startswith("  poison_ratio"))
-    with pytest.raises(RecipeError, match=rf"lisa-code\.yaml, line {line}: data\.poison_ratio"):
+def test_an_error_names_the_recipe_or_the_protocols_file_and_line(monkeypatch, tmp_path):
+    with pytest.raises(RecipeError, match=r"^lisa-sst2, override: data\.poison_ratio"):
         Recipe.load("lisa-sst2", ["data.poison_ratio=7"])
-    line = next(i for i, line in enumerate(text, 1) if line.startswith("    gsm8k"))
-    with pytest.raises(RecipeError, match=rf"lisa-code\.yaml, line {line}: user\.training\.num_train_epochs"):
-        Recipe.load("lisa-gsm8k", ["user.training.num_train_epochs=-1"])
     with pytest.raises(RecipeError, match="Did you mean 'lisa-sst2'"):
         Recipe.load("lisa-sst3")
+    wrong = shutil.copytree(packaged.FOLDER, tmp_path / "recipes") / "lisa-code.yaml"
+    lines = wrong.read_text().splitlines()
+    line = next(i for i, line in enumerate(lines, 1) if line.startswith("  poison_ratio"))
+    lines[line - 1] = "  poison_ratio: 7"
+    wrong.write_text("\n".join(lines))
+    monkeypatch.setattr(packaged, "FOLDER", tmp_path / "recipes")
+    monkeypatch.setattr(packaged, "protocols", packaged.protocols.__wrapped__)
+    with pytest.raises(RecipeError, match=rf"lisa-code\.yaml, line {line}: data\.poison_ratio"):
+        Recipe.load("lisa-sst2")
 
 
 def test_a_recipe_in_full():

@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import ModelError, first_line
+from holdfast.errors import ModelError
 from holdfast.models.fitting import check_names, named
-from holdfast.models.loading import empty_model
+from holdfast.models.loading import empty_classifier, empty_model
 from holdfast.models.quantization import is_quantized
 from holdfast.weights.reader import open_weights
 
@@ -32,15 +32,8 @@ def check_classifier(folder: Path) -> Any:
     Raises:
         ModelError: its config describes no such model, or its weights lack the head.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config)
-    except Exception as error:  # a damaged or foreign config can raise any exception
-        raise ModelError(f"Cannot build the judge in {folder}: {first_line(error)}") from None
+    model = empty_classifier(folder)
+    config = model.config
     missing = _missing_head(folder, model)
     if missing:
         raise ModelError(

@@ -193,15 +193,32 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> Any:
     Raises:
         ModelError: it cannot be built from its config.
     """
+    from transformers import AutoModelForCausalLM
+
+    return _empty(AutoModelForCausalLM, "model", folder, trust_remote_code)
+
+
+def empty_classifier(folder: Path) -> Any:
+    """The sequence classifier on "meta": its modules without numbers.
+
+    Raises:
+        ModelError: it cannot be built from its config.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    return _empty(AutoModelForSequenceClassification, "judge", folder)
+
+
+def _empty(auto: Any, what: str, folder: Path, trust_remote_code: bool = False) -> Any:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return auto.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged or foreign config can raise any exception
-        raise ModelError(f"Cannot build the model in {folder}: {first_line(error)}") from None
+        raise ModelError(f"Cannot build the {what} in {folder}: {first_line(error)}") from None
 
 
 def put_on(model: Any, adapter: Path, name: str = "default", trainable: bool = False) -> Any:

@@ -266,7 +266,7 @@ def explain(
         layer = origin(files, place)
         line = layer.holds(place)[1]
         where = f"{layer.name}, line {line}" if line else layer.name
-        where = f"{layer.name}, override" if _sets(own, place) else where
+        where = f"{files[0].name}, override" if _sets(own, place) else where
         if problem["type"] == "extra_forbidden":
             text = f"unknown key '{key}'.{nearest(place[-1], _siblings(place, root))}"
         elif problem["type"] == "value_error":
