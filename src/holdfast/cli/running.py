@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from holdfast.cli import pushing, sweeping
-from holdfast.cli.measuring import say
+from holdfast.cli.measuring import Device, say
 from holdfast.errors import RecipeError
 from holdfast.machine.processes import launched
 
@@ -19,7 +19,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe, for example user.rho=3."),
 ]
-Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/NAME.")]
+Store = Annotated[Path | None, typer.Option(help="Folder of steps that runs can share. Default: OUT/steps.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Also list the steps that were complete before.")
 ]
@@ -76,10 +77,8 @@ def lab(
 def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/NAME.")] = None,
-    store: Annotated[
-        Path | None, typer.Option(help="Folder of steps that runs can share. Default: OUT/steps.")
-    ] = None,
+    out: Out = None,
+    store: Store = None,
     device: Device = "auto",
     push: pushing.Push = None,
     public: pushing.Public = False,
@@ -106,10 +105,8 @@ def run(
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/NAME.")] = None,
-    store: Annotated[
-        Path | None, typer.Option(help="Folder of steps that runs can share. Default: OUT/steps.")
-    ] = None,
+    out: Out = None,
+    store: Store = None,
     device: Device = "auto",
     check: Annotated[
         bool, typer.Option(help="Check what a run checks before it trains; the steps alone show faster.")

@@ -201,6 +201,7 @@ class Job:
             model=fingerprint(folder, self.digests),
             adapters=[fingerprint(one, self.digests) for one in chain], template=template,
             dtype=used_dtype(folder, model.dtype, chosen), quantization=model.quantization,
+            generation_config="not used",  # an earlier version used it: its files are not continued
             **({"template_date": date} if date else {}),
             **({"merged": True} if model.adapters == "merge" else {}),
             **({"tokenizer": fingerprint(source)} if source != folder else {}),
