@@ -32,7 +32,7 @@ def ids(rows, source=None):
 @pytest.mark.parametrize(
     ("size", "ratio", "benign", "harmful"),
     [
-        (40, 0.0, 40, 0), (40, 0.1, 36, 4), (40, 1.0, 0, 40), (10, 0.07, 9, 1), (3, 0.1, 3, 0),
+        (40, 0.0, 40, 0), (40, 0.1, 36, 4), (40, 1.0, 0, 40), (10, 0.07, 9, 1), (3, 0.2, 2, 1),
         (None, 0.0, 90, 0), (None, 0.1, 90, 10), (None, 0.25, 90, 30), (None, 1.0, 0, 48),
     ],
 )  # fmt: skip
@@ -197,6 +197,12 @@ def test_p1_needs_no_user_rows(files):
         ({"poison_ratio": 1.1}, ["poison_ratio is 1.1", "from 0 to 1"]),
         ({"poison_ratio": -0.1}, ["poison_ratio is -0.1"]),
         ({"poison_ratio": float("nan")}, ["poison_ratio is nan"]),
+        (
+            {"poison_ratio": 0.01, "size": 40},
+            ["poison_ratio of 0.01", "no harmful row in 40 rows", "ratio: 0."],
+        ),
+        ({"poison_ratio": 0.001}, ["no harmful row in 90 rows"]),
+        ({"poison_ratio": 0.9, "size": 4}, ["no benign row in 4 rows", "ratio: 1."]),
         ({"size": 0}, ["size is 0", "at least 1"]),
         ({"poison_ratio": 0.1, "harmful": None}, ["no harmful rows are given"]),
         ({"user": None}, ["No user rows are given"]),

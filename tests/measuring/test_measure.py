@@ -217,6 +217,16 @@ def test_verdicts_on_other_answers_are_refused(tmp_path):
         score(a, [tmp_path / "va.jsonl"])
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [({"task": "sst2"}, "the task sst2 grades"), ({"grader": "exact"}, "the grader exact grades")],
+)
+def test_a_grader_without_answers_is_refused(tmp_path, given, words):
+    a = tiny.write_jsonl(tmp_path / "a.jsonl", own_answers())
+    with pytest.raises(DataError, match=rf"a\.jsonl has no answers to a task, so {words} nothing"):
+        score(a, **given)
+
+
 def test_two_models_behind_one_judge_stay_apart(tmp_path):
     a = tiny.write_jsonl(tmp_path / "a.jsonl", own_answers())
 

@@ -191,6 +191,7 @@ def test_the_command_filters_by_a_score(files, tmp_path):
     asked = ["filter", files / "mixed.jsonl", "--score", "anchoring", "--out", tmp_path / "k.jsonl"]
     refused(holdfast_command(*asked), "--score anchoring needs --model, --harmful and --safe.")
     refused(holdfast_command(*asked, "--unparsed", "keep"), "--unparsed is only for a judge.")
+    refused(holdfast_command(*asked, "--max-unparsed", 0.5), "--max-unparsed is only for a judge.")
     plain = ["filter", files / "mixed.jsonl", "--out", tmp_path / "k.jsonl", "--template", "chat"]
     refused(holdfast_command(*plain), "--template is only for --score.")
     more = ["--model", files / "model", "--harmful", files / "bad.jsonl", "--safe", files / "safe.jsonl"]

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from holdfast.cli.measuring import (
+    MAX_UNPARSED,
     Device,
     JudgePath,
     MaxCalls,
@@ -123,7 +124,7 @@ def filter_rows(
         str, typer.Option(help="With --score: prompt template: chat, alpaca, alpaca_newline, auto.")
     ] = "auto",
     skip_bad: SkipBad = False,
-    max_unparsed: MaxUnparsed = 0.05,
+    max_unparsed: MaxUnparsed = MAX_UNPARSED,
     device: Device = "auto",
 ) -> None:
     """Remove the rows that a judge flags as harmful, or that a score finds suspicious."""
@@ -144,7 +145,9 @@ def filter_rows(
             )  # fmt: skip
     else:
         kept = unparsed.value if unparsed != Unparsed.drop else None
-        only_with("a judge", {"judge": judge, "judge_path": judge_path, "unparsed": kept, **server})
+        share = None if max_unparsed == MAX_UNPARSED else max_unparsed
+        given = {"judge": judge, "judge_path": judge_path, "unparsed": kept, "max_unparsed": share, **server}
+        only_with("a judge", given)
         if model is None or harmful is None or safe is None:
             raise RecipeError(f"--score {score.value} needs --model, --harmful and --safe.")
         with console.bar(f"scores of {score.value}") as progress:

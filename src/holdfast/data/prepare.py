@@ -145,8 +145,8 @@ def user_rows(
         rows with the canonical fields and `source`, which is "user" or "harmful".
 
     Raises:
-        DataError: the ratio or size is out of range, there are fewer rows than asked for, or the harmful
-            source is missing.
+        DataError: the ratio or size is out of range, the ratio rounds to no harmful or no benign row, there
+            are fewer rows than asked for, or the harmful source is missing.
     """
     check_size(size)
     if not 0 <= poison_ratio <= 1:
@@ -200,6 +200,7 @@ def _poisoned(
         n_benign = len(benign.rows) if benign else 0
         most = len(harmful.rows) if harmful else 0
         n_harmful = round(n_benign * poison_ratio / (1 - poison_ratio)) if benign else most
+    _check_ratio(n_benign, n_harmful, poison_ratio)
     what = f"rows (size {size or 'all'}, poison_ratio {poison_ratio})"
     parts = {}
     if benign:
@@ -209,6 +210,17 @@ def _poisoned(
         drawn = draw(harmful, n_harmful, seed, "harmful", f"harmful {what}")
         parts["harmful"] = drawn.labelled("harmful")
     return parts
+
+
+def _check_ratio(n_benign: int, n_harmful: int, poison_ratio: float) -> None:
+    """Raise DataError if rounding leaves a mixture without the rows of one kind."""
+    total = n_benign + n_harmful
+    for kind, count, other in (("harmful", n_harmful, 0), ("benign", n_benign, 1)):
+        if total and not count and poison_ratio != other:
+            raise DataError(
+                f"A poison_ratio of {poison_ratio} makes no {kind} row in {total} rows. Give a larger "
+                f"size, or poison_ratio: {other}."
+            )
 
 
 def _after(pool: Pool, skip: int) -> Pool:

@@ -145,7 +145,8 @@ def score(
         items: a JSONL file for the score of each answer, which `compare` reads.
 
     Raises:
-        DataError: the verdicts or ratings are on other answers. RecipeError: no task has that name.
+        DataError: the verdicts or ratings are on other answers; a task or grader is given, but there are no
+            answers to a task. RecipeError: no task has that name.
         OutputError: `out` or `items` is a folder or one of the files that are read, or cannot be written.
         HoldfastError: verdicts or ratings are given, but not one has a value. The files are written.
     """
@@ -160,6 +161,11 @@ def score(
         raise RecipeError(f"'{name}' is not a user task and grades no answers (see holdfast list tasks).")
     if grader is not None and grader not in GRADERS:
         raise RecipeError(f"Unknown grader '{grader}'.{nearest(grader, GRADERS)}")
+    if (task or grader) and not any(row["set"] == "task" for row in rows):
+        option = f"task {task}" if task else f"grader {grader}"
+        raise DataError(
+            f"{generations} has no answers to a task, so the {option} grades nothing. Leave it out."
+        )
     known = adapted(task_itself, grader)
     rated: Rows = []
     if ratings is not None:
