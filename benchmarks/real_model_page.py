@@ -29,6 +29,8 @@ FIRST = ("the model as it is", "aligned, SFT", "NA-SFT", "SFT")
 PICTURED = ("LoX", "AsFT", "Buffer", "SFT + Reinforce", "SFT + SafeMERGE, threshold=0.35")
 """Rows of the picture beside the study's first ones."""
 README_ROWS = ("aligned, SFT", "SFT", "Lisa, rho=1", "SPAG", "SBR, norm=mean")
+TRAINED = ("tuned", "Safe LoRA", "another repair")
+"""The kinds of models after user fine-tuning, repaired or not."""
 Cell = tuple[float, float]
 
 
@@ -57,21 +59,21 @@ def table(
     groups: dict[Any, list[dict[str, Any]]],
     task: str,
     ratio: float,
-    kind: str = "tuned",
+    kinds: Collection[str] = ("tuned",),
     only: Collection[str] = (),
 ) -> str:
-    """A table at one task and ratio of the "aligned" or the "tuned" models, or of those of a repair.
+    """A table at one task and ratio of the models of some kinds: "aligned", "tuned", or those of a repair.
 
     The tuned models follow the model as it is and the aligned model. A table of `only` some methods has three
     scores.
     """
-    before = FIRST[:2] if kind == "tuned" else ()
+    before = FIRST[:2] if "tuned" in kinds else ()
     chosen = {
         method: rows
         for (where, at, method), rows in groups.items()
         if where == task
         and at == ratio
-        and (_kind(rows[0]) == kind or method in before)
+        and (_kind(rows[0]) in kinds or method in before)
         and (not only or method in only)
     }
     if not chosen:
@@ -145,15 +147,15 @@ def parts(found: dict[str, Any]) -> dict[str, str]:
     """The generated parts of the page, by the name in its markers."""
     groups = grouped(found["rows"])
     ratios = [ratio for ratio in sorted(study.RATIOS) if ratio != study.ATTACK_RATIO]
-    others = [f"Poison ratio {ratio:g}:\n\n{table(groups, 'sst2', ratio)}" for ratio in ratios]
+    others = [f"Poison ratio {ratio:g}:\n\n{table(groups, 'sst2', ratio, TRAINED)}" for ratio in ratios]
     curves = f"![Harmful score by optimizer step]({CURVES.name})\n\n" if found.get("curves") else ""
     return {
         "picture": f"![Harmful score and finetune accuracy of every method]({PICTURE.name})",
         "study": table(groups, "sst2", study.ATTACK_RATIO),
         "real model": table(groups, "sst2", study.ATTACK_RATIO, only=README_ROWS),
-        "aligned": table(groups, "sst2", study.ATTACK_RATIO, "aligned"),
-        "safe-lora": table(groups, "sst2", study.ATTACK_RATIO, "Safe LoRA"),
-        "repairs": table(groups, "sst2", study.ATTACK_RATIO, "another repair"),
+        "aligned": table(groups, "sst2", study.ATTACK_RATIO, ["aligned"]),
+        "safe-lora": table(groups, "sst2", study.ATTACK_RATIO, ["Safe LoRA"]),
+        "repairs": table(groups, "sst2", study.ATTACK_RATIO, ["another repair"]),
         "ratios": "\n\n".join(others),
         "agnews": table(groups, "agnews", study.ATTACK_RATIO),
         "search": searches(found),
