@@ -69,6 +69,19 @@ def test_what_was_stopped_goes_on(place, tmp_path):
     assert lines(tmp_path / "cut.jsonl") == lines(tmp_path / "whole.jsonl")
 
 
+def test_answers_of_a_version_that_decoded_otherwise_are_not_continued(place, tmp_path):
+    """Earlier versions also applied the model's own `generation_config`, and did not say so."""
+    asked(place, tmp_path / "a.jsonl")
+    beside = tmp_path / "a.jsonl.json"
+    facts = json.loads(beside.read_text())
+    del facts["made"]["generation_config"]
+    beside.write_text(json.dumps(facts))
+    before = (tmp_path / "a.jsonl").read_bytes()
+    with pytest.raises(OutputError, match=r"made with other settings .*generation_config"):
+        asked(place, tmp_path / "a.jsonl")
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
 def test_what_is_whole_loads_no_model(place, tmp_path, no_model):
     whole = asked(place, tmp_path / "a.jsonl")
     no_model()

@@ -26,7 +26,6 @@ MaxCalls = Annotated[
 Timeout = Annotated[
     float | None, typer.Option(min=0.001, help="For a server: maximum number of seconds for one call.")
 ]
-MAX_UNPARSED = 0.05
 MaxUnparsed = Annotated[
     float, typer.Option(min=0, max=1, help="Share of unparsed answers above which the judge has failed.")
 ]
@@ -126,7 +125,7 @@ def moderate(
     base_url: ServerUrl = None,
     max_calls: MaxCalls = None,
     timeout: Timeout = None,
-    max_unparsed: MaxUnparsed = MAX_UNPARSED,
+    max_unparsed: MaxUnparsed = 0.05,
     device: Device = "auto",
 ) -> None:
     """Judge the answers to harmful prompts, or resume judging."""
@@ -154,7 +153,7 @@ def rate(
     base_url: ServerUrl = None,
     max_calls: MaxCalls = None,
     timeout: Timeout = None,
-    max_unparsed: MaxUnparsed = MAX_UNPARSED,
+    max_unparsed: MaxUnparsed = 0.05,
 ) -> None:
     """Let a judge rate the answers to a task, or resume rating."""
     from holdfast.cli import console

@@ -10,11 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from holdfast.cli.measuring import (
-    MAX_UNPARSED,
     Device,
     JudgePath,
     MaxCalls,
-    MaxUnparsed,
     ServerUrl,
     Timeout,
     only_with,
@@ -124,7 +122,10 @@ def filter_rows(
         str, typer.Option(help="With --score: prompt template: chat, alpaca, alpaca_newline, auto.")
     ] = "auto",
     skip_bad: SkipBad = False,
-    max_unparsed: MaxUnparsed = MAX_UNPARSED,
+    max_unparsed: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of rows without a verdict that is permitted. Default: 0.05."),
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Remove the rows that a judge flags as harmful, or that a score finds suspicious."""
@@ -133,6 +134,7 @@ def filter_rows(
     from holdfast.measuring.score_filtering import filter_by_score
 
     server = {"base_url": base_url, "max_calls": max_calls, "timeout": timeout}
+    limit: dict[str, Any] = {} if max_unparsed is None else {"max_unparsed": max_unparsed}
     options: dict[str, Any] = {"anchors": anchors, "drop": drop, "by": by, "layer": layer}
     if score is None:
         given = {"harmful": harmful, "safe": safe, "adapter": adapter, **options}
@@ -140,14 +142,12 @@ def filter_rows(
         with console.bar(f"verdicts of {judge or 'beaver_dam'}") as progress:
             facts = leave_out(
                 rows, out, judge=judge or "beaver_dam", path=judge_path, threshold=threshold, model=model,
-                unparsed=unparsed.value, skip_bad=skip_bad, max_unparsed=max_unparsed, device=device,
-                progress=progress, **server,
+                unparsed=unparsed.value, skip_bad=skip_bad, device=device,
+                progress=progress, **limit, **server,
             )  # fmt: skip
     else:
         kept = unparsed.value if unparsed != Unparsed.drop else None
-        share = None if max_unparsed == MAX_UNPARSED else max_unparsed
-        given = {"judge": judge, "judge_path": judge_path, "unparsed": kept, "max_unparsed": share, **server}
-        only_with("a judge", given)
+        only_with("a judge", {"judge": judge, "judge_path": judge_path, "unparsed": kept, **limit, **server})
         if model is None or harmful is None or safe is None:
             raise RecipeError(f"--score {score.value} needs --model, --harmful and --safe.")
         with console.bar(f"scores of {score.value}") as progress:
