@@ -133,7 +133,7 @@ def filter_rows(
     from holdfast.measuring.filtering import filter_rows as leave_out
     from holdfast.measuring.score_filtering import filter_by_score
 
-    server = {"base_url": base_url, "max_calls": max_calls, "timeout": timeout}
+    server: dict[str, Any] = {"base_url": base_url, "max_calls": max_calls, "timeout": timeout}
     limit: dict[str, Any] = {} if max_unparsed is None else {"max_unparsed": max_unparsed}
     options: dict[str, Any] = {"anchors": anchors, "drop": drop, "by": by, "layer": layer}
     if score is None:
